@@ -1,0 +1,8 @@
+"""``python -m harmony`` is ``harmony-run``."""
+
+import sys
+
+from harmony.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The command line of `harmony-run`: which words are ours, which are the script's.
+
+    harmony-run [OPTIONS] SCRIPT [OPTIONS] [SCRIPT ARGUMENTS]
+
+Our options are taken wherever they stand. A word after SCRIPT that is none of them goes to the
+script, and so does everything after ``--``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harmony import __version__
+from harmony.errors import ConfigError
+from harmony.session import Options
+from harmony.units import parse_bytes, parse_rate
+
+MODES = ("auto", "pp", "dp")
+
+_EPILOG = """\
+Options may stand before SCRIPT or after it. Everything else after SCRIPT goes to the script;
+"--" ends the options, for a script with options of the same names.
+
+  harmony-run train.py --gpus 4 --epochs 3
+  harmony-run train.py --gpus 2 --virtual --gpu-memory 64MiB -- --mode fast
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run, and how.
+
+    Attributes:
+        script: the file.
+        script_arguments: its ``sys.argv[1:]``.
+        options: of the session.
+        debug: whether errors of Harmony show their traceback.
+    """
+
+    script: Path
+    script_arguments: tuple[str, ...]
+    options: Options
+    debug: bool = False
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Read the command line (without the program's name).
+
+    Raises:
+        ConfigError: if it cannot be read or makes no sense.
+        SystemExit: after ``--help`` or ``--version`` have been printed.
+    """
+    parser = _parser()
+    ours, script, rest = _split(argv, parser)
+    args = parser.parse_args(ours)
+    if script is None:
+        raise ConfigError("which script? Usage: harmony-run SCRIPT --gpus N [script arguments]")
+    path = Path(script)
+    if path.is_dir():
+        raise ConfigError(f"{script} is a folder. Name the script in it")
+    if not path.is_file():
+        raise ConfigError(f"no such script: {script}{_similar_file(path)}")
+    if args.report is not None and not args.report.parent.is_dir():
+        raise ConfigError(f"--report {args.report}: there is no folder {args.report.parent}")
+    return Command(path, tuple(rest), _options(args), debug=args.debug)
+
+
+def mistyped(script_arguments: Sequence[str]) -> str | None:
+    """A hint, where a word that went to the script looks like an option of ours."""
+    for word in script_arguments:
+        near = _near(word)
+        if near is not None:
+            return f"{word} is not an option of harmony-run and went to the script; {near}"
+    return None
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting with a usage text."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="harmony-run",
+        usage="harmony-run SCRIPT --gpus N [OPTIONS] [SCRIPT ARGUMENTS]",
+        description="Train a PyTorch script's model although it is larger than the GPUs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpus", metavar="N", help="GPUs to use (default: all real ones, or 1 virtual one)")
+    add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB (virtual: 64MiB)")
+    add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the faster")
+    add("--virtual", action="store_true", help="virtual GPUs even where there are real ones")
+    add("--link", metavar="RATE", help="bandwidth of a virtual GPU's link, e.g. 8GB/s")
+    add("--host-memory", metavar="SIZE", help="host memory to use (default: what is available)")
+    add("--plan-only", action="store_true", help="show the plan and stop before training")
+    add(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="write the report there too: text, .json for all figures, .trace.json for Perfetto",
+    )
+    add("--debug", action="store_true", help="show the traceback of an error of Harmony")
+    add("--version", action="version", version=f"harmony {__version__}")
+    return parser
+
+
+def _split(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[list[str], str | None, list[str]]:
+    """Divide the words: ours, SCRIPT, the script's."""
+    takes_value = {
+        name: action.nargs != 0 for action in parser._actions for name in action.option_strings
+    }
+    ours: list[str] = []
+    rest: list[str] = []
+    script: str | None = None
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name = word.partition("=")[0]
+        if word == "--":
+            if script is None and words:
+                script = words.pop(0)
+            return ours, script, rest + words
+        # The script has a --help of its own; ours is asked for before SCRIPT.
+        is_ours = name in takes_value and not (script and name in ("-h", "--help", "--version"))
+        if is_ours:
+            ours.append(word)
+            if takes_value[name] and word == name and words:
+                ours.append(words.pop(0))
+        elif script is not None:
+            rest.append(word)
+        elif word.startswith("-"):
+            near = _near(word) or "see harmony-run --help"
+            raise ConfigError(f"no such option: {word}; {near}")
+        else:
+            script = word
+    return ours, script, rest
+
+
+def _options(args: argparse.Namespace) -> Options:
+    def size(name: str, text: str | None) -> int | None:
+        try:
+            return None if text is None else parse_bytes(text)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+    if args.link is not None:
+        try:
+            parse_rate(args.link)
+        except ConfigError as error:
+            raise ConfigError(f"--link: {error}") from None
+    return Options(
+        gpus=None if args.gpus is None else _count(args.gpus),
+        gpu_memory_nbytes=size("--gpu-memory", args.gpu_memory),
+        mode=args.mode,
+        virtual=args.virtual,
+        plan_only=args.plan_only,
+        report=args.report,
+        link=args.link,
+        host_memory_nbytes=size("--host-memory", args.host_memory),
+        active=True,
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--gpus {text}: it takes a whole number, at least 1")
+    return int(text)
+
+
+def _near(word: str) -> str | None:
+    """``did you mean --gpus?`` for a word that is almost an option."""
+    name = word.partition("=")[0]
+    known = [option for action in _parser()._actions for option in action.option_strings]
+    if not name.startswith("--") or name in known:
+        return None
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def _similar_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f". Did you mean {path.parent / close[0]}?" if close else ""
+

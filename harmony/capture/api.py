@@ -1,0 +1,82 @@
+"""The way in: ``capture`` a module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.capture.captured import Captured, first_tapes, layer_starts
+from harmony.capture.inputs import Batch
+from harmony.capture.leaves import choose_leaves
+from harmony.capture.refuse import check_module
+from harmony.capture.skeleton import Skeleton
+from harmony.capture.trace import Program, Tracer
+from harmony.errors import ConfigError
+
+
+def capture(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    targets: Any = None,
+    output_loss: bool = False,
+    max_layer_nbytes: int | None = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+) -> Captured:
+    """Record the forward of a module and cut it into layers.
+
+    Nothing is computed and no parameter is copied: the parameters are fake tensors meanwhile
+    (unless the forward looks at values). The module, its buffers and all random states are left
+    as they were.
+
+    Without ``loss`` and ``output_loss`` the outputs of the graph are the tensors that the module
+    returns; otherwise its one output is the scalar loss, which belongs to the last layer.
+
+    Args:
+        args, kwargs: a sample batch; its structure and shapes stand for all later ones.
+        loss: maps ``(output, targets)`` to the loss; the tensors in ``targets`` are inputs of the
+            graph too.
+        output_loss: the module returns its loss itself: a scalar, an object or dict with
+            ``loss``, or a tuple that begins with a scalar.
+        max_layer_nbytes: open blocks with more bytes of parameters than this.
+        batch_dims: the dimension that counts the samples of an input (None: it has none), by name
+            (``"args[0]"``, ``"kwargs['mask']"``, ``"targets"``), where it is not dimension 0.
+
+    Raises:
+        CaptureError: naming what cannot be recorded, where, and what to change.
+        ConfigError: if the options contradict each other.
+    """
+    if loss is not None and output_loss:
+        raise ConfigError("give either loss or output_loss=True, not both")
+    if targets is not None and loss is None:
+        raise ConfigError("targets are given without a loss that takes them")
+    check_module(module)
+    batch = Batch.of(args, kwargs or {}, targets, batch_dims or {})
+    template = Skeleton(module, torch.device("cpu"))
+    _switch_off_caches(template.root)
+    program = Program(loss, output_loss)
+    leaves = choose_leaves(template.root, max_layer_nbytes)
+    tracer = Tracer(module, template, program, batch, leaves)
+    sizes = first_tapes(tracer, batch.num_samples)
+    starts = layer_starts(sizes.tape, template)
+    return Captured(tracer, template, batch, sizes, starts, program.has_loss)
+
+
+def _switch_off_caches(root: nn.Module) -> None:
+    """Set ``use_cache`` of Hugging Face configurations of the copy to False."""
+    configs = [getattr(module, "config", None) for module in root.modules()]
+    cached = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in cached:
+        config.use_cache = False
+    if cached:
+        warnings.warn(
+            f"{type(root).__name__} is captured with use_cache=False: a KV cache is of no use in "
+            "training and would be updated twice by the recompute",
+            stacklevel=3,
+        )

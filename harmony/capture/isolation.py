@@ -1,0 +1,91 @@
+"""Keeps what a trace does away from the user's program: random states, one trace at a time."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_TRACING = threading.RLock()
+_HIDDEN = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Restore the random states of torch, the device, Python and NumPy afterwards."""
+    with _TRACING:
+        saved = torch.get_rng_state()
+        on_device = _device_random_state(device)
+        python, numpy = python_random_states()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(saved)
+            if on_device is not None:
+                torch.get_device_module(device).set_rng_state(on_device, device)
+            random.setstate(python)
+            if numpy is not None:
+                sys.modules["numpy"].random.set_state(numpy)
+
+
+def python_random_states() -> tuple[Any, Any]:
+    """States of Python's random generator, and of NumPy's if the program uses NumPy."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=True)
+
+
+def same_random_states(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
+    """Whether nothing was drawn between the two."""
+    if left[0] != right[0]:
+        return False
+    if left[1] is None or right[1] is None:
+        return True
+    return bool(left[1][2] == right[1][2] and (left[1][1] == right[1][1]).all())
+
+
+def user_frame() -> str:
+    """File and line of the innermost call that is neither torch's nor ours."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_HIDDEN) and not filename.startswith("<"):
+            if not filename.endswith(("contextlib.py", f"{os.sep}copy.py")):
+                return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """The type that autocast casts to now, on whatever device it is enabled for."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu",) if accelerator is None else (accelerator.type, "cpu")
+    for kind in kinds:
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _device_random_state(device: torch.device) -> torch.Tensor | None:
+    if device.type == "cpu":
+        return None
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def user_frame_of(error: BaseException) -> str:
+    """File and line where the user's code raised an error."""
+    place = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        filename = trace.tb_frame.f_code.co_filename
+        if not filename.startswith(_HIDDEN) and not filename.startswith("<"):
+            place = f"{filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

@@ -1,0 +1,99 @@
+"""Watches the inside of a leaf module: tensors must come in as arguments and go out as results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.capture.skeleton import plain_tensors
+from harmony.capture.structure import tensors_in
+
+
+class LeafMustOpen(Exception):
+    """Leaf modules exchange a tensor behind the tape's back: open them and trace again.
+
+    Attributes:
+        names: the modules to open.
+    """
+
+    def __init__(self, names: list[str], why: str) -> None:
+        super().__init__(why)
+        self.names = names
+
+
+class LeafCall:
+    """One call of a leaf module, while it runs.
+
+    Attributes:
+        name: the module's name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        arguments: Sequence[torch.Tensor],
+        state: dict[int, str],
+        made_in: dict[int, LeafCall],
+        outside: dict[int, int],
+    ) -> None:
+        self.name = name
+        self._module = module
+        self._state_names = state
+        self._made_in = made_in
+        self._outside = outside
+        self._attributes = {
+            (id(owner), attribute): tensor
+            for owner in module.modules()
+            for attribute, tensor in plain_tensors(owner)
+        }
+        self._given = {id(tensor) for tensor in arguments}
+        self._given |= {id(tensor) for tensor in self._attributes.values()}
+        own = (*module.parameters(), *module.buffers())
+        self._used = {id(tensor): state[id(tensor)] for tensor in own if id(tensor) in state}
+        # Kept alive, so that no id is used twice while the trace lasts.
+        self._made: list[torch.Tensor] = []
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a torch function of the leaf, looking at what goes in and out."""
+        for tensor in tensors_in((args, kwargs)):
+            self._check_known(tensor)
+        out = func(*args, **kwargs)
+        for tensor in tensors_in(out):
+            known = id(tensor) in self._state_names or id(tensor) in self._outside
+            if not known and id(tensor) not in self._given and id(tensor) not in self._made_in:
+                self._made_in[id(tensor)] = self
+                self._made.append(tensor)
+        return out
+
+    def state(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers of the module, and others that it used."""
+        return tuple(self._used.values())
+
+    def left_behind(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+        """Yield tensors that the call left on attributes: module, attribute, tensor."""
+        for owner in self._module.modules():
+            for attribute, tensor in plain_tensors(owner):
+                if self._attributes.get((id(owner), attribute)) is not tensor:
+                    yield owner, attribute, tensor
+
+    def _check_known(self, tensor: torch.Tensor) -> None:
+        key = id(tensor)
+        if key in self._given:
+            return
+        if key in self._state_names:
+            self._used[key] = self._state_names[key]
+            return
+        origin = self._made_in.get(key)
+        if origin is not None and origin is not self:
+            raise LeafMustOpen(
+                [self.name, origin.name],
+                f"{self.name} uses a tensor made inside {origin.name} that was not passed to it",
+            )
+        if origin is None and key in self._outside:
+            raise LeafMustOpen(
+                [self.name], f"{self.name} uses a tensor of the forward that was not passed to it"
+            )

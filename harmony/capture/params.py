@@ -1,0 +1,139 @@
+"""The parameters and buffers of a module, and the layers that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from harmony.layergraph import SharedParam
+
+ALIGNMENT = 64
+"""Bytes to which each tensor is aligned in the host arena."""
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """A parameter or buffer.
+
+    Attributes:
+        name: its canonical name: the first under which the module has it.
+        stride: as in the module if that is dense, else contiguous.
+        layer: the layer that alone uses it; None if several do.
+        shared_id: its ``SharedParam``, if several layers use it.
+        aliases: its other names (tied parameters).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    requires_grad: bool
+    layer: int | None = None
+    shared_id: int | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor itself."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes that it takes in the arena."""
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes that its gradient takes."""
+        return self.stored_nbytes if self.requires_grad else 0
+
+
+def describe_parameters(module: nn.Module) -> list[ParamInfo]:
+    """Return the module's parameters in registration order, tied ones once."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    return _describe(named)
+
+
+def describe_buffers(module: nn.Module) -> list[ParamInfo]:
+    """Return the module's buffers in registration order, each once."""
+    return _describe(list(module.named_buffers(remove_duplicate=False)))
+
+
+def assign(
+    params: Sequence[ParamInfo], buffers: Sequence[ParamInfo], users: Mapping[str, Sequence[int]]
+) -> tuple[list[ParamInfo], list[ParamInfo], list[SharedParam]]:
+    """Give each parameter and buffer its layer, and order both as in the arena.
+
+    What several layers use becomes a ``SharedParam``; buffers too (their gradient has no bytes).
+    What no layer uses goes to the layer of its neighbour by registration, so that it is stored.
+
+    Args:
+        users: the layers that use each name, ascending.
+    """
+    everything = [*params, *buffers]
+    layers = [*_layers(params, users), *_layers(buffers, users)]
+    first = {info.name: used[0] for info, used in zip(everything, layers, strict=True)}
+    tied = [(i, used) for i, used in zip(everything, layers, strict=True) if len(used) > 1]
+    tied.sort(key=lambda pair: pair[1][0])
+    shared = [
+        SharedParam(index, info.name, tuple(used), info.stored_nbytes, info.gradient_nbytes)
+        for index, (info, used) in enumerate(tied)
+    ]
+    ids = {info.name: index for index, (info, _) in enumerate(tied)}
+    placed = [
+        replace(info, shared_id=ids[info.name])
+        if info.name in ids
+        else replace(info, layer=first[info.name])
+        for info in everything
+    ]
+    ordered = sorted(placed, key=lambda i: (first[i.name], i.shared_id is not None))
+    names = {info.name for info in params}
+    return (
+        [info for info in ordered if info.name in names],
+        [info for info in ordered if info.name not in names],
+        shared,
+    )
+
+
+def _layers(infos: Sequence[ParamInfo], users: Mapping[str, Sequence[int]]) -> list[list[int]]:
+    """Layers of each, those of unused ones from the nearest used one before it, or after."""
+    found = [sorted(set(users.get(info.name, ()))) for info in infos]
+    neighbour = next((used for used in found if used), [0])[:1]
+    for index, used in enumerate(found):
+        if used:
+            neighbour = used[:1]
+        else:
+            found[index] = list(neighbour)
+    return found
+
+
+def _describe(named: Sequence[tuple[str, torch.Tensor]]) -> list[ParamInfo]:
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in named:
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    return [
+        ParamInfo(
+            name=aliases[0],
+            shape=tuple(tensors[key].shape),
+            dtype=tensors[key].dtype,
+            stride=dense_stride(tensors[key].shape, tensors[key].stride()),
+            requires_grad=tensors[key].requires_grad,
+            aliases=tuple(aliases[1:]),
+        )
+        for key, aliases in names.items()
+    ]
+
+
+def dense_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The stride if it fills its memory without gaps or overlap, else the contiguous one."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step != expected:
+            return tuple(torch.empty(tuple(shape), device="meta").stride())
+        expected *= size
+    return tuple(stride)

@@ -1,0 +1,173 @@
+"""What cannot be captured, said by name, with the place and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedTensorMixin
+
+from harmony.capture.isolation import user_frame
+from harmony.capture.skeleton import closes_over_module
+from harmony.errors import CaptureError
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
+_HARMLESS = (torch.Tensor, nn.Module, type, bool, int, float, str, torch.dtype, torch.device)
+_REFUSED = {
+    "register_hook": "register the hook inside a layer, or use a module hook",
+    "register_post_accumulate_grad_hook": "register it on the parameter before training",
+    "retain_grad": "keep the gradient inside a layer",
+    "backward": "call backward outside of the forward",
+    "grad": "call torch.autograd.grad inside a layer",
+}
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse wrappers, parameters on several devices or not made yet, and mutated buffers.
+
+    Raises:
+        CaptureError: naming what is in the way.
+    """
+    if not isinstance(module, nn.Module):
+        raise CaptureError(f"expected an nn.Module, got {type(module).__name__}")
+    for name, inner in module.named_modules():
+        kinds = {kind.__name__ for kind in type(inner).__mro__}
+        if kinds.intersection(_WRAPPERS):
+            where = f" at {name!r}" if name else ""
+            raise CaptureError(
+                f"the model is wrapped in {type(inner).__name__}{where}: pass the model inside "
+                "it (its .module); Harmony does the parallel part"
+            )
+        _check_statistics(name, inner)
+    _check_parameters(module)
+    attribute = closes_over_module(module)
+    if attribute is not None:
+        raise CaptureError(
+            f"{attribute} is a function that captured a module, and would go on using its "
+            "weights: pass the module as an argument, or use functools.partial"
+        )
+
+
+def check_function(name: str, func: Any, has_tensors: bool) -> None:
+    """Refuse functions that the glue may not call.
+
+    Raises:
+        CaptureError: naming the function and the line.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise CaptureError(
+            f"torch.func transform (vmap, grad, ...) around {name} at {user_frame()}: "
+            "call it inside a module that is recorded as a layer"
+        )
+    if has_tensors and name in _REFUSED and "__get__" not in str(func):
+        raise CaptureError(
+            f"{name} outside of a layer at {user_frame()} cannot be replayed: {_REFUSED[name]}"
+        )
+
+
+def check_argument(leaf: Any, user: str) -> None:
+    """Refuse arguments that hide tensors from the tape, such as KV caches.
+
+    Raises:
+        CaptureError: naming the argument's class and who gets it.
+    """
+    if leaf is None or isinstance(leaf, _HARMLESS):
+        return
+    names = [kind.__name__ for kind in type(leaf).__mro__]
+    if any(name.endswith("Cache") for name in names):
+        raise CaptureError(
+            f"{user} gets a {names[0]} at {user_frame()}: a KV cache would be updated twice by "
+            "the recompute. Call the model with use_cache=False"
+        )
+    if isinstance(leaf, slice):
+        hidden = any(isinstance(end, torch.Tensor) for end in (leaf.start, leaf.stop, leaf.step))
+        remedy = "turn the bound into an int first"
+    elif isinstance(getattr(leaf, "__self__", None), nn.Module):
+        hidden, remedy = True, "pass the module itself"
+    else:
+        hidden, remedy = hides_tensors(leaf), "pass the tensors as arguments"
+    if hidden:
+        raise CaptureError(
+            f"{user} gets a {names[0]} at {user_frame()} that hides tensors from the recording: "
+            f"{remedy}"
+        )
+
+
+def check_custom(name: str, args: tuple[Any, ...]) -> None:
+    """Refuse a custom autograd function that calls back into the model.
+
+    Raises:
+        CaptureError: naming the function and the line.
+    """
+    if any(callable(arg) and not isinstance(arg, torch.Tensor) for arg in args):
+        raise CaptureError(
+            f"{name} at {user_frame()} gets a function: what that calls cannot be recorded. For "
+            "torch.utils.checkpoint, pass use_reentrant=False"
+        )
+
+
+def check_unknown_tensor(tensor: torch.Tensor, user: str, fake: bool) -> None:
+    """Refuse tensors of unknown origin that cannot be kept as constants.
+
+    Raises:
+        CaptureError: naming who uses it, and where.
+    """
+    if fake:
+        raise CaptureError(f"{user} at {user_frame()} uses a tensor of unknown origin")
+    if tensor.requires_grad:
+        raise CaptureError(
+            f"{user} at {user_frame()} uses a tensor of shape {tuple(tensor.shape)} that requires "
+            "a gradient and is no parameter of the model: make it one (register it on the module)"
+        )
+
+
+def hides_tensors(leaf: Any, depth: int = 0) -> bool:
+    """Whether an object that is no known container holds tensors in its attributes."""
+    attributes = getattr(leaf, "__dict__", None)
+    if attributes is None or callable(leaf) or depth > 2:
+        return False
+    return any(_has_tensor(held, depth) for held in attributes.values())
+
+
+def _has_tensor(held: Any, depth: int) -> bool:
+    if isinstance(held, torch.Tensor):
+        return True
+    if isinstance(held, Mapping):
+        return any(_has_tensor(inner, depth) for inner in held.values())
+    if isinstance(held, (list, tuple)):
+        return any(_has_tensor(inner, depth) for inner in held)
+    return hides_tensors(held, depth + 1)
+
+
+def _check_statistics(name: str, module: nn.Module) -> None:
+    if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+        raise CaptureError(
+            f"{name} ({type(module).__name__}) changes its buffer {name}.running_mean in train "
+            "mode: not supported yet. Put it in eval mode, or use a norm without running "
+            "statistics"
+        )
+
+
+def _check_parameters(module: nn.Module) -> None:
+    devices: dict[str, str] = {}
+    places: dict[tuple[str, int], str] = {}
+    for name, param in module.named_parameters():
+        if isinstance(param, UninitializedTensorMixin):
+            raise CaptureError(f"{name} has no shape yet: run the model once before")
+        if hasattr(param, "device_mesh"):
+            raise CaptureError(f"{name} is a DTensor: pass the model before it is sharded")
+        devices.setdefault(str(param.device), name)
+        if param.numel() and param.device.type != "meta":
+            place = (str(param.device), param.data_ptr())
+            other = places.setdefault(place, name)
+            if other != name:
+                raise CaptureError(
+                    f"{name} and {other} are two parameters in the same memory: tie them by "
+                    "assigning the same nn.Parameter"
+                )
+    if len(devices) > 1:
+        listed = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise CaptureError(f"parameters on several devices ({listed}): move the model to one")

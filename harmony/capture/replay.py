@@ -1,0 +1,138 @@
+"""Runs steps of a tape again, on any device, with a skeleton's modules.
+
+No patches, no global state: several threads replay at once, each with its own skeleton.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from harmony.capture.skeleton import Skeleton
+from harmony.capture.structure import flatten
+from harmony.capture.tape import (
+    DEVICE,
+    Constant,
+    Context,
+    LeftBehind,
+    ModuleRef,
+    StateRef,
+    Step,
+    StepKind,
+    ValueRef,
+)
+from harmony.errors import CaptureError
+
+Values = dict[int, torch.Tensor]
+"""Tensors by their number on the tape."""
+
+_MISSING = object()
+# Factories that make their tensor on the default device unless told otherwise: in the glue they
+# follow the inputs, so that a model written for one device runs on any.
+_FACTORIES = frozenset(
+    ["arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices", "zeros"]
+)
+
+
+def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
+    """Run one step, adding what it makes to ``values``.
+
+    Raises:
+        CaptureError: if a guard's read differs from the recorded one, or a module returns a
+            different number of tensors than when it was recorded.
+    """
+    args, kwargs = _arguments(step, values, skeleton)
+    target = skeleton.modules[step.target] if isinstance(step.target, str) else step.target
+    before_call = [_attribute(left, skeleton) for left in step.left_behind]
+    context = step.context
+    if context.grad_enabled and context.autocast is None:
+        out = target(*args, **kwargs)
+    else:
+        with _surroundings(context, skeleton.device):
+            out = target(*args, **kwargs)
+    if step.kind is StepKind.GUARD:
+        _check_guard(step, out)
+        return
+    for before, after in step.mutated:
+        values[after] = values[before]
+    _keep_outputs(step, out, values)
+    for left, held in zip(step.left_behind, before_call, strict=True):
+        values[left.value] = _take_back(left, held, skeleton)
+
+
+def _arguments(step: Step, values: Values, skeleton: Skeleton) -> tuple[Any, dict[str, Any]]:
+    args, kwargs = step.structure.unflatten(
+        [_resolve(leaf, values, skeleton) for leaf in step.leaves]
+    )
+    if step.kind is StepKind.FUNCTION and step.name in _FACTORIES and "device" not in kwargs:
+        kwargs = {**kwargs, "device": skeleton.device}
+    return args, kwargs
+
+
+def _resolve(leaf: Any, values: Values, skeleton: Skeleton) -> Any:
+    kind = type(leaf)
+    if kind is ValueRef:
+        return values[leaf.id]
+    if kind is StateRef:
+        return skeleton.tensor(leaf.name)
+    if leaf is DEVICE:
+        return skeleton.device
+    if kind is Constant:
+        return leaf.on(skeleton.device)
+    if kind is ModuleRef:
+        return skeleton.modules[leaf.name]
+    return leaf
+
+
+def _keep_outputs(step: Step, out: Any, values: Values) -> None:
+    numbers = step.outputs
+    leaves = (out,) if isinstance(out, torch.Tensor) else flatten(out)[0]
+    if len(leaves) != len(numbers):
+        raise CaptureError(
+            f"{step.name} returned {len(leaves)} values, {len(numbers)} when it was captured: "
+            "its result may not depend on the data"
+        )
+    for leaf, number in zip(leaves, numbers, strict=True):
+        if number is not None:
+            values[number] = leaf
+
+
+def _attribute(left: LeftBehind, skeleton: Skeleton) -> Any:
+    return skeleton.modules[left.module].__dict__.get(left.attribute, _MISSING)
+
+
+def _take_back(left: LeftBehind, held: Any, skeleton: Skeleton) -> torch.Tensor:
+    """Return a tensor left on an attribute, and clear that: it would keep its graph alive."""
+    attributes = skeleton.modules[left.module].__dict__
+    tensor: torch.Tensor = attributes.pop(left.attribute)
+    if held is not _MISSING:
+        attributes[left.attribute] = held
+    return tensor
+
+
+def _surroundings(context: Context, device: torch.device) -> ExitStack:
+    stack = ExitStack()
+    if not context.grad_enabled:
+        stack.enter_context(torch.no_grad())
+    if context.autocast is not None:
+        stack.enter_context(torch.autocast(device.type, dtype=context.autocast))
+    return stack
+
+
+def _check_guard(step: Step, found: Any) -> None:
+    same = found is step.expected or _equal(found, step.expected)
+    if not same:
+        raise CaptureError(
+            f"the forward reads a tensor ({step.name}) at {step.where}: it gave {step.expected!r} "
+            f"when the model was captured, now it gives {found!r}. A forward that depends on the "
+            "content of its inputs is not supported yet"
+        )
+
+
+def _equal(left: Any, right: Any) -> bool:
+    same = left == right
+    if hasattr(same, "all"):
+        return bool(same.all())
+    return bool(same) or (left != left and right != right)

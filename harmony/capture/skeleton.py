@@ -1,0 +1,140 @@
+"""Skeletons: copies of a module tree that hold no parameter memory.
+
+The parameters of a skeleton are placeholders on the meta device until tensors are bound in their
+place. Each device thread has a skeleton of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.errors import CaptureError
+
+Slot = tuple[Any, Any]
+"""A container and a key or index in it: where a parameter is stored."""
+
+
+class Skeleton:
+    """A copy of ``module`` whose parameters take no memory.
+
+    Attributes:
+        root: the copy.
+        device: where its tensors will live.
+        modules: every module by name.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.device = device
+        memo, placeholders = _placeholders(module, device)
+        try:
+            self.root: nn.Module = copy.deepcopy(module, memo)
+        except Exception as error:
+            raise CaptureError(
+                f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). "
+                "Keep locks, files and process groups off the module, or give it __deepcopy__"
+            ) from error
+        self.modules = dict(self.root.named_modules())
+        self._placeholders = placeholders
+        self._slots = _find_slots(self.root, placeholders)
+        self._bound = dict(placeholders)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the parameters and buffers."""
+        return tuple(self._placeholders)
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors in the place of parameters and buffers, under all their names."""
+        for name, tensor in tensors.items():
+            self._bound[name] = tensor
+            for container, key in self._slots[name]:
+                container[key] = tensor
+
+    def release(self, names: Iterable[str]) -> None:
+        """Put the placeholders back."""
+        self.bind({name: self._placeholders[name] for name in names})
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """What is bound for a parameter or buffer now."""
+        return self._bound[name]
+
+    def placeholder(self, name: str) -> torch.Tensor:
+        """What stands for a parameter (on the meta device) or buffer (its captured value)."""
+        return self._placeholders[name]
+
+
+def plain_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that are ordinary attributes of one module, with their names."""
+    for name, held in module.__dict__.items():
+        if isinstance(held, torch.Tensor):
+            yield name, held
+
+
+def _placeholders(
+    module: nn.Module, device: torch.device
+) -> tuple[dict[int, Any], dict[str, torch.Tensor]]:
+    """Return what replaces each tensor when the module is copied, by id and by name."""
+    memo: dict[int, Any] = {}
+    by_name: dict[str, torch.Tensor] = {}
+    for name, param in module.named_parameters():
+        memo[id(param)] = by_name[name] = _on_meta(param)
+    for name, buffer in module.named_buffers():
+        # They are small, and the glue may compute with them before anything is bound.
+        memo[id(buffer)] = by_name[name] = buffer.detach().clone()
+    for owner in module.modules():
+        for _, tensor in plain_tensors(owner):
+            memo.setdefault(id(tensor), tensor.detach().to(device, copy=True))
+    return memo, by_name
+
+
+def _on_meta(param: nn.Parameter) -> nn.Parameter:
+    meta = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    return nn.Parameter(meta, requires_grad=param.requires_grad)
+
+
+def _find_slots(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[Slot]]:
+    """Every place that holds a tensor: module attributes, and lists and dicts in attributes."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    slots: dict[str, list[Slot]] = {name: [] for name in tensors}
+    for module in root.modules():
+        for container in _containers(module):
+            pairs = container.items() if isinstance(container, Mapping) else enumerate(container)
+            for key, held in pairs:
+                if id(held) in names:
+                    slots[names[id(held)]].append((container, key))
+    return slots
+
+
+def _containers(module: nn.Module) -> Iterator[Any]:
+    """Yield the dict of a module's attributes, and the lists and dicts in it."""
+    yield module.__dict__
+    for name, held in module.__dict__.items():
+        if name != "_modules" and isinstance(held, (MutableMapping, MutableSequence)):
+            yield held
+
+
+def closes_over_module(module: nn.Module) -> str | None:
+    """Name an attribute whose function captured a module: it would use the original weights."""
+    for name, owner in module.named_modules():
+        for attribute, held in owner.__dict__.items():
+            if isinstance(held, FunctionType) and any(map(_is_module, _cells(held))):
+                return f"{name}.{attribute}".lstrip(".")
+    return None
+
+
+def _cells(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a cell that is still empty
+            continue
+
+
+def _is_module(held: Any) -> bool:
+    return isinstance(held, nn.Module)

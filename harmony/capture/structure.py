@@ -1,0 +1,82 @@
+"""Nested Python structures that hold tensors, taken apart into leaves and put together again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is left of a structure without its leaves.
+
+    torch's pytrees (lists, tuples, dicts, named tuples, Hugging Face outputs), and dataclasses
+    that nobody registered as such.
+
+    Attributes:
+        spec: the pytree.
+        num_leaves: how many leaves it takes.
+        nested: per leaf of the pytree that is a dataclass with tensors: the class, the names of
+            its fields, and the structure of their values.
+    """
+
+    spec: pytree.TreeSpec
+    num_leaves: int
+    nested: tuple[tuple[int, type, tuple[str, ...], Structure], ...] = ()
+
+    def unflatten(self, leaves: Iterable[Any]) -> Any:
+        """Build the structure from its leaves."""
+        if not self.nested:
+            return pytree.tree_unflatten(list(leaves), self.spec)
+        remaining = iter(leaves)
+        containers = {index: (kind, names, inner) for index, kind, names, inner in self.nested}
+        outer = []
+        for index in range(self.spec.num_leaves):
+            if index not in containers:
+                outer.append(next(remaining))
+                continue
+            kind, names, inner = containers[index]
+            fields = inner.unflatten([next(remaining) for _ in range(inner.num_leaves)])
+            outer.append(_rebuild(kind, names, fields))
+        return pytree.tree_unflatten(outer, self.spec)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """Take a structure apart into its leaves, in a fixed order."""
+    outer, spec = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    nested = []
+    for index, leaf in enumerate(outer):
+        if not _holds_tensors(leaf):
+            leaves.append(leaf)
+            continue
+        names = tuple(field.name for field in dataclasses.fields(leaf))
+        inner_leaves, inner = flatten([getattr(leaf, name) for name in names])
+        nested.append((index, type(leaf), names, inner))
+        leaves += inner_leaves
+    return leaves, Structure(spec, len(leaves), tuple(nested))
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors of a structure."""
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return False
+    fields = (getattr(leaf, field.name, None) for field in dataclasses.fields(leaf))
+    return any(tensors_in(value) for value in fields)
+
+
+def _rebuild(kind: type, names: tuple[str, ...], values: list[Any]) -> Any:
+    """Make an instance without calling ``__init__``, which may compute or check things."""
+    instance = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(instance, name, value)
+    return instance

@@ -1,0 +1,257 @@
+"""The tape: a model's forward as a flat list of steps over numbered values. Data only.
+
+A call of a *leaf module* is one opaque step, whose Python runs again at replay; every torch
+function called outside of the leaves (the *glue*) is one step. An operation that changes a tensor
+in place gives it a new number, so that a number stands for one content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import torch
+
+from harmony.capture.structure import Structure
+
+
+@dataclass(frozen=True)
+class ValueRef:
+    """A tensor that a step made, or an input of the model."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class StateRef:
+    """A parameter or buffer, by its canonical name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ModuleRef:
+    """A module that is passed as an argument, by its name."""
+
+    name: str
+
+
+class _ReplayDevice(Enum):
+    DEVICE = "device"
+
+
+DEVICE = _ReplayDevice.DEVICE
+"""Stands for the device of the inputs in arguments: becomes the device of the replay."""
+
+
+class Constant:
+    """A tensor of unknown origin that the forward reads; kept by value, copied once per device."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The tensor on ``device``."""
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = self._copies[device] = self.tensor.to(device)
+        return copy
+
+
+class StepKind(Enum):
+    """What a step calls."""
+
+    MODULE = "module"
+    FUNCTION = "function"
+    GUARD = "guard"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What surrounds a step: whether gradients are recorded, and to which type autocast casts."""
+
+    grad_enabled: bool = True
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """A tensor that a leaf module leaves on an attribute of a module.
+
+    Attributes:
+        module: name of the module.
+        attribute: name of the attribute.
+        value: the number of the tensor.
+    """
+
+    module: str
+    attribute: str
+    value: int
+
+
+@dataclass
+class Step:
+    """One call.
+
+    Attributes:
+        name: the module's name, or the function's.
+        target: the function to call; for a module step, its name in the skeleton.
+        leaves: the flattened ``(args, kwargs)``, tensors as references.
+        structure: how to build ``(args, kwargs)`` from the leaves.
+        outputs: per flattened output, the number of the tensor that it makes, if any.
+        mutated: pairs (number before, number after) of tensors that it changes in place.
+        left_behind: tensors that it leaves on attributes.
+        state: names of the parameters and buffers that it uses.
+        random: whether it draws random numbers.
+        expected: what a guard's read gave.
+        where: file and line of the call in the user's code.
+    """
+
+    kind: StepKind
+    name: str
+    target: Callable[..., Any] | str
+    leaves: tuple[Any, ...]
+    structure: Structure
+    context: Context
+    outputs: tuple[int | None, ...] = ()
+    mutated: tuple[tuple[int, int], ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
+    state: tuple[str, ...] = ()
+    random: bool = False
+    expected: Any = None
+    where: str = "?"
+
+    @property
+    def inputs(self) -> Iterator[int]:
+        """Numbers of the values that it reads, with repetition."""
+        return (leaf.id for leaf in self.leaves if isinstance(leaf, ValueRef))
+
+    @property
+    def made(self) -> Iterator[int]:
+        """Numbers of the values that it makes, changed ones included."""
+        yield from (number for number in self.outputs if number is not None)
+        yield from (after for _, after in self.mutated)
+        yield from (left.value for left in self.left_behind)
+
+
+@dataclass
+class TapeValue:
+    """What is known of a numbered tensor.
+
+    Attributes:
+        storage: values of the same number share memory.
+        dense: whether it is an ordinary strided tensor.
+        name: where it comes from.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    storage: int
+    dense: bool
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, laid out densely."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Tape:
+    """One forward, for one number of samples.
+
+    Attributes:
+        inputs: per flattened input of the model, the number of the tensor, if it is one.
+        outputs: the flattened outputs, tensors as ``ValueRef``.
+        output_structure: how to build the model's output.
+        device: where it was recorded.
+        host_program: the steps that decide the guards which depend on the inputs alone.
+        real: whether it was recorded from a real run rather than with fake parameters.
+    """
+
+    steps: list[Step]
+    values: list[TapeValue]
+    inputs: tuple[int | None, ...]
+    outputs: tuple[Any, ...]
+    output_structure: Structure
+    device: torch.device
+    host_program: tuple[Step, ...] = ()
+    real: bool = False
+    last_use: list[int] = field(default_factory=list)
+    producer: list[int] = field(default_factory=list)
+    dead_after: list[tuple[int, ...]] = field(default_factory=list)
+
+    def analyse(self) -> None:
+        """Compute producers, last uses and what may be freed after each step."""
+        end = len(self.steps)
+        self.producer = [-1] * len(self.values)
+        self.last_use = [-1] * len(self.values)
+        for index, step in enumerate(self.steps):
+            for number in step.made:
+                self.producer[number] = self.last_use[number] = index
+            for number in step.inputs:
+                self.last_use[number] = index
+        for leaf in self.outputs:
+            if isinstance(leaf, ValueRef):
+                self.last_use[leaf.id] = end
+        dead: list[list[int]] = [[] for _ in range(end)]
+        for number, last in enumerate(self.last_use):
+            if 0 <= last < end:
+                dead[last].append(number)
+        self.dead_after = [tuple(numbers) for numbers in dead]
+
+
+def without_dead_steps(tape: Tape) -> Tape:
+    """Return the tape without guards that the inputs decide, and what only those needed.
+
+    Module steps, random steps and steps that change a tensor always stay.
+    """
+    on_host = _decided_by_inputs(tape)
+    host_program = _slice(tape.steps, [i for i in on_host if _is_guard(tape.steps[i])])
+    needed = {leaf.id for leaf in tape.outputs if isinstance(leaf, ValueRef)}
+    kept: list[Step] = []
+    for index in reversed(range(len(tape.steps))):
+        step = tape.steps[index]
+        decided = _is_guard(step) and index in on_host
+        if not decided and (not _is_pure(step) or needed.intersection(step.made)):
+            kept.append(step)
+            needed.update(step.inputs)
+    tape = replace(tape, steps=kept[::-1], host_program=host_program)
+    tape.analyse()
+    return tape
+
+
+def _is_guard(step: Step) -> bool:
+    return step.kind is StepKind.GUARD
+
+
+def _is_pure(step: Step) -> bool:
+    return step.kind is StepKind.FUNCTION and not step.random and not step.mutated
+
+
+def _decided_by_inputs(tape: Tape) -> set[int]:
+    """Steps that glue computes from the inputs and buffers alone."""
+    known = {number for number in tape.inputs if number is not None}
+    chosen = set()
+    for index, step in enumerate(tape.steps):
+        glue = step.kind is not StepKind.MODULE and not step.random
+        if glue and known.issuperset(step.inputs):
+            chosen.add(index)
+            known.update(step.made)
+    return chosen
+
+
+def _slice(steps: list[Step], wanted: list[int]) -> tuple[Step, ...]:
+    """Return the steps that the wanted ones need, in order."""
+    chosen = set(wanted)
+    needed = {number for index in wanted for number in steps[index].inputs}
+    for index in reversed(range(len(steps))):
+        if needed.intersection(steps[index].made):
+            chosen.add(index)
+            needed.update(steps[index].inputs)
+    return tuple(steps[index] for index in sorted(chosen))

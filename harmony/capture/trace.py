@@ -1,0 +1,257 @@
+"""Runs the forward once on a throwaway copy of the module and returns its tape.
+
+The parameters of the copy are fake tensors: no weight memory, no compute; the inputs are real, so
+that masks and position tables come out as they will in training. Where the forward looks at
+values that fake tensors do not have, the trace is repeated with the real parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from harmony.capture.inputs import Batch
+from harmony.capture.isolation import autocast_dtype, undisturbed, user_frame_of
+from harmony.capture.leafwatch import LeafMustOpen
+from harmony.capture.leaves import open_leaf
+from harmony.capture.record import RandomWatch, Recorder, recording
+from harmony.capture.skeleton import Skeleton
+from harmony.capture.structure import flatten
+from harmony.capture.tape import StepKind, Tape, without_dead_steps
+from harmony.errors import CaptureError
+
+NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+_MOST_OPENED = 100
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is recorded: the forward, and the loss if the step has one.
+
+    Attributes:
+        loss: maps ``(output, targets)`` to the scalar loss.
+        output_loss: whether the model returns its loss itself.
+    """
+
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    output_loss: bool = False
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the result is the scalar loss."""
+        return self.output_loss or self.loss is not None
+
+    def __call__(self, net: nn.Module, args: Any, kwargs: Any, targets: Any) -> Any:
+        """Run it."""
+        out = net(*args, **kwargs)
+        if self.loss is not None:
+            return _scalar(self.loss(out, targets), "the loss function returned")
+        if self.output_loss:
+            return _scalar(_loss_of(out), "output_loss is set, but the model returned")
+        return out
+
+
+class Tracer:
+    """Traces one module for any number of samples.
+
+    Attributes:
+        leaves: names of the leaf modules; fewer after a trace had to open some.
+        device: where traces run.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        template: Skeleton,
+        program: Program,
+        batch: Batch,
+        leaves: set[str],
+    ) -> None:
+        self.leaves = leaves
+        self.device = _trace_device(batch)
+        self._source = source
+        self._template = template
+        self._program = program
+        self._batch = batch
+        self._real = False
+
+    def trace(self, num_samples: int) -> Tape:
+        """Record the forward on a batch of ``num_samples`` samples.
+
+        Raises:
+            CaptureError: naming what cannot be recorded, with file and line.
+        """
+        for _ in range(_MOST_OPENED):
+            try:
+                with undisturbed(self.device):
+                    return without_dead_steps(self._attempt(num_samples))
+            except LeafMustOpen as request:
+                self._open(request)
+            except NEEDS_VALUES as error:
+                self._use_real_parameters(error)
+        raise CaptureError(f"gave up after opening {_MOST_OPENED} modules; {self.leaves} are left")
+
+    def _attempt(self, num_samples: int) -> Tape:
+        twin = Skeleton(self._template.root, self.device)
+        twin.bind(self._parameters() if self._real else fake_parameters(twin, self.device))
+        twin.bind({name: b.to(self.device) for name, b in twin.root.named_buffers()})
+        stand_ins = _stand_ins(self._source, twin)
+        random = RandomWatch()
+        recorder = Recorder(twin, self.leaves, self.device, stand_ins, random)
+        args, kwargs, targets = self._batch.take(num_samples, self.device)
+        named = zip(self._batch.names, flatten((args, kwargs, targets))[0], strict=True)
+        inputs = tuple(
+            recorder.add_input(leaf, name) if isinstance(leaf, torch.Tensor) else None
+            for name, leaf in named
+        )
+        buffers = _buffer_versions(twin)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if autocast_dtype() is not None:  # possibly of a device that the trace is not on
+                stack.enter_context(torch.autocast(self.device.type, dtype=autocast_dtype()))
+            if self._real:
+                stack.enter_context(_nothing_saved())
+            stack.enter_context(random)
+            stack.enter_context(recording(recorder))
+            out = self._program(twin.root, args, kwargs, targets)
+        _check_buffers(twin, buffers, recorder)
+        leaves, structure = flatten(out)
+        outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
+        _check_guards(recorder)
+        return Tape(
+            recorder.steps,
+            recorder.values,
+            inputs,
+            outputs,
+            structure,
+            self.device,
+            real=self._real,
+        )
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {
+            name: nn.Parameter(param.detach(), requires_grad=param.requires_grad)
+            for name, param in self._source.named_parameters()
+        }
+
+    def _open(self, request: LeafMustOpen) -> None:
+        opened = False
+        for name in request.names:
+            inner = open_leaf(self._template.root, name) if name in self.leaves else None
+            if inner is not None:
+                self.leaves = (self.leaves - {name}) | inner
+                opened = True
+        if not opened:
+            raise CaptureError(f"{request}: pass it as an argument or return it")
+
+    def _use_real_parameters(self, error: Exception) -> None:
+        where = user_frame_of(error)
+        if self._real:
+            raise CaptureError(f"the forward cannot be recorded at {where}: {error}") from error
+        if any(param.device.type == "meta" for param in self._source.parameters()):
+            raise CaptureError(
+                f"the forward depends on values at {where} ({error}), which takes a run with real "
+                "parameters, but some are on the meta device: materialise them first"
+            ) from error
+        self._real = True
+
+
+def fake_parameters(skeleton: Skeleton, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return fake tensors for all parameters of a skeleton: shapes without memory."""
+    fake: dict[str, torch.Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, param in skeleton.root.named_parameters():
+            empty = torch.empty_strided(
+                param.shape, param.stride(), dtype=param.dtype, device=device
+            )
+            fake[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
+    return fake
+
+
+def _trace_device(batch: Batch) -> torch.device:
+    """Where to trace: on the inputs' device if fake tensors can stand for its kernels."""
+    for leaf in batch.leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda":
+            return leaf.device
+    return torch.device("cpu")
+
+
+def _stand_ins(source: nn.Module, twin: Skeleton) -> Mapping[int, Any]:
+    """Map the user's own modules, parameters and buffers to the twin's, by id."""
+    stand_ins: dict[int, Any] = {}
+    for name, module in source.named_modules():
+        stand_ins[id(module)] = twin.modules[name]
+    for name, tensor in (*source.named_parameters(), *source.named_buffers()):
+        stand_ins[id(tensor)] = twin.tensor(name)
+    return stand_ins
+
+
+def _nothing_saved() -> Any:
+    """Keep nothing for a backward: a real trace needs the graph, not the activations."""
+
+    def unpack(_: Any) -> torch.Tensor:
+        raise CaptureError("backward inside the forward, outside of a layer, is not supported")
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, unpack)
+
+
+def _loss_of(out: Any) -> Any:
+    if isinstance(out, Mapping):
+        return out.get("loss")
+    if isinstance(out, (tuple, list)):
+        return out[0] if out else None
+    return out if isinstance(out, torch.Tensor) else getattr(out, "loss", None)
+
+
+def _scalar(loss: Any, what: str) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
+    raise CaptureError(f"{what} {shape!r} where a scalar tensor was expected as the loss")
+
+
+def _buffer_versions(twin: Skeleton) -> dict[str, tuple[int, int]]:
+    return {name: (id(b), b._version) for name, b in twin.root.named_buffers()}
+
+
+def _check_buffers(twin: Skeleton, before: Mapping[str, Any], recorder: Recorder) -> None:
+    """Refuse buffers that the forward changed or replaced."""
+    after = _buffer_versions(twin)
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed:
+        users = [s.name for s in recorder.steps if changed[0] in s.state]
+        raise CaptureError(
+            f"layer {users[0] if users else '?'} changes its buffer {changed[0]} in the forward: "
+            "not supported yet"
+        )
+
+
+def _check_guards(recorder: Recorder) -> None:
+    """Refuse Python decisions that depend on random numbers."""
+    drawn: set[int] = set()
+    for step in recorder.steps:
+        tainted = (step.random and step.kind is StepKind.FUNCTION) or drawn.intersection(step.inputs)
+        if tainted and step.kind is StepKind.GUARD:
+            raise CaptureError(
+                f"{step.name} at {step.where} decides by a random number outside of a layer: "
+                "not supported yet. Move the decision into a layer"
+            )
+        if tainted:
+            drawn.update(step.made)
+
+

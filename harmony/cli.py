@@ -1,0 +1,186 @@
+"""The console command `harmony-run`: runs a training script with Harmony configured.
+
+Exit codes: the script's own; 1 for an exception of the script or an error of Harmony; 2 for a
+command line that makes no sense; 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from harmony import session
+from harmony.arguments import Command, mistyped, parse
+from harmony.errors import ConfigError, HarmonyError
+from harmony.progress import Progress
+from harmony.report import print_report, write_report
+from harmony.session import Options
+from harmony.units import format_bytes
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+VIRTUAL_MEMORY_NBYTES = 64 * 2**20
+"""Memory of a virtual GPU if the command line does not say: small, to have something to stream."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    Args:
+        argv: the words after ``harmony-run``; default: those of this process.
+    """
+    progress = Progress(sys.stderr)
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        progress.say(f"error: {error}")
+        return EXIT_USAGE
+    with session.running(command.options):
+        session.observe(progress)
+        try:
+            _set_up_gpus(command.options, progress)
+        except HarmonyError as error:
+            if command.debug:
+                traceback.print_exc()
+            progress.say(f"error: {error}")
+            return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
+        code = _run(command, progress)
+        return _finish(command, progress, code)
+
+
+def _set_up_gpus(options: Options, progress: Progress) -> None:
+    """Make sure that there are as many GPUs as asked for; make virtual ones where needed.
+
+    Raises:
+        ConfigError: if there are fewer real GPUs than asked for, or an option needs virtual ones.
+        VirtualGPUError: if the virtual GPU cannot be built.
+    """
+    import torch  # late: a wrong command line is refused without waiting for torch
+
+    if torch.cuda.is_available() and not options.virtual:
+        present = torch.cuda.device_count()
+        if options.gpus is not None and options.gpus > present:
+            raise ConfigError(
+                f"--gpus {options.gpus}: this machine has {present}. "
+                f"Use --gpus {present}, or --virtual to try more GPUs than there are"
+            )
+        if options.link is not None:
+            raise ConfigError("--link sets the speed of virtual GPUs: add --virtual")
+        return
+    from harmony.runtime.vgpu import virtual_gpus
+
+    count = options.gpus or 1
+    memory = options.gpu_memory_nbytes or VIRTUAL_MEMORY_NBYTES
+    virtual_gpus(count=count, memory=memory, link=options.link)
+    why = "" if options.virtual else "no NVIDIA GPU found: "
+    link = f" behind {options.link} links" if options.link else ""
+    gpus = "1 virtual GPU" if count == 1 else f"{count} virtual GPUs"
+    progress.say(f"{why}training on {gpus} of {format_bytes(memory)}{link} (PyTorch CPU kernels)")
+
+
+def _run(command: Command, progress: Progress) -> int:
+    """Run the script as ``__main__`` and return the exit code that it earned."""
+    code = 0
+    try:
+        with _as_main(command), progress.around_output():
+            runpy.run_path(str(command.script), run_name="__main__")
+    except session.PlanOnly:
+        progress.say("--plan-only: stopped before training")
+    except SystemExit as error:
+        code = _exit_code(error)
+    except KeyboardInterrupt:
+        progress.say(f"interrupted at step {progress.next_step}")
+        code = EXIT_INTERRUPTED
+    except HarmonyError as error:
+        if command.debug:
+            _print_traceback(error, command.script)
+        hint = "" if command.debug else "\n  (--debug shows where it was raised)"
+        progress.say(f"error: {error}{hint}")
+        code = EXIT_ERROR
+    except BaseException as error:
+        _print_traceback(error, command.script)
+        code = EXIT_ERROR
+    _flush()
+    return code
+
+
+def _finish(command: Command, progress: Progress, code: int) -> int:
+    """Print and write the report of what ran."""
+    records = [record for record in session.records() if record.runs]
+    hint = mistyped(command.script_arguments) if code else None
+    if hint:
+        progress.say(hint)
+    if not session.records() and code == 0:
+        progress.say(
+            f"{command.script} never made a harmony.Harmony model, so there is nothing to report. "
+            "Wrap the module: model = harmony.Harmony(module, ...)"
+        )
+    if not records:
+        return code
+    try:
+        print_report(records)
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if command.options.report is None:
+        return code
+    try:
+        write_report(records, command.options.report)
+    except OSError as error:
+        progress.say(f"error: cannot write the report: {error}")
+        return code or EXIT_ERROR
+    progress.say(f"report written to {command.options.report}")
+    return code
+
+
+@contextmanager
+def _as_main(command: Command) -> Iterator[None]:
+    """Give the script the ``sys.argv`` and ``sys.path[0]`` that python would give it."""
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [str(command.script), *command.script_arguments]
+    # As `harmony-run`, sys.path[0] is the folder of that command; as `python -m`, the cwd.
+    sys.path[0] = str(command.script.resolve().parent)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def _exit_code(error: SystemExit) -> int:
+    """What python would exit with; prints a text argument as python does."""
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    sys.stderr.write(f"{error.code}\n")
+    return EXIT_ERROR
+
+
+def _print_traceback(error: BaseException, script: Path) -> None:
+    """Print the traceback as python would have: from the script's frame on."""
+    frames = _from_script(error.__traceback__, script)
+    traceback.print_exception(type(error), error, frames)
+
+
+def _from_script(frames: TracebackType | None, script: Path) -> TracebackType | None:
+    """Cut off the frames above the script's; none are left if it never began (a SyntaxError)."""
+    here = frames
+    while here is not None and here.tb_frame.f_code.co_filename != str(script):
+        here = here.tb_next
+    return here
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue  # closed by the script, or its reader has gone: nothing is left to save

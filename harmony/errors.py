@@ -1,0 +1,60 @@
+"""The exceptions that Harmony raises; every message carries the values and the remedy.
+
+    HarmonyError
+     |- ConfigError          an option that makes no sense, before anything ran
+     |- CaptureError         the model cannot be turned into layers; names the layer
+     |- PlanError            no valid plan
+     |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
+     |   `- ScheduleError    a schedule that the checker refuses; shows the line
+     |- ExecutionError       a task failed while it ran; names the task
+     |- RaceError            two accesses to the same memory that no event orders
+     `- VirtualGPUError      the virtual GPU could not be built, loaded or configured
+"""
+
+from __future__ import annotations
+
+
+class HarmonyError(Exception):
+    """Base of everything that Harmony raises on purpose."""
+
+
+class ConfigError(HarmonyError, ValueError):
+    """An option with an impossible value."""
+
+
+class CaptureError(HarmonyError):
+    """The model's forward cannot be recorded as layers."""
+
+
+class PlanError(HarmonyError):
+    """No plan can be made, or a plan does not match the model or the machine."""
+
+
+class DoesNotFitError(PlanError):
+    """Something is larger than the memory it has to fit in."""
+
+
+class ScheduleError(PlanError):
+    """A schedule that would read what is not there, overflow a memory, or race."""
+
+
+class ExecutionError(HarmonyError):
+    """A task of the schedule failed.
+
+    Attributes:
+        task: the text of the task or instruction that failed, e.g. ``"B[4:8]@0:4"``.
+        torn: whether some parameters were updated before it failed, and others were not.
+    """
+
+    def __init__(self, message: str, task: str = "", *, torn: bool = False) -> None:
+        super().__init__(message)
+        self.task = task
+        self.torn = torn
+
+
+class RaceError(HarmonyError):
+    """Conflicting memory accesses that no event orders."""
+
+
+class VirtualGPUError(HarmonyError):
+    """The virtual GPU could not be built, loaded or configured."""

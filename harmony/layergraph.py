@@ -1,0 +1,172 @@
+"""What the model is: its layers, the values that pass between them, its shared parameters.
+
+Data only, no torch. `harmony.capture` makes it; the planner reads nothing else of the model.
+A *layer* is the smallest unit that the planner moves; a *value* is a tensor that crosses from one
+layer to a later one (or enters or leaves the model). In a plain chain value ``l`` is the input of
+layer ``l``; a skip connection is a value with a late last consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+MODEL_INPUT = -1
+"""The producer of a value that is an input of the model."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that crosses a layer boundary, per microbatch.
+
+    Attributes:
+        id: its index in ``LayerGraph.values``; ascending in the order of production.
+        name: where it comes from, for people.
+        producer: the layer that makes it, or ``MODEL_INPUT``.
+        consumers: the layers that read it, ascending; may be empty for an output.
+        nbytes_per_sample: bytes that grow with the number of samples of the microbatch.
+        nbytes_fixed: bytes that do not (masks, position ids); one of the two is usually 0.
+        batch_dim: the dimension that counts samples; None if it does not depend on the batch.
+        requires_grad: whether a gradient flows back through it.
+        is_output: whether the model returns it.
+    """
+
+    id: int
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+    nbytes_per_sample: int
+    nbytes_fixed: int = 0
+    batch_dim: int | None = 0
+    requires_grad: bool = True
+    is_output: bool = False
+
+    def nbytes(self, num_samples: int) -> int:
+        """Bytes of this value for a microbatch of ``num_samples`` samples."""
+        return self.nbytes_fixed + self.nbytes_per_sample * num_samples
+
+
+@dataclass(frozen=True)
+class SharedParam:
+    """A parameter that several layers use (tied weights); stored once, moved on its own.
+
+    Attributes:
+        id: its index in ``LayerGraph.shared``.
+        name: its first canonical name in the module.
+        layers: the layers that use it, ascending; it belongs to the first.
+        nbytes: bytes of the parameter.
+        gradient_nbytes: bytes of its gradient, 0 if frozen.
+        state_nbytes: bytes of its optimizer state.
+    """
+
+    id: int
+    name: str
+    layers: tuple[int, ...]
+    nbytes: int
+    gradient_nbytes: int
+    state_nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The smallest unit that the planner places and moves.
+
+    Attributes:
+        index: its position in ``LayerGraph.layers``.
+        name: the module or operation it comes from, for people.
+        signature: equal for layers that do the same work on other weights; a profile measures
+            one layer of each signature.
+        params: canonical names of the parameters that only this layer uses.
+        weight_nbytes: bytes of those parameters and the layer's buffers, as laid out in the
+            host arena (each parameter aligned to 64 bytes).
+        gradient_nbytes: bytes of their gradients (frozen ones have none), laid out likewise.
+        state_nbytes: bytes of their optimizer state on the host.
+        shared: ids of the shared parameters it uses.
+        inputs: ids of the values it reads, ascending.
+        outputs: ids of the values it makes, ascending.
+        uses_rng: whether it draws random numbers.
+        mixes_samples: whether a sample's result depends on the other samples of its microbatch.
+    """
+
+    index: int
+    name: str
+    signature: str
+    params: tuple[str, ...]
+    weight_nbytes: int
+    gradient_nbytes: int
+    state_nbytes: int = 0
+    shared: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    uses_rng: bool = False
+    mixes_samples: bool = False
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """A model as a list of layers in execution order, with the values between them.
+
+    Attributes:
+        loss: id of the value that is the loss, whose gradient the step itself starts from; None
+            where the loss is computed outside (then gradients of the outputs come from outside).
+    """
+
+    layers: tuple[Layer, ...]
+    values: tuple[Value, ...]
+    shared: tuple[SharedParam, ...] = ()
+    loss: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return len(self.layers)
+
+    @cached_property
+    def input_ids(self) -> tuple[int, ...]:
+        """Values that enter the model."""
+        return tuple(v.id for v in self.values if v.producer == MODEL_INPUT)
+
+    @cached_property
+    def output_ids(self) -> tuple[int, ...]:
+        """Values that the model returns."""
+        return tuple(v.id for v in self.values if v.is_output)
+
+    def weight_nbytes(self, layers: Iterable[int] | None = None) -> int:
+        """Bytes of parameters and buffers of these layers (default: all), shared ones once."""
+        chosen = set(range(self.num_layers) if layers is None else layers)
+        own = sum(self.layers[i].weight_nbytes for i in chosen)
+        return own + sum(s.nbytes for s in self.shared if chosen.intersection(s.layers))
+
+    def gradient_nbytes(self, layers: Iterable[int] | None = None) -> int:
+        """Bytes of gradients of these layers (default: all), shared ones once."""
+        chosen = set(range(self.num_layers) if layers is None else layers)
+        own = sum(self.layers[i].gradient_nbytes for i in chosen)
+        return own + sum(s.gradient_nbytes for s in self.shared if chosen.intersection(s.layers))
+
+    def state_nbytes(self) -> int:
+        """Bytes of the optimizer state of all layers."""
+        own = sum(layer.state_nbytes for layer in self.layers)
+        return own + sum(s.state_nbytes for s in self.shared)
+
+    def pack_inputs(self, first: int, last: int) -> tuple[int, ...]:
+        """Values made before layer ``first`` that layers ``first`` to ``last - 1`` read."""
+        seen = {v for i in range(first, last) for v in self.layers[i].inputs}
+        return tuple(sorted(v for v in seen if self.values[v].producer < first))
+
+    def pack_outputs(self, first: int, last: int) -> tuple[int, ...]:
+        """Values made by layers ``first`` to ``last - 1`` that are read later or returned."""
+        made = (v for i in range(first, last) for v in self.layers[i].outputs)
+        return tuple(sorted(v for v in made if self._leaves(v, last)))
+
+    def shared_in(self, first: int, last: int) -> tuple[int, ...]:
+        """Ids of the shared parameters that layers ``first`` to ``last - 1`` use."""
+        return tuple(s.id for s in self.shared if any(first <= i < last for i in s.layers))
+
+    def pins_microbatch(self) -> bool:
+        """Whether FORWARD and BACKWARD must use the same microbatch size (design: numerics)."""
+        return any(layer.uses_rng or layer.mixes_samples for layer in self.layers[:-1])
+
+    def _leaves(self, value: int, last: int) -> bool:
+        v = self.values[value]
+        return v.is_output or (bool(v.consumers) and v.consumers[-1] >= last)

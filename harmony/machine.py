@@ -1,0 +1,65 @@
+"""What the server is: its devices, its host memory, its links. Data only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, real or virtual.
+
+    Attributes:
+        name: e.g. ``"vgpu:0"`` or ``"NVIDIA H100"``.
+        memory_nbytes: bytes that Harmony may use on it.
+        h2d_bytes_per_s: host to device bandwidth of its link.
+        d2h_bytes_per_s: device to host bandwidth.
+        p2p_bytes_per_s: bandwidth to another device.
+        task_overhead_s: fixed seconds that one Run costs beyond its layers' work.
+    """
+
+    name: str
+    memory_nbytes: int
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    p2p_bytes_per_s: float
+    task_overhead_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host side of the server.
+
+    Attributes:
+        memory_nbytes: bytes of host memory that Harmony may use.
+        accumulate_bytes_per_s: gradient bytes per second when one part is added to another.
+        num_cores: CPU cores.
+    """
+
+    memory_nbytes: int
+    accumulate_bytes_per_s: float = 4e9
+    num_cores: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A server: devices and the host that feeds them."""
+
+    devices: tuple[Device, ...]
+    host: Host
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the server has."""
+        return len(self.devices)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that ``from_json`` reads back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Machine:
+        """Read what ``to_json`` wrote."""
+        devices = tuple(Device(**device) for device in data["devices"])
+        return Machine(devices=devices, host=Host(**data["host"]))

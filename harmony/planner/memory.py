@@ -1,0 +1,107 @@
+"""Bytes that a schedule takes: per device at every Run, and on the host.
+
+Memory of a device changes hands in the order of its compute stream only, so what is in use
+follows from the program, whatever the timing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harmony.layergraph import LayerGraph
+from harmony.planner.cost import CostTable, backward_workspace_nbytes, forward_workspace_nbytes
+from harmony.planner.schedule import Instruction, Op, Schedule
+from harmony.planner.tasks import Task, TaskKind, TensorKind, TensorRef
+
+BLOCK_NBYTES = 512
+"""Device allocators hand out multiples of this."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes in use on a device.
+
+    Attributes:
+        index: position of the instruction at the peak in the device's program, -1 if it is
+            empty.
+        slots, values, workspace: what the bytes are for.
+    """
+
+    nbytes: int = 0
+    index: int = -1
+    slots: int = 0
+    values: int = 0
+    workspace: int = 0
+
+
+class Workspace:
+    """Bytes that a Run takes while it runs, remembered per pack and microbatch size."""
+
+    def __init__(self, graph: LayerGraph, costs: CostTable | None) -> None:
+        self.graph = graph
+        self.costs = costs
+        self.known: dict[tuple[object, ...], int] = {}
+
+    def nbytes(self, task: Task, writes: tuple[TensorRef, ...]) -> int:
+        """Bytes beyond the task's weights, gradients, inputs and outputs; 0 without costs."""
+        if self.costs is None:
+            return 0
+        written = tuple(ref.first for ref in writes if ref.kind is TensorKind.VALUE)
+        key = (task.kind, task.pack, task.num_samples, written)
+        if key not in self.known:
+            of = backward_workspace_nbytes
+            if task.kind is TaskKind.FORWARD:
+                of = forward_workspace_nbytes
+            layers = range(task.pack.first, task.pack.last)
+            self.known[key] = of(self.graph, self.costs, layers, task.num_samples, written)
+        return self.known[key]
+
+
+def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
+    """The most bytes in use on a device, and when."""
+    spec = schedule.devices[index]
+    slots = spec.weight_slots.total_nbytes + spec.gradient_slots.total_nbytes
+    alive: dict[TensorRef, int] = {}
+    values, peak = 0, Peak(slots, -1, slots)
+    for at, step in enumerate(schedule.programs[index]):
+        extra = 0
+        for ref in _taken(step):
+            if ref.is_value and ref not in alive:
+                alive[ref] = _blocks(ref.nbytes(graph))
+                values += alive[ref]
+        if step.op is Op.DROP and step.ref is not None:
+            values -= alive.pop(step.ref, 0)
+        if step.op is Op.RUN and step.task is not None:
+            extra = workspace.nbytes(step.task, step.writes)
+        if slots + values + extra > peak.nbytes:
+            peak = Peak(slots + values + extra, at, slots, values, extra)
+    return peak
+
+
+def _taken(step: Instruction) -> tuple[TensorRef, ...]:
+    if step.op is Op.ALLOC and step.ref is not None:
+        return (step.ref,)
+    return step.writes if step.op is Op.RUN else ()
+
+
+def _blocks(nbytes: int) -> int:
+    return -(-nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
+
+
+def stash_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
+    """Bytes of host memory for values and gradients of values; each lives until the step ends."""
+    out = {
+        step.ref
+        for program in schedule.programs
+        for step in program
+        if step.op is Op.SWAP_OUT and step.ref is not None and step.ref.is_value
+    }
+    return sum(ref.nbytes(graph) for ref in out)
+
+
+def host_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
+    """Bytes of host memory that training takes: parameters, gradients, optimizer state, the
+    values of one step and the staging buffers."""
+    stages = sum(device.stages.total_nbytes for device in schedule.devices)
+    arena = graph.weight_nbytes() + graph.gradient_nbytes() + graph.state_nbytes()
+    return arena + stages + stash_nbytes(schedule, graph)

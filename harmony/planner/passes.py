@@ -1,0 +1,89 @@
+"""Lowers a task graph to a schedule, by small passes.
+
+    place    which device runs what, and one order that every program keeps
+    stays    how long each value stays on a device, how it comes and where it goes
+    slots    which slot holds the weights and gradients of each group of Runs
+    values   the copies and drops of values around each Run
+    events   Record and Wait for every ordering that the streams do not enforce
+"""
+
+from __future__ import annotations
+
+from harmony.machine import Machine
+from harmony.planner.events import add_events
+from harmony.planner.place import Placement, place
+from harmony.planner.policy import Policy
+from harmony.planner.schedule import DeviceSpec, Schedule
+from harmony.planner.slots import SlotWriter
+from harmony.planner.stays import find_stays
+from harmony.planner.steps import StepList
+from harmony.planner.tasks import TaskGraph
+from harmony.planner.values import ValueWriter
+
+__all__ = ["Policy", "lower"]
+
+
+def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> Schedule:
+    """Return a schedule of the tasks on a machine.
+
+    A step with one share of the minibatch is pipelined over all devices (Harmony-PP), a step
+    with several gives each its own device (Harmony-DP). The schedule is not checked: see
+    `verify`, which also says whether it fits.
+
+    Raises:
+        PlanError: if there are more shares than devices.
+    """
+    policy = policy or Policy()
+    placement = place(tasks, machine)
+    steps = StepList()
+    slots = [SlotWriter(steps, placement, d, policy) for d in range(placement.num_devices)]
+    _write(placement, steps, slots, policy)
+    *programs, host = add_events(steps.steps, placement.num_devices)
+    devices = tuple(
+        DeviceSpec(
+            machine.devices[index].memory_nbytes,
+            item.weight_slots,
+            item.gradient_slots,
+            item.stages.slots,
+        )
+        for index, item in enumerate(slots)
+    )
+    return Schedule(tasks.spec.minibatch, devices, tuple(map(tuple, programs)), tuple(host))
+
+
+def _write(
+    placement: Placement, steps: StepList, slots: list[SlotWriter], policy: Policy
+) -> None:
+    """Write all instructions but events, in the one order that every program keeps.
+
+    Around each Run, in the order of its program::
+
+        h2d     SwapIn W of this group, unless prefetched; Alloc of its gradients
+        h2d     SwapIn X that a Run needs `lookahead` Runs from now
+        h2d     SwapIn W of the next group, in the other slot
+        compute Run
+        d2h     SwapOut, p2p Send of what it made and others need
+        compute Drop of values whose last use is over
+        d2h     SwapOut dW; compute Drop W, after the last Run of a group
+    """
+    stays = find_stays(placement, policy)
+    values = ValueWriter(steps, stays, placement.num_devices, policy.lookahead)
+    reads, writes = placement.tasks.reads, placement.tasks.writes
+    for task in placement.order:
+        device = placement.device.get(task)
+        if device is None:
+            steps.run_on_host(task, reads[task], writes[task])
+            if task.addend is not None:
+                owner, stage = steps.stage_of[task.addend]
+                slots[owner].stages.free.append(stage)
+            continue
+        position = placement.position[task]
+        slots[device].before(position)
+        values.before(device)
+        slots[device].prefetch(position)
+        steps.run(device, task, reads[task], writes[task])
+        values.after(device)
+        slots[device].after(position)
+    for device in range(placement.num_devices):
+        values.finish(device)
+        slots[device].finish()

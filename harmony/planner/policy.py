@@ -1,0 +1,44 @@
+"""The choices that lowering leaves open: how many buffers, how far ahead, keep or swap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harmony.errors import ConfigError
+
+ALIGN_NBYTES = 64
+"""Each tensor in a slot starts at a multiple of this, as in the host arena."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a task graph is lowered to a schedule.
+
+    Attributes:
+        weight_slots: packs of weights that a device holds at once; 2 is double buffering: the
+            next pack arrives while this one computes. 1 saves memory and overlaps nothing.
+        gradient_slots: packs of gradients that a device holds at once; with 2, one leaves while
+            the next is made.
+        lookahead: how many Runs ahead a value is fetched, and how many Runs a value on its way
+            out may take to leave before compute waits for it.
+        boundary: a value that the next pack on the same device reads either stays there
+            (``"keep"``) or goes to the host and comes back (``"swap"``).
+    """
+
+    weight_slots: int = 2
+    gradient_slots: int = 2
+    lookahead: int = 2
+    boundary: Literal["keep", "swap"] = "keep"
+
+    def __post_init__(self) -> None:
+        for name in ("weight_slots", "gradient_slots", "lookahead"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.boundary not in ("keep", "swap"):
+            raise ConfigError(f'boundary must be "keep" or "swap", not {self.boundary!r}')
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to ``ALIGN_NBYTES``."""
+    return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES

@@ -1,0 +1,259 @@
+"""Measures what the planner needs: seconds of layers, bandwidth of links, speed of the update.
+
+Each distinct layer runs once or twice on real inputs; layers that do the same work share the
+figure. Bytes are not measured but counted, on tensors without memory (`harmony.capture`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.layergraph import Layer, LayerGraph
+from harmony.machine import Device, Host, Machine
+from harmony.planner.cost import CostTable, LayerCost
+from harmony.planner.tasks import Pack, Task, TaskKind
+from harmony.runtime import native
+from harmony.runtime.device import DeviceContext, align
+from harmony.runtime.hostmem import HostArena, HostBuffer, available_host_nbytes
+from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
+from harmony.runtime.randomness import RandomStates
+from harmony.runtime.stage import LayerCode, Stage, Values
+
+_LINK_SAMPLE_NBYTES = 16 * 2**20
+_UPDATE_SAMPLE = 1 << 20
+_REPEATS = 3
+_ENOUGH_S = 0.2
+"""A measurement that took this long is not repeated."""
+
+
+@dataclass(frozen=True)
+class UpdateCost:
+    """What the optimizer costs per element of a parameter.
+
+    Attributes:
+        seconds: of one update on the host.
+        state_nbytes: bytes of its state.
+    """
+
+    seconds: float
+    state_nbytes: float
+
+
+def measure_update(factory: OptimizerFactory, options: Mapping[str, Any]) -> UpdateCost:
+    """Time the optimizer on a parameter of a million elements and count its state."""
+    param = nn.Parameter(torch.zeros(_UPDATE_SAMPLE))
+    optimizer = PackOptimizer({"sample": param}, factory, options)
+    param.grad = torch.zeros_like(param)
+    optimizer.update([param])  # makes the state
+    seconds = _best(lambda: optimizer.update([param]))
+    held = [v for v in optimizer.full.state[param].values() if isinstance(v, torch.Tensor)]
+    nbytes = sum(tensor.nbytes for tensor in held if tensor.numel() == param.numel())
+    return UpdateCost(seconds / _UPDATE_SAMPLE, nbytes / _UPDATE_SAMPLE)
+
+
+def measure_machine(
+    contexts: Sequence[DeviceContext],
+    memory_nbytes: int | None = None,
+    host_memory_nbytes: int | None = None,
+) -> Machine:
+    """Measure the links of these devices and the memory of the host.
+
+    Args:
+        memory_nbytes: what Harmony may use of each device; all of it by default.
+        host_memory_nbytes: what it may use of the host; what is free by default.
+    """
+    devices = []
+    for index, context in enumerate(contexts):
+        peer = contexts[(index + 1) % len(contexts)]
+        free, total = native.memory_info(context.device)
+        usable = free if memory_nbytes is None else min(memory_nbytes, total)
+        size = max(1 << 16, min(_LINK_SAMPLE_NBYTES, usable // 4))
+        h2d, d2h, p2p = _measure_links(context, peer, size)
+        name = str(context.device)
+        devices.append(Device(name, usable, h2d, d2h, p2p))
+    host_nbytes = host_memory_nbytes or available_host_nbytes()
+    return Machine(tuple(devices), Host(host_nbytes, _measure_host_add()))
+
+
+def measure_layers(
+    context: DeviceContext,
+    code: LayerCode,
+    graph: LayerGraph,
+    weights: HostArena,
+    gradients: HostArena,
+    batches: Mapping[int, Values],
+    nbytes: Mapping[int, Sequence[tuple[int, int, int]]],
+    update: UpdateCost | None,
+) -> CostTable:
+    """Measure every distinct layer at every microbatch size.
+
+    Args:
+        batches: per microbatch size, the model's inputs for it, on the host.
+        nbytes: per microbatch size and layer, the bytes of `LayerCost`.
+        update: cost of the optimizer per element; None if the update is not Harmony's.
+    """
+    stage = Stage(context, code, graph, weights.layout, gradients.layout)
+    table: list[dict[int, LayerCost]] = [{} for _ in graph.layers]
+    for num_samples, inputs in sorted(batches.items()):
+        known: dict[str, Layer] = {}
+        env: Values = dict(inputs)
+        for layer in graph.layers:
+            twin = known.setdefault(layer.signature, layer)
+            if twin is layer:
+                run = _LayerRun(context, stage, graph, layer, num_samples)
+                forward_s, backward_s = run.measure(weights, env)
+            else:  # its inputs differ in value only, so its twin's outputs stand in for its own
+                env.update({v: env[w] for v, w in zip(layer.outputs, twin.outputs, strict=True)})
+                cost = table[twin.index][num_samples]
+                forward_s, backward_s = cost.forward_s, cost.backward_s
+            update_s = _update_seconds(layer, gradients, update)
+            table[layer.index][num_samples] = LayerCost(
+                forward_s, backward_s, update_s, *nbytes[num_samples][layer.index]
+            )
+    stage.set_slots([], [])
+    return CostTable(tuple(table))
+
+
+class _LayerRun:
+    """Runs one layer alone, forward and backward, on the device."""
+
+    def __init__(
+        self,
+        context: DeviceContext,
+        stage: Stage,
+        graph: LayerGraph,
+        layer: Layer,
+        num_samples: int,
+    ) -> None:
+        self._context = context
+        self._stage = stage
+        self._graph = graph
+        self._layer = layer
+        samples = (0, num_samples)
+        pack = Pack(layer.index, layer.index + 1)
+        self._forward = Task(TaskKind.FORWARD, pack, samples)
+        self._backward = Task(TaskKind.BACKWARD, pack, samples)
+
+    def measure(self, weights: HostArena, env: Values) -> tuple[float, float]:
+        """Return seconds of forward and backward; add the layer's outputs to ``env``."""
+        context, layer, graph = self._context, self._layer, self._graph
+        context.enter()
+        context.use("compute")
+        self._load(weights)
+        inputs = {v: env[v].to(context.device) for v in layer.inputs}
+        nothing = RandomStates(frozenset())
+        wanted = layer.outputs
+
+        def forward() -> Values:
+            return self._stage.forward(self._forward, 0, inputs, wanted, nothing)
+
+        outputs = forward()
+        env.update({v: tensor.cpu() for v, tensor in outputs.items()})
+        above = {
+            v: torch.ones_like(tensor)
+            for v, tensor in outputs.items()
+            if graph.values[v].requires_grad and v != graph.loss
+        }
+        made = [v for v in wanted if v == graph.loss]
+
+        def backward() -> None:
+            self._stage.begin_gradients(self._backward.pack, 0, 0)
+            self._stage.backward(self._backward, 0, inputs, above, made, nothing, 1.0)
+
+        forward_s = self._time(forward)
+        both_s = self._time(backward)
+        del inputs, outputs, above
+        return forward_s, max(0.0, both_s - forward_s)
+
+    def _load(self, weights: HostArena) -> None:
+        layer, graph, device = self._layer, self._graph, self._context.device
+        parts = [weights.layers(layer.index, layer.index + 1)]
+        parts += [weights.shared(index) for index in layer.shared]
+        size = sum(align(part.numel()) for part in parts)
+        grads = align(layer.gradient_nbytes)
+        grads += sum(align(graph.shared[i].gradient_nbytes) for i in layer.shared)
+        self._stage.set_slots([], [])
+        slot = torch.empty(size, dtype=torch.uint8, device=device)
+        offset = 0
+        for part in parts:
+            slot[offset : offset + part.numel()].copy_(part)
+            offset += align(part.numel())
+        gradient = torch.empty(grads, dtype=torch.uint8, device=device)
+        self._stage.set_slots([slot], [gradient])
+
+    def _time(self, run: Callable[[], object]) -> float:
+        stream = self._context.streams["compute"]
+
+        def once() -> float:
+            begin = self._context.new_event(timing=True)
+            end = self._context.new_event(timing=True)
+            stream.record_event(begin)
+            run()
+            stream.record_event(end)
+            stream.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return _best_of(once)
+
+
+def _update_seconds(layer: Layer, gradients: HostArena, update: UpdateCost | None) -> float:
+    if update is None:
+        return 0.0
+    region = gradients.layout.layers[layer.index]
+    return update.seconds * sum(torch.Size(p.shape).numel() for p in region.places.values())
+
+
+def _measure_links(
+    context: DeviceContext, peer: DeviceContext, nbytes: int
+) -> tuple[float, float, float]:
+    """Bytes per second host to device, device to host, and to a peer."""
+    host = HostBuffer(nbytes, context.device, "the measurement of the links").tensor
+    context.enter([peer.device])
+    context.use("compute")
+    here = torch.empty(nbytes, dtype=torch.uint8, device=context.device)
+    there = torch.empty(nbytes, dtype=torch.uint8, device=peer.device)
+    context.synchronize()
+
+    def rate(stream: str, target: torch.Tensor, source: torch.Tensor) -> float:
+        def once() -> float:
+            begin = context.new_event(timing=True)
+            end = context.new_event(timing=True)
+            queue = context.use(stream)
+            queue.record_event(begin)
+            target.copy_(source, non_blocking=True)
+            queue.record_event(end)
+            queue.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return nbytes / max(_best_of(once), 1e-9)
+
+    return rate("h2d", here, host), rate("d2h", host, here), rate("p2p", there, here)
+
+
+def _measure_host_add() -> float:
+    """Gradient bytes per second that the host adds to others."""
+    a, b = torch.zeros(_UPDATE_SAMPLE), torch.zeros(_UPDATE_SAMPLE)
+    return a.nbytes / max(_best(lambda: a.add_(b)), 1e-9)
+
+
+def _best(run: Callable[[], object]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return _best_of(once)
+
+
+def _best_of(once: Callable[[], float]) -> float:
+    """Shortest of a few tries after one that warms up; a long one is believed at once."""
+    first = once()
+    if first > _ENOUGH_S:
+        return first
+    return min(once() for _ in range(_REPEATS))

@@ -1,0 +1,1 @@
+"""Running: devices, host memory, and the executor of a Schedule."""

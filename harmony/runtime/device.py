@@ -1,0 +1,102 @@
+"""Real and virtual GPUs behind PyTorch's device-generic interface: streams, events, random state.
+
+Everything here is `torch.Stream`, `torch.Event` and `torch.accelerator`; the few calls that only
+CUDA or only the virtual GPU has are in `harmony.runtime.native`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from harmony.planner.schedule import DEVICE_STREAMS
+from harmony.runtime import native
+
+ALIGNMENT = 64
+"""Bytes: CPU and GPU kernels take their fast, reproducible path on memory aligned like this."""
+
+
+def align(nbytes: int) -> int:
+    """Round up to the alignment of parameters in arenas and slots."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class DeviceContext:
+    """One device and the streams that a schedule names, owned by one host thread.
+
+    Attributes:
+        streams: stream of each name in ``DEVICE_STREAMS``. None is the default stream: on CUDA
+            that one waits for all others.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.module = torch.get_device_module(device)
+        self.streams = {name: torch.Stream(device=device) for name in DEVICE_STREAMS}
+        self._landing: dict[torch.device, torch.Stream] = {}
+        self._current = ""
+
+    def enter(self, peers: Iterable[torch.device] = ()) -> None:
+        """Make this device current in the calling thread, which will copy to ``peers``."""
+        # A peer copy fences the destination's current stream of the thread that issues it. The
+        # landing streams never have work of their own, so that fence makes nobody wait.
+        for peer in peers:
+            if peer != self.device:
+                stream = self._landing.setdefault(peer, torch.Stream(device=peer))
+                torch.accelerator.set_stream(stream)
+        torch.accelerator.set_device_index(self.device.index)
+        self._current = ""
+
+    def use(self, stream: str) -> torch.Stream:
+        """Make one of the streams current in the calling thread and return it."""
+        chosen = self.streams[stream]
+        if self._current != stream:
+            torch.accelerator.set_stream(chosen)
+            self._current = stream
+        return chosen
+
+    def new_event(self, *, timing: bool = False) -> torch.Event:
+        """Return an event of this device, with a time stamp if ``timing``."""
+        return torch.Event(device=self.device, enable_timing=timing)
+
+    def synchronize(self) -> None:
+        """Wait until every stream of the schedule has run dry; raises what a kernel raised."""
+        for stream in self.streams.values():
+            stream.synchronize()
+
+    def seeded_state(self, seed: int) -> torch.Tensor:
+        """Return the random state that ``torch.manual_seed(seed)`` gives this device."""
+        generator = torch.Generator(device=self.device)
+        generator.manual_seed(seed)
+        return generator.get_state()
+
+    def random_state(self) -> torch.Tensor:
+        """Return the state of the device's default generator."""
+        state: torch.Tensor = self.module.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Set the state of the device's default generator."""
+        self.module.set_rng_state(state, self.device)
+
+    def reset_peak(self) -> None:
+        """Start a new measurement of the peak of allocated bytes."""
+        torch.accelerator.reset_peak_memory_stats(self.device)
+
+    def peak_nbytes(self) -> int:
+        """Peak of allocated bytes since the last ``reset_peak``."""
+        return int(torch.accelerator.max_memory_allocated(self.device))
+
+    def limit_nbytes(self) -> int:
+        """Total bytes of memory of the device."""
+        return int(native.memory_info(self.device)[1])
+
+
+def available_devices() -> list[torch.device]:
+    """Devices of the current accelerator, real or virtual; empty without one."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]

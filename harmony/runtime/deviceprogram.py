@@ -1,0 +1,357 @@
+"""One device's program, prepared once and issued every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harmony.planner.kinds import span_kind
+from harmony.planner.schedule import Instruction, Op
+from harmony.planner.tasks import Pack, Samples, Task, TaskKind, TensorKind, TensorRef
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.hostmem import ArenaLayout, Place
+from harmony.runtime.hoststate import HostState
+from harmony.runtime.stage import Stage
+from harmony.runtime.step import HostValues, Step
+from harmony.timeline import Span
+
+Issue = Callable[[Step], None]
+Env = dict[TensorRef, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a program shares with the others of its schedule.
+
+    Attributes:
+        envs: per device, the values that are on it now.
+        events: the torch event of every event that a device records.
+        crossing: events that another program waits for.
+        place_of: form of a value for a number of samples.
+    """
+
+    host: HostState
+    values: HostValues
+    envs: Sequence[Env]
+    events: Mapping[int, torch.Event]
+    crossing: frozenset[int]
+    place_of: Callable[[int, int], Place]
+
+
+@dataclass
+class Prepared:
+    """An instruction ready to be issued, with the events that time it if it takes time."""
+
+    instruction: Instruction
+    index: int
+    issue: Issue
+    begin: torch.Event | None = None
+    end: torch.Event | None = None
+    kind: str = ""
+    nbytes: int = 0
+
+
+class DeviceProgram:
+    """Issues the instructions of one device; `issue` runs on the device's thread.
+
+    Attributes:
+        name: ``gpu0``, ``gpu1``, ...
+    """
+
+    def __init__(
+        self,
+        index: int,
+        program: Sequence[Instruction],
+        context: DeviceContext,
+        stage: Stage,
+        around: Surroundings,
+    ) -> None:
+        self.name = f"gpu{index}"
+        self._index = index
+        self._context = context
+        self._stage = stage
+        self._around = around
+        self._env = around.envs[index]
+        self._slot_of: dict[TensorRef, int] = {}
+        self._packs = _packs_of(program)
+        self._own_events: set[int] = set()
+        self._base = context.new_event(timing=True)
+        self._base_s = 0.0
+        makers = {
+            Op.RUN: self._run,
+            Op.ALLOC: self._alloc,
+            Op.SWAP_IN: self._swap_in,
+            Op.SWAP_OUT: self._swap_out,
+            Op.SEND: self._send,
+            Op.DROP: self._drop,
+            Op.RECORD: self._record,
+            Op.WAIT: self._wait,
+        }
+        self._prepared = [
+            self._prepare(at, instruction, makers[instruction.op](at, instruction))
+            for at, instruction in enumerate(program)
+        ]
+
+    def issue(self, step: Step, peers: Sequence[torch.device]) -> None:
+        """Issue the whole program and wait until the device has run it."""
+        context = self._context
+        context.enter(peers)
+        self._base_s = step.now_s()
+        context.use("compute").record_event(self._base)
+        for prepared in self._prepared:
+            step.signals.check()
+            step.running[self.name] = str(prepared.instruction)
+            stream = context.use(prepared.instruction.stream)
+            if prepared.begin is not None and prepared.end is not None:
+                stream.record_event(prepared.begin)
+                prepared.issue(step)
+                stream.record_event(prepared.end)
+            else:
+                prepared.issue(step)
+        step.running[self.name] = "the end of the step"
+        context.synchronize()
+
+    def clear(self) -> None:
+        """Forget what a step left on the device; only a failed one leaves anything."""
+        self._env.clear()
+
+    def spans(self) -> list[Span]:
+        """What the device did in the step that was issued last."""
+        found = []
+        for p in self._prepared:
+            if p.begin is None or p.end is None:
+                continue
+            start_s = self._base_s + self._base.elapsed_time(p.begin) / 1e3
+            end_s = self._base_s + self._base.elapsed_time(p.end) / 1e3
+            lane = f"{self.name}.{p.instruction.stream}"
+            label = str(p.instruction)
+            found.append(Span(lane, label, p.kind, start_s, end_s, p.nbytes, p.index))
+        return found
+
+    def _prepare(self, at: int, instruction: Instruction, issue: Issue) -> Prepared:
+        prepared = Prepared(instruction, at, issue)
+        if instruction.op in (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND):
+            graph = self._around.host.graph
+            prepared.begin = self._context.new_event(timing=True)
+            prepared.end = self._context.new_event(timing=True)
+            prepared.kind = span_kind(instruction, graph)
+            prepared.nbytes = 0 if instruction.ref is None else instruction.ref.nbytes(graph)
+        return prepared
+
+    # One method an operation: each looks everything up and returns what is to be issued.
+
+    def _run(self, at: int, instruction: Instruction) -> Issue:
+        assert instruction.task is not None
+        if instruction.task.kind is TaskKind.FORWARD:
+            return self._run_forward(at, instruction)
+        return self._run_backward(at, instruction)
+
+    def _run_forward(self, at: int, instruction: Instruction) -> Issue:
+        task, env, stage = _task(instruction), self._env, self._stage
+        slot = self._slot(instruction.reads, parameters=True)
+        inputs = [ref for ref in instruction.reads if ref.is_value]
+        outputs = [ref for ref in instruction.writes if ref.is_value]
+        wanted = [ref.first for ref in outputs]
+
+        def issue(step: Step) -> None:
+            values = {ref.first: env[ref] for ref in inputs}
+            found = stage.forward(task, slot, values, wanted, step.random)
+            for ref in outputs:
+                env[ref] = found[ref.first]
+
+        return issue
+
+    def _run_backward(self, at: int, instruction: Instruction) -> Issue:
+        task, env, stage = _task(instruction), self._env, self._stage
+        slot = self._slot(instruction.reads, parameters=True)
+        gradient_slot = self._slot(instruction.writes, parameters=False)
+        is_first = not any(ref.is_gradient_part for ref in instruction.reads)
+        reads = [ref for ref in instruction.reads if ref.is_value]
+        inputs = [ref for ref in reads if ref.kind is TensorKind.VALUE]
+        incoming = [ref for ref in reads if ref.kind is TensorKind.VALUE_GRADIENT]
+        outputs = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE]
+        outgoing = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE_GRADIENT]
+        wanted = [ref.first for ref in outputs]
+
+        def issue(step: Step) -> None:
+            if is_first:
+                stage.begin_gradients(task.pack, slot, gradient_slot)
+            values = {ref.first: env[ref] for ref in inputs}
+            above = {ref.first: env[ref] for ref in incoming if ref in env}
+            weight = task.num_samples / step.minibatch
+            made, below = stage.backward(task, slot, values, above, wanted, step.random, weight)
+            for ref in outputs:
+                env[ref] = made[ref.first]
+            for ref in outgoing:
+                env[ref] = _gradient(below, ref, values)
+
+        return issue
+
+    def _alloc(self, at: int, instruction: Instruction) -> Issue:
+        ref = _ref(instruction)
+        if instruction.slot is not None:
+            self._slot_of[ref] = instruction.slot
+            return _nothing
+        env, device = self._env, self._context.device
+        place = self._around.place_of(ref.first, ref.num_samples)
+
+        def issue(_: Step) -> None:
+            env[ref] = torch.empty_strided(
+                place.shape, place.stride, dtype=place.dtype, device=device
+            )
+
+        return issue
+
+    def _swap_in(self, at: int, instruction: Instruction) -> Issue:
+        ref, env = _ref(instruction), self._env
+        if ref.is_value:
+            chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
+            return lambda _: _copy(env[ref], chunk)
+        source = self._around.host.parameter_bytes(ref)
+        if source.numel() == 0:
+            return _nothing
+        low, high = self._in_slot(at, ref, self._around.host.weights.layout)
+        slot, stage = self._slot_of[ref], self._stage
+        target = stage.weight_range(slot, low, high)
+        return lambda _: _copy(target, source)
+
+    def _swap_out(self, at: int, instruction: Instruction) -> Issue:
+        ref, env, host = _ref(instruction), self._env, self._around.host
+        if ref.is_value:
+            chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
+            return lambda _: _copy(chunk, env[ref])
+        target = host.gradient_bytes(ref)
+        low, high = self._in_slot(at, ref, host.gradients.layout)
+        source = self._stage.gradient_range(self._slot_of[ref], low, high)
+        if instruction.slot is not None:
+            target = host.stage_bytes(self._index, instruction.slot, target.numel())
+            host.staged[ref] = target
+        touched_by, pack = self._stage.touched_by, self._packs[at]
+        assert pack is not None
+
+        def issue(_: Step) -> None:
+            host.touched[ref] = frozenset(touched_by.get(pack, ()))
+            if source.numel():
+                _copy(target, source)
+
+        return issue
+
+    def _send(self, at: int, instruction: Instruction) -> Issue:
+        ref, env = _ref(instruction), self._env
+        assert instruction.peer is not None
+        peer = self._around.envs[instruction.peer]
+        return lambda _: _copy(peer[ref], env[ref])
+
+    def _drop(self, at: int, instruction: Instruction) -> Issue:
+        ref, env = _ref(instruction), self._env
+        if not ref.is_value:
+            return _nothing
+
+        def issue(_: Step) -> None:
+            del env[ref]
+
+        return issue
+
+    def _record(self, at: int, instruction: Instruction) -> Issue:
+        event = _event(instruction)
+        recorded, context = self._around.events[event], self._context
+        self._own_events.add(event)
+        crossing = event in self._around.crossing
+        stream = context.streams[instruction.stream]
+
+        def issue(step: Step) -> None:
+            stream.record_event(recorded)
+            if crossing:
+                step.signals.issue(event)
+
+        return issue
+
+    def _wait(self, at: int, instruction: Instruction) -> Issue:
+        event = _event(instruction)
+        awaited = self._around.events.get(event)  # None if the host records it
+        stream = self._context.streams[instruction.stream]
+        own = event in self._own_events
+
+        def issue(step: Step) -> None:
+            if not own:
+                step.signals.wait(event)
+            if awaited is not None:
+                stream.wait_event(awaited)
+
+        return issue
+
+    def _slot(self, refs: Sequence[TensorRef], *, parameters: bool) -> int:
+        """Slot of the parameters, or gradients, among ``refs``; -1 if there are none."""
+        wanted = [r for r in refs if (r.is_parameter if parameters else r.is_gradient_part)]
+        return next((self._slot_of[r] for r in wanted if r in self._slot_of), -1)
+
+    def _in_slot(self, at: int, ref: TensorRef, layout: ArenaLayout) -> tuple[int, int]:
+        """Byte range within its slot of a pack's own range, or of one of its shared parameters."""
+        if ref.kind in (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS):
+            low, high = layout.span(ref.first, ref.last)
+            return 0, high - low
+        pack = self._packs[at]
+        assert pack is not None, f"no task of gpu{self._index} uses {ref}"
+        shared = self._around.host.graph.shared_in(pack.first, pack.last)
+        start = layout.shared_offset(pack.first, pack.last, shared, ref.first)
+        return start, start + layout.shared[ref.first].nbytes
+
+
+def _packs_of(program: Sequence[Instruction]) -> list[Pack | None]:
+    """Per instruction that moves parameters or gradients, the pack that it moves them for.
+
+    Parameters come in for the next task that reads them, gradients go out for the last one that
+    wrote them. It matters for shared parameters: where they lie in a slot depends on the pack.
+    """
+    packs: list[Pack | None] = [None] * len(program)
+    writer: dict[TensorRef, Pack] = {}
+    for at, step in enumerate(program):
+        if step.task is not None:
+            writer.update({ref: step.task.pack for ref in step.writes if ref.is_gradient_part})
+        elif step.op is Op.SWAP_OUT and step.ref in writer:
+            packs[at] = writer[step.ref]
+    reader: dict[TensorRef, Pack] = {}
+    for at, step in reversed(list(enumerate(program))):
+        if step.task is not None:
+            reader.update({ref: step.task.pack for ref in step.reads if ref.is_parameter})
+        elif step.op is Op.SWAP_IN and step.ref in reader:
+            packs[at] = reader[step.ref]
+    return packs
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _nothing(_: Step) -> None:
+    """Nothing to issue: the schedule needs the instruction, the device does not."""
+
+
+def _gradient(
+    gradients: Mapping[int, torch.Tensor], ref: TensorRef, values: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """Return a value's gradient: zeros if the pack read the value but nothing depends on it."""
+    found = gradients.get(ref.first)
+    return torch.zeros_like(values[ref.first]) if found is None else found
+
+
+def _task(instruction: Instruction) -> Task:
+    assert instruction.task is not None
+    return instruction.task
+
+
+def _ref(instruction: Instruction) -> TensorRef:
+    assert instruction.ref is not None
+    return instruction.ref
+
+
+def _event(instruction: Instruction) -> int:
+    assert instruction.event is not None
+    return instruction.event
+
+
+def _samples(ref: TensorRef) -> Samples:
+    assert ref.samples is not None
+    return ref.samples

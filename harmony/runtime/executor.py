@@ -1,0 +1,327 @@
+"""Runs a Schedule: one host thread a device issues its program, one more runs the updates.
+
+Nothing is decided here. What runs where, in which order and behind which event is all in the
+schedule; an instruction is looked up once, when the schedule is prepared, and issued every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harmony.errors import ExecutionError, HarmonyError
+from harmony.layergraph import MODEL_INPUT
+from harmony.planner.schedule import HOST, Op, Schedule
+from harmony.planner.tasks import Samples, TensorKind, TensorRef
+from harmony.runtime import native
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.deviceprogram import DeviceProgram, Env, Surroundings
+from harmony.runtime.hostmem import Place, Stash
+from harmony.runtime.hostprogram import HostProgram
+from harmony.runtime.hoststate import HostState
+from harmony.runtime.randomness import RandomStates
+from harmony.runtime.signals import Signals, Stopped
+from harmony.runtime.stage import LayerCode, Stage
+from harmony.runtime.step import HostValues, Step
+from harmony.runtime.workers import Countdown, Worker
+from harmony.timeline import Timeline
+
+Program = DeviceProgram | HostProgram
+
+
+@dataclass
+class PreparedSchedule:
+    """A schedule with everything it needs on devices and host.
+
+    Attributes:
+        inputs: host copies that the caller fills before a step, per value.
+        outputs: host copies that hold the model's outputs, per value, after a step.
+    """
+
+    schedule: Schedule
+    programs: list[DeviceProgram]
+    host_program: HostProgram
+    values: HostValues
+    inputs: dict[int, Stash]
+    outputs: dict[int, Stash]
+    num_events: int
+    num_runs: int = 0
+
+
+@dataclass
+class Job:
+    """One run of a prepared schedule.
+
+    Attributes:
+        random: the random states of the microbatches, started.
+        minibatch: samples, to weigh the microbatches' losses.
+    """
+
+    random: RandomStates
+    minibatch: int
+
+
+class Executor:
+    """The devices, their threads and their memory, kept from step to step."""
+
+    def __init__(
+        self,
+        contexts: Sequence[DeviceContext],
+        host: HostState,
+        code: LayerCode,
+        place_of: Callable[[int, int], Place],
+    ) -> None:
+        self.contexts = list(contexts)
+        self._host = host
+        self._place_of = place_of
+        layouts = (host.weights.layout, host.gradients.layout)
+        self._stages = [
+            Stage(context, code, host.graph, *layouts) for context in self.contexts
+        ]
+        self._envs: list[Env] = [{} for _ in contexts]
+        self._slot_sizes: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(contexts)
+        self._workers = [Worker(f"harmony-gpu{i}") for i in range(len(contexts))]
+        self._update_worker = Worker("harmony-update")
+        self._next_token = 1
+
+    # Preparing
+
+    def prepare(self, schedule: Schedule, values: HostValues) -> PreparedSchedule:
+        """Look up everything that the schedule names, and reserve its memory.
+
+        Args:
+            values: host copies of values that exist already (of an earlier phase of the same
+                batch); new ones are added to it.
+        """
+        self._reserve_slots(schedule)
+        self._reserve_values(schedule, values)
+        recorded_by = {
+            step.event: index
+            for index, program in enumerate([*schedule.programs, schedule.host])
+            for step in program
+            if step.op is Op.RECORD and step.event is not None
+        }
+        events = {
+            event: self.contexts[index].new_event()
+            for event, index in recorded_by.items()
+            if index < len(self.contexts)
+        }
+        crossing = frozenset(
+            step.event
+            for index, program in enumerate([*schedule.programs, schedule.host])
+            for step in program
+            if step.op is Op.WAIT and step.event is not None and recorded_by[step.event] != index
+        )
+        around = Surroundings(self._host, values, self._envs, events, crossing, self._place_of)
+        programs = [
+            DeviceProgram(i, program, self.contexts[i], self._stages[i], around)
+            for i, program in enumerate(schedule.programs)
+        ]
+        graph = self._host.graph
+        ids = {index for kind, index in values if kind is TensorKind.VALUE}
+        return PreparedSchedule(
+            schedule,
+            programs,
+            HostProgram(schedule.host, self._host, events),
+            values,
+            {i: values[TensorKind.VALUE, i] for i in ids if _is_input(graph.values[i].producer)},
+            {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},
+            max(recorded_by, default=-1) + 1,
+        )
+
+    def fits_slots(self, schedule: Schedule) -> bool:
+        """Whether the slots that exist serve this schedule as they are."""
+        return all(
+            _slot_sizes(schedule, index) == self._slot_sizes[index]
+            for index in range(schedule.num_devices)
+        )
+
+    def release(self) -> None:
+        """Give all device memory back; what was prepared must be prepared anew."""
+        self._slot_sizes = [(0, 0, 0, 0)] * len(self.contexts)
+        for stage, env in zip(self._stages, self._envs, strict=True):
+            stage.set_slots([], [])
+            env.clear()
+
+    def _reserve_slots(self, schedule: Schedule) -> None:
+        for index, spec in enumerate(schedule.devices):
+            self._host.set_stages(index, spec.stages, self.contexts[index].device)
+            wanted = _slot_sizes(schedule, index)
+            if wanted == self._slot_sizes[index]:
+                continue
+            self._slot_sizes[index] = wanted
+            self._stages[index].set_slots([], [])  # give the old ones back first
+            device = self.contexts[index].device
+            self.contexts[index].enter()
+            self.contexts[index].use("compute")
+            slots = [
+                [torch.empty(s.nbytes, dtype=torch.uint8, device=device) for _ in range(s.count)]
+                for s in (spec.weight_slots, spec.gradient_slots)
+            ]
+            self._stages[index].set_slots(slots[0], slots[1])
+
+    def _reserve_values(self, schedule: Schedule, values: HostValues) -> None:
+        """Make room on the host for every value that the schedule moves to or from it."""
+        found: dict[tuple[TensorKind, int], set[Samples]] = {}
+        for program in schedule.programs:
+            for step in program:
+                ref = step.ref
+                if step.op in (Op.SWAP_OUT, Op.SWAP_IN) and ref is not None and ref.is_value:
+                    assert ref.samples is not None
+                    if step.op is Op.SWAP_OUT or self._from_host(ref):
+                        found.setdefault((ref.kind, ref.first), set()).add(ref.samples)
+        device = self.contexts[0].device
+        for (kind, index), chunks in found.items():
+            if (kind, index) in values:
+                continue
+            value = self._host.graph.values[index]
+            places = {s: self._place_of(index, s[1] - s[0]) for s in sorted(chunks)}
+            stash = values[kind, index] = Stash(device)
+            stash.reserve(places, value.batch_dim, f"value {value.name}")
+
+    def _from_host(self, ref: TensorRef) -> bool:
+        """Whether the caller puts this tensor on the host: an input, or an output's gradient."""
+        value = self._host.graph.values[ref.first]
+        if ref.kind is TensorKind.VALUE:
+            return _is_input(value.producer)
+        return value.is_output
+
+    # Running
+
+    def run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
+        """Run one step and wait until all of it is done.
+
+        The first run of a schedule keeps all updates back until every backward has succeeded: what
+        fails (memory, shapes) mostly fails there, and then no parameter has changed.
+
+        Ctrl-C lets the step end first, so that all parameters belong to the same step; a second
+        one stops at once.
+
+        Raises:
+            ExecutionError: if a task fails; names the task.
+        """
+        token = self._next_token
+        num_programs = len(prepared.programs) + 1
+        num_signals = prepared.num_events + len(prepared.programs)
+        self._next_token += num_signals + 2 * num_programs
+        signals = Signals(token)
+        ends = range(prepared.num_events, num_signals)
+        first_time = prepared.num_runs == 0
+        step = Step(signals, job.random, job.minibatch, tuple(ends) if first_time else ())
+        for context in self.contexts:
+            context.reset_peak()
+        self._host.begin_step()
+        countdown = Countdown(num_programs)
+        handover = token + num_signals
+        for index, (worker, program) in enumerate(self._assign(prepared)):
+            tokens = (handover + 2 * index, handover + 2 * index + 1)
+            native.trace_release(tokens[0])
+            end = prepared.num_events + index
+            worker.submit(self._job(program, step, countdown, tokens, end))
+        self._wait(countdown, signals)
+        for index in range(num_programs):
+            native.trace_acquire(handover + 2 * index + 1)
+        self._raise_failure(prepared, step)
+        prepared.num_runs += 1
+        return self._timeline(prepared, step)
+
+    def _assign(self, prepared: PreparedSchedule) -> list[tuple[Worker, Program]]:
+        pairs: list[tuple[Worker, Program]] = list(
+            zip(self._workers, prepared.programs, strict=False)
+        )
+        return [*pairs, (self._update_worker, prepared.host_program)]
+
+    def _job(
+        self, program: Program, step: Step, countdown: Countdown, tokens: tuple[int, int], end: int
+    ) -> Callable[[], None]:
+        devices = [context.device for context in self.contexts]
+
+        def job() -> None:
+            native.trace_acquire(tokens[0])
+            try:
+                if isinstance(program, DeviceProgram):
+                    program.issue(step, devices)
+                    step.signals.issue(end)
+                else:
+                    program.issue(step)
+            except Stopped:
+                pass
+            except BaseException as error:
+                where = f"{step.running.get(program.name, '')} on {program.name}"
+                step.signals.fail(where, error)
+            finally:
+                native.trace_release(tokens[1])
+                countdown.done()
+
+        return job
+
+    def _wait(self, countdown: Countdown, signals: Signals) -> None:
+        try:
+            countdown.wait()
+        except KeyboardInterrupt as interrupt:
+            try:
+                countdown.wait()
+            except KeyboardInterrupt:
+                signals.fail("the step", interrupt)
+                countdown.wait()
+            raise
+
+    def _raise_failure(self, prepared: PreparedSchedule, step: Step) -> None:
+        if step.signals.failure is None:
+            return
+        where, error = step.signals.failure
+        for context, program in zip(self.contexts, prepared.programs, strict=False):
+            _drain(context)
+            program.clear()
+        if isinstance(error, (HarmonyError, KeyboardInterrupt)):
+            raise error
+        done = [span.label.split()[1] for span in step.spans if span.kind == "update"]
+        raise ExecutionError(_explain(where, error, done), where, torn=bool(done)) from error
+
+    def _timeline(self, prepared: PreparedSchedule, step: Step) -> Timeline:
+        timeline = Timeline(spans=list(step.spans), step_s=step.now_s())
+        for context, program in zip(self.contexts, prepared.programs, strict=False):
+            timeline.spans.extend(program.spans())
+            timeline.peak_nbytes.append(context.peak_nbytes())
+        return timeline
+
+
+def _is_input(producer: int) -> bool:
+    return producer == MODEL_INPUT
+
+
+def _slot_sizes(schedule: Schedule, index: int) -> tuple[int, int, int, int]:
+    spec = schedule.devices[index]
+    weights, gradients = spec.weight_slots, spec.gradient_slots
+    return weights.count, weights.nbytes, gradients.count, gradients.nbytes
+
+
+def _drain(context: DeviceContext) -> None:
+    """Let a device finish what a failed step had issued; its own errors are known already."""
+    try:
+        context.synchronize()
+    except RuntimeError:
+        context.synchronize()
+
+
+def _explain(where: str, error: BaseException, updated: list[str]) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = (
+            f"out of memory, though the plan expected to fit: {error}. Use a smaller "
+            "microbatch_size, or a device_memory below what the GPU really has free"
+        )
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    if updated:
+        state = (
+            f"Parameters of {', '.join(updated)} are already of the step after, the others of "
+            "the step before: go back to a checkpoint"
+        )
+    else:
+        state = "No parameter was changed: all are of the step before"
+    return f"{where} failed. {reason}. {state}."
+
+
+__all__ = ["HOST", "Executor", "Job", "PreparedSchedule"]

@@ -1,0 +1,84 @@
+"""What differs between a real and a virtual GPU: pinning, memory totals, the access trace.
+
+The only place that asks which of the two it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_CUDA_HOST_REGISTER_DEFAULT = 0
+
+
+def _vgpu() -> ModuleType | None:
+    """The virtual GPU's module if it has been loaded in this process."""
+    module = sys.modules.get("harmony.runtime.vgpu")
+    return module if module is not None and module.is_loaded() else None
+
+
+def _cudart() -> Any:
+    """The CUDA runtime's functions, as PyTorch exposes them."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def is_virtual(device: torch.device) -> bool:
+    """Whether a device is a virtual GPU."""
+    return device.type == "vgpu"
+
+
+def memory_info(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a device."""
+    free, total = torch.accelerator.get_memory_info(device)
+    return int(free), int(total)
+
+
+def pin_range(device: torch.device, address: int, nbytes: int) -> str | None:
+    """Page-lock a range of host memory for a device's copies.
+
+    Returns:
+        None if it worked, else the reason why not.
+    """
+    if is_virtual(device):
+        vgpu = _vgpu()
+        assert vgpu is not None
+        vgpu.host_register(address, nbytes)
+        return None
+    if device.type != "cuda":
+        return f"pinning is not known on {device.type}"
+    status = _cudart().cudaHostRegister(address, nbytes, _CUDA_HOST_REGISTER_DEFAULT)
+    return None if int(status) == 0 else f"cudaHostRegister: {status}"
+
+
+def unpin_range(device: torch.device, address: int) -> None:
+    """Undo ``pin_range``."""
+    if is_virtual(device):
+        vgpu = _vgpu()
+        if vgpu is not None:
+            vgpu.host_unregister(address)
+    elif device.type == "cuda":
+        _cudart().cudaHostUnregister(address)
+
+
+def trace_host_access(what: str, tensor: torch.Tensor, *, write: bool) -> None:
+    """Tell the access trace that the calling thread reads or writes host memory."""
+    vgpu = _vgpu()
+    if vgpu is not None and vgpu.tracing():
+        vgpu.host_access(what, tensor.data_ptr(), tensor.nbytes, write)
+
+
+def trace_release(token: int) -> None:
+    """Tell the access trace that the calling thread publishes what it did so far."""
+    vgpu = _vgpu()
+    if vgpu is not None and vgpu.tracing():
+        vgpu.host_release(token)
+
+
+def trace_acquire(token: int) -> None:
+    """Tell the access trace that the calling thread has seen what ``token`` published."""
+    vgpu = _vgpu()
+    if vgpu is not None and vgpu.tracing():
+        vgpu.host_acquire(token)

@@ -1,0 +1,239 @@
+"""One device's packs: their parameters in slots, their forward, recompute and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from harmony.layergraph import LayerGraph
+from harmony.planner.tasks import Pack, Samples, Task
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.hostmem import ArenaLayout, view_bytes
+from harmony.runtime.randomness import RandomStates
+
+Values = dict[int, torch.Tensor]
+
+
+class Skeleton(Protocol):
+    """A copy of the module tree without parameter memory (`harmony.capture` makes it)."""
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Use these tensors as parameters and buffers."""
+
+    def release(self, names: Iterable[str]) -> None:
+        """Put placeholders back."""
+
+
+class LayerCode(Protocol):
+    """The callable layers of a captured model."""
+
+    def make_skeleton(self, device: torch.device) -> Skeleton:
+        """Return a copy of the module tree for one device."""
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        skeleton: Skeleton,
+        env: Values,
+        num_samples: int,
+        *,
+        wanted: Iterable[int],
+        at_layer: Callable[[int], None] | None = None,
+    ) -> Values:
+        """Run layers ``first`` to ``last - 1`` and return the values of ``wanted``."""
+
+
+class Stage:
+    """Runs packs on one device.
+
+    A pack's parameters are views of the weight slot it was copied to; the gradients accumulate in
+    place in a gradient slot, in the order of the microbatches.
+
+    Attributes:
+        touched_by: per pack, the parameters that got a gradient since ``begin_gradients``; the
+            others keep none, as in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        context: DeviceContext,
+        code: LayerCode,
+        graph: LayerGraph,
+        weights: ArenaLayout,
+        gradients: ArenaLayout,
+    ) -> None:
+        self.context = context
+        self.graph = graph
+        self._code = code
+        self._weights = weights
+        self._gradients = gradients
+        self._skeleton = code.make_skeleton(context.device)
+        self._trainable = frozenset(gradients.places)
+        self._weight_slots: list[torch.Tensor] = []
+        self._gradient_slots: list[torch.Tensor] = []
+        self._bound: tuple[Pack, int] | None = None
+        self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
+        self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
+        self._accumulating: dict[str, torch.Tensor] = {}
+        self._touched: set[str] = set()
+        self.touched_by: dict[Pack, set[str]] = {}
+
+    def set_slots(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """Use these device buffers as slots; what was bound to others is let go."""
+        self.unbind()
+        self._tensors.clear()
+        self._gradient_views.clear()
+        self._accumulating = {}
+        self._weight_slots, self._gradient_slots = weights, gradients
+
+    def forward(
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], random: RandomStates
+    ) -> Values:
+        """Run the pack forward and keep only the values of ``wanted``."""
+        self._bind(task.pack, slot)
+        with torch.no_grad():
+            return self._run(task, inputs, wanted, random)
+
+    def backward(
+        self,
+        task: Task,
+        slot: int,
+        inputs: Values,
+        output_gradients: Values,
+        outputs: Iterable[int],
+        random: RandomStates,
+        loss_weight: float | None,
+    ) -> tuple[Values, Values]:
+        """Recompute the pack from its inputs and run it backward.
+
+        Args:
+            output_gradients: gradients of the pack's outputs, and of those inputs that a later
+                pack has read too: their sum so far.
+            outputs: values to return beside the gradients (the loss, in the last pack).
+            loss_weight: what the gradient of the loss starts from, where the pack makes the loss.
+
+        Returns:
+            The outputs, and the gradient of each input that requires one.
+        """
+        self._bind(task.pack, slot)
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        made = [v for v in output_gradients if v not in leaves]
+        outputs = tuple(outputs)
+        with torch.enable_grad():
+            found = self._run(task, dict(leaves), {*made, *outputs}, random)
+        # A partial sum enters as the gradient of the input itself: autograd then adds the pack's
+        # own uses to it one by one, in the order in which plain PyTorch would.
+        roots = [(leaves.get(v, found.get(v)), g) for v, g in output_gradients.items()]
+        loss = self.graph.loss
+        if loss in found and loss_weight is not None:
+            roots.append((found[loss], torch.full_like(found[loss], loss_weight)))
+        pairs = [(t, g) for t, g in roots if t is not None and t.requires_grad]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        gradients = {v: leaf.grad for v, leaf in leaves.items() if leaf.grad is not None}
+        return {v: found[v].detach() for v in outputs}, gradients
+
+    def begin_gradients(self, pack: Pack, weight_slot: int, slot: int) -> None:
+        """Let the coming microbatches of the pack accumulate in a gradient slot."""
+        self._bind(pack, weight_slot)
+        self._accumulating = self._views_of_gradients(pack, slot)
+        self._touched = self.touched_by[pack] = set()
+        for name in self._accumulating:
+            self._tensors[pack, weight_slot][name].grad = None
+
+    def weight_range(self, slot: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Bytes of a weight slot."""
+        return self._weight_slots[slot][offset : offset + nbytes]
+
+    def gradient_range(self, slot: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Bytes of a gradient slot."""
+        return self._gradient_slots[slot][offset : offset + nbytes]
+
+    def unbind(self) -> None:
+        """Let go of the parameters of the pack that ran last."""
+        if self._bound is not None:
+            self._skeleton.release(self._tensors[self._bound])
+            self._bound = None
+
+    def _run(
+        self, task: Task, inputs: Values, wanted: Iterable[int], random: RandomStates
+    ) -> Values:
+        pack, samples = task.pack, _samples(task)
+        if not random.keep_at:
+            return self._code.run(
+                pack.first, pack.last, self._skeleton, inputs, task.num_samples, wanted=wanted
+            )
+        random.enter(self.context, samples, pack.first)
+        found = self._code.run(
+            pack.first,
+            pack.last,
+            self._skeleton,
+            inputs,
+            task.num_samples,
+            wanted=wanted,
+            at_layer=lambda layer: random.keep(self.context, samples, layer),
+        )
+        random.keep(self.context, samples, pack.last)
+        return found
+
+    def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().requires_grad_(self.graph.values[index].requires_grad)
+
+    def _bind(self, pack: Pack, slot: int) -> None:
+        if self._bound == (pack, slot):
+            return
+        self.unbind()
+        if (pack, slot) not in self._tensors:
+            self._tensors[pack, slot] = self._make_tensors(pack, slot)
+        self._skeleton.bind(self._tensors[pack, slot])
+        self._bound = (pack, slot)
+
+    def _make_tensors(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of a pack as views of a slot."""
+        shared = self.graph.shared_in(pack.first, pack.last)
+        places = self._weights.in_slot(pack.first, pack.last, shared)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, (offset, place) in places.items():
+            view = view_bytes(self._weight_slots[slot], offset, place)
+            if name in self._trainable:
+                tensors[name] = param = nn.Parameter(view)
+                hook = self._keep_gradient(name)
+                param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            else:
+                tensors[name] = view
+        return tensors
+
+    def _views_of_gradients(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:
+        if (pack, slot) not in self._gradient_views:
+            shared = self.graph.shared_in(pack.first, pack.last)
+            places = self._gradients.in_slot(pack.first, pack.last, shared)
+            self._gradient_views[pack, slot] = {
+                name: view_bytes(self._gradient_slots[slot], offset, place)
+                for name, (offset, place) in places.items()
+            }
+        return self._gradient_views[pack, slot]
+
+    def _keep_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Return a hook that moves the first microbatch's gradient into the slot.
+
+        Copying it there, not adding it to zeros, keeps the sign of a zero as plain PyTorch has it;
+        the following microbatches are added in place by autograd itself.
+        """
+
+        def hook(param: torch.Tensor) -> None:
+            if name not in self._touched and param.grad is not None:
+                view = self._accumulating[name]
+                view.copy_(param.grad)
+                param.grad = view
+                self._touched.add(name)
+
+        return hook
+
+
+def _samples(task: Task) -> Samples:
+    assert task.samples is not None, "only tasks with a microbatch run on a device"
+    return task.samples

@@ -1,0 +1,48 @@
+"""The host threads of the runtime: one a device and one for the updates, kept between steps."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+
+class Worker:
+    """A daemon thread that runs one job at a time."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, self._jobs.put, None)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on the thread; it must not raise."""
+        self._jobs.put(job)
+
+
+class Countdown:
+    """Lets one thread wait until several jobs are done; Ctrl-C gets through."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._condition = threading.Condition()
+
+    def done(self) -> None:
+        """One job is done."""
+        with self._condition:
+            self._left -= 1
+            self._condition.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all are done."""
+        with self._condition:
+            while self._left:
+                self._condition.wait()
+
+
+def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # a job holds the step's tensors

@@ -1,0 +1,91 @@
+"""Bytes, rates and seconds: parsed from and printed as text."""
+
+from __future__ import annotations
+
+import re
+
+from harmony.errors import ConfigError
+
+_SUFFIXES = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+}
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the number of bytes that ``text`` names: ``"64MiB"``, ``"1.5GB"``, ``"8G"`` or 4096.
+
+    A bare ``K``, ``M``, ``G`` or ``T`` is binary, as in most tools that report memory.
+
+    Raises:
+        ConfigError: if it is not a positive number with a known unit.
+    """
+    if isinstance(text, int):
+        value = text
+    else:
+        match = _NUMBER.fullmatch(text)
+        if match is None or match[2].lower() not in _SUFFIXES:
+            raise ConfigError(f"not a size: {text!r}. Write it like 64MiB, 1.5GB or 8G")
+        value = int(float(match[1]) * _SUFFIXES[match[2].lower()])
+    if value <= 0:
+        raise ConfigError(f"a size must be positive, not {text!r}")
+    return value
+
+
+def parse_rate(text: str | float) -> float:
+    """Return bytes per second: ``"8GB/s"``, ``"500MiB/s"``, or a number.
+
+    Raises:
+        ConfigError: if it is not a positive size per second.
+    """
+    if isinstance(text, (int, float)):
+        if text <= 0:
+            raise ConfigError(f"a rate must be positive, not {text!r}")
+        return float(text)
+    if not text.endswith("/s"):
+        raise ConfigError(f"not a rate: {text!r}. Write it like 8GB/s")
+    return float(parse_bytes(text[: -len("/s")]))
+
+
+def format_bytes(nbytes: float) -> str:
+    """Print bytes with a binary unit and three digits: ``"12.5 MiB"``."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{_three_digits(value)} {unit}"
+        value /= 1024
+    return f"{_three_digits(value)} TiB"
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """Print a rate with a decimal unit, as links are sold: ``"8.0 GB/s"``."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6), ("kB/s", 1e3)):
+        if bytes_per_s >= size:
+            return f"{_three_digits(bytes_per_s / size)} {unit}"
+    return f"{bytes_per_s:.0f} B/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Print a duration with a fitting unit: ``"12.3 ms"``."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= size:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return "0 s" if seconds == 0 else f"{seconds * 1e9:.0f} ns"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{decimals}f}"

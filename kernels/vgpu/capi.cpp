@@ -1,0 +1,122 @@
+// The C functions that harmony/runtime/vgpu.py calls through ctypes. Errors come back as text.
+#include <torch/csrc/autograd/engine.h>
+
+#include <cstdlib>
+#include <sstream>
+
+#include "config.h"
+#include "link.h"
+#include "memory.h"
+#include "pinned.h"
+#include "random.h"
+#include "stream.h"
+#include "trace.h"
+
+#define VGPU_API extern "C" __attribute__((visibility("default")))
+
+namespace vgpu {
+
+// Valid until the next error of the same thread; null means success.
+static const char* error_text(std::string message) {
+  static thread_local std::string text;
+  text = std::move(message);
+  return text.empty() ? nullptr : text.c_str();
+}
+
+// Autograd starts one thread for each device at the first backward and never more. Starting them
+// for the largest number of devices now allows to raise the count later.
+static void start_autograd_threads() {
+  static bool done = false;
+  if (done) return;
+  done = true;
+  int count = config().count.exchange(kMaxDevices);
+  torch::autograd::Engine::get_default_engine().initialize_device_threads_pool();
+  config().count = count;
+}
+
+}  // namespace vgpu
+
+using namespace vgpu;
+
+VGPU_API const char* vgpu_configure(int count, uint64_t memory_nbytes) {
+  if (in_forked_child()) return error_text("cannot configure in a forked subprocess");
+  if (count < 1 || count > kMaxDevices)
+    return error_text("count must be from 1 to 16, not " + std::to_string(count));
+  Config& c = config();
+  if (count != c.count || memory_nbytes != c.memory_nbytes) {
+    if (size_t live = live_nbytes()) {
+      std::ostringstream message;
+      message << live << " bytes of device memory are in use, so " << c.count
+              << " virtual GPUs of " << c.memory_nbytes << " bytes cannot become " << count
+              << " of " << memory_nbytes << "; delete the tensors on them first";
+      return error_text(message.str());
+    }
+    for (int device = 0; device < kMaxDevices; ++device) {
+      try {
+        synchronize_device(device);
+      } catch (const std::exception&) {  // of a kernel nobody waited for; its memory is gone
+      }
+    }
+    reset_memory();
+    c.memory_nbytes = memory_nbytes;
+    c.count = count;
+  }
+  start_autograd_threads();
+  return nullptr;
+}
+
+VGPU_API void vgpu_set_links(double h2d_rate, double d2h_rate, double p2p_rate) {
+  config().h2d_rate = h2d_rate;
+  config().d2h_rate = d2h_rate;
+  config().p2p_rate = p2p_rate;
+}
+
+VGPU_API void vgpu_set_timing(double delay_us, double slowdown, double jitter_us, uint64_t seed) {
+  config().delay_us = delay_us;
+  config().slowdown = slowdown;
+  config().jitter_us = jitter_us;
+  config().jitter_seed = seed;
+}
+
+// For workers that have not started yet.
+VGPU_API void vgpu_set_num_threads(int num_threads) { config().num_threads = num_threads; }
+
+VGPU_API int vgpu_device_count() { return config().count; }
+VGPU_API uint64_t vgpu_memory_nbytes() { return config().memory_nbytes; }
+VGPU_API uint64_t vgpu_live_nbytes() { return live_nbytes(); }
+VGPU_API int vgpu_in_forked_child() { return in_forked_child(); }
+VGPU_API void vgpu_shutdown() { stop_all_streams(); }
+
+// directions: 0 h2d, 1 d2h, 2 sent to peers, 3 received from peers
+VGPU_API uint64_t vgpu_link_nbytes(int device, int direction) {
+  return link_nbytes(device, static_cast<Direction>(direction));
+}
+VGPU_API void vgpu_reset_link_counters() { reset_link_counters(); }
+
+VGPU_API const char* vgpu_host_register(void* pointer, uint64_t nbytes) {
+  return error_text(host_register(static_cast<char*>(pointer), nbytes));
+}
+VGPU_API const char* vgpu_host_unregister(void* pointer) {
+  return error_text(host_unregister(static_cast<char*>(pointer)));
+}
+
+VGPU_API void vgpu_trace_enable(int on) { trace::enable(on != 0); }
+VGPU_API int vgpu_trace_enabled() { return trace::enabled(); }
+VGPU_API void vgpu_trace_drain(const void** records, uint64_t* num_records, const void** accesses,
+                               uint64_t* num_accesses, const char** names) {
+  auto drained = trace::drain();
+  *records = drained.records;
+  *num_records = drained.num_records;
+  *accesses = drained.accesses;
+  *num_accesses = drained.num_accesses;
+  *names = drained.names;
+}
+VGPU_API void vgpu_host_access(const char* what, uint64_t pointer, uint64_t nbytes, int write) {
+  trace::add(Kind::HostAccess, -1, -1, 0, what, {{pointer, nbytes, write != 0}});
+}
+VGPU_API void vgpu_host_release(int64_t token) {
+  trace::add(Kind::HostRelease, -1, -1, token);
+}
+VGPU_API void vgpu_host_acquire(int64_t token) {
+  trace::add(Kind::HostAcquire, -1, -1, token);
+}

@@ -1,0 +1,182 @@
+#include "shapes.h"
+
+#include <ATen/EmptyTensor.h>
+
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "storage.h"
+
+namespace vgpu {
+
+namespace {
+
+// The bytes of everything an output's geometry may depend on.
+class Key {
+ public:
+  // False if there is an argument that cannot be part of a key.
+  bool add_all(const c10::OperatorHandle& op, const Stack& arguments) {
+    add(&op.schema());
+    for (const auto& value : arguments)
+      if (!add_value(value)) return false;
+    return true;
+  }
+  std::string bytes;
+
+ private:
+  template <typename T>
+  void add(const T& value) {
+    bytes.append(reinterpret_cast<const char*>(&value), sizeof(value));
+  }
+  template <typename T>
+  void add_range(const T& values) {
+    add(values.size());
+    for (const auto& value : values) add(value);
+  }
+
+  void add_tensor(const at::Tensor& t) {
+    if (!t.defined()) {
+      add('u');
+      return;
+    }
+    add(is_vgpu(t) ? 'V' : 'C');
+    add(t.scalar_type());
+    add(t.unsafeGetTensorImpl()->is_wrapped_number());
+    add_range(t.sizes());
+    add_range(t.strides());
+  }
+
+  bool add_value(const c10::IValue& value) {
+    if (value.isTensor()) {
+      add_tensor(value.toTensor());
+    } else if (value.isNone()) {
+      add('n');
+    } else if (value.isInt()) {
+      add('i');
+      add(value.toInt());
+    } else if (value.isBool()) {
+      add(value.toBool() ? 't' : 'f');
+    } else if (value.isDouble()) {
+      add('d');
+      add(value.toDouble());
+    } else if (value.isString()) {
+      add('s');
+      add_range(value.toStringRef());
+    } else if (value.isDevice()) {
+      add('D');
+    } else {
+      return add_list(value);
+    }
+    return true;
+  }
+
+  bool add_list(const c10::IValue& value) {
+    if (value.isIntList()) {
+      add('I');
+      add_range(value.toIntVector());
+    } else if (value.isDoubleList()) {
+      add('F');
+      add_range(value.toDoubleVector());
+    } else if (value.isBoolList()) {
+      add('B');
+      for (bool flag : value.toBoolList()) add(flag);
+      add('.');
+    } else if (value.isTensorList() || value.isOptionalTensorList()) {
+      add('L');
+      for (const c10::IValue& element : value.toListRef())
+        if (!add_value(element)) return false;
+      add('.');
+    } else {
+      return false;
+    }
+    return true;
+  }
+};
+
+at::Tensor to_meta(const at::Tensor& t) {
+  if (!t.defined() || (!is_vgpu(t) && t.dim() == 0)) return t;
+  auto meta = at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
+  if (t.unsafeGetTensorImpl()->is_wrapped_number())
+    meta.unsafeGetTensorImpl()->set_wrapped_number(true);
+  return meta;
+}
+
+Stack to_meta(const Stack& arguments) {
+  Stack meta;
+  for (const auto& value : arguments) {
+    if (value.isDevice())
+      meta.emplace_back(c10::Device(c10::kMeta));
+    else
+      meta.push_back(map_tensors(value, [](const at::Tensor& t) { return to_meta(t); }));
+  }
+  return meta;
+}
+
+Geometry geometry_of(const at::Tensor& t) {
+  if (!t.defined()) return {};
+  return {true, c10::DimVector(t.sizes()), c10::DimVector(t.strides()), t.scalar_type()};
+}
+
+OutputPlan make_plan(const OpInfo& info, const Stack& meta_results) {
+  OutputPlan plan;
+  plan.results.resize(meta_results.size());
+  for (size_t i = 0; i < meta_results.size(); ++i) {
+    if (info.returned_argument[i] >= 0) continue;
+    auto& result = plan.results[i];
+    result.is_list = meta_results[i].isTensorList();
+    for_each_tensor(meta_results[i], [&](const at::Tensor& t) {
+      result.tensors.push_back(geometry_of(t));
+      plan.all_defined &= t.defined();
+    });
+  }
+  return plan;
+}
+
+// Gives out= arguments the sizes the Meta kernel gave their Meta counterparts.
+bool resize_outputs(const OpInfo& info, const Stack& arguments, const Stack& meta_arguments) {
+  bool resized = false;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!info.is_written[i] || !arguments[i].isTensor()) continue;
+    const auto& t = arguments[i].toTensor();
+    const auto& meta = meta_arguments[i].toTensor();
+    if (!is_vgpu(t) || meta.sizes().equals(t.sizes())) continue;
+    resize_tensor(t, meta.sizes(), std::nullopt);
+    resized = true;
+  }
+  return resized;
+}
+
+}  // namespace
+
+std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, const OpInfo& info,
+                                               const Stack& arguments) {
+  static auto* plans =
+      new std::unordered_map<std::string, std::shared_ptr<const OutputPlan>>();
+  static auto* mutex = new std::mutex();
+  constexpr size_t kMaxPlans = 100000;
+  Key key;
+  bool is_cacheable = key.add_all(op, arguments);
+  if (is_cacheable) {
+    std::lock_guard<std::mutex> lock(*mutex);
+    auto it = plans->find(key.bytes);
+    if (it != plans->end()) return it->second;
+  }
+  try {
+    Stack meta_arguments = to_meta(arguments);
+    Stack meta_results = meta_arguments;
+    op.callBoxed(&meta_results);
+    is_cacheable &= !resize_outputs(info, arguments, meta_arguments);
+    auto plan = std::make_shared<const OutputPlan>(make_plan(info, meta_results));
+    if (is_cacheable) {
+      std::lock_guard<std::mutex> lock(*mutex);
+      if (plans->size() > kMaxPlans) plans->clear();
+      (*plans)[key.bytes] = plan;
+    }
+    return plan;
+  } catch (const std::exception&) {
+    return nullptr;  // data-dependent, no Meta kernel, or wrong arguments: the CPU kernel tells
+  }
+}
+
+}  // namespace vgpu

@@ -1,0 +1,33 @@
+// Output geometry of operators, from their Meta kernels, remembered for each argument geometry.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/DimVector.h>
+
+#include <memory>
+#include <vector>
+
+#include "fallback.h"
+
+namespace vgpu {
+
+struct Geometry {
+  bool is_defined = false;
+  c10::DimVector sizes, strides;
+  at::ScalarType dtype = at::kFloat;
+};
+
+struct OutputPlan {
+  struct Result {
+    bool is_list = false;
+    std::vector<Geometry> tensors;
+  };
+  std::vector<Result> results;  // one for each return; empty for those that are arguments
+  bool all_defined = true;
+};
+
+// Null if only running the operator can tell. Resizes `out=` arguments that have another shape.
+std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, const OpInfo& info,
+                                               const Stack& arguments);
+
+}  // namespace vgpu

@@ -1,0 +1,18 @@
+// All of the virtual GPU in one translation unit: PyTorch's headers take most of the build time,
+// so reading them once makes one g++ call three times as fast as one for each file.
+#include "config.cpp"
+#include "trace.cpp"
+#include "stream.cpp"
+#include "memory.cpp"
+#include "pinned.cpp"
+#include "storage.cpp"
+#include "link.cpp"
+#include "copy.cpp"
+#include "opinfo.cpp"
+#include "shapes.cpp"
+#include "random.cpp"
+#include "fallback.cpp"
+#include "overrides.cpp"
+#include "autocast.cpp"
+#include "guard.cpp"
+#include "capi.cpp"

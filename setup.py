@@ -1,0 +1,59 @@
+"""Packaging. Nothing is compiled here: the sources under `kernels/` travel as data and the virtual
+GPU is built from them on its first use, against the torch that is installed then.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+KERNELS = ROOT / "kernels"
+SOURCES = ("*.cpp", "*.h", "*.py", "*.md")
+
+
+def kernel_packages() -> dict[str, str]:
+    """Name of each package of sources -> its folder; ``kernels/x`` is ``harmony._kernels.x``."""
+    folders = [KERNELS, *sorted(p for p in KERNELS.rglob("*") if p.is_dir())]
+    folders = [folder for folder in folders if folder.name != "__pycache__"]
+    names = [".".join(("harmony", "_kernels", *f.relative_to(KERNELS).parts)) for f in folders]
+    return {
+        name: folder.relative_to(ROOT).as_posix()
+        for name, folder in zip(names, folders, strict=True)
+    }
+
+
+def version() -> str:
+    """The version that the package itself states."""
+    text = (ROOT / "harmony" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    assert match is not None
+    return match[1]
+
+
+kernels = kernel_packages()
+
+setup(
+    name="harmony",
+    version=version(),
+    description="Train PyTorch models larger than the memory of all GPUs of one server, exactly",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=[*find_packages(include=["harmony", "harmony.*"]), *kernels],
+    package_dir=kernels,
+    package_data={"harmony": ["py.typed"], **{name: list(SOURCES) for name in kernels}},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9",  # the virtual GPU's C++ is tested on 2.13 only
+        "networkx>=3",
+        "nvidia-ml-py",
+        "psutil",
+        "rich",
+    ],
+    extras_require={
+        "test": ["hypothesis", "numpy", "pytest", "pytest-timeout", "pytest-xdist", "transformers"],
+        "dev": ["mypy", "ruff", "types-networkx", "types-psutil"],
+    },
+    entry_points={"console_scripts": ["harmony-run = harmony.cli:main"]},
+)

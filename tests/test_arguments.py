@@ -1,0 +1,104 @@
+"""The command line of harmony-run: which words are ours, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harmony.arguments import mistyped, parse
+from harmony.errors import ConfigError
+from harmony.session import Options
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("")
+    return "train.py"
+
+
+def test_options_before_the_script_or_after_it_mean_the_same(script: str) -> None:
+    before = parse(["--gpus", "4", "--mode=pp", script, "--epochs", "3", "data"])
+    after = parse([script, "--epochs", "--gpus", "4", "3", "--mode=pp", "data"])
+    assert before == after
+    assert before.script_arguments == ("--epochs", "3", "data")
+    assert before.options == Options(gpus=4, mode="pp", active=True)
+
+
+def test_all_options(script: str) -> None:
+    words = (
+        f"{script} --gpus 2 --gpu-memory 64MiB --mode dp --virtual --link 8GB/s"
+        " --host-memory 100GiB --plan-only --report out.json --debug"
+    )
+    command = parse(words.split())
+    assert command.debug
+    assert command.options == Options(
+        gpus=2,
+        gpu_memory_nbytes=64 * 2**20,
+        mode="dp",
+        virtual=True,
+        plan_only=True,
+        report=Path("out.json"),
+        link="8GB/s",
+        host_memory_nbytes=100 * 2**30,
+        active=True,
+    )
+
+
+def test_a_double_dash_leaves_the_rest_to_the_script(script: str) -> None:
+    command = parse([script, "--gpus", "2", "--", "--mode", "fast", "--", "--help"])
+    assert command.script_arguments == ("--mode", "fast", "--", "--help")
+    assert command.options.mode == "auto"
+    assert parse(["--", script, "--gpus", "2"]).script_arguments == ("--gpus", "2")
+
+
+def test_help_after_the_script_is_the_scripts(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse([script, "--help"]).script_arguments == ("--help",)
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "harmony-run SCRIPT --gpus N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "which script"),
+        ("--gpus 4", "which script"),
+        ("missing.py", "no such script: missing.py"),
+        ("trian.py", "Did you mean train.py"),
+        ("nowhere/train.py", "no folder nowhere"),
+        (".", "is a folder"),
+        ("train.py --gpus 0", "at least 1"),
+        ("train.py --gpus -1", "at least 1"),
+        ("train.py --gpus four", "whole number"),
+        ("train.py --gpus", "expected one argument"),
+        ("train.py --gpu-memory 64parsecs", "--gpu-memory: not a size"),
+        ("train.py --host-memory 0", "--host-memory: a size must be positive"),
+        ("train.py --link 8GB", "--link: not a rate"),
+        ("train.py --mode fast", "invalid choice"),
+        ("train.py --virtual=yes", "ignored explicit argument"),
+        ("train.py --report nowhere/out.txt", "no folder nowhere"),
+        ("--gpu 4 train.py", "no such option: --gpu; did you mean --gpus?"),
+        ("--frobnicate train.py", "see harmony-run --help"),
+    ],
+)
+@pytest.mark.usefixtures("script")
+def test_bad_use_is_refused_with_what_is_wrong(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(words.split())
+    assert message in str(caught.value)
+
+
+def test_an_option_that_is_almost_ours_is_noticed_among_the_scripts(script: str) -> None:
+    command = parse([script, "--gpu-memry", "1GiB", "--epochs", "3"])
+    hint = mistyped(command.script_arguments)
+    assert hint is not None
+    assert "--gpu-memry" in hint
+    assert "did you mean --gpu-memory?" in hint
+    assert mistyped(["--epochs", "3", "--model", "gpt"]) is None or "--mode" in str(
+        mistyped(["--model"])
+    )
+    assert mistyped(["3", "-x"]) is None

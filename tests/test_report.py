@@ -1,0 +1,158 @@
+"""The report: figures appear in it, plain where it is piped, and in the files it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from harmony.figures import figures_of, packs_of
+from harmony.planner.schedule import parse_instruction
+from harmony.report import PLAIN_WIDTH, print_report, write_report
+from harmony.session import ModelRecord, register
+from synthetic import MIB, make_plan, make_record, make_timeline
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def text_of(record: ModelRecord) -> str:
+    file = io.StringIO()
+    print_report([record], file)
+    return file.getvalue()
+
+
+def test_a_piped_report_has_no_control_codes_and_fits_its_width() -> None:
+    text = text_of(make_record())
+    assert "\x1b" not in text
+    assert "\r" not in text
+    lines = text.splitlines()
+    assert max(len(line) for line in lines) <= PLAIN_WIDTH
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = Terminal()
+    print_report([make_record()], file)
+    assert "\x1b[" in file.getvalue()
+
+
+def test_the_figures_appear() -> None:
+    text = text_of(make_record())
+    for expected in (
+        "Harmony · GPT",
+        "50.4 M",
+        "6.0x the memory of all GPUs",
+        "Harmony-PP",
+        "2 microbatches of 4 samples",
+        "F[0:3] F[6:9] F[12:15] | B[12:15] B[6:9] B[0:3]",
+        "1.10 s measured (median), 1.00 s predicted (+10.0%)",
+        "20 steps, loss 5.5000 -> 3.6000",
+        "7.273 samples/s",
+        "465 tokens/s",
+        "812 MiB of 100 GiB",
+        "75%",
+        "51.0 of 64.0 MiB",
+        "123 MiB",
+        "246 MiB",
+        "What binds: the link into gpu0.",
+        "What would help: a larger minibatch.",
+    ):
+        assert expected in text, expected
+
+
+def test_a_terminal_without_these_characters_still_gets_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "report.txt"
+    with path.open("w", encoding="ascii") as file:
+        print_report([make_record()], file)
+    assert "What binds" in path.read_text(encoding="ascii")
+
+
+def test_before_any_step_the_report_is_what_is_expected() -> None:
+    record = make_record(steps=0)
+    text = text_of(record)
+    assert "1.00 s predicted; none has run" in text
+    assert "GPUs as predicted" in text
+    figures = figures_of(record)
+    assert (figures.step_s, figures.samples_per_s, figures.error_percent) == (None, None, None)
+
+
+def test_one_gpu_has_one_row_a_link() -> None:
+    text = text_of(make_record(num_gpus=1))
+    assert "on 1 GPU," in text
+    assert "gpu0 h2d" not in text
+    assert "host to GPU" in text
+    assert "GPU to GPU" not in text
+
+
+def test_many_gpus_have_their_sum_only() -> None:
+    text = text_of(make_record(num_gpus=6))
+    assert "gpu5 h2d" not in text
+    assert "738 MiB" in text
+
+
+def test_the_same_packs_on_every_gpu_are_printed_once() -> None:
+    record = register("GPT", {})
+    plan = make_plan(2, mode="dp")
+    programs = (plan.schedule.programs[0],) * 2
+    plan.schedule = type(plan.schedule)(8, plan.schedule.devices, programs)
+    record.planned(plan, make_timeline())
+    text = text_of(record)
+    assert text.count("F[0:3]") == 1
+    assert "Harmony-DP" in text
+
+
+def test_very_many_packs_are_shortened() -> None:
+    program = [parse_instruction(f"compute Run F[{i}:{i + 1}]@0:1 () ->") for i in range(100)]
+    text = packs_of(program)
+    assert text.startswith("F[0:1] F[1:2]")
+    assert text.endswith("F[99:100]")
+    assert "85 more" in text
+    assert text.count("F[") == 15
+
+
+def test_warnings_are_shown() -> None:
+    record = make_record()
+    record.warn("host memory could not be pinned")
+    assert "host memory could not be pinned" in text_of(record)
+
+
+def test_a_model_without_a_plan_is_left_out() -> None:
+    record = register("Unused", {})
+    assert text_of(record) == ""
+    with pytest.raises(ValueError, match="no plan"):
+        figures_of(record)
+
+
+def test_text_file(tmp_path: Path) -> None:
+    record = make_record()
+    write_report([record], tmp_path / "report.txt")
+    assert (tmp_path / "report.txt").read_text() == text_of(record)
+
+
+def test_json_file_has_every_figure(tmp_path: Path) -> None:
+    write_report([make_record()], tmp_path / "report.json")
+    (model,) = json.loads((tmp_path / "report.json").read_text())["models"]
+    assert model["name"] == "GPT"
+    assert model["step_s"] == 1.1
+    assert model["traffic_nbytes"]["h2d"] == {"weights": 246 * MIB, "inputs": 8192}
+    assert [gpu["peak_nbytes"] for gpu in model["gpus"]] == [51 * MIB] * 2
+    assert model["gpus"][0]["busy_s"] == pytest.approx(0.825)
+
+
+def test_trace_file_has_both_steps(tmp_path: Path) -> None:
+    write_report([make_record()], tmp_path / "step.trace.json")
+    events = json.loads((tmp_path / "step.trace.json").read_text())["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert names == ["GPT predicted", "GPT measured"]
+
+
+def test_a_file_that_cannot_be_written_raises(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing"):
+        write_report([make_record()], tmp_path / "missing" / "report.txt")

@@ -1,0 +1,31 @@
+"""Virtual GPUs for every test, and the race checker on in all of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from harmony.runtime import racecheck, vgpu
+
+VirtualGPUs = Callable[..., None]
+
+
+@pytest.fixture
+def vgpus() -> Iterator[VirtualGPUs]:
+    """Set up virtual GPUs; what the test runs on them is checked for races when it ends."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+
+    def configure(**settings: object) -> None:
+        gc.collect()
+        vgpu.virtual_gpus(**{"count": 4, "memory": "64MiB", **settings})
+
+    with racecheck.checked():
+        yield configure
+    gc.collect()
+    torch.set_num_threads(threads)

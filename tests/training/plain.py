@@ -1,0 +1,75 @@
+"""The reference: plain PyTorch gradient accumulation over the same microbatches, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import harmony
+
+
+@dataclass
+class Run:
+    """What a training run left: losses, gradients of the last step, parameters."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
+    params: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def gradients_of(net: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
+
+
+def params_of(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in net.named_parameters()}
+
+
+def train_plain(
+    net: nn.Module,
+    batches: Sequence[tuple[Any, Any]],
+    *,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    options: dict[str, Any],
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    microbatch: int,
+    shares: int = 1,
+    seed: int = 0,
+) -> Run:
+    """Train a copy of ``net``; with shares, add the partial sums of the shares in their order."""
+    net = copy.deepcopy(net)
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    opt = optimizer(trainable, **options)
+    run = Run()
+    for step, (inputs, targets) in enumerate(batches):
+        total = torch.zeros(())
+        partial: list[list[torch.Tensor | None]] = []
+        index = 0
+        size = len(inputs) // shares
+        for share in range(shares):
+            opt.zero_grad()
+            end = len(inputs) if share == shares - 1 else (share + 1) * size
+            for low in range(share * size, end, microbatch):
+                high = min(low + microbatch, end)
+                torch.manual_seed(harmony.microbatch_seed(step, index, seed))
+                index += 1
+                weight = (high - low) / len(inputs)
+                loss = loss_fn(net(inputs[low:high]), targets[low:high])
+                (loss * weight).backward()
+                total = total + loss.detach() * weight
+            partial.append([p.grad for p in trainable])
+        for i, param in enumerate(trainable):
+            parts = [grads[i] for grads in partial if grads[i] is not None]
+            param.grad = None
+            for part in parts:
+                param.grad = part if param.grad is None else param.grad.add_(part)
+        run.gradients.append(gradients_of(net))
+        opt.step()
+        run.losses.append(total)
+    run.params = params_of(net)
+    return run
