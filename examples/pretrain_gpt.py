@@ -104,7 +104,7 @@ def make_model(
 
 
 def load_text() -> torch.Tensor:
-    """Load the source files of the standard library's top folder, one after the other, as bytes."""
+    """Load the source files of the standard library's top folder as bytes, one after another."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 
@@ -186,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=8, help="samples of a step")
     add("--microbatch", type=int, default=2, help="samples that go through the model together")
     add("--dropout", type=float, default=0.1)
-    add("--lr", type=float, default=3e-4)
+    add("--lr", type=float, default=1e-4)
     add("--seed", type=int, default=0)
     add("--untied", action="store_true", help="give the head weights of its own")
     add("--reference", action="store_true", help="plain PyTorch instead of Harmony")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         VirtualGPUError,
     )
     from harmony.module import Harmony
-    from harmony.planner.search import Plan
+    from harmony.planner.plan import Plan
     from harmony.runtime.randomness import microbatch_seed
     from harmony.runtime.vgpu import virtual_gpus
 
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Harmony": "harmony.module",
-    "Plan": "harmony.planner.search",
+    "Plan": "harmony.planner.plan",
     "microbatch_seed": "harmony.runtime.randomness",
     "virtual_gpus": "harmony.runtime.vgpu",
     "HarmonyError": "harmony.errors",

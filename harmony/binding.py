@@ -15,7 +15,8 @@ from harmony.errors import ConfigError, PlanError
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.cost import CostTable
-from harmony.planner.search import Plan, choose, plan_phase
+from harmony.planner.plan import Plan
+from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, Samples, TensorKind
 from harmony.planner.verify import verify
@@ -163,15 +164,14 @@ class Binding:
                 f"the plan needs {plan.schedule.num_devices} devices, there are "
                 f"{len(self._contexts)}: plan again, or leave plan= out"
             )
-        verify(plan.schedule, self.graph, self.costs, self._form)
+        for phase, schedule in plan.schedules.items():
+            verify(schedule, self.graph, self.costs, phase)
         return plan
 
     def prepared(self, plan: Plan, phase: Phase) -> PreparedSchedule:
         """Return the schedule of a phase of the plan, ready to run."""
         key = (phase, plan.minibatch)
-        schedule = plan.schedule
-        if phase is not self._form:
-            schedule = plan_phase(plan, phase)
+        schedule = plan.schedules[phase]
         if key not in self._prepared or not self.executor.fits_slots(schedule):
             if not self.executor.fits_slots(schedule):
                 self._prepared.clear()

@@ -75,15 +75,18 @@ def _set_up_gpus(options: Options, progress: Progress) -> None:
         if options.link is not None:
             raise ConfigError("--link sets the speed of virtual GPUs: add --virtual")
         return
-    from harmony.runtime.vgpu import virtual_gpus
+    from harmony.runtime.vgpu import MAX_COUNT, virtual_gpus
 
     count = options.gpus or 1
+    if count > MAX_COUNT:
+        raise ConfigError(f"--gpus {count}: there are at most {MAX_COUNT} virtual GPUs")
     memory = options.gpu_memory_nbytes or VIRTUAL_MEMORY_NBYTES
     virtual_gpus(count=count, memory=memory, link=options.link)
     why = "" if options.virtual else "no NVIDIA GPU found: "
     link = f" behind {options.link} links" if options.link else ""
-    gpus = "1 virtual GPU" if count == 1 else f"{count} virtual GPUs"
-    progress.say(f"{why}training on {gpus} of {format_bytes(memory)}{link} (PyTorch CPU kernels)")
+    size = format_bytes(memory)
+    gpus = f"1 virtual GPU of {size}" if count == 1 else f"{count} virtual GPUs of {size} each"
+    progress.say(f"{why}training on {gpus}{link} (PyTorch's CPU kernels)")
 
 
 def _run(command: Command, progress: Progress) -> int:
@@ -127,6 +130,7 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
         return code
     try:
         print_report(records)
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone (`| head`). Python would complain once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from harmony.binding import Binding
-from harmony.planner.search import Plan
+from harmony.planner.plan import Plan
 from harmony.runtime.randomness import RandomStates
 from harmony.runtime.stage import Values
 

@@ -21,7 +21,7 @@ from harmony.dropin import ForwardCall, attach
 from harmony.errors import CaptureError, ConfigError, ExecutionError, HarmonyError
 from harmony.hardware import is_virtual
 from harmony.machine import Machine
-from harmony.planner.search import Plan
+from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase, TaskKind
 from harmony.profiler import UpdateCost, measure_machine, measure_update
 from harmony.runtime.device import DeviceContext

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harmony.planner.bound import binding
 from harmony.planner.schedule import HOST, HOST_STREAM, Instruction, Op
 from harmony.planner.simulate import stall_causes
 from harmony.planner.tasks import TaskKind
@@ -49,6 +50,8 @@ class Figures:
         measured: whether the GPU figures were measured; else no step ran and they are expected.
         step_s: median seconds of a step as the script saw it, None if none ran.
         timeline_s: seconds of the step that the GPU figures are of.
+        bound: what sets the pace of that step, a key of `report.BOUND_NAMES`.
+        advice: what would help, in a sentence.
         error_percent: predicted against measured step time, positive if the step took longer.
     """
 
@@ -104,6 +107,7 @@ def figures_of(record: ModelRecord) -> Figures:
     timeline = run.last or run.predicted
     step_s = run.median_s()
     gpus = _gpus(run, timeline)
+    bound, advice = binding(timeline, plan.schedule, plan.spec)
     return Figures(
         name=record.name,
         facts=dict(record.facts),
@@ -126,8 +130,8 @@ def figures_of(record: ModelRecord) -> Figures:
         host_update_s=timeline.busy_s(f"{HOST}.{HOST_STREAM}"),
         host_nbytes=max(timeline.host_nbytes, plan.host_nbytes),
         host_limit_nbytes=plan.machine.host.memory_nbytes,
-        bound=plan.bound,
-        advice=plan.advice,
+        bound=bound,
+        advice=advice,
     )
 
 

@@ -14,7 +14,7 @@ from harmony import session
 from harmony.engine import Engine, EngineOptions
 from harmony.errors import ConfigError, HarmonyError
 from harmony.hardware import Devices, choose_devices, memory_limit
-from harmony.planner.search import Plan
+from harmony.planner.plan import Plan
 from harmony.report import print_report
 from harmony.runtime.optimizer import OptimizerFactory
 from harmony.session import ModelRecord, StepStats
@@ -199,7 +199,7 @@ class Harmony(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Iterate over the modules of the wrapped one."""
-        return self._net.named_modules(memo, prefix, remove_duplicate)
+        yield from self._net.named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Iterate over the children of the wrapped module."""
@@ -263,7 +263,7 @@ class Harmony(nn.Module):
             )
             return self
         self._engine.check_not_started("a change of dtype")
-        self._net._apply(fn, recurse)
+        self._net._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

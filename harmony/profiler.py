@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.capture import Captured
 from harmony.layergraph import Layer, LayerGraph
 from harmony.machine import Device, Host, Machine
 from harmony.planner.cost import CostTable, LayerCost
@@ -23,7 +24,7 @@ from harmony.runtime.device import DeviceContext, align
 from harmony.runtime.hostmem import HostArena, HostBuffer, available_host_nbytes
 from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
 from harmony.runtime.randomness import RandomStates
-from harmony.runtime.stage import LayerCode, Stage, Values
+from harmony.runtime.stage import Stage, Values
 
 _LINK_SAMPLE_NBYTES = 16 * 2**20
 _UPDATE_SAMPLE = 1 << 20
@@ -72,7 +73,9 @@ def measure_machine(
     for index, context in enumerate(contexts):
         peer = contexts[(index + 1) % len(contexts)]
         free, total = native.memory_info(context.device)
-        usable = free if memory_nbytes is None else min(memory_nbytes, total)
+        usable = free - native.reserve_nbytes(context.device)
+        if memory_nbytes is not None:
+            usable = min(memory_nbytes, total)
         size = max(1 << 16, min(_LINK_SAMPLE_NBYTES, usable // 4))
         h2d, d2h, p2p = _measure_links(context, peer, size)
         name = str(context.device)
@@ -83,7 +86,7 @@ def measure_machine(
 
 def measure_layers(
     context: DeviceContext,
-    code: LayerCode,
+    code: Captured,
     graph: LayerGraph,
     weights: HostArena,
     gradients: HostArena,

@@ -91,7 +91,7 @@ class Progress:
         before = sys.stdout, sys.stderr
         if self._live:
             streams = (_Shared(s, self) if s.isatty() else s for s in before)
-            sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+            sys.stdout, sys.stderr = streams
         try:
             yield
         finally:

@@ -36,6 +36,24 @@ PLAIN_WIDTH = 100
 MODE_NAMES = {"pp": "Harmony-PP (pipeline)", "dp": "Harmony-DP (data parallel)"}
 LINK_NAMES = {"h2d": "host to GPU", "d2h": "GPU to host", "p2p": "GPU to GPU"}
 
+STALL_NAMES = {
+    "weights": "weights coming in",
+    "gradients": "gradients going out",
+    "peer": "another GPU",
+    "update": "the update on the host",
+    "host": "the host issuing work",
+}
+"""What a GPU waited for, where the name of the bytes alone does not say it."""
+
+BOUND_NAMES = {
+    "compute": "the GPUs' compute",
+    "h2d": "the links from the host to the GPUs",
+    "d2h": "the links from the GPUs to the host",
+    "peer": "waiting for another GPU",
+    "update": "the update on the host",
+    "host": "issuing work from the host",
+}
+
 _ASCII = str.maketrans("─━█░·", "--#.-")
 
 GPUS_IN_TRAFFIC = 4
@@ -239,7 +257,11 @@ def _gpu_table(figures: Figures) -> RenderableType:
 
 def _stall_text(stalls_s: dict[str, float], whole: float) -> str:
     ranked = sorted(stalls_s.items(), key=lambda item: -item[1])
-    shown = [f"{cause} {s / whole:.0%}" for cause, s in ranked if s > 0.005 * whole]
+    shown = [
+        f"{STALL_NAMES.get(cause, cause)} {seconds / whole:.0%}"
+        for cause, seconds in ranked
+        if seconds > 0.005 * whole
+    ]
     return ", ".join(shown) or "-"
 
 
@@ -276,7 +298,5 @@ def _in_use(figures: Figures, gpus: Sequence[GpuFigures], link: str) -> str:
 
 
 def _conclusion(figures: Figures) -> RenderableType:
-    text = Text.assemble(("What binds: ", "bold"), figures.bound)
-    if figures.advice:
-        text.append_text(Text.assemble((" What would help: ", "bold"), figures.advice))
-    return text
+    bound = BOUND_NAMES.get(figures.bound, figures.bound)
+    return Text.assemble(("What binds: ", "bold"), f"{bound}. {figures.advice}")

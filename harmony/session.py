@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 from harmony.timeline import Timeline
 
 if TYPE_CHECKING:
+    from harmony.planner.plan import Plan
     from harmony.planner.schedule import Schedule
-    from harmony.planner.search import Plan
 
 KEPT_STEPS = 1000
 """Durations that a run keeps to take the median from."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 from harmony.machine import Device, Host, Machine
+from harmony.planner.plan import Plan
+from harmony.planner.policy import Policy
 from harmony.planner.schedule import DeviceSpec, Instruction, Schedule, parse_instruction
-from harmony.planner.tasks import Pack, StepSpec
+from harmony.planner.tasks import Pack, Phase, StepSpec
 from harmony.session import ModelRecord, StepStats, register
 from harmony.timeline import Span, Timeline
 
@@ -32,8 +33,8 @@ def make_schedule(num_gpus: int, minibatch: int = 8) -> Schedule:
     return Schedule(minibatch, specs, tuple(program(gpu) for gpu in range(num_gpus)))
 
 
-def make_plan(num_gpus: int = 2, minibatch: int = 8, **changes: Any) -> Any:
-    """Stand in for a `Plan`: what the report reads of it."""
+def make_plan(num_gpus: int = 2, minibatch: int = 8, **changes: Any) -> Plan:
+    """Make a plan of this schedule with ``changes`` to its fields."""
     half = minibatch // 2 or 1
     devices = tuple(Device(f"vgpu:{i}", 64 * MIB, 8e9, 8e9, 8e9) for i in range(num_gpus))
     fields: dict[str, Any] = {
@@ -41,24 +42,27 @@ def make_plan(num_gpus: int = 2, minibatch: int = 8, **changes: Any) -> Any:
         "minibatch": minibatch,
         "spec": StepSpec(minibatch, half, half, PACKS[:-1], PACKS, ((0, minibatch),)),
         "machine": Machine(devices, Host(100 * 1024 * MIB)),
-        "schedule": make_schedule(num_gpus, minibatch),
+        "policy": Policy(),
+        "schedules": {Phase.TRAIN: make_schedule(num_gpus, minibatch)},
         "step_s": 1.0,
         "peak_nbytes": (50 * MIB,) * num_gpus,
         "host_nbytes": 800 * MIB,
-        "bound": "the link into gpu0.",
-        "advice": "a larger minibatch.",
+        "traffic": {},
+        "bound": "h2d",
+        "advice": "A larger minibatch helps.",
     }
-    return SimpleNamespace(**{**fields, **changes})
+    return Plan(**{**fields, **changes})
 
 
 def make_timeline(num_gpus: int = 2, step_s: float = 1.0) -> Timeline:
     """One step in which every GPU computes 75 % of the time."""
     spans = []
+    half = 0.5 * step_s
     for gpu in range(num_gpus):
         name = f"gpu{gpu}"
         spans += [
-            Span(f"{name}.compute", "Run F[0:3]@0:4", "forward", 0.25 * step_s, 0.5 * step_s),
-            Span(f"{name}.compute", "Run B[0:3]@0:4", "backward", 0.5 * step_s, step_s),
+            Span(f"{name}.compute", "Run F[0:3]@0:4", "forward", 0.25 * step_s, half, 0, 0),
+            Span(f"{name}.compute", "Run B[0:3]@0:4", "backward", half, step_s, 0, 1),
             Span(f"{name}.h2d", "SwapIn W[0:3]", "weights", 0.0, 0.25 * step_s, 123 * MIB),
             Span(f"{name}.h2d", "SwapIn X0@0:4", "inputs", 0.25 * step_s, 0.3 * step_s, 4096),
             Span(f"{name}.d2h", "SwapOut dW[0:3]%0", "gradients", 0.9, 0.95, 77 * MIB),

@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 
 TRAIN = """
 from harmony import session
-from synthetic import make_plan, make_timeline
+from tests.synthetic import make_plan, make_timeline
 record = session.register("GPT", {})
 record.planned(make_plan(), make_timeline())
 for step in range(3):
@@ -204,9 +204,11 @@ def test_virtual_gpus_are_made_and_said(
 ) -> None:
     real_gpus(monkeypatch, present)
     made: list[dict[str, object]] = []
-    fake = SimpleNamespace(virtual_gpus=lambda **options: made.append(options))
+    fake = SimpleNamespace(virtual_gpus=lambda **options: made.append(options), MAX_COUNT=16)
     monkeypatch.setitem(sys.modules, "harmony.runtime.vgpu", fake)  # type: ignore[arg-type]
     cli._set_up_gpus(Options(gpus=4, virtual=virtual, link="8GB/s"), Progress(sys.stderr))
+    with pytest.raises(ConfigError, match="at most 16"):
+        cli._set_up_gpus(Options(gpus=17, virtual=virtual), Progress(sys.stderr))
     assert made == [{"count": 4, "memory": 64 * 2**20, "link": "8GB/s"}]
     err = capsys.readouterr().err
     assert "4 virtual GPUs of 64.0 MiB" in err
@@ -221,7 +223,7 @@ def command(tmp_path: Path, text: str, *words: str) -> tuple[list[str], dict[str
         "import sys; from harmony import cli; cli._set_up_gpus = lambda *a: None; "
         "sys.exit(cli.main())"
     )
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "TERM": "xterm"}
     return [sys.executable, "-c", start, str(script), *words], env
 

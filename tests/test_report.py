@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harmony.figures import figures_of, packs_of
 from harmony.planner.schedule import parse_instruction
+from harmony.planner.tasks import Phase
 from harmony.report import PLAIN_WIDTH, print_report, write_report
 from harmony.session import ModelRecord, register
-from synthetic import MIB, make_plan, make_record, make_timeline
+from tests.synthetic import MIB, make_plan, make_record, make_schedule, make_timeline
 
 
 class Terminal(io.StringIO):
@@ -58,11 +60,12 @@ def test_the_figures_appear() -> None:
         "465 tokens/s",
         "812 MiB of 100 GiB",
         "75%",
+        "the host issuing work 25%",
         "51.0 of 64.0 MiB",
         "123 MiB",
         "246 MiB",
-        "What binds: the link into gpu0.",
-        "What would help: a larger minibatch.",
+        "What binds: issuing work from the host.",
+        "larger microbatches need fewer tasks.",
     ):
         assert expected in text, expected
 
@@ -99,10 +102,9 @@ def test_many_gpus_have_their_sum_only() -> None:
 
 def test_the_same_packs_on_every_gpu_are_printed_once() -> None:
     record = register("GPT", {})
-    plan = make_plan(2, mode="dp")
-    programs = (plan.schedule.programs[0],) * 2
-    plan.schedule = type(plan.schedule)(8, plan.schedule.devices, programs)
-    record.planned(plan, make_timeline())
+    schedule = make_schedule(2)
+    same = replace(schedule, programs=(schedule.programs[0],) * 2)
+    record.planned(make_plan(2, mode="dp", schedules={Phase.TRAIN: same}), make_timeline())
     text = text_of(record)
     assert text.count("F[0:3]") == 1
     assert "Harmony-DP" in text

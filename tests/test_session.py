@@ -10,7 +10,7 @@ import pytest
 from harmony import session
 from harmony.session import KEPT_RUNS, KEPT_STEPS, ModelRecord, Options, StepStats
 from harmony.timeline import Timeline
-from synthetic import make_plan, make_timeline
+from tests.synthetic import make_plan, make_timeline
 
 
 def stats(step: int, step_s: float = 1.0, loss: float | None = None) -> StepStats:

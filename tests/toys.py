@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
 from harmony.machine import Device, Host, Machine
 from harmony.planner.cost import CostTable, LayerCost
@@ -88,7 +90,7 @@ def packs(*ends: int) -> tuple[Pack, ...]:
 def halves(minibatch: int, replicas: int) -> tuple[tuple[int, int], ...]:
     """Shares of a minibatch, as equal as can be."""
     cuts = [minibatch * r // replicas for r in range(replicas + 1)]
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(pairwise(cuts))
 
 
 def step(

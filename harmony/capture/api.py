@@ -70,7 +70,7 @@ def capture(
 
 def _switch_off_caches(root: nn.Module) -> None:
     """Set ``use_cache`` of Hugging Face configurations of the copy to False."""
-    configs = [getattr(module, "config", None) for module in root.modules()]
+    configs: list[Any] = [getattr(module, "config", None) for module in root.modules()]
     cached = [config for config in configs if getattr(config, "use_cache", None) is True]
     for config in cached:
         config.use_cache = False

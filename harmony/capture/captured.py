@@ -13,7 +13,7 @@ from harmony.capture.footprint import Footprint, bindable, measure, pretending, 
 from harmony.capture.graph import BuiltGraph, Sizes, build_graph, check_same_structure
 from harmony.capture.inputs import Batch
 from harmony.capture.layers import changed_storages, cut_layers
-from harmony.capture.params import ParamInfo, describe_buffers, describe_parameters
+from harmony.capture.params import ParamInfo, dense_stride, describe_buffers, describe_parameters
 from harmony.capture.replay import Values, run_step
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import Structure
@@ -195,10 +195,7 @@ class Captured:
         comes back from the host; a view with gaps or overlaps is stored contiguous.
         """
         known = self._tape(num_samples).values[self._built.numbers[value]]
-        form = torch.empty_strided(known.shape, known.stride, device="meta")
-        if not torch._prims_common.is_non_overlapping_and_dense_or_false(form):
-            form = torch.empty(known.shape, device="meta")
-        return known.shape, tuple(form.stride()), known.dtype
+        return known.shape, dense_stride(known.shape, known.stride), known.dtype
 
     def costs_nbytes(self, num_samples: int) -> list[Footprint]:
         """Return per layer ``(forward_nbytes, saved_nbytes, backward_nbytes)``.

@@ -53,7 +53,7 @@ def measure(
         before = live.now
         live.reset_peak()
         torch.autograd.backward(roots, gradients)
-        return Footprint(forward, saved, max(0, live.peak - before))
+        return Footprint(forward, saved, max(0, live.peak + live.unseen - before))
 
 
 def stand_in(value: TapeValue, device: torch.device, requires_grad: bool) -> torch.Tensor:
@@ -64,9 +64,11 @@ def stand_in(value: TapeValue, device: torch.device, requires_grad: bool) -> tor
 
 def bindable(placeholder: torch.Tensor, device: torch.device, real: bool) -> torch.Tensor:
     """Return a tensor to bind for a parameter or buffer, gradient included."""
-    if placeholder.device.type != "meta":
-        return placeholder.to(device)
     make: Any = torch.zeros if real else torch.empty
+    if placeholder.device.type != "meta":
+        if real:
+            return placeholder.to(device)
+        return torch.empty(placeholder.shape, dtype=placeholder.dtype, device=device)
     data = make(placeholder.shape, dtype=placeholder.dtype, device=device)
     param = nn.Parameter(data, requires_grad=placeholder.requires_grad)
     if param.requires_grad:

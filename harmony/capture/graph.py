@@ -86,7 +86,7 @@ def build_graph(
     tape = sizes.tape
     layers = _Layers(tape, starts)
     mixing = _mixing_layers(sizes, layers, skeleton, has_loss)
-    numbers = layers.crossing()
+    numbers = layers.crossing
     ids = {number: index for index, number in enumerate(numbers)}
     values = []
     for index, number in enumerate(numbers):
@@ -108,7 +108,11 @@ def build_graph(
 
 
 class _Layers:
-    """The layers of a tape: which steps they have, which values cross them."""
+    """The layers of a tape: which steps they have, which values cross them.
+
+    Attributes:
+        crossing: numbers of the values that cross layers or leave the model, inputs first.
+    """
 
     def __init__(self, tape: Tape, starts: Sequence[int]) -> None:
         self.tape = tape
@@ -118,6 +122,7 @@ class _Layers:
         for index, step in enumerate(tape.steps):
             for number in step.inputs:
                 self.consumers.setdefault(number, set()).add(self.of_step(index))
+        self.crossing = self._find_crossing()
 
     def of_step(self, index: int) -> int:
         return bisect_right(self.starts, index) - 1
@@ -134,8 +139,7 @@ class _Layers:
         producer = self.producer(number)
         return tuple(sorted(c for c in self.consumers.get(number, ()) if c > producer))
 
-    def crossing(self) -> tuple[int, ...]:
-        """Numbers of the values that cross layers or leave the model, inputs first."""
+    def _find_crossing(self) -> tuple[int, ...]:
         numbers = range(len(self.tape.values))
         found = [n for n in numbers if n in self.outputs or self.later_consumers(n)]
         return tuple(sorted(found, key=lambda n: (self.producer(n) != MODEL_INPUT, n)))
@@ -149,9 +153,7 @@ class _Layers:
         return users
 
 
-def _make_value(
-    index: int, number: int, sizes: Sizes, layers: _Layers
-) -> tuple[Value, bool]:
+def _make_value(index: int, number: int, sizes: Sizes, layers: _Layers) -> tuple[Value, bool]:
     """Return a value, and whether its samples cannot be told apart."""
     known = sizes.tape.values[number]
     if not known.dense:
@@ -194,7 +196,7 @@ def _make_layer(
     return Layer(
         index=layer,
         name=_layer_name(steps, skeleton),
-        signature=layer_signature(steps, layers.tape, skeleton),
+        signature=layer_signature(steps, layers.tape, skeleton, layers.crossing),
         params=tuple(info.name for info in own),
         weight_nbytes=sum(info.stored_nbytes for info in own),
         gradient_nbytes=sum(info.gradient_nbytes for info in own),
@@ -218,9 +220,7 @@ def _layer_name(steps: Sequence[Step], skeleton: Skeleton) -> str:
     return heart.name or type(skeleton.root).__name__
 
 
-def _mixing_layers(
-    sizes: Sizes, layers: _Layers, skeleton: Skeleton, has_loss: bool
-) -> set[int]:
+def _mixing_layers(sizes: Sizes, layers: _Layers, skeleton: Skeleton, has_loss: bool) -> set[int]:
     """Layers in which a sample's result depends on the other samples of its microbatch.
 
     Norms over the batch, and glue that makes something whose shape does not depend on the batch
@@ -236,11 +236,22 @@ def _mixing_layers(
             assert isinstance(step.target, str)
             if any(map(_is_batch_norm, skeleton.modules[step.target].modules())):
                 mixing.add(layer)
-        if has_loss and layer == last:
-            continue
-        if batched.intersection(step.inputs) and not batched.issuperset(step.made):
+        loss_path = has_loss and layer == last
+        if not loss_path and any(_mixes(step, made, tape, batched) for made in step.made):
             mixing.add(layer)
     return mixing
+
+
+def _mixes(step: Step, made: int, tape: Tape, batched: set[int]) -> bool:
+    """Whether a step makes a value without samples from the contents of ones that have some.
+
+    What the trace really computed cannot depend on values that it did not compute: those lent
+    their shape or type only.
+    """
+    if made in batched or step.name.startswith("new_"):
+        return False
+    real = not tape.values[made].fake
+    return any(n in batched and not (real and tape.values[n].fake) for n in step.inputs)
 
 
 def _is_batch_norm(module: object) -> bool:
@@ -259,7 +270,7 @@ def check_same_structure(tape: Tape, other: Tape, num_samples: tuple[int, int]) 
     """
     for index in range(max(len(tape.steps), len(other.steps))):
         pair = [t.steps[index] if index < len(t.steps) else None for t in (tape, other)]
-        if [_shape_of(step) for step in pair][0] != _shape_of(pair[1]):
+        if _outline(pair[0]) != _outline(pair[1]):
             texts = [f"{s.name} at {s.where}" if s else "nothing" for s in pair]
             raise CaptureError(
                 f"the forward takes another path for {num_samples[1]} samples than for "
@@ -267,7 +278,7 @@ def check_same_structure(tape: Tape, other: Tape, num_samples: tuple[int, int]) 
             )
 
 
-def _shape_of(step: Step | None) -> object:
+def _outline(step: Step | None) -> object:
     if step is None:
         return None
     return (

@@ -72,8 +72,8 @@ class Batch:
         names, leaves, structure = _take_apart(args, kwargs, targets)
         if structure != self.structure:
             raise CaptureError(
-                f"the inputs were captured as {_listed(self.names)}, now they are "
-                f"{_listed(names)}: capture the model again for these"
+                f"the inputs were captured as {_listed(self.names, self.leaves)}, now they are "
+                f"{_listed(names, leaves)}: capture the model again for these"
             )
         sizes = {}
         for name, leaf, sample, dim in zip(
@@ -169,5 +169,6 @@ def _equal(left: Any, right: Any) -> bool:
     return type(left) is type(right) and bool(left == right)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "nothing"
+def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:
+    given = (name for name, leaf in zip(names, leaves, strict=True) if leaf is not None)
+    return ", ".join(given) or "nothing"

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 
 _TRACING = threading.RLock()
-_HIDDEN = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep)
+_HIDDEN = (
+    "<",
+    str(Path(__file__).parent) + os.sep,
+    str(Path(torch.__file__).parent) + os.sep,
+)
 
 
 @contextmanager
@@ -55,11 +59,14 @@ def user_frame() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_HIDDEN) and not filename.startswith("<"):
-            if not filename.endswith(("contextlib.py", f"{os.sep}copy.py")):
-                return f"{filename}:{frame.f_lineno}"
+        if not _is_machinery(filename):
+            return f"{filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+def _is_machinery(filename: str) -> bool:
+    return filename.startswith(_HIDDEN) or filename.endswith(("contextlib.py", "functools.py"))
 
 
 def autocast_dtype() -> torch.dtype | None:
@@ -85,7 +92,7 @@ def user_frame_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         filename = trace.tb_frame.f_code.co_filename
-        if not filename.startswith(_HIDDEN) and not filename.startswith("<"):
+        if not _is_machinery(filename):
             place = f"{filename}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place

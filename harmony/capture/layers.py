@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from harmony.capture.tape import Step, StepKind, Tape
 
@@ -24,7 +25,7 @@ def cut_layers(tape: Tape, param_nbytes: Mapping[str, int]) -> tuple[int, ...]:
     crossing = _crossing_nbytes(tape)
     forbidden = _forbidden(tape)
     starts = [0]
-    for heart, following in zip(hearts, hearts[1:]):
+    for heart, following in pairwise(hearts):
         allowed = [cut for cut in range(heart + 1, following + 1) if cut not in forbidden]
         if allowed:
             starts.append(min(allowed, key=lambda cut: (crossing[cut], -cut)))

@@ -12,7 +12,7 @@ from harmony.capture.skeleton import plain_tensors
 from harmony.capture.structure import tensors_in
 
 
-class LeafMustOpen(Exception):
+class LeafMustOpenError(Exception):
     """Leaf modules exchange a tensor behind the tape's back: open them and trace again.
 
     Attributes:
@@ -89,11 +89,11 @@ class LeafCall:
             return
         origin = self._made_in.get(key)
         if origin is not None and origin is not self:
-            raise LeafMustOpen(
+            raise LeafMustOpenError(
                 [self.name, origin.name],
                 f"{self.name} uses a tensor made inside {origin.name} that was not passed to it",
             )
         if origin is None and key in self._outside:
-            raise LeafMustOpen(
+            raise LeafMustOpenError(
                 [self.name], f"{self.name} uses a tensor of the forward that was not passed to it"
             )

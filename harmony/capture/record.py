@@ -25,7 +25,7 @@ from harmony.capture.isolation import (
     same_random_states,
     user_frame,
 )
-from harmony.capture.leafwatch import LeafCall, LeafMustOpen
+from harmony.capture.leafwatch import LeafCall, LeafMustOpenError
 from harmony.capture.refuse import (
     check_argument,
     check_custom,
@@ -48,13 +48,13 @@ from harmony.capture.tape import (
 )
 from harmony.errors import CaptureError
 
-_READS = frozenset(
-    ["item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "is_nonzero", "equal", "allclose", "__contains__", "numpy", "__array__"]
-)
+_READS = frozenset({"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"})
+_READS |= {"__bool__", "__int__", "__float__", "__index__", "__complex__"}
+_READS |= {"__contains__", "__array__"}
 _SEEDED = torch.Tag.nondeterministic_seeded
 
 
-class RandomWatch(TorchDispatchMode):
+class RandomWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices kernels that draw random numbers.
 
     Attributes:
@@ -63,9 +63,7 @@ class RandomWatch(TorchDispatchMode):
 
     drawn = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _SEEDED in func.tags and _is_on(func, args, kwargs):
             self.drawn = True
@@ -106,6 +104,7 @@ class Recorder(TorchFunctionMode):
         self._newest: dict[int, torch.Tensor] = {}
         self._made_in: dict[int, LeafCall] = {}
         self._alive: list[Any] = []
+        self._python_random = python_random_states()
 
     def add_input(self, tensor: torch.Tensor, name: str) -> int:
         """Number an input of the model (the same tensor twice has one number)."""
@@ -123,9 +122,15 @@ class Recorder(TorchFunctionMode):
         passed_on = self._call_function(torch.Tensor.view_as, "output", (leaf, leaf), {})
         return self._reference(passed_on, "the model's output")
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def check_python_random(self) -> None:
+        """Refuse randomness of Python or NumPy in the glue: a tape would freeze it."""
+        if not same_random_states(self._python_random, python_random_states()):
+            raise CaptureError(
+                f"the forward draws random numbers of Python or NumPy before {user_frame()}, outside "
+                "of a layer: not supported yet. Draw them inside a layer"
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if threading.get_ident() != self._thread or self._busy:
             return func(*args, **kwargs)
@@ -152,11 +157,9 @@ class Recorder(TorchFunctionMode):
             return apply(*args, **kwargs)
         name = f"{function.__name__}.apply"
         check_custom(name, args)
-        return self._call_function(apply, name, args, kwargs, replay=function.apply)
+        return self._call_function(apply, name, args, kwargs)
 
-    def _call_function(
-        self, func: Any, name: str, args: Any, kwargs: Any, replay: Any = None
-    ) -> Any:
+    def _call_function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         (args, kwargs), leaves, structure = self._stand_in(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         check_function(name, func, bool(tensors))
@@ -170,8 +173,8 @@ class Recorder(TorchFunctionMode):
         if changed or any(isinstance(leaf, torch.Tensor) for leaf in made):
             for leaf in leaves:
                 check_argument(leaf, name)
-            target, references = replay or func, self._references(leaves, name)
-            step = Step(StepKind.FUNCTION, name, target, references, structure, context)
+            references = self._references(leaves, name)
+            step = Step(StepKind.FUNCTION, name, func, references, structure, context)
             self._append(step, tensors, changed, made, drawn)
         return out
 
@@ -195,13 +198,14 @@ class Recorder(TorchFunctionMode):
         references = self._references(leaves, name)
         versions = [_version(tensor) for tensor in tensors]
         watch = LeafCall(name, module, tensors, self._state, self._made_in, self._numbers)
-        states = python_random_states()
+        self.check_python_random()
         self._leaf, self._random.drawn = watch, False
         try:
             out = call(module, *args, **kwargs)
         finally:
             self._leaf = None
-        drawn = self._random.drawn or not same_random_states(states, python_random_states())
+        states, self._python_random = self._python_random, python_random_states()
+        drawn = self._random.drawn or not same_random_states(states, self._python_random)
         step = Step(StepKind.MODULE, name, name, references, structure, _context())
         step.state = watch.state()
         changed = _changed(tensors, versions)
@@ -260,9 +264,17 @@ class Recorder(TorchFunctionMode):
             storage = self._storages.setdefault(tensor.untyped_storage()._cdata, number)
         shape = tuple(tensor.shape) if not tensor.is_nested else ()
         stride = tuple(tensor.stride()) if dense else ()
-        requires_grad = tensor.requires_grad
         self.values.append(
-            TapeValue(shape, stride, tensor.dtype, requires_grad, storage, dense, name)
+            TapeValue(
+                shape=shape,
+                stride=stride,
+                dtype=tensor.dtype,
+                requires_grad=tensor.requires_grad,
+                storage=storage,
+                dense=dense,
+                fake=isinstance(tensor, FakeTensor),
+                name=name,
+            )
         )
         self._numbers[id(tensor)] = number
         self._newest[number] = tensor
@@ -285,7 +297,7 @@ class Recorder(TorchFunctionMode):
             return StateRef(self._state[id(leaf)])
         origin = self._made_in.get(id(leaf))
         if origin is not None:
-            raise LeafMustOpen(
+            raise LeafMustOpenError(
                 [origin.name], f"a tensor made inside {origin.name} reaches {user} unreturned"
             )
         return self._constant(leaf, user)

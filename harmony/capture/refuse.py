@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from harmony.capture.isolation import user_frame
 from harmony.capture.skeleton import closes_over_module
@@ -155,7 +155,7 @@ def _check_parameters(module: nn.Module) -> None:
     devices: dict[str, str] = {}
     places: dict[tuple[str, int], str] = {}
     for name, param in module.named_parameters():
-        if isinstance(param, UninitializedTensorMixin):
+        if is_lazy(param):
             raise CaptureError(f"{name} has no shape yet: run the model once before")
         if hasattr(param, "device_mesh"):
             raise CaptureError(f"{name} is a DTensor: pass the model before it is sharded")

@@ -31,9 +31,8 @@ Values = dict[int, torch.Tensor]
 _MISSING = object()
 # Factories that make their tensor on the default device unless told otherwise: in the glue they
 # follow the inputs, so that a model written for one device runs on any.
-_FACTORIES = frozenset(
-    ["arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices", "zeros"]
-)
+_FACTORIES = frozenset({"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros"})
+_FACTORIES |= {"rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices"}
 
 
 def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,22 @@ _POSITION = re.compile(r"(^|_)(idx|index|layer_id|layer_number|block_id|block_nu
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
-def layer_signature(steps: Sequence[Step], tape: Tape, skeleton: Skeleton) -> str:
+def layer_signature(
+    steps: Sequence[Step], tape: Tape, skeleton: Skeleton, crossing: Container[int]
+) -> str:
     """Return a text that is equal for layers of equal work.
 
     It covers the classes and plain attributes of modules, the shapes and types of parameters and
     inputs, which of them require gradients, and all other arguments; names and values of
     parameters do not enter.
+
+    Args:
+        crossing: numbers of the values that cross layers.
     """
     numbers: dict[Any, int] = {}
     lines = [line for step in steps for line in _describe(step, tape, skeleton, numbers)]
+    made = (number for step in steps for number in step.made)
+    lines.append(f"hands on {[numbers[number] for number in made if number in crossing]}")
     digest = hashlib.sha1("\n".join(lines).encode()).hexdigest()[:12]
     modules = [step for step in steps if isinstance(step.target, str)]
     heart = max(modules, key=lambda step: _size(step, skeleton), default=steps[0])
@@ -49,7 +56,6 @@ def _describe(
     for leaf in step.leaves:
         yield _describe_leaf(leaf, tape, skeleton, numbers)
     for number in step.made:
-        # What a layer makes is known from what it reads, but not who is numbered how.
         yield f"makes %{numbers.setdefault(number, len(numbers))}"
 
 

@@ -76,7 +76,7 @@ def _holds_tensors(leaf: Any) -> bool:
 
 def _rebuild(kind: type, names: tuple[str, ...], values: list[Any]) -> Any:
     """Make an instance without calling ``__init__``, which may compute or check things."""
-    instance = object.__new__(kind)
+    instance: Any = object.__new__(kind)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(instance, name, value)
     return instance

@@ -144,6 +144,7 @@ class TapeValue:
     Attributes:
         storage: values of the same number share memory.
         dense: whether it is an ordinary strided tensor.
+        fake: whether the trace computed only its shape: it depends on parameters.
         name: where it comes from.
     """
 
@@ -153,6 +154,7 @@ class TapeValue:
     requires_grad: bool
     storage: int
     dense: bool
+    fake: bool
     name: str
 
     @property

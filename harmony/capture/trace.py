@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 
 from harmony.capture.inputs import Batch
 from harmony.capture.isolation import autocast_dtype, undisturbed, user_frame_of
-from harmony.capture.leafwatch import LeafMustOpen
+from harmony.capture.leafwatch import LeafMustOpenError
 from harmony.capture.leaves import open_leaf
 from harmony.capture.record import RandomWatch, Recorder, recording
 from harmony.capture.skeleton import Skeleton
@@ -100,7 +100,7 @@ class Tracer:
             try:
                 with undisturbed(self.device):
                     return without_dead_steps(self._attempt(num_samples))
-            except LeafMustOpen as request:
+            except LeafMustOpenError as request:
                 self._open(request)
             except NEEDS_VALUES as error:
                 self._use_real_parameters(error)
@@ -111,7 +111,7 @@ class Tracer:
         twin.bind(self._parameters() if self._real else fake_parameters(twin, self.device))
         twin.bind({name: b.to(self.device) for name, b in twin.root.named_buffers()})
         stand_ins = _stand_ins(self._source, twin)
-        random = RandomWatch()
+        random = RandomWatch()  # type: ignore[no-untyped-call]
         recorder = Recorder(twin, self.leaves, self.device, stand_ins, random)
         args, kwargs, targets = self._batch.take(num_samples, self.device)
         named = zip(self._batch.names, flatten((args, kwargs, targets))[0], strict=True)
@@ -129,6 +129,7 @@ class Tracer:
             stack.enter_context(random)
             stack.enter_context(recording(recorder))
             out = self._program(twin.root, args, kwargs, targets)
+        recorder.check_python_random()
         _check_buffers(twin, buffers, recorder)
         leaves, structure = flatten(out)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
@@ -149,7 +150,7 @@ class Tracer:
             for name, param in self._source.named_parameters()
         }
 
-    def _open(self, request: LeafMustOpen) -> None:
+    def _open(self, request: LeafMustOpenError) -> None:
         opened = False
         for name in request.names:
             inner = open_leaf(self._template.root, name) if name in self.leaves else None
@@ -245,7 +246,8 @@ def _check_guards(recorder: Recorder) -> None:
     """Refuse Python decisions that depend on random numbers."""
     drawn: set[int] = set()
     for step in recorder.steps:
-        tainted = (step.random and step.kind is StepKind.FUNCTION) or drawn.intersection(step.inputs)
+        draws = step.random and step.kind is StepKind.FUNCTION
+        tainted = draws or not drawn.isdisjoint(step.inputs)
         if tainted and step.kind is StepKind.GUARD:
             raise CaptureError(
                 f"{step.name} at {step.where} decides by a random number outside of a layer: "
@@ -253,5 +255,3 @@ def _check_guards(recorder: Recorder) -> None:
             )
         if tainted:
             drawn.update(step.made)
-
-

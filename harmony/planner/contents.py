@@ -84,9 +84,10 @@ class Contents:
         for part in self.stages.values():
             raise ScheduleError(f"{part} is swapped out and never added")
         for ref, author in self.authors.final.items():
-            if ref.kind is TensorKind.VALUE and ref.first in kept:
-                if self.memories["host", ref].author != author:
-                    raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
+            must = ref.kind is TensorKind.VALUE and ref.first in kept
+            must = must or (ref.is_gradient_part and ref.part == 0)
+            if must and self.memories["host", ref].author != author:
+                raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
 
     # -- instructions -----------------------------------------------------------------------
 

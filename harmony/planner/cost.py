@@ -85,7 +85,8 @@ class CostTable:
 
     def to_json(self) -> list[dict[str, Any]]:
         """A plain list that ``from_json`` reads back."""
-        return [{str(size): asdict(cost) for size, cost in layer.items()} for layer in self.by_layer]
+        layers = self.by_layer
+        return [{str(size): asdict(cost) for size, cost in layer.items()} for layer in layers]
 
     @staticmethod
     def from_json(data: Sequence[Mapping[str, Any]]) -> CostTable:

@@ -60,7 +60,7 @@ class Workspace:
 def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
     """The most bytes in use on a device, and when."""
     spec = schedule.devices[index]
-    slots = spec.weight_slots.total_nbytes + spec.gradient_slots.total_nbytes
+    slots = sum(s.count * _blocks(s.nbytes) for s in (spec.weight_slots, spec.gradient_slots))
     alive: dict[TensorRef, int] = {}
     values, peak = 0, Peak(slots, -1, slots)
     for at, step in enumerate(schedule.programs[index]):
@@ -99,9 +99,14 @@ def stash_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
     return sum(ref.nbytes(graph) for ref in out)
 
 
+def arena_nbytes(graph: LayerGraph) -> int:
+    """Bytes of host memory for parameters, gradients and optimizer state."""
+    return graph.weight_nbytes() + graph.gradient_nbytes() + graph.state_nbytes()
+
+
 def host_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
-    """Bytes of host memory that training takes: parameters, gradients, optimizer state, the
-    values of one step and the staging buffers."""
+    """Bytes of host memory that a step takes: parameters, gradients, optimizer state, the
+    inputs of the minibatch, the values that go through the host, and the staging buffers."""
     stages = sum(device.stages.total_nbytes for device in schedule.devices)
-    arena = graph.weight_nbytes() + graph.gradient_nbytes() + graph.state_nbytes()
-    return arena + stages + stash_nbytes(schedule, graph)
+    inputs = sum(graph.values[v].nbytes(schedule.minibatch) for v in graph.input_ids)
+    return arena_nbytes(graph) + inputs + stages + stash_nbytes(schedule, graph)

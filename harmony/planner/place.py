@@ -61,7 +61,8 @@ def place(tasks: TaskGraph, machine: Machine) -> Placement:
     """
     replicas = len(tasks.spec.shares)
     if replicas > machine.num_devices:
-        raise PlanError(f"{replicas} replicas need as many devices; there are {machine.num_devices}")
+        have = machine.num_devices
+        raise PlanError(f"{replicas} replicas need as many devices; there are {have}")
     turn: dict[Stage, int] = {}
     for task in tasks.tasks:
         if task.samples is not None:

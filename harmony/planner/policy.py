@@ -23,20 +23,22 @@ class Policy:
         lookahead: how many Runs ahead a value is fetched, and how many Runs a value on its way
             out may take to leave before compute waits for it.
         boundary: a value that the next pack on the same device reads either stays there
-            (``"keep"``) or goes to the host and comes back (``"swap"``).
+            (``"keep"``) or goes to the host and comes back (``"swap"``). With ``"host"`` one that
+            the next pack reads on another device goes through the host too: slower than p2p, but
+            what is on its way waits in host memory.
     """
 
     weight_slots: int = 2
     gradient_slots: int = 2
     lookahead: int = 2
-    boundary: Literal["keep", "swap"] = "keep"
+    boundary: Literal["keep", "swap", "host"] = "keep"
 
     def __post_init__(self) -> None:
         for name in ("weight_slots", "gradient_slots", "lookahead"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.boundary not in ("keep", "swap"):
-            raise ConfigError(f'boundary must be "keep" or "swap", not {self.boundary!r}')
+        if self.boundary not in ("keep", "swap", "host"):
+            raise ConfigError(f'boundary is "keep", "swap" or "host", not {self.boundary!r}')
 
 
 def aligned(nbytes: int) -> int:

@@ -62,8 +62,9 @@ def _device_stalls(
     for index, step in enumerate(program):
         if step.stream != "compute":
             continue
-        if step.op is Op.WAIT and step.event in sources and sources[step.event] in spans:
-            awaited.append(spans[sources[step.event]])
+        source = sources.get(step.event) if step.event is not None else None
+        if step.op is Op.WAIT and source is not None and source in spans:
+            awaited.append(spans[source])
         run = spans.get((lane, index)) if step.op is Op.RUN else None
         if run is not None:
             _explain(stalls, free_s, run.start_s, awaited)

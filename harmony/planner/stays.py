@@ -91,7 +91,8 @@ class _Finder:
             stay.runs.append(position)
             return
         newest = self.newest.get(ref)
-        if newest and newest[1].device != device and self.placement.is_next(newest[0], task):
+        direct = newest is not None and self.placement.is_next(newest[0], task)
+        if newest and direct and newest[1].device != device and self.policy.boundary != "host":
             arrival = Stay(ref, device, Origin.PEER, [position], sender=newest[1])
             newest[1].targets.append(arrival)
         else:
@@ -101,15 +102,14 @@ class _Finder:
 
     def _still_here(self, stay: Stay, task: Task, position: int) -> bool:
         """Whether the value has not left, or been outdated, since its last use here."""
-        newest = self.newest.get(stay.ref)
-        if newest is not None and newest[1] is not stay:
+        writer, newest = self.newest.get(stay.ref, (None, None))
+        if writer is not None and newest is not stay:
             # A copy of a value is as good as the value, a copy of a growing gradient is not.
             if stay.ref.kind is TensorKind.VALUE_GRADIENT:
                 return False
-        elif newest is not None and self.policy.boundary == "keep":
-            if self.placement.is_next(newest[0], task):
-                return True
-        # Its fetch would be issued before its last use is over: nothing would be saved.
+        elif self.policy.boundary == "keep" and writer and self.placement.is_next(writer, task):
+            return True
+        # If its fetch would be issued before its last use is over, nothing would be saved.
         return position - self.policy.lookahead <= stay.runs[-1]
 
     def _from_host(self, ref: TensorRef, device: int, position: int) -> Stay:

@@ -49,6 +49,9 @@ class TensorKind(Enum):
     VALUE = "X"
     VALUE_GRADIENT = "dX"
 
+    # Enum hashes names in Python; members are singletons, and the planner hashes them a lot.
+    __hash__ = object.__hash__
+
 
 _BY_LAYER = frozenset({TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE})
 _BY_SAMPLES = frozenset({TensorKind.VALUE, TensorKind.VALUE_GRADIENT})
@@ -181,6 +184,8 @@ class TaskKind(Enum):
     BACKWARD = "B"
     UPDATE = "U"
     ACCUMULATE = "A"
+
+    __hash__ = object.__hash__
 
 
 _TASK = re.compile(r"([FBU])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")

@@ -20,6 +20,9 @@ class ValueWriter:
         due: per stay the position after which its Drop makes nobody wait.
         drops: per device and position the stays to drop after the Run there.
         alive: what is on each device.
+        previous: per stay the one before of the same value on the same device.
+        copied: stays whose first copy, or its Alloc, is written.
+        expecting: per stay those that have memory and wait for what it will hold.
     """
 
     def __init__(
@@ -36,7 +39,12 @@ class ValueWriter:
         self.alive: dict[tuple[int, TensorRef], Stay] = {}
         self.copied: set[Stay] = set()
         self.expecting: dict[Stay, list[Stay]] = defaultdict(list)
+        self.previous: dict[Stay, Stay] = {}
+        latest: dict[tuple[int, TensorRef], Stay] = {}
         for stay in stays:
+            if (stay.device, stay.ref) in latest:
+                self.previous[stay] = latest[stay.device, stay.ref]
+            latest[stay.device, stay.ref] = stay
             self.uses[stay] = len(stay.runs) + stay.leaves + len(stay.targets)
             self.due[stay] = stay.runs[-1]
             for position in stay.runs:
@@ -87,8 +95,7 @@ class ValueWriter:
 
     def _is_possible(self, stay: Stay) -> bool:
         """Whether the copy can be written now without hurrying anything else."""
-        earlier = self.alive.get((stay.device, stay.ref))
-        if earlier is not None and self.uses[earlier]:
+        if stay in self.previous and self.uses[self.previous[stay]]:
             return False
         if stay.origin is Origin.PEER or stay.sender is None:
             return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harmony.capture import Captured
 from harmony.errors import ExecutionError, HarmonyError
 from harmony.layergraph import MODEL_INPUT
 from harmony.planner.schedule import HOST, Op, Schedule
@@ -23,7 +24,7 @@ from harmony.runtime.hostprogram import HostProgram
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.randomness import RandomStates
 from harmony.runtime.signals import Signals, Stopped
-from harmony.runtime.stage import LayerCode, Stage
+from harmony.runtime.stage import Stage
 from harmony.runtime.step import HostValues, Step
 from harmony.runtime.workers import Countdown, Worker
 from harmony.timeline import Timeline
@@ -70,7 +71,7 @@ class Executor:
         self,
         contexts: Sequence[DeviceContext],
         host: HostState,
-        code: LayerCode,
+        code: Captured,
         place_of: Callable[[int, int], Place],
     ) -> None:
         self.contexts = list(contexts)

@@ -36,6 +36,18 @@ def memory_info(device: torch.device) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def reserve_nbytes(device: torch.device) -> int:
+    """Bytes of a device's free memory that no plan may count on.
+
+    A virtual GPU has none: every byte on it is a tensor's. A real one needs room for what the
+    libraries take beside PyTorch's tensors (workspaces of matrix products, loaded kernels) and
+    for gaps between blocks.
+    """
+    if is_virtual(device):
+        return 0
+    return max(512 * 2**20, memory_info(device)[1] // 20)
+
+
 def pin_range(device: torch.device, address: int, nbytes: int) -> str | None:
     """Page-lock a range of host memory for a device's copies.
 

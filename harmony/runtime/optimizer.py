@@ -75,3 +75,4 @@ class PackOptimizer:
         ]
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
         type(self.full).step(part)
+        self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note

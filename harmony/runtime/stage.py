@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from harmony.capture import Captured
 from harmony.layergraph import LayerGraph
 from harmony.planner.tasks import Pack, Samples, Task
 from harmony.runtime.device import DeviceContext
@@ -15,36 +15,7 @@ from harmony.runtime.hostmem import ArenaLayout, view_bytes
 from harmony.runtime.randomness import RandomStates
 
 Values = dict[int, torch.Tensor]
-
-
-class Skeleton(Protocol):
-    """A copy of the module tree without parameter memory (`harmony.capture` makes it)."""
-
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Use these tensors as parameters and buffers."""
-
-    def release(self, names: Iterable[str]) -> None:
-        """Put placeholders back."""
-
-
-class LayerCode(Protocol):
-    """The callable layers of a captured model."""
-
-    def make_skeleton(self, device: torch.device) -> Skeleton:
-        """Return a copy of the module tree for one device."""
-
-    def run(
-        self,
-        first: int,
-        last: int,
-        skeleton: Skeleton,
-        env: Values,
-        num_samples: int,
-        *,
-        wanted: Iterable[int],
-        at_layer: Callable[[int], None] | None = None,
-    ) -> Values:
-        """Run layers ``first`` to ``last - 1`` and return the values of ``wanted``."""
+"""Tensors by the id of their value."""
 
 
 class Stage:
@@ -61,7 +32,7 @@ class Stage:
     def __init__(
         self,
         context: DeviceContext,
-        code: LayerCode,
+        code: Captured,
         graph: LayerGraph,
         weights: ArenaLayout,
         gradients: ArenaLayout,
@@ -145,13 +116,13 @@ class Stage:
         for name in self._accumulating:
             self._tensors[pack, weight_slot][name].grad = None
 
-    def weight_range(self, slot: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a weight slot."""
-        return self._weight_slots[slot][offset : offset + nbytes]
+    def weight_range(self, slot: int, low: int, high: int) -> torch.Tensor:
+        """Bytes ``low`` to ``high - 1`` of a weight slot."""
+        return self._weight_slots[slot][low:high]
 
-    def gradient_range(self, slot: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a gradient slot."""
-        return self._gradient_slots[slot][offset : offset + nbytes]
+    def gradient_range(self, slot: int, low: int, high: int) -> torch.Tensor:
+        """Bytes ``low`` to ``high - 1`` of a gradient slot."""
+        return self._gradient_slots[slot][low:high]
 
     def unbind(self) -> None:
         """Let go of the parameters of the pack that ran last."""

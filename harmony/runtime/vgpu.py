@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.utils.backend_registration
 
 from harmony.errors import VirtualGPUError
 from harmony.runtime.vgpu_build import library_path
@@ -139,7 +140,7 @@ def _load() -> ctypes.CDLL:
     with _load_lock:
         if _library is None:
             path = str(library_path())
-            torch.ops.load_library(path)
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
             library = ctypes.CDLL(path)
             _declare(library)
             _register_device_module(library)
@@ -163,6 +164,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "vgpu_live_nbytes": (u64, []),
         "vgpu_in_forked_child": (ctypes.c_int, []),
         "vgpu_shutdown": (None, []),
+        "vgpu_hold": (pointer, [ctypes.c_int, ctypes.c_int64]),
+        "vgpu_release": (None, [pointer]),
         "vgpu_link_nbytes": (u64, [ctypes.c_int, ctypes.c_int]),
         "vgpu_reset_link_counters": (None, []),
         "vgpu_host_register": (text, [pointer, u64]),
@@ -185,10 +188,11 @@ def _check(error: bytes | None) -> None:
 
 
 def _register_device_module(library: ctypes.CDLL) -> None:
-    torch.utils.rename_privateuse1_backend("vgpu")
+    backend = torch.utils.backend_registration
+    backend.rename_privateuse1_backend("vgpu")
     module = VirtualGPUModule(library)
-    torch._register_device_module("vgpu", module)
-    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    torch._register_device_module("vgpu", module)  # type: ignore[no-untyped-call]
+    backend.generate_methods_for_privateuse1_backend(for_storage=True)
     # A torch.manual_seed() before the device was there counts for it too, as on CUDA.
     module.manual_seed_all(torch.initial_seed())
 
@@ -254,6 +258,19 @@ def to_device(module: _Module, device: torch.device | str) -> _Module:
         return module.to(device)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swap)
+
+
+@contextlib.contextmanager
+def held(stream: torch.Stream) -> Iterator[None]:
+    """Keep a stream from running what is enqueued from now on until the block ends.
+
+    For tests of what is asynchronous. To synchronise with the stream inside would never end.
+    """
+    gate = _require().vgpu_hold(stream.device.index, stream.stream_id)
+    try:
+        yield
+    finally:
+        _require().vgpu_release(gate)
 
 
 # ---------------------------------------------------------------- access trace
@@ -336,22 +353,27 @@ def host_acquire(token: int) -> None:
 
 
 def _drain() -> list[Record]:
-    values = [ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p(), ctypes.c_uint64()]
-    text = ctypes.c_char_p()
-    _require().vgpu_trace_drain(*(ctypes.byref(value) for value in (*values, text)))
-    records, num_records, accesses, num_accesses = (value.value or 0 for value in values)
+    records, accesses, text = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_char_p()
+    num_records, num_accesses = ctypes.c_uint64(), ctypes.c_uint64()
+    _require().vgpu_trace_drain(
+        *map(ctypes.byref, (records, num_records, accesses, num_accesses, text))
+    )
     names = (text.value or b"").decode().split("\n")
     unpacked = [
         Access(ptr, packed >> 1, bool(packed & 1))
         for ptr, packed in _ACCESS.iter_unpack(
-            ctypes.string_at(accesses, num_accesses * _ACCESS.size)
+            _bytes_at(accesses, num_accesses.value * _ACCESS.size)
         )
     ]
     result, used = [], 0
     for aux, thread, stream, what, count, device, kind in _RECORD.iter_unpack(
-        ctypes.string_at(records, num_records * _RECORD.size)
+        _bytes_at(records, num_records.value * _RECORD.size)
     ):
         own = tuple(unpacked[used : used + count])
         used += count
         result.append(Record(kind.decode(), thread, device, stream, aux, names[what], own))
     return result
+
+
+def _bytes_at(pointer: ctypes.c_void_p, nbytes: int) -> bytes:
+    return ctypes.string_at(pointer.value, nbytes) if pointer.value else b""

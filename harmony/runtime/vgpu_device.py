@@ -19,8 +19,8 @@ class VirtualGPUModule(ModuleType):
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__("torch.vgpu", "The virtual GPU of Harmony.")
         self._library = library
-        self.device = torch.accelerator.device_index
         self.Stream, self.Event = torch.Stream, torch.Event
+        self._initialized = True  # or checkpointing would not replay our random numbers
 
     # ---- devices and streams
 
@@ -38,6 +38,11 @@ class VirtualGPUModule(ModuleType):
     def device_count(self) -> int:
         """Return the number of virtual GPUs."""
         return int(self._library.vgpu_device_count())
+
+    def device(self, device: Device) -> torch.accelerator.device_index:
+        """Return a context that makes a device current; a negative index changes nothing."""
+        index = self._index(device)
+        return torch.accelerator.device_index(index if index >= 0 else None)
 
     def current_device(self) -> int:
         """Return the index of the current device of the calling thread."""

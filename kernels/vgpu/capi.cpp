@@ -87,6 +87,18 @@ VGPU_API uint64_t vgpu_live_nbytes() { return live_nbytes(); }
 VGPU_API int vgpu_in_forked_child() { return in_forked_child(); }
 VGPU_API void vgpu_shutdown() { stop_all_streams(); }
 
+// Makes a stream stand still until released, so that tests need not race against it.
+VGPU_API void* vgpu_hold(int device, int64_t stream) {
+  auto* gate = new RecordingPtr(std::make_shared<Recording>(nullptr, 0));
+  get_stream(device, stream).enqueue([gate = *gate] { gate->wait(); }, "held", {});
+  return gate;
+}
+VGPU_API void vgpu_release(void* gate) {
+  auto* recording = static_cast<RecordingPtr*>(gate);
+  (*recording)->set_done();
+  delete recording;
+}
+
 // directions: 0 h2d, 1 d2h, 2 sent to peers, 3 received from peers
 VGPU_API uint64_t vgpu_link_nbytes(int device, int direction) {
   return link_nbytes(device, static_cast<Direction>(direction));

@@ -1,6 +1,7 @@
 #include "fallback.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -41,9 +42,13 @@ int find_device(const OpInfo& info, const Stack& arguments) {
 }
 
 // Kernels run later, so a host operand must not change after the call: copy it (it is small).
+// Wrapped numbers, the `2` of `x * 2`, are out of the user's reach.
 at::Tensor to_cpu(const at::Tensor& t, bool is_written, Accesses& accesses) {
   if (!t.defined()) return t;
-  if (!is_vgpu(t)) return t.device().is_cpu() && !is_written ? t.clone() : t;
+  if (!is_vgpu(t)) {
+    bool is_safe = is_written || t.unsafeGetTensorImpl()->is_wrapped_number();
+    return t.device().is_cpu() && !is_safe ? t.clone() : t;
+  }
   add_access(accesses, t, is_written);
   return host_alias(t);
 }
@@ -137,13 +142,36 @@ void run_async(const c10::OperatorHandle& op, const OpInfo& info, const Stack& a
   for (auto& value : outputs.device) stack->push_back(std::move(value));
 }
 
+// An `out=` of unknown shape: the kernel resizes a tensor on the host, which is then copied.
+void copy_to_output(const OpInfo& info, const at::Tensor& output, const at::Tensor& result,
+                    int device) {
+  resize_tensor(output, result.sizes(), std::nullopt);
+  Accesses accesses;
+  add_access(accesses, output, true);
+  submit(device, info.name, accesses,
+         [to = host_alias(output), result] { to.copy_(result); });
+}
+
 // Data-dependent results: run on the stream like everything, but wait to learn their shapes.
 void run_sync(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
               int device, Stack* stack) {
   Accesses accesses;
   auto results = std::make_shared<Stack>(to_cpu(info, arguments, accesses));
+  auto is_vgpu_output = [&](size_t i) {
+    return info.is_out[i] && arguments[i].isTensor() && is_vgpu(arguments[i].toTensor());
+  };
+  std::vector<std::pair<at::Tensor, at::Tensor>> outputs;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!is_vgpu_output(i)) continue;
+    at::Tensor output = arguments[i].toTensor();
+    at::Tensor fresh = at::empty({0}, output.options().device(at::kCPU));
+    outputs.emplace_back(output, fresh);
+    (*results)[i] = fresh;
+  }
   submit(device, info.name, accesses, [op, results] { op.callBoxed(results.get()); });
   current_stream(device).synchronize();
+  for (const auto& [output, result] : outputs) copy_to_output(info, output, result, device);
+  if (info.has_wrong_meta) remember_outputs(op, info, arguments, *results);
   push_results(info, arguments, std::move(*results), device, stack);
 }
 

@@ -15,13 +15,15 @@ using Stack = torch::jit::Stack;
 
 // What is fixed for an operator, found out once.
 struct OpInfo {
-  std::string name;          // "aten::add.Tensor"
-  bool is_view = false;      // returns an alias of an argument
-  bool is_random = false;    // draws from a generator
-  bool is_fill = false;      // random, and reads no tensor: only overwrites
-  bool must_measure = false;  // output geometry depends on data, or its Meta kernel is wrong
+  std::string name;        // "aten::add.Tensor"
+  bool is_view = false;    // returns an alias of an argument
+  bool is_random = false;  // draws from a generator
+  bool is_fill = false;    // random, and reads no tensor: only overwrites
+  bool must_measure = false;    // the output depends on data in a way the host has to know
+  bool has_wrong_meta = false;  // the output's geometry is known after a first run
   bool takes_host_tensors = false;  // e.g. indices on the CPU are fine
   std::vector<bool> is_written;     // for each argument
+  std::vector<bool> is_out;         // for each argument: named `out`, may be resized
   std::vector<int> returned_argument;  // for each return: index of the argument it is, or -1
   // The variant that writes into given outputs: its argument i is our argument out_order[i],
   // or output -1 - out_order[i] if negative.

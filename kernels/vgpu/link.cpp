@@ -64,6 +64,8 @@ class Pacer {
       end = std::max(end, link_of(hop.device, hop.direction).book(nbytes, rate, earliest_));
     }
     if (is_last || end - Clock::now() > kMaxAhead) std::this_thread::sleep_until(end);
+    // Not the time now: what comes next may make up for waking late, on whatever link.
+    if (is_last) worker_busy_since() = end > Clock::time_point{} ? end : Clock::now();
   }
 
  private:

@@ -61,7 +61,7 @@ class Region {
     base_ = static_cast<char*>(mmap(nullptr, nbytes, PROT_READ | PROT_WRITE,
                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     TORCH_CHECK(base_ != MAP_FAILED, "vgpu: cannot reserve ", nbytes, " bytes of addresses: ",
-                strerror(errno), "; lower the virtual GPUs' memory or raise the limit (ulimit -v)");
+                strerror(errno), "; lower the memory of the virtual GPUs or raise ulimit -v");
   }
   ~Region() { munmap(base_, nbytes_); }
   Region(const Region&) = delete;
@@ -186,7 +186,8 @@ class DeviceMemory {
     count(-static_cast<int64_t>(block.nbytes), -static_cast<int64_t>(block.requested_nbytes), -1);
     ++stats_.num_device_free;
     if (!marks.is_complete()) {
-      pending_.push_back({block.nbytes, block.other_users.empty() ? block.stream : nullptr, marks});
+      VStream* owner = block.other_users.empty() ? block.stream : nullptr;
+      pending_.push_back({block.nbytes, owner, marks});
       pending_nbytes_ += block.nbytes;
     }
     drop_completed();

@@ -9,9 +9,12 @@ namespace vgpu {
 
 namespace {
 
-// Operators whose Meta kernel disagrees with the CPU kernel about the output.
+// Operators whose Meta kernel disagrees with the CPU kernel about the output, though it depends
+// on the geometry of the arguments only: the first run of each geometry tells.
 const std::unordered_set<std::string> kWrongMeta = {
-    "aten::mse_loss", "aten::mse_loss.out", "aten::smooth_l1_loss", "aten::huber_loss",
+    "aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss", "aten::native_batch_norm",
+    "aten::_native_batch_norm_legit", "aten::_embedding_bag",
+    "aten::_embedding_bag_forward_only",
 };
 
 // Random operators that write every element of one tensor and read none.
@@ -70,7 +73,12 @@ bool match_out_variant(const c10::FunctionSchema& schema, const c10::FunctionSch
          order.size() == num_outputs + schema.arguments().size();
 }
 
-void find_out_variant(const c10::FunctionSchema& schema, OpInfo& info) {
+// Only structured operators, which are one kernel for both variants: it gets its output in the
+// shape the Meta kernel said. Others may resize the output or use it for intermediate results.
+void find_out_variant(const c10::OperatorHandle& op, OpInfo& info) {
+  const auto& schema = op.schema();
+  if (!op.hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional))
+    return;
   for (const auto& result : schema.returns())
     if (!result.type()->isSubtypeOf(*c10::TensorType::get()) || result.alias_info()) return;
   for (bool written : info.is_written)
@@ -99,6 +107,7 @@ OpInfo make_info(const c10::OperatorHandle& op) {
   for (const auto& argument : schema.arguments()) {
     const auto* alias = argument.alias_info();
     info.is_written.push_back(alias && alias->isWrite());
+    info.is_out.push_back(argument.is_out());
     if (argument.name() == "generator") info.is_random = true;
   }
   for (const auto& result : schema.returns()) {
@@ -111,9 +120,9 @@ OpInfo make_info(const c10::OperatorHandle& op) {
         alias && alias->isWrite() ? find_returned_argument(schema, *alias) : -1);
   }
   info.is_fill = kFills.count(info.name) > 0;
-  info.must_measure |= kWrongMeta.count(info.name) > 0;
+  info.has_wrong_meta = kWrongMeta.count(info.name) > 0;
   info.takes_host_tensors = may_take_host_tensors(info.name);
-  find_out_variant(schema, info);
+  find_out_variant(op, info);
   return info;
 }
 

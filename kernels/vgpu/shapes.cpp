@@ -147,36 +147,59 @@ bool resize_outputs(const OpInfo& info, const Stack& arguments, const Stack& met
   return resized;
 }
 
+// Plans by key.
+class PlanCache {
+ public:
+  std::shared_ptr<const OutputPlan> find(const std::string& key) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto it = plans_.find(key);
+    return it == plans_.end() ? nullptr : it->second;
+  }
+  void store(const std::string& key, std::shared_ptr<const OutputPlan> plan) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() > kMaxPlans) plans_.clear();
+    plans_[key] = std::move(plan);
+  }
+
+ private:
+  static constexpr size_t kMaxPlans = 100000;
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const OutputPlan>> plans_;
+};
+
+PlanCache& plan_cache() {
+  static auto* cache = new PlanCache();
+  return *cache;
+}
+
 }  // namespace
 
 std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, const OpInfo& info,
                                                const Stack& arguments) {
-  static auto* plans =
-      new std::unordered_map<std::string, std::shared_ptr<const OutputPlan>>();
-  static auto* mutex = new std::mutex();
-  constexpr size_t kMaxPlans = 100000;
   Key key;
   bool is_cacheable = key.add_all(op, arguments);
-  if (is_cacheable) {
-    std::lock_guard<std::mutex> lock(*mutex);
-    auto it = plans->find(key.bytes);
-    if (it != plans->end()) return it->second;
-  }
+  if (is_cacheable)
+    if (auto plan = plan_cache().find(key.bytes)) return plan;
+  if (info.has_wrong_meta) return nullptr;
   try {
     Stack meta_arguments = to_meta(arguments);
     Stack meta_results = meta_arguments;
     op.callBoxed(&meta_results);
     is_cacheable &= !resize_outputs(info, arguments, meta_arguments);
     auto plan = std::make_shared<const OutputPlan>(make_plan(info, meta_results));
-    if (is_cacheable) {
-      std::lock_guard<std::mutex> lock(*mutex);
-      if (plans->size() > kMaxPlans) plans->clear();
-      (*plans)[key.bytes] = plan;
-    }
+    if (is_cacheable) plan_cache().store(key.bytes, plan);
     return plan;
   } catch (const std::exception&) {
     return nullptr;  // data-dependent, no Meta kernel, or wrong arguments: the CPU kernel tells
   }
+}
+
+void remember_outputs(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
+                      const Stack& cpu_results) {
+  Key key;
+  if (key.add_all(op, arguments))
+    plan_cache().store(key.bytes,
+                       std::make_shared<const OutputPlan>(make_plan(info, cpu_results)));
 }
 
 }  // namespace vgpu

@@ -27,7 +27,12 @@ struct OutputPlan {
 };
 
 // Null if only running the operator can tell. Resizes `out=` arguments that have another shape.
+// An operator whose Meta kernel is wrong has a plan once `remember_outputs` was called.
 std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, const OpInfo& info,
                                                const Stack& arguments);
+
+// Plans these results of a run on the CPU for all later calls with such arguments.
+void remember_outputs(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
+                      const Stack& cpu_results);
 
 }  // namespace vgpu

@@ -69,6 +69,7 @@ void submit(int device, const std::string& what, const Accesses& accesses,
       delay_us += (slowdown - 1) * took.count();
     }
     sleep_us(delay_us);
+    worker_busy_since() = Clock::now();
   };
   current_stream(device).enqueue(std::move(task), what, accesses);
 }

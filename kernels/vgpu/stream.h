@@ -89,8 +89,8 @@ class VStream {
   uint64_t jitter_seed_ = 0;
 };
 
-// When the worker thread that calls this last had to wait (for work or for an event). A transfer
-// cannot have started before that; see link.cpp.
+// Until when the worker thread that calls this was waiting or busy. A transfer cannot have started
+// before that; see link.cpp.
 Clock::time_point& worker_busy_since();
 
 VStream& get_stream(int device, int64_t id);

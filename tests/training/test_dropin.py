@@ -59,12 +59,14 @@ def test_loop_with_clipping_and_scheduler(
 
     expected = train(net, lambda x, step: plain_forward(net, x, 2, step))
     found = train(model, lambda x, step: model(x))
-    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
     # One plain backward runs the microbatches last to first, Harmony first to last: the sums of
-    # a gradient over microbatches differ in their order, so in the last bits.
-    for step, (a, b) in enumerate(zip(found[1][:1], expected[1][:1], strict=True)):
-        for name, gradient in b.items():
-            torch.testing.assert_close(a[name], gradient, rtol=1e-5, atol=1e-7, msg=f"{step} {name}")
+    # a gradient over microbatches differ in their order, so in the last bits, and AdamW's first
+    # steps turn a last bit of a tiny gradient into a visible one of the parameter.
+    assert torch.equal(found[0][0], expected[0][0])
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(expected[0]), rtol=1e-4, atol=0)
+    for name, gradient in expected[1][0].items():
+        worst = (found[1][0][name] - gradient).abs().max()
+        assert worst <= 5e-7 * gradient.abs().max(), name
 
 
 def test_one_microbatch_is_bit_identical(vgpus: VirtualGPUs) -> None:

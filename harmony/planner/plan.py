@@ -1,0 +1,170 @@
+"""The plan: everything that was decided before training, and what it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from harmony.errors import PlanError
+from harmony.machine import Machine
+from harmony.planner.policy import Policy
+from harmony.planner.schedule import Schedule
+from harmony.planner.tasks import Pack, Phase, StepSpec, TaskKind
+from harmony.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one minibatch is trained, and what that is predicted to cost.
+
+    Attributes:
+        mode: ``"pp"`` (packs wrap around the GPUs) or ``"dp"`` (each GPU has a share).
+        spec: packs, microbatch sizes and shares; its phase is the one that was planned.
+        schedules: per phase its schedule; ``schedule`` is that of ``spec.phase``.
+        step_s: predicted seconds of the planned phase.
+        peak_nbytes: per GPU the most bytes in use, over all phases.
+        host_nbytes: bytes of host memory: parameters, gradients, optimizer state, stashed values
+            and staging buffers.
+        traffic: bytes per step over all GPUs, by link and kind, of the planned phase.
+        bound: what sets the pace: ``"compute"``, ``"h2d"``, ``"d2h"``, ``"peer"``, ``"update"``
+            or ``"host"``.
+        advice: what to change to be faster, in a sentence.
+        alternatives: the other candidates that were looked at, best first: what they are, and
+            the seconds of a step or why they were refused.
+    """
+
+    mode: str
+    minibatch: int
+    spec: StepSpec
+    policy: Policy
+    machine: Machine
+    schedules: Mapping[Phase, Schedule]
+    step_s: float
+    peak_nbytes: tuple[int, ...]
+    host_nbytes: int
+    traffic: Mapping[tuple[str, str], int]
+    bound: str
+    advice: str
+    alternatives: tuple[tuple[str, float | str], ...] = field(default=(), repr=False)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the planned phase."""
+        return self.schedules[self.spec.phase]
+
+    def describe(self) -> list[str]:
+        """The plan in a few lines of text, for people."""
+        limits = (device.memory_nbytes for device in self.machine.devices)
+        peaks = ", ".join(
+            f"gpu{i} {format_bytes(peak)} of {format_bytes(limit)}"
+            for i, (peak, limit) in enumerate(zip(self.peak_nbytes, limits, strict=False))
+        )
+        moved = ", ".join(
+            f"{link} {kind} {format_bytes(nbytes)}"
+            for (link, kind), nbytes in sorted(self.traffic.items())
+        )
+        host = format_bytes(self.machine.host.memory_nbytes)
+        return [
+            describe_spec(self.spec, self.policy),
+            f"step     {format_seconds(self.step_s)}, bound by {self.bound}. {self.advice}",
+            f"memory   {peaks}; host {format_bytes(self.host_nbytes)} of {host}",
+            f"traffic  {moved}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that ``from_json`` reads back."""
+        spec = self.spec
+        return {
+            "mode": self.mode,
+            "minibatch": self.minibatch,
+            "spec": {
+                "forward_size": spec.forward_size,
+                "backward_size": spec.backward_size,
+                "forward_packs": [[p.first, p.last] for p in spec.forward_packs],
+                "backward_packs": [[p.first, p.last] for p in spec.backward_packs],
+                "shares": [list(share) for share in spec.shares],
+                "phase": spec.phase.value,
+            },
+            "policy": asdict(self.policy),
+            "machine": self.machine.to_json(),
+            "schedules": {phase.value: str(s) for phase, s in self.schedules.items()},
+            "step_s": self.step_s,
+            "peak_nbytes": list(self.peak_nbytes),
+            "host_nbytes": self.host_nbytes,
+            "traffic": [[link, kind, n] for (link, kind), n in sorted(self.traffic.items())],
+            "bound": self.bound,
+            "advice": self.advice,
+            "alternatives": [list(item) for item in self.alternatives],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            PlanError: if a part is missing or a schedule cannot be read.
+        """
+        try:
+            return _read(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a plan of this version of Harmony: {error!r}") from None
+
+
+def _read(data: Mapping[str, Any]) -> Plan:
+    spec = data["spec"]
+    return Plan(
+        mode=data["mode"],
+        minibatch=data["minibatch"],
+        spec=StepSpec(
+            data["minibatch"],
+            spec["forward_size"],
+            spec["backward_size"],
+            tuple(Pack(*pack) for pack in spec["forward_packs"]),
+            tuple(Pack(*pack) for pack in spec["backward_packs"]),
+            tuple((low, high) for low, high in spec["shares"]),
+            Phase(spec["phase"]),
+        ),
+        policy=Policy(**data["policy"]),
+        machine=Machine.from_json(data["machine"]),
+        schedules={Phase(p): Schedule.parse(text) for p, text in data["schedules"].items()},
+        step_s=data["step_s"],
+        peak_nbytes=tuple(data["peak_nbytes"]),
+        host_nbytes=data["host_nbytes"],
+        traffic={(link, kind): nbytes for link, kind, nbytes in data["traffic"]},
+        bound=data["bound"],
+        advice=data["advice"],
+        alternatives=tuple((what, outcome) for what, outcome in data["alternatives"]),
+    )
+
+
+def describe_spec(spec: StepSpec, policy: Policy) -> str:
+    """One line: mode, microbatches, packs, policy."""
+    replicas = len(spec.shares)
+    mode = f"dp over {replicas} GPUs" if replicas > 1 else "pp"
+    forward = len(spec.microbatches(0, TaskKind.FORWARD))
+    sizes = f"{forward} x {spec.forward_size}"
+    if spec.backward_size != spec.forward_size:
+        backward = len(spec.microbatches(0, TaskKind.BACKWARD))
+        sizes += f" forward, {backward} x {spec.backward_size} backward"
+    packs = f"{len(spec.forward_packs)} FORWARD and {len(spec.backward_packs)} BACKWARD packs"
+    return (
+        f"{mode}, microbatches {sizes}, {packs}, {policy.weight_slots} weight slots,"
+        f" {policy.gradient_slots} gradient slots, lookahead {policy.lookahead},"
+        f" boundaries {policy.boundary}"
+    )
+
+
+def plan_phase(plan: Plan, phase: Phase) -> Schedule:
+    """Return the schedule of another phase with the plan's packs and microbatches.
+
+    A plan of a training step also has ``INFER``; a plan of the drop-in form has ``FORWARD``,
+    ``BACKWARD`` and ``INFER``. All were checked when the plan was made.
+
+    Raises:
+        PlanError: if the plan was not made for that phase.
+    """
+    if phase not in plan.schedules:
+        have = ", ".join(known.value for known in plan.schedules)
+        raise PlanError(f"this plan has no schedule to {phase.value}, only to {have}: plan again")
+    return plan.schedules[phase]

@@ -1,0 +1,322 @@
+"""Chooses the plan: estimates every candidate, lowers the promising, keeps the fastest that fits.
+
+"Harmony's scheduler searches over the four-tuple (U_F, P_F, U_B, P_B)" (PVLDB 2022, section
+3.3) with an estimate of each. Here the estimate only ranks; what is chosen was lowered, verified
+and simulated, so its figures are those of the very schedule that will run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from harmony.errors import ConfigError, DoesNotFitError
+from harmony.layergraph import LayerGraph
+from harmony.machine import Machine
+from harmony.planner.bound import binding
+from harmony.planner.build import build_tasks
+from harmony.planner.candidates import (
+    POLICIES,
+    Candidate,
+    Question,
+    candidates,
+    larger_forward,
+)
+from harmony.planner.cost import CostTable
+from harmony.planner.memory import arena_nbytes, host_nbytes, stash_nbytes
+from harmony.planner.packing import Budget, Packer, check_layers, suggest_memory
+from harmony.planner.passes import lower
+from harmony.planner.plan import Plan, describe_spec, plan_phase
+from harmony.planner.policy import Policy
+from harmony.planner.schedule import Schedule
+from harmony.planner.simulate import simulate
+from harmony.planner.sketch import estimate_step_s
+from harmony.planner.tasks import Phase, StepSpec, TaskGraph, TaskKind
+from harmony.planner.verify import verify
+from harmony.timeline import Timeline
+from harmony.units import format_bytes
+
+__all__ = ["Plan", "Policy", "choose", "plan_phase"]
+
+Mode = Literal["auto", "pp", "dp"]
+MAX_LOWERED = 6
+MAX_REFUSED = 24
+"""How many candidates are lowered and fit, and how many are lowered and do not."""
+
+CLOSE = 1.03
+"""The estimate is about this exact: nothing estimated slower than this is worth lowering."""
+
+WORTHWHILE = 0.97
+"""Unequal microbatch sizes must be this much faster: they recompute with other batch sizes."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate that was lowered and simulated."""
+
+    candidate: Candidate
+    tasks: TaskGraph
+    schedule: Schedule
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A candidate whose schedules, of all phases, were verified."""
+
+    tried: _Tried
+    schedules: dict[Phase, Schedule]
+    peak_nbytes: tuple[int, ...]
+    host_nbytes: int
+
+
+def choose(
+    graph: LayerGraph,
+    costs: CostTable,
+    machine: Machine,
+    minibatch: int,
+    *,
+    mode: Mode | str = "auto",
+    microbatch_size: int | Literal["auto"] | str = "auto",
+    num_packs: int | None = None,
+    phase: Phase = Phase.TRAIN,
+) -> Plan:
+    """Return the fastest plan that fits; the same question always gets the same answer.
+
+    Args:
+        phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for the drop-in form, where
+            the plan then has schedules for both; ``INFER`` for inference alone.
+
+    Raises:
+        ConfigError: if an option makes no sense.
+        DoesNotFitError: if no plan fits; it says what does not, by how much, and what to change.
+    """
+    question = _question(graph, costs, machine, minibatch, mode, microbatch_size, num_packs, phase)
+    _check_host(graph, machine)
+    search = _Search(question)
+    best = search.run()
+    return search.plan_of(best)
+
+
+def _question(
+    graph: LayerGraph,
+    costs: CostTable,
+    machine: Machine,
+    minibatch: int,
+    mode: str,
+    size: int | str,
+    num_packs: int | None,
+    phase: Phase,
+) -> Question:
+    if minibatch < 1:
+        raise ConfigError(f"a minibatch needs at least 1 sample, not {minibatch}")
+    if mode not in ("auto", "pp", "dp"):
+        raise ConfigError(f'mode is "auto", "pp" or "dp", not {mode!r}')
+    if size != "auto" and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f'microbatch_size is "auto" or a positive number, not {size!r}')
+    if num_packs is not None and not 1 <= num_packs <= graph.num_layers:
+        raise ConfigError(f"num_packs is between 1 and {graph.num_layers}, not {num_packs}")
+    several = machine.num_devices > 1 and minibatch > 1
+    # One share is the same step in both modes.
+    modes = ("pp",) if not several else ("pp", "dp") if mode == "auto" else (mode,)
+    sizes = (size,) if isinstance(size, int) else None
+    return Question(Packer(graph, costs), machine, minibatch, phase, modes, sizes, num_packs)
+
+
+class _Search:
+    """One search, with what was tried so far."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.graph = question.packer.graph
+        self.costs = question.packer.costs
+        self.outcomes: dict[str, float | str] = {}
+        self.closest: tuple[int, str] | None = None
+
+    def run(self) -> _Fitting:
+        """Return the fastest candidate that fits.
+
+        Raises:
+            DoesNotFitError: if none does.
+        """
+        found = self._most_promising()
+        found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
+        for tried in sorted(found, key=lambda tried: tried.timeline.step_s):
+            fitting = self._verified(tried)
+            if fitting is not None:
+                return fitting
+        raise self._explain()
+
+    def plan_of(self, best: _Fitting) -> Plan:
+        """The plan of a candidate, with everything that people want to know."""
+        candidate, timeline = best.tried.candidate, best.tried.timeline
+        bound, advice = binding(timeline, best.tried.schedule, candidate.spec)
+        chosen = describe_spec(candidate.spec, candidate.policy)
+        others = [item for item in self.outcomes.items() if item[0] != chosen]
+        others.sort(key=lambda item: (isinstance(item[1], str), item[1]))
+        return Plan(
+            mode=candidate.mode,
+            minibatch=candidate.spec.minibatch,
+            spec=candidate.spec,
+            policy=candidate.policy,
+            machine=self.question.machine,
+            schedules=best.schedules,
+            step_s=timeline.step_s,
+            peak_nbytes=best.peak_nbytes,
+            host_nbytes=best.host_nbytes,
+            traffic=timeline.bytes_by(),
+            bound=bound,
+            advice=advice,
+            alternatives=tuple(others),
+        )
+
+    def _most_promising(self) -> list[_Tried]:
+        """Simulate candidates by estimated time, until the estimates are clearly worse."""
+        found: list[_Tried] = []
+        refused, best_s = 0, float("inf")
+        for step_s, candidate in self._ranked():
+            if len(found) >= MAX_LOWERED or step_s > CLOSE * best_s:
+                break
+            if refused >= (MAX_REFUSED if found else 4 * MAX_REFUSED):
+                break
+            tried = self._simulated(candidate)
+            if tried is None:
+                refused += 1
+            else:
+                found.append(tried)
+                best_s = min(best_s, tried.timeline.step_s)
+        return sorted(found, key=lambda tried: tried.timeline.step_s)
+
+    def _unequal(self, best: _Tried) -> list[_Tried]:
+        """Variants of the best with U_F > U_B that are clearly faster."""
+        found = [self._simulated(c) for c in larger_forward(self.question, best.candidate)]
+        limit_s = WORTHWHILE * best.timeline.step_s
+        return [tried for tried in found if tried and tried.timeline.step_s < limit_s]
+
+    def _ranked(self) -> list[tuple[float, Candidate]]:
+        """Candidates by estimated time; of those within a percent, the one with fewest Runs."""
+        packer, machine = self.question.packer, self.question.machine
+        found = [
+            (estimate_step_s(packer, machine, candidate.spec, candidate.policy), candidate)
+            for candidate in candidates(self.question)
+        ]
+        return sorted(found, key=lambda item: (round(100 * math.log(item[0])), _runs(item[1])))
+
+    def _simulated(self, candidate: Candidate) -> _Tried | None:
+        """Lower and simulate a candidate; None if it needs more memory than a GPU has."""
+        what = describe_spec(candidate.spec, candidate.policy)
+        tasks = build_tasks(self.graph, candidate.spec)
+        schedule = lower(tasks, self.question.machine, candidate.policy)
+        timeline = simulate(schedule, self.graph, self.costs, self.question.machine)
+        needed = max(timeline.peak_nbytes)
+        limit = min(device.memory_nbytes for device in schedule.devices)
+        if needed > limit:
+            self.outcomes[what] = f"needs {format_bytes(needed)} of {format_bytes(limit)}"
+            self._note_need(needed, what)
+            return None
+        self.outcomes[what] = timeline.step_s
+        return _Tried(candidate, tasks, schedule, timeline)
+
+    def _verified(self, tried: _Tried) -> _Fitting | None:
+        """Check the schedules of all phases of a candidate; None if one does not fit."""
+        machine, spec = self.question.machine, tried.candidate.spec
+        schedules: dict[Phase, Schedule] = {}
+        peaks = [0] * tried.schedule.num_devices
+        try:
+            for phase in _phases(spec.phase):
+                tasks, schedule = tried.tasks, tried.schedule
+                if phase is not spec.phase:
+                    tasks = build_tasks(self.graph, _for_phase(spec, phase))
+                    schedule = lower(tasks, machine, tried.candidate.policy)
+                checked = verify(schedule, self.graph, self.costs, phase, tasks)
+                schedules[phase] = schedule
+                for index, nbytes in enumerate(checked.peak_nbytes):
+                    peaks[index] = max(peaks[index], nbytes)
+            needed = self._host_nbytes(schedules, spec.phase)
+        except DoesNotFitError as error:
+            what = describe_spec(spec, tried.candidate.policy)
+            self.outcomes[what] = str(error).splitlines()[0]
+            return None
+        return _Fitting(tried, schedules, tuple(peaks), needed)
+
+    def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
+        """Bytes of host memory that all phases together need."""
+        needed = host_nbytes(schedules[phase], self.graph)
+        if Phase.FORWARD in schedules and Phase.BACKWARD in schedules:
+            # What the one stashes stays while the other runs.
+            needed -= stash_nbytes(schedules[phase], self.graph)
+            both = (schedules[Phase.FORWARD], schedules[Phase.BACKWARD])
+            needed += sum(stash_nbytes(schedule, self.graph) for schedule in both)
+        limit = self.question.machine.host.memory_nbytes
+        if needed > limit:
+            raise DoesNotFitError(
+                f"needs {format_bytes(needed)} of host memory; the limit is {format_bytes(limit)}."
+                " Use a smaller minibatch"
+            )
+        return needed
+
+    def _note_need(self, needed: int, what: str) -> None:
+        """Remember the candidate that needs the least GPU memory."""
+        if self.closest is None or needed < self.closest[0]:
+            self.closest = (needed, what)
+
+    def _explain(self) -> DoesNotFitError:
+        """Say why nothing fits, and what would."""
+        question = self.question
+        memory = min(device.memory_nbytes for device in question.machine.devices)
+        size = min(question.sizes or (1,))
+        check_layers(question.packer, size, Budget(memory, POLICIES[-1]))
+        limit = f"the limit is {format_bytes(memory)}"
+        smaller = "" if size == 1 else "Use a smaller microbatch, or give it"
+        remedy = smaller or "Give it"
+        refusals = [text for text in self.outcomes.values() if isinstance(text, str)]
+        if refusals and self.closest is None:
+            return DoesNotFitError(f"no plan fits: {refusals[0]}")
+        if self.closest is not None:
+            needed, what = self.closest
+            return DoesNotFitError(
+                f"no plan fits: the closest needs {format_bytes(needed)} on a GPU and {limit}"
+                f" ({what}). {remedy} --gpu-memory {suggest_memory(needed)}"
+            )
+        if question.num_packs is not None:
+            return DoesNotFitError(
+                f"no plan fits: {question.num_packs} packs are too few for microbatches of"
+                f" {size}; {limit}. Leave num_packs out, or use more"
+            )
+        return DoesNotFitError(f"no plan fits: {limit}. {remedy} more GPU memory")
+
+
+def _runs(candidate: Candidate) -> int:
+    spec = candidate.spec
+    forward = len(spec.forward_packs) * len(spec.microbatches(0, TaskKind.FORWARD))
+    return forward + len(spec.backward_packs) * len(spec.microbatches(0, TaskKind.BACKWARD))
+
+
+def _phases(phase: Phase) -> tuple[Phase, ...]:
+    """The phases that a plan for one has schedules for."""
+    if phase is Phase.TRAIN:
+        return Phase.TRAIN, Phase.INFER
+    if phase is Phase.INFER:
+        return (Phase.INFER,)
+    return Phase.FORWARD, Phase.BACKWARD, Phase.INFER
+
+
+def _for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
+    """The same packs and microbatches for another phase."""
+    if spec.phase is not Phase.TRAIN or phase is Phase.TRAIN:
+        return replace(spec, phase=phase)
+    # The last pack of a training step has no FORWARD; here it needs one.
+    packs = (*spec.forward_packs, spec.backward_packs[-1])
+    size = min(spec.forward_size, spec.backward_size)
+    return replace(spec, phase=phase, forward_packs=packs, forward_size=size)
+
+
+def _check_host(graph: LayerGraph, machine: Machine) -> None:
+    """Refuse a model whose parameters alone do not fit into host memory."""
+    needed, limit = arena_nbytes(graph), machine.host.memory_nbytes
+    if needed > limit:
+        raise DoesNotFitError(
+            f"parameters, gradients and optimizer state need {format_bytes(needed)} of host"
+            f" memory; the limit is {format_bytes(limit)}. Use a machine with more memory"
+        )

@@ -1,0 +1,196 @@
+"""What a user sees when something goes wrong: one clear error, nothing lost, nothing hanging."""
+
+from __future__ import annotations
+
+import _thread
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harmony
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
+from tests.training.plain import params_of
+
+
+class Fails(nn.Module):
+    """Raises in a chosen call of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 24) / 5)
+        self.calls: list[int] = [0]
+        self.fail_at = -1
+
+    def __deepcopy__(self, memo: Any) -> Fails:
+        twin = Fails()
+        memo[id(self)] = twin
+        twin.weight = copy.deepcopy(self.weight, memo)
+        twin.calls = self.calls  # shared on purpose: counts the calls on all devices
+        twin.__dict__["owner"] = self.__dict__.get("owner", self)
+        return twin
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        owner = self.__dict__.get("owner", self)
+        if owner.fail_at >= 0:
+            self.calls[0] += 1
+            if self.calls[0] == owner.fail_at:
+                raise ValueError("the user's own mistake")
+        return torch.tanh(x @ self.weight)
+
+
+def failing_model(**options: Any) -> tuple[harmony.Harmony, Fails]:
+    torch.manual_seed(0)
+    bad = Fails()
+    net = nn.Sequential(nn.Linear(24, 24), bad, nn.Linear(24, 24), nn.Linear(24, 24))
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=square_loss,
+        mode="pp",
+        microbatch_size=2,
+        devices=2,
+        device_memory="24KiB",
+        **options,
+    )
+    return model, bad
+
+
+def test_error_in_a_forward_names_the_task_and_changes_nothing(vgpus: VirtualGPUs) -> None:
+    model, bad = failing_model()
+    model.train_step(*vector_batch(0))
+    before = params_of(model.module)
+    bad.calls[0], bad.fail_at = 0, 2
+    with pytest.raises(harmony.ExecutionError, match="the user's own mistake") as caught:
+        model.train_step(*vector_batch(1))
+    assert "F[" in caught.value.task
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "all are of the step before" in str(caught.value)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    bad.fail_at = -1
+    model.train_step(*vector_batch(1))  # and it goes on
+
+
+def test_error_after_updates_says_so_and_wants_a_checkpoint(vgpus: VirtualGPUs) -> None:
+    model, bad = failing_model()
+    model.train_step(*vector_batch(0))
+    checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bad.calls[0], bad.fail_at = 0, 8  # the last recompute: later packs are updated by then
+    with pytest.raises(harmony.ExecutionError) as caught:
+        model.train_step(*vector_batch(1))
+    assert "B[" in caught.value.task
+    if caught.value.torn:
+        bad.fail_at = -1
+        with pytest.raises(harmony.HarmonyError, match="load a checkpoint"):
+            model.train_step(*vector_batch(2))
+        model.load_state_dict(checkpoint)
+    bad.fail_at = -1
+    model.train_step(*vector_batch(1))
+
+
+def test_first_step_is_all_or_nothing(vgpus: VirtualGPUs) -> None:
+    model, bad = failing_model()
+    before = params_of(model.module)
+    bad.calls[0], bad.fail_at = -1000, 1  # past capture and measuring
+    x, y = vector_batch(0)
+    model._engine._bind("step", (x,), {}, y)
+    bad.calls[0], bad.fail_at = 0, 8
+    with pytest.raises(harmony.ExecutionError) as caught:
+        model.train_step(x, y)
+    assert not caught.value.torn
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_layer_that_cannot_fit_is_refused_before_anything_runs(vgpus: VirtualGPUs) -> None:
+    net = GPT(width=64, depth=2)
+    before = params_of(net)
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=token_loss,
+        devices=2,
+        device_memory="100KiB",
+    )
+    with pytest.raises(harmony.DoesNotFitError, match=r"blocks\.") as caught:
+        model.train_step(*token_batch(0))
+    assert "100 KiB" in str(caught.value)
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+def test_interrupt_lets_the_step_end(vgpus: VirtualGPUs) -> None:
+    """Ctrl-C during a step: it ends, all parameters are of the step after, then it surfaces."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "optimizer": torch.optim.SGD,
+        "optimizer_kwargs": {"lr": 0.1},
+        "loss_fn": square_loss,
+        "mode": "pp",
+        "devices": 2,
+        "microbatch_size": 2,
+        "device_memory": "32KiB",
+    }
+    net, other = SkipMLP(), SkipMLP()
+    other.load_state_dict(net.state_dict())
+    undisturbed = harmony.Harmony(other, **options)
+    model = harmony.Harmony(net, **options)
+    for step in range(2):
+        undisturbed.train_step(*vector_batch(step))
+    model.train_step(*vector_batch(0))
+    vgpus_slow = threading.Event()
+    host = model._engine._host
+    update = host.update
+
+    def interrupting_update(pack: Any) -> None:
+        if not vgpus_slow.is_set():
+            vgpus_slow.set()
+            _thread.interrupt_main()
+        update(pack)
+
+    for binding in model._engine._bindings.values():
+        binding.host.update = interrupting_update
+    with pytest.raises(KeyboardInterrupt):
+        model.train_step(*vector_batch(1))
+        for _ in range(10**6):  # the interrupt may come as late as here
+            pass
+    expected = params_of(other)
+    assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "zp"}, "choose one of auto, pp, dp"),
+        ({"microbatch_size": 0}, "positive number"),
+        ({"devices": 0}, "at least one device"),
+        ({"devices": 99}, "99 devices asked for"),
+        ({"device_memory": "much"}, "not a size"),
+        ({"optimizer_kwargs": {"lr": 1.0}}, "without an optimizer"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
+        ({"optimizer": torch.optim.SGD, "optimizer_kwargs": {"speed": 1}}, "speed"),
+    ],
+)
+def test_bad_options(vgpus: VirtualGPUs, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(harmony.ConfigError, match=message):
+        harmony.Harmony(SkipMLP(), **options)
+
+
+def test_bad_batches(vgpus: VirtualGPUs) -> None:
+    model = harmony.Harmony(SkipMLP(), devices=1)
+    with pytest.raises(harmony.ConfigError, match="needs an optimizer"):
+        model.train_step(*vector_batch(0))
+    with pytest.raises(harmony.ConfigError, match="batch is empty"):
+        model(torch.zeros(0, 24))
+    with pytest.raises(harmony.ConfigError, match="dimension 0"):
+        model(3)
+    model = harmony.Harmony(
+        SkipMLP(), devices=1, optimizer=torch.optim.SGD, loss_fn=square_loss
+    )
+    model.eval()
+    with pytest.raises(harmony.ConfigError, match="eval mode"):
+        model.train_step(*vector_batch(0))

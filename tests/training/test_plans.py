@@ -1,0 +1,216 @@
+"""Any plan computes the same: random packs, microbatches, policies, devices."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import harmony
+from harmony.planner.build import build_tasks
+from harmony.planner.passes import lower
+from harmony.planner.policy import Policy
+from harmony.planner.tasks import Pack, Phase, StepSpec
+from harmony.planner.verify import verify
+from harmony.runtime import racecheck, vgpu
+from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
+from tests.training.plain import gradients_of, params_of, train_plain
+
+SGD = {"lr": 0.1, "momentum": 0.9, "fused": True}
+RANDOM = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def packs(cuts: list[int], num_layers: int) -> tuple[Pack, ...]:
+    bounds = [0, *sorted({cut for cut in cuts if 0 < cut < num_layers}), num_layers]
+    return tuple(Pack(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def use_plan(
+    model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy
+) -> StepSpec:
+    """Make ``model`` train ``batch`` by a plan of the test's own, verified."""
+    engine = model._engine
+    binding, minibatch, _ = engine._bind("step", (batch[0],), {}, batch[1])
+    spec = spec_of(binding.graph.num_layers, minibatch)
+    tasks = build_tasks(binding.graph, spec)
+    schedule = lower(tasks, binding.machine, policy)
+    verify(schedule, binding.graph, binding.costs, Phase.TRAIN, tasks)
+    plan = engine._plan(binding, minibatch)
+    binding._plans[minibatch] = replace(
+        plan, spec=spec, policy=policy, schedules={Phase.TRAIN: schedule}
+    )
+    return spec
+
+
+def make(net: torch.nn.Module, loss_fn: Any, num_devices: int, size: int) -> harmony.Harmony:
+    return harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs=SGD,
+        loss_fn=loss_fn,
+        microbatch_size=size,
+        devices=num_devices,
+    )
+
+
+POLICIES = st.builds(
+    Policy,
+    weight_slots=st.integers(1, 3),
+    gradient_slots=st.integers(1, 2),
+    lookahead=st.integers(1, 3),
+    boundary=st.sampled_from(["keep", "swap"]),
+)
+CUTS = st.lists(st.integers(1, 7), max_size=5)
+
+
+@RANDOM
+@given(
+    forward=CUTS,
+    backward=CUTS,
+    size=st.sampled_from([1, 2, 3, 8]),
+    num_devices=st.integers(1, 4),
+    replicated=st.booleans(),
+    policy=POLICIES,
+)
+def test_gpt_bit_for_bit(
+    forward: list[int],
+    backward: list[int],
+    size: int,
+    num_devices: int,
+    replicated: bool,
+    policy: Policy,
+) -> None:
+    torch.set_num_threads(1)
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    shares = num_devices if replicated else 1
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        last = packs(backward, num_layers)
+        first = tuple(p for p in packs([*forward, last[-1].first], num_layers))
+        ends = tuple(p for p in first if p.last <= last[-1].first)
+        each = minibatch // shares
+        ranges = [(i * each, (i + 1) * each) for i in range(shares)]
+        ranges[-1] = (ranges[-1][0], minibatch)
+        return StepSpec(minibatch, size, size, ends, last, tuple(ranges))
+
+    twin = copy.deepcopy(net)
+    with racecheck.checked():
+        model = make(twin, token_loss, num_devices, size)
+        use_plan(model, token_batch(0), spec_of, policy)
+        losses = [model.train_step(*token_batch(step)) for step in range(2)]
+    expected = train_plain(
+        net,
+        [token_batch(step) for step in range(2)],
+        optimizer=torch.optim.SGD,
+        options=SGD,
+        loss_fn=token_loss,
+        microbatch=size,
+        shares=shares,
+    )
+    assert losses == expected.losses
+    assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+
+
+@RANDOM
+@given(
+    forward=CUTS,
+    backward=CUTS,
+    sizes=st.sampled_from([(1, 2), (2, 1), (4, 2), (2, 8), (8, 1), (4, 8)]),
+    num_devices=st.integers(1, 3),
+    policy=POLICIES,
+)
+def test_different_microbatch_sizes(
+    forward: list[int],
+    backward: list[int],
+    sizes: tuple[int, int],
+    num_devices: int,
+    policy: Policy,
+) -> None:
+    """Allowed without random numbers; a product over more rows may differ in its last bits."""
+    torch.set_num_threads(1)
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    torch.manual_seed(0)
+    net = SkipMLP()
+    twin = copy.deepcopy(net)
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        last = packs(backward, num_layers)
+        first = packs([*forward, last[-1].first], num_layers)
+        ends = tuple(p for p in first if p.last <= last[-1].first)
+        return StepSpec(minibatch, *sizes, ends, last, ((0, minibatch),))
+
+    with racecheck.checked():
+        model = make(twin, square_loss, num_devices, sizes[1])
+        use_plan(model, vector_batch(0), spec_of, policy)
+        model.train_step(*vector_batch(0))
+    found = gradients_of(model.module)
+    expected = train_plain(
+        net,
+        [vector_batch(0)],
+        optimizer=torch.optim.SGD,
+        options=SGD,
+        loss_fn=square_loss,
+        microbatch=sizes[1],
+    )
+    for name, gradient in expected.gradients[0].items():
+        worst = (found[name] - gradient).abs().max()
+        assert worst <= 1e-6 * gradient.abs().max(), name
+
+
+def test_different_sizes_are_refused_with_dropout() -> None:
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    model = make(GPT(dropout=0.1), token_loss, 1, 2)
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        cut = (Pack(0, 4),)
+        return StepSpec(minibatch, 4, 2, cut, (*cut, Pack(4, num_layers)), ((0, minibatch),))
+
+    with pytest.raises(harmony.PlanError, match="random"):
+        use_plan(model, token_batch(0), spec_of, Policy())
+
+
+def test_tied_weights_across_packs() -> None:
+    """Pack by pack the head's uses are added first; each gradient within 2e-7 of its largest."""
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1, tied=True)
+    expected = train_plain(
+        net,
+        [token_batch(step) for step in range(3)],
+        optimizer=torch.optim.SGD,
+        options=SGD,
+        loss_fn=token_loss,
+        microbatch=2,
+    )
+    for num_devices, mode in ((1, "pp"), (2, "pp"), (4, "pp"), (2, "dp")):
+        model = harmony.Harmony(
+            copy.deepcopy(net),
+            optimizer=torch.optim.SGD,
+            optimizer_kwargs=SGD,
+            loss_fn=token_loss,
+            mode=mode,
+            microbatch_size=2,
+            devices=num_devices,
+            device_memory="300KiB",
+        )
+        with racecheck.checked():
+            losses = [model.train_step(*token_batch(step)) for step in range(3)]
+            assert torch.equal(losses[0], expected.losses[0])
+            torch.testing.assert_close(
+                torch.stack(losses), torch.stack(expected.losses), rtol=1e-5, atol=0
+            )
+        for name, param in params_of(model.module).items():
+            torch.testing.assert_close(param, expected.params[name], rtol=1e-4, atol=1e-6)
+        assert model.module.head.weight is model.module.tokens.weight

@@ -1,0 +1,77 @@
+"""Every event that a schedule has is needed: without it the race checker fires."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import harmony
+from harmony.planner.schedule import Instruction, Op, Schedule
+from harmony.planner.tasks import Phase
+from harmony.runtime import racecheck, vgpu
+from harmony.runtime.executor import Job
+from tests.training.models import GPT, token_batch, token_loss
+
+
+def ready_model(mode: str, num_devices: int) -> Any:
+    """A model that has trained a step, and what it takes to run other schedules on it."""
+    torch.manual_seed(0)
+    model = harmony.Harmony(
+        GPT(depth=2),
+        optimizer=torch.optim.AdamW,
+        optimizer_kwargs={"lr": 1e-3},
+        loss_fn=token_loss,
+        mode=mode,
+        microbatch_size=4,
+        devices=num_devices,
+        device_memory="420KiB",
+    )
+    model.train_step(*token_batch(0))
+    (binding,) = model._engine._bindings.values()
+    return model, binding, binding.prepared(model.plan, Phase.TRAIN)
+
+
+def run(model: Any, binding: Any, schedule: Schedule, values: Any) -> None:
+    prepared = binding.executor.prepare(schedule, values)
+    prepared.num_runs = 1
+    random = model._engine._random(binding, model.plan)
+    binding.executor.run(prepared, Job(random, schedule.minibatch))
+
+
+def waits(schedule: Schedule) -> list[tuple[int, int]]:
+    programs = [*schedule.programs, schedule.host]
+    return [
+        (index, at)
+        for index, program in enumerate(programs)
+        for at, step in enumerate(program)
+        if step.op is Op.WAIT
+    ]
+
+
+def without(schedule: Schedule, index: int, at: int) -> Schedule:
+    programs: list[tuple[Instruction, ...]] = [*schedule.programs, schedule.host]
+    programs[index] = programs[index][:at] + programs[index][at + 1 :]
+    return replace(schedule, programs=tuple(programs[:-1]), host=programs[-1])
+
+
+@pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
+def test_every_removed_wait_is_found(mode: str, num_devices: int) -> None:
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    model, binding, prepared = ready_model(mode, num_devices)
+    schedule, values = prepared.schedule, prepared.values
+    with racecheck.checked():
+        run(model, binding, schedule, values)
+    missed = []
+    for index, at in waits(schedule):
+        mutant = without(schedule, index, at)
+        try:
+            with racecheck.checked():
+                run(model, binding, mutant, values)
+        except (harmony.RaceError, harmony.ExecutionError):
+            continue
+        missed.append((index, str([*schedule.programs, schedule.host][index][at])))
+    assert not missed, f"{len(missed)} of {len(waits(schedule))} removed waits were not noticed"
+    assert len(waits(schedule)) > 10

@@ -1,0 +1,76 @@
+"""The bytes that a step moves, measured, are those of the paper's closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import harmony
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import GPT, token_batch, token_loss
+
+
+def trained(mode: str, num_devices: int, memory: str = "300KiB", **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = harmony.Harmony(
+        GPT(),
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=token_loss,
+        mode=mode,
+        microbatch_size=2,
+        devices=num_devices,
+        device_memory=memory,
+        **options,
+    )
+    model.train_step(*token_batch(0))
+    (binding,) = model._engine._bindings.values()
+    return model, binding.graph
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_weights_in_and_gradients_out(vgpus: VirtualGPUs, num_devices: int, mode: str) -> None:
+    model, graph = trained(mode, num_devices)
+    last = model.plan.spec.backward_packs[-1]
+    replicas = num_devices if mode == "dp" else 1
+    moved = model.last_timeline.bytes_by()
+    weights = graph.weight_nbytes()
+    assert len(model.plan.spec.forward_packs) > 1
+    assert moved["h2d", "weights"] == replicas * (2 * weights - graph.weight_nbytes(last))
+    assert moved["d2h", "gradients"] == replicas * graph.gradient_nbytes()
+
+
+def test_measured_and_predicted_bytes_agree(vgpus: VirtualGPUs) -> None:
+    for mode, num_devices in (("pp", 1), ("pp", 3), ("dp", 2)):
+        model, _ = trained(mode, num_devices)
+        predicted = {key: nbytes for key, nbytes in model.plan.traffic.items() if nbytes}
+        assert model.last_timeline.bytes_by() == predicted, (mode, num_devices)
+
+
+def test_measured_order_is_the_schedules(vgpus: VirtualGPUs) -> None:
+    model, _ = trained("pp", 2)
+    timeline = model.last_timeline
+    for name, program in model.plan.schedule.all_programs():
+        for stream in {step.stream for step in program}:
+            issued = [str(s) for s in program if s.stream == stream and s.op.value in MOVING]
+            measured = [span.label for span in timeline.on(f"{name}.{stream}")]
+            assert measured == issued, (name, stream)
+
+
+MOVING = ("Run", "SwapIn", "SwapOut", "Send")
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_peak_memory_is_under_the_limit_and_as_predicted(
+    vgpus: VirtualGPUs, num_devices: int
+) -> None:
+    vgpus(count=num_devices, memory="400KiB")
+    model, _ = trained("pp", num_devices, memory="400KiB")
+    model.train_step(*token_batch(1))
+    peaks = model.last_timeline.peak_nbytes
+    for measured, predicted in zip(peaks, model.plan.peak_nbytes, strict=False):
+        assert measured <= predicted <= 400 * 1024
+        assert measured >= 0.9 * predicted
