@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Figures:
     Attributes:
         measured: whether the GPU figures were measured; else no step ran and they are expected.
         step_s: median seconds of a step as the script saw it, None if none ran.
+        shared_cores: CPU cores, if there are more virtual GPUs than that; else 0.
         timeline_s: seconds of the step that the GPU figures are of.
         bound: what sets the pace of that step, a key of `report.BOUND_NAMES`.
         advice: what would help, in a sentence.
@@ -69,6 +71,7 @@ class Figures:
     step_s: float | None
     predicted_step_s: float
     error_percent: float | None
+    shared_cores: int
     samples_per_s: float | None
     tokens_per_s: float | None
     timeline_s: float
@@ -123,6 +126,7 @@ def figures_of(record: ModelRecord) -> Figures:
         step_s=step_s,
         predicted_step_s=plan.step_s,
         error_percent=_percent(step_s, plan.step_s),
+        shared_cores=_shared_cores([gpu.name for gpu in gpus]),
         samples_per_s=_rate(run.num_samples / run.num_steps, step_s) if run.num_steps else None,
         tokens_per_s=_rate(run.num_tokens / run.num_steps, step_s) if run.num_tokens else None,
         timeline_s=timeline.step_s,
@@ -188,6 +192,11 @@ def _microbatches(run: PlanRun) -> str:
     if forward == backward:
         return forward + each
     return f"{forward} forward, {backward} backward{each}"
+
+
+def _shared_cores(gpus: list[str]) -> int:
+    num_cores = os.cpu_count() or 1
+    return num_cores if gpus[0].startswith("vgpu") and len(gpus) > num_cores else 0
 
 
 def _elide(names: list[str], keep: int = 16) -> list[str]:

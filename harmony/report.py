@@ -203,6 +203,9 @@ def _step_text(figures: Figures) -> Text:
     if figures.error_percent is not None:
         close = abs(figures.error_percent) <= 15
         text.append(f" ({figures.error_percent:+.1f}%)", style="green" if close else "yellow")
+    if figures.shared_cores:
+        cores = "1 core" if figures.shared_cores == 1 else f"{figures.shared_cores} cores"
+        text.append(f"; the virtual GPUs share {cores}, which no plan foresees")
     return text
 
 
@@ -232,7 +235,7 @@ def _of(nbytes: int, limit_nbytes: int) -> str:
 
 def _gpu_table(figures: Figures) -> RenderableType:
     title = "GPUs in the last step" if figures.measured else "GPUs as predicted"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = _table(title)
     table.add_column("", no_wrap=True)
     table.add_column("busy", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
@@ -270,25 +273,50 @@ def _traffic_table(figures: Figures) -> RenderableType:
     total = figures.traffic_nbytes()
     kinds = [kind for kind in KINDS if any(kind in row for row in total.values())]
     kinds += sorted({kind for row in total.values() for kind in row} - set(KINDS))
-    title = "Bytes a step over each link"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for name in ("", *kinds, "sum", "link in use"):
-        table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+    unit, size = _unit(max((sum(row.values()) for row in total.values()), default=0))
+    table = _table(f"{unit} a step over each link")
+    for name in ("", *kinds, "sum", "in use"):
+        table.add_column(name, justify="left" if name == "" else "right")
     many = len(figures.gpus) > GPUS_IN_TRAFFIC
     shown = [] if many or len(figures.gpus) == 1 else list(enumerate(figures.gpus))
     for link in (link for link in LINKS if link in total):
         for index, gpu in shown:
             row = gpu.traffic_nbytes.get(link, {})
             name = f"  gpu{index} {link}"
-            table.add_row(name, *_cells(row, kinds), _in_use(figures, [gpu], link), style="dim")
-        cells = _cells(total[link], kinds)
+            cells = _cells(row, kinds, size)
+            table.add_row(name, *cells, _in_use(figures, [gpu], link), style="dim")
+        cells = _cells(total[link], kinds, size)
         table.add_row(LINK_NAMES[link], *cells, _in_use(figures, figures.gpus, link))
     return table if total else Text("No bytes crossed the links.\n")
 
 
-def _cells(row: dict[str, int], kinds: Sequence[str]) -> list[str]:
-    cells = [format_bytes(row[kind]) if kind in row else "-" for kind in kinds]
-    return [*cells, format_bytes(sum(row.values())) if row else "-"]
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _unit(nbytes: int) -> tuple[str, int]:
+    """One unit for a whole table, so that its numbers can be compared at a glance."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if nbytes >= 10 * size:
+            return unit, size
+    return "KiB", 2**10
+
+
+def _cells(row: dict[str, int], kinds: Sequence[str], size: int) -> list[str]:
+    cells = [_number(row[kind] / size) if kind in row else "-" for kind in kinds]
+    return [*cells, _number(sum(row.values()) / size) if row else "-"]
+
+
+def _number(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.005 else "<0.01"
 
 
 def _in_use(figures: Figures, gpus: Sequence[GpuFigures], link: str) -> str:

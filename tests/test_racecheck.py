@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+
 from harmony.errors import RaceError
 from harmony.runtime import racecheck, vgpu
 from harmony.runtime.vgpu import Access, Record

@@ -62,8 +62,9 @@ def test_the_figures_appear() -> None:
         "75%",
         "the host issuing work 25%",
         "51.0 of 64.0 MiB",
-        "123 MiB",
-        "246 MiB",
+        "MiB a step over each link",
+        " 246 ",
+        " 77.0 ",
         "What binds: issuing work from the host.",
         "larger microbatches need fewer tasks.",
     ):
@@ -97,7 +98,7 @@ def test_one_gpu_has_one_row_a_link() -> None:
 def test_many_gpus_have_their_sum_only() -> None:
     text = text_of(make_record(num_gpus=6))
     assert "gpu5 h2d" not in text
-    assert "738 MiB" in text
+    assert " 738 " in text
 
 
 def test_the_same_packs_on_every_gpu_are_printed_once() -> None:
@@ -123,6 +124,22 @@ def test_warnings_are_shown() -> None:
     record = make_record()
     record.warn("host memory could not be pinned")
     assert "host memory could not be pinned" in text_of(record)
+
+
+def test_virtual_gpus_that_share_cores_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert "the virtual GPUs share 1 core" in text_of(make_record(2))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert "share" not in text_of(make_record(2))
+
+
+def test_a_narrow_terminal_loses_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    file = Terminal()
+    print_report([make_record()], file)
+    assert "…" not in file.getvalue()
+    assert max(len(line) for line in file.getvalue().splitlines()) <= 80
 
 
 def test_a_model_without_a_plan_is_left_out() -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from harmony.errors import VirtualGPUError
 from harmony.runtime import vgpu_build
 

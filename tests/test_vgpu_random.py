@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from harmony.runtime import vgpu
 from torch.utils.checkpoint import checkpoint
+
+from harmony.runtime import vgpu
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import mmap
 
 import pytest
 import torch
+
 from harmony.errors import VirtualGPUError
 from harmony.runtime import vgpu
 

@@ -7,8 +7,9 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from harmony.runtime import vgpu
 from torch import nn
+
+from harmony.runtime import vgpu
 
 VOCABULARY, WIDTH, HEADS, LENGTH, BATCH = 50, 32, 4, 16, 3
 

@@ -17,7 +17,7 @@ from harmony.capture.params import ParamInfo, dense_stride, describe_buffers, de
 from harmony.capture.replay import Values, run_step
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import Structure
-from harmony.capture.tape import Tape, ValueRef
+from harmony.capture.tape import StepKind, Tape, ValueRef
 from harmony.capture.trace import NEEDS_VALUES, Tracer
 from harmony.errors import CaptureError
 from harmony.layergraph import LayerGraph
@@ -110,7 +110,7 @@ class Captured:
         wanted: Iterable[int],
         at_layer: Callable[[int], None] | None = None,
     ) -> Values:
-        """Run layers ``first`` to ``last - 1``, with or without gradients.
+        """Run layers ``first`` to ``last - 1``, with or without gradients, on any device.
 
         Interior values are let go at their last use. An input that a layer changes in place is
         cloned first.
@@ -123,18 +123,30 @@ class Captured:
             at_layer: called with each layer's index before it runs.
         """
         tape = self._tape(num_samples)
-        numbers = self._built.numbers
-        keep = {numbers[value] for value in wanted}
+        keep = {self._built.numbers[value] for value in wanted}
         values = self._inputs(tape, first, last, env)
         for layer in range(first, last):
             if at_layer is not None:
                 at_layer(layer)
-            for index in range(self._layers.starts[layer], self._layers.starts[layer + 1]):
-                run_step(tape.steps[index], values, skeleton)
-                for number in tape.dead_after[index]:
-                    if number not in keep:
-                        values.pop(number, None)
+            self._run_layer(tape, layer, skeleton, values, keep)
         return {self._ids[number]: values[number] for number in keep}
+
+    def _run_layer(
+        self,
+        tape: Tape,
+        layer: int,
+        skeleton: Skeleton,
+        values: Values,
+        keep: set[int],
+        guarded: bool = True,
+    ) -> None:
+        for index in range(self._layers.starts[layer], self._layers.starts[layer + 1]):
+            step = tape.steps[index]
+            if guarded or step.kind is not StepKind.GUARD:
+                run_step(step, values, skeleton)
+            for number in tape.dead_after[index]:
+                if number not in keep:
+                    values.pop(number, None)
 
     def flatten_inputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any = None
@@ -207,16 +219,16 @@ class Captured:
         measured: dict[str, Footprint] = {}
         for layer in self.graph.layers:
             if layer.signature not in measured:
-                measured[layer.signature] = self._footprint(layer.index, tape, num_samples)
+                measured[layer.signature] = self._footprint(layer.index, tape)
         return [measured[layer.signature] for layer in self.graph.layers]
 
-    def _footprint(self, layer: int, tape: Tape, num_samples: int) -> Footprint:
+    def _footprint(self, layer: int, tape: Tape) -> Footprint:
         try:
-            return self._measure(layer, tape, num_samples, real=tape.real)
+            return self._measure(layer, tape, real=tape.real)
         except NEEDS_VALUES:
-            return self._measure(layer, tape, num_samples, real=True)
+            return self._measure(layer, tape, real=True)
 
-    def _measure(self, layer: int, tape: Tape, num_samples: int, real: bool) -> Footprint:
+    def _measure(self, layer: int, tape: Tape, real: bool) -> Footprint:
         described = self.graph.layers[layer]
         skeleton = self.make_skeleton(tape.device)
         names = [info.name for info in self.tensors_of(layer)]
@@ -235,10 +247,11 @@ class Captured:
                 for value in described.inputs
             }
 
-            def run(values: Values) -> Values:
-                return self.run(
-                    layer, layer + 1, skeleton, values, num_samples, wanted=described.outputs
-                )
+            def run(env: Values) -> Values:
+                values = self._inputs(tape, layer, layer + 1, env)
+                keep = {self._built.numbers[value] for value in described.outputs}
+                self._run_layer(tape, layer, skeleton, values, keep, guarded=False)
+                return {self._ids[number]: values[number] for number in keep}
 
             return measure(run, inputs, tensors, frozenset(described.outputs))
 

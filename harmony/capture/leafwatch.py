@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class LeafCall:
         arguments: Sequence[torch.Tensor],
         state: dict[int, str],
         made_in: dict[int, LeafCall],
-        outside: dict[int, int],
+        outside: Container[int],
     ) -> None:
         self.name = name
         self._module = module

@@ -26,6 +26,7 @@ from harmony.capture.isolation import (
     user_frame,
 )
 from harmony.capture.leafwatch import LeafCall, LeafMustOpenError
+from harmony.capture.numbering import Numbering
 from harmony.capture.refuse import (
     check_argument,
     check_custom,
@@ -75,7 +76,6 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         steps: the calls so far.
-        values: what is known of each numbered tensor.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.steps: list[Step] = []
-        self.values: list[TapeValue] = []
         self._device = device
         self._leaves = leaves
         self._stand_ins = stand_ins
@@ -99,17 +98,19 @@ class Recorder(TorchFunctionMode):
         self._module_names = {id(module): name for name, module in skeleton.modules.items()}
         self._state = {id(skeleton.tensor(name)): name for name in skeleton.names}
         self._constants: dict[int, Constant] = {}
-        self._numbers: dict[int, int] = {}
-        self._storages: dict[int, int] = {}
-        self._newest: dict[int, torch.Tensor] = {}
+        self._numbers = Numbering()
         self._made_in: dict[int, LeafCall] = {}
         self._alive: list[Any] = []
         self._python_random = python_random_states()
 
+    @property
+    def values(self) -> list[TapeValue]:
+        """What is known of each numbered tensor."""
+        return self._numbers.values
+
     def add_input(self, tensor: torch.Tensor, name: str) -> int:
-        """Number an input of the model (the same tensor twice has one number)."""
-        known = self._numbers.get(id(tensor))
-        return self._number(tensor, name) if known is None else known
+        """Number an input of the model."""
+        return self._numbers.number(tensor, name)
 
     def add_output(self, leaf: Any) -> Any:
         """Return the reference to an output; what no step made gets a step that passes it on."""
@@ -126,8 +127,8 @@ class Recorder(TorchFunctionMode):
         """Refuse randomness of Python or NumPy in the glue: a tape would freeze it."""
         if not same_random_states(self._python_random, python_random_states()):
             raise CaptureError(
-                f"the forward draws random numbers of Python or NumPy before {user_frame()}, outside "
-                "of a layer: not supported yet. Draw them inside a layer"
+                f"the forward draws random numbers of Python or NumPy before {user_frame()}, "
+                "outside of a layer: not supported yet. Draw them inside a layer"
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -211,7 +212,9 @@ class Recorder(TorchFunctionMode):
         changed = _changed(tensors, versions)
         self._append(step, tensors, changed, flatten(out)[0], drawn)
         step.left_behind = tuple(
-            LeftBehind(self._module_names[id(owner)], attribute, self._number(tensor, name))
+            LeftBehind(
+                self._module_names[id(owner)], attribute, self._numbers.number(tensor, name)
+            )
             for owner, attribute, tensor in watch.left_behind()
             if id(tensor) not in self._numbers
         )
@@ -238,48 +241,16 @@ class Recorder(TorchFunctionMode):
             return None
         if id(leaf) in self._numbers or id(leaf) in self._state or id(leaf) in self._constants:
             return None
-        return self._number(leaf, name)
+        return self._numbers.number(leaf, name)
 
     def _renumber(self, tensor: torch.Tensor, step: Step) -> tuple[int, int]:
-        before = self._numbers.get(id(tensor))
-        if before is None:
+        if id(tensor) not in self._numbers:
             name = self._state.get(id(tensor), "a constant tensor")
             raise CaptureError(
                 f"{step.name} at {step.where} changes {name} in place during the forward: "
                 "not supported yet"
             )
-        after = self._number(tensor, step.name)
-        # The other names of the same memory now hold what was written, gradient and all.
-        for number, other in self._newest.items():
-            if self.values[number].storage == self.values[after].storage:
-                self.values[number].requires_grad |= other.requires_grad
-        del self._newest[before]
-        return before, after
-
-    def _number(self, tensor: torch.Tensor, name: str) -> int:
-        number = len(self.values)
-        dense = tensor.layout is torch.strided and not tensor.is_nested
-        storage = id(tensor)
-        if dense:
-            storage = self._storages.setdefault(tensor.untyped_storage()._cdata, number)
-        shape = tuple(tensor.shape) if not tensor.is_nested else ()
-        stride = tuple(tensor.stride()) if dense else ()
-        self.values.append(
-            TapeValue(
-                shape=shape,
-                stride=stride,
-                dtype=tensor.dtype,
-                requires_grad=tensor.requires_grad,
-                storage=storage,
-                dense=dense,
-                fake=isinstance(tensor, FakeTensor),
-                name=name,
-            )
-        )
-        self._numbers[id(tensor)] = number
-        self._newest[number] = tensor
-        self._alive.append(tensor)
-        return number
+        return self._numbers.renumber(tensor, step.name)
 
     def _references(self, leaves: Sequence[Any], user: str) -> tuple[Any, ...]:
         return tuple(self._reference(leaf, user) for leaf in leaves)
@@ -292,7 +263,7 @@ class Recorder(TorchFunctionMode):
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if id(leaf) in self._numbers:
-            return ValueRef(self._numbers[id(leaf)])
+            return ValueRef(self._numbers.of(leaf))
         if id(leaf) in self._state:
             return StateRef(self._state[id(leaf)])
         origin = self._made_in.get(id(leaf))

@@ -36,7 +36,7 @@ _FACTORIES |= {"rand", "randint", "randn", "randperm", "tensor", "tril_indices",
 
 
 def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
-    """Run one step, adding what it makes to ``values``.
+    """Run one step, adding what it makes to ``values``; guards are checked.
 
     Raises:
         CaptureError: if a guard's read differs from the recorded one, or a module returns a
@@ -116,6 +116,8 @@ def _surroundings(context: Context, device: torch.device) -> ExitStack:
     if not context.grad_enabled:
         stack.enter_context(torch.no_grad())
     if context.autocast is not None:
+        if not torch.amp.is_autocast_available(device.type):  # type: ignore[attr-defined]
+            raise CaptureError(f"the forward uses autocast, which {device.type} does not have")
         stack.enter_context(torch.autocast(device.type, dtype=context.autocast))
     return stack
 

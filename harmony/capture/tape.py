@@ -223,9 +223,36 @@ def without_dead_steps(tape: Tape) -> Tape:
         if not decided and (not _is_pure(step) or needed.intersection(step.made)):
             kept.append(step)
             needed.update(step.inputs)
-    tape = replace(tape, steps=kept[::-1], host_program=host_program)
+    tape = _renumbered(replace(tape, steps=kept[::-1], host_program=host_program))
     tape.analyse()
     return tape
+
+
+def _renumbered(tape: Tape) -> Tape:
+    """Return the tape with its values numbered without gaps: the inputs first, as before.
+
+    Tapes that differ only in steps that are gone have the same numbers then. The host program
+    keeps the old ones: it has only the inputs in common with the steps.
+    """
+    inputs = (number for number in tape.inputs if number is not None)
+    made = (number for step in tape.steps for number in step.made)
+    new = {old: index for index, old in enumerate(dict.fromkeys((*inputs, *made)))}
+
+    def leaf(old: Any) -> Any:
+        return ValueRef(new[old.id]) if isinstance(old, ValueRef) else old
+
+    steps = [
+        replace(
+            step,
+            leaves=tuple(map(leaf, step.leaves)),
+            outputs=tuple(None if number is None else new[number] for number in step.outputs),
+            mutated=tuple((new[before], new[after]) for before, after in step.mutated),
+            left_behind=tuple(replace(left, value=new[left.value]) for left in step.left_behind),
+        )
+        for step in tape.steps
+    ]
+    values = [tape.values[old] for old in new]
+    return replace(tape, steps=steps, values=values, outputs=tuple(map(leaf, tape.outputs)))
 
 
 def _is_guard(step: Step) -> bool:

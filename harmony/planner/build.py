@@ -9,7 +9,7 @@ the ACCUMULATEs of its gradient parts and its UPDATE ("just-in-time" tasks, PVLD
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -285,7 +285,7 @@ def _edges(tasks: TaskGraph) -> nx.DiGraph[Task]:
     graph.add_nodes_from(tasks.tasks)
     writer: dict[Hashable, Task] = {}
     readers: dict[Hashable, list[Task]] = defaultdict(list)
-    made: dict[int, list[TensorRef]] = defaultdict(list)
+    made: dict[int, dict[TensorRef, None]] = defaultdict(dict)
     edges: set[tuple[Task, Task]] = set()
     for task in tasks.tasks:
         for ref in tasks.reads[task]:
@@ -295,7 +295,7 @@ def _edges(tasks: TaskGraph) -> nx.DiGraph[Task]:
                 readers[cell].append(task)
         for ref in tasks.writes[task]:
             if ref.kind is TensorKind.VALUE:
-                made[ref.first].append(ref)
+                made[ref.first][ref] = None
             for cell in _cells(ref, made):
                 earlier = [*readers.pop(cell, ()), *([writer[cell]] if cell in writer else [])]
                 edges.update((before, task) for before in earlier if before != task)
@@ -306,14 +306,14 @@ def _edges(tasks: TaskGraph) -> nx.DiGraph[Task]:
     return graph
 
 
-def _cells(ref: TensorRef, made: dict[int, list[TensorRef]]) -> Iterator[Hashable]:
+def _cells(ref: TensorRef, made: Mapping[int, dict[TensorRef, None]]) -> Iterator[Hashable]:
     """The smallest things that ``ref`` covers, so that overlapping ranges meet."""
     if ref.kind in _OWN_LAYERS:
         yield from ((ref.kind, layer) for layer in range(ref.first, ref.last))
     elif ref.kind is TensorKind.VALUE:
         # F and B may cut the minibatch differently: then B reads a part of what F made.
-        same = [m for m in made[ref.first] if covers(m, ref)]
-        yield same[0] if same else ref
+        whole = made[ref.first]
+        yield ref if ref in whole else next((m for m in whole if covers(m, ref)), ref)
     else:
         yield ref
 

@@ -31,9 +31,38 @@ class _Memory:
 
     author: Author = NOTHING
     alive: bool = False
-    slot: tuple[int, str, int] | None = None
+    slot: int | None = None
     written: tuple[Access, Place] | None = None
     read: list[tuple[Access, Place]] = field(default_factory=list)
+
+
+class _SlotTable:
+    """What each slot of each device holds."""
+
+    def __init__(self, schedule: Schedule, graph: LayerGraph) -> None:
+        self.devices = schedule.devices
+        self.graph = graph
+        self.held: dict[tuple[int, bool, int], list[TensorRef]] = defaultdict(list)
+
+    def enter(self, device: int, ref: TensorRef, slot: int) -> str | None:
+        """Put a tensor into a slot; return why it does not fit there."""
+        spec, held = self.devices[device], self.held[device, ref.is_gradient_part, slot]
+        limits = spec.gradient_slots if ref.is_gradient_part else spec.weight_slots
+        by_layer = (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS)
+        if ref.kind in by_layer and any(other.kind in by_layer for other in held):
+            return f"slot {slot} still holds {held[0]}"
+        held.append(ref)
+        return _overflow(limits, slot, sum(aligned(other.nbytes(self.graph)) for other in held))
+
+    def leave(self, device: int, ref: TensorRef, slot: int) -> None:
+        """Take a tensor out of a slot."""
+        self.held[device, ref.is_gradient_part, slot].remove(ref)
+
+
+def _overflow(limits: Slots, number: int, nbytes: int) -> str | None:
+    if number >= limits.count or nbytes > limits.nbytes:
+        return f"{nbytes} bytes in number {number} of {limits}"
+    return None
 
 
 class Contents:
@@ -47,7 +76,7 @@ class Contents:
         self.clocks = clocks
         self.phase = phase
         self.memories: dict[Cell, _Memory] = defaultdict(_Memory)
-        self.slots: dict[tuple[int, str, int], dict[TensorRef, int]] = defaultdict(dict)
+        self.slots = _SlotTable(schedule, graph)
         self.stages: dict[tuple[int, int], TensorRef] = {}
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
         self.at = Place(0, 0)
@@ -100,32 +129,15 @@ class Contents:
         self._touch((self.at.program, ref), write=True)
         memory.alive, memory.author = True, NOTHING
         if slot is not None:
-            memory.slot = self._enter_slot(ref, slot)
-
-    def _enter_slot(self, ref: TensorRef, slot: int) -> tuple[int, str, int]:
-        device = self.schedule.devices[self.at.program]
-        kind, limits = "weights", device.weight_slots
-        if ref.is_gradient_part:
-            kind, limits = "gradients", device.gradient_slots
-        name = (self.at.program, kind, slot)
-        held = self.slots[name]
-        by_layer = (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS)
-        if ref.kind in by_layer and any(other.kind in by_layer for other in held):
-            raise self._refuse(f"slot {slot} of {kind} still holds {next(iter(held))}")
-        held[ref] = aligned(ref.nbytes(self.graph))
-        self._check_size(limits, slot, sum(held.values()))
-        return name
-
-    def _check_size(self, limits: Slots, slot: int, nbytes: int) -> None:
-        if slot >= limits.count or nbytes > limits.nbytes:
-            raise self._refuse(f"{nbytes} bytes in number {slot} of {limits}")
+            memory.slot = slot
+            self._check(self.slots.enter(self.at.program, ref, slot))
 
     def _drop(self, ref: TensorRef) -> None:
         memory = self._on_device(ref)
         self._touch((self.at.program, ref), write=True)
         memory.alive, memory.author = False, NOTHING
         if memory.slot is not None:
-            del self.slots[memory.slot][ref]
+            self.slots.leave(self.at.program, ref, memory.slot)
             memory.slot = None
 
     def _swap_in(self, ref: TensorRef) -> None:
@@ -143,7 +155,7 @@ class Contents:
             raise self._refuse("part 0 of a gradient goes to the arena, all others to a stage")
         if stage is not None:
             limits = self.schedule.devices[self.at.program].stages
-            self._check_size(limits, stage, aligned(ref.nbytes(self.graph)))
+            self._check(_overflow(limits, stage, aligned(ref.nbytes(self.graph))))
             key = (self.at.program, stage)
             if key in self.stages:
                 raise self._refuse(f"stage {stage} holds {self.stages[key]}, not yet added")
@@ -295,6 +307,10 @@ class Contents:
     def _at(self, place: Place) -> str:
         name, program = list(self.schedule.all_programs())[place.program]
         return f"{program[place.index]} of {name}, instruction {place.index}"
+
+    def _check(self, why: str | None) -> None:
+        if why is not None:
+            raise self._refuse(why)
 
     def _refuse(self, why: str) -> ScheduleError:
         return refuse(self.schedule, self.at, why)

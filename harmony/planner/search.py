@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
 from harmony.errors import ConfigError, DoesNotFitError
@@ -32,7 +33,7 @@ from harmony.planner.policy import Policy
 from harmony.planner.schedule import Schedule
 from harmony.planner.simulate import simulate
 from harmony.planner.sketch import estimate_step_s
-from harmony.planner.tasks import Phase, StepSpec, TaskGraph, TaskKind
+from harmony.planner.tasks import Phase, StepSpec, TaskKind
 from harmony.planner.verify import verify
 from harmony.timeline import Timeline
 from harmony.units import format_bytes
@@ -44,6 +45,9 @@ MAX_LOWERED = 6
 MAX_REFUSED = 24
 """How many candidates are lowered and fit, and how many are lowered and do not."""
 
+MAX_RUNS_LOWERED = 4000
+"""How many Runs all those may have; it bounds the time of a search for a large model."""
+
 CLOSE = 1.03
 """The estimate is about this exact: nothing estimated slower than this is worth lowering."""
 
@@ -53,12 +57,11 @@ WORTHWHILE = 0.97
 
 @dataclass(frozen=True)
 class _Tried:
-    """A candidate that was lowered and simulated."""
+    """A candidate that was simulated: its planned phase, and the seconds of a whole step."""
 
     candidate: Candidate
-    tasks: TaskGraph
-    schedule: Schedule
     timeline: Timeline
+    total_s: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _Search:
         """
         found = self._most_promising()
         found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
-        for tried in sorted(found, key=lambda tried: tried.timeline.step_s):
+        for tried in sorted(found, key=lambda tried: tried.total_s):
             fitting = self._verified(tried)
             if fitting is not None:
                 return fitting
@@ -151,7 +154,7 @@ class _Search:
     def plan_of(self, best: _Fitting) -> Plan:
         """The plan of a candidate, with everything that people want to know."""
         candidate, timeline = best.tried.candidate, best.tried.timeline
-        bound, advice = binding(timeline, best.tried.schedule, candidate.spec)
+        bound, advice = binding(timeline, best.schedules[candidate.spec.phase], candidate.spec)
         chosen = describe_spec(candidate.spec, candidate.policy)
         others = [item for item in self.outcomes.items() if item[0] != chosen]
         others.sort(key=lambda item: (isinstance(item[1], str), item[1]))
@@ -174,65 +177,81 @@ class _Search:
     def _most_promising(self) -> list[_Tried]:
         """Simulate candidates by estimated time, until the estimates are clearly worse."""
         found: list[_Tried] = []
-        refused, best_s = 0, float("inf")
+        refused, lowered, best_s = 0, 0, float("inf")
         for step_s, candidate in self._ranked():
             if len(found) >= MAX_LOWERED or step_s > CLOSE * best_s:
                 break
-            if refused >= (MAX_REFUSED if found else 4 * MAX_REFUSED):
+            if found and (refused >= MAX_REFUSED or lowered >= MAX_RUNS_LOWERED):
                 break
+            if refused >= 4 * MAX_REFUSED:
+                break
+            lowered += _runs(candidate)
             tried = self._simulated(candidate)
             if tried is None:
                 refused += 1
             else:
                 found.append(tried)
-                best_s = min(best_s, tried.timeline.step_s)
-        return sorted(found, key=lambda tried: tried.timeline.step_s)
+                best_s = min(best_s, tried.total_s)
+        return sorted(found, key=lambda tried: tried.total_s)
 
     def _unequal(self, best: _Tried) -> list[_Tried]:
         """Variants of the best with U_F > U_B that are clearly faster."""
-        found = [self._simulated(c) for c in larger_forward(self.question, best.candidate)]
-        limit_s = WORTHWHILE * best.timeline.step_s
-        return [tried for tried in found if tried and tried.timeline.step_s < limit_s]
+        found = []
+        limit_s = WORTHWHILE * self._estimate_s(best.candidate)
+        for candidate in larger_forward(self.question, best.candidate):
+            if self._estimate_s(candidate) > CLOSE * limit_s:
+                continue
+            tried = self._simulated(candidate)
+            if tried is not None and tried.total_s < WORTHWHILE * best.total_s:
+                found.append(tried)
+            elif tried is not None and tried.total_s < best.total_s:
+                what = describe_spec(candidate.spec, candidate.policy)
+                self.outcomes[what] = "hardly faster, and it recomputes with other batch sizes"
+        return found
 
     def _ranked(self) -> list[tuple[float, Candidate]]:
         """Candidates by estimated time; of those within a percent, the one with fewest Runs."""
-        packer, machine = self.question.packer, self.question.machine
-        found = [
-            (estimate_step_s(packer, machine, candidate.spec, candidate.policy), candidate)
-            for candidate in candidates(self.question)
-        ]
+        found = [(self._estimate_s(c), c) for c in candidates(self.question)]
         return sorted(found, key=lambda item: (round(100 * math.log(item[0])), _runs(item[1])))
+
+    def _estimate_s(self, candidate: Candidate) -> float:
+        packer, machine = self.question.packer, self.question.machine
+        phases = _timed_phases(candidate.spec.phase)
+        specs = [_for_phase(candidate.spec, phase) for phase in phases]
+        parts = [estimate_step_s(packer, machine, spec, candidate.policy) for spec in specs]
+        return max(sum(parts), 1e-9)
 
     def _simulated(self, candidate: Candidate) -> _Tried | None:
         """Lower and simulate a candidate; None if it needs more memory than a GPU has."""
         what = describe_spec(candidate.spec, candidate.policy)
-        tasks = build_tasks(self.graph, candidate.spec)
-        schedule = lower(tasks, self.question.machine, candidate.policy)
-        timeline = simulate(schedule, self.graph, self.costs, self.question.machine)
-        needed = max(timeline.peak_nbytes)
-        limit = min(device.memory_nbytes for device in schedule.devices)
-        if needed > limit:
-            self.outcomes[what] = f"needs {format_bytes(needed)} of {format_bytes(limit)}"
-            self._note_need(needed, what)
-            return None
-        self.outcomes[what] = timeline.step_s
-        return _Tried(candidate, tasks, schedule, timeline)
+        machine = self.question.machine
+        limit = min(device.memory_nbytes for device in machine.devices)
+        timelines = {}
+        for phase in _timed_phases(candidate.spec.phase):
+            tasks = build_tasks(self.graph, _for_phase(candidate.spec, phase))
+            schedule = lower(tasks, machine, candidate.policy)
+            timelines[phase] = simulate(schedule, self.graph, self.costs, machine)
+            needed = max(timelines[phase].peak_nbytes)
+            if needed > limit:
+                self.outcomes[what] = f"needs {format_bytes(needed)} of {format_bytes(limit)}"
+                self._note_need(needed, what)
+                return None
+        total_s = sum(timeline.step_s for timeline in timelines.values())
+        self.outcomes[what] = total_s
+        return _Tried(candidate, timelines[candidate.spec.phase], total_s)
 
     def _verified(self, tried: _Tried) -> _Fitting | None:
         """Check the schedules of all phases of a candidate; None if one does not fit."""
         machine, spec = self.question.machine, tried.candidate.spec
         schedules: dict[Phase, Schedule] = {}
-        peaks = [0] * tried.schedule.num_devices
+        peaks: list[int] = []
         try:
             for phase in _phases(spec.phase):
-                tasks, schedule = tried.tasks, tried.schedule
-                if phase is not spec.phase:
-                    tasks = build_tasks(self.graph, _for_phase(spec, phase))
-                    schedule = lower(tasks, machine, tried.candidate.policy)
-                checked = verify(schedule, self.graph, self.costs, phase, tasks)
-                schedules[phase] = schedule
-                for index, nbytes in enumerate(checked.peak_nbytes):
-                    peaks[index] = max(peaks[index], nbytes)
+                tasks = build_tasks(self.graph, _for_phase(spec, phase))
+                schedules[phase] = lower(tasks, machine, tried.candidate.policy)
+                checked = verify(schedules[phase], self.graph, self.costs, phase, tasks)
+                both = zip_longest(peaks, checked.peak_nbytes, fillvalue=0)
+                peaks = [max(pair) for pair in both]
             needed = self._host_nbytes(schedules, spec.phase)
         except DoesNotFitError as error:
             what = describe_spec(spec, tried.candidate.policy)
@@ -300,6 +319,13 @@ def _phases(phase: Phase) -> tuple[Phase, ...]:
     if phase is Phase.INFER:
         return (Phase.INFER,)
     return Phase.FORWARD, Phase.BACKWARD, Phase.INFER
+
+
+def _timed_phases(phase: Phase) -> tuple[Phase, ...]:
+    """The phases that make up a step: the drop-in form runs its two one after the other."""
+    if phase in (Phase.TRAIN, Phase.INFER):
+        return (phase,)
+    return Phase.FORWARD, Phase.BACKWARD
 
 
 def _for_phase(spec: StepSpec, phase: Phase) -> StepSpec:

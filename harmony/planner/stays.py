@@ -116,7 +116,7 @@ class _Finder:
         source = ref
         if ref.kind is TensorKind.VALUE and self.graph.values[ref.first].producer != MODEL_INPUT:
             made = (m for m in self.made.get(ref.first, ()) if covers(m, ref))
-            source = next(made, ref)
+            source = ref if ref in self.newest else next(made, ref)
         sender = self.newest[source][1] if source in self.newest else None
         if sender is not None:
             sender.leaves = True

@@ -45,6 +45,7 @@ class Prepared:
     """An instruction ready to be issued, with the events that time it if it takes time."""
 
     instruction: Instruction
+    label: str
     index: int
     issue: Issue
     begin: torch.Event | None = None
@@ -102,7 +103,7 @@ class DeviceProgram:
         context.use("compute").record_event(self._base)
         for prepared in self._prepared:
             step.signals.check()
-            step.running[self.name] = str(prepared.instruction)
+            step.running[self.name] = prepared.label
             stream = context.use(prepared.instruction.stream)
             if prepared.begin is not None and prepared.end is not None:
                 stream.record_event(prepared.begin)
@@ -126,12 +127,11 @@ class DeviceProgram:
             start_s = self._base_s + self._base.elapsed_time(p.begin) / 1e3
             end_s = self._base_s + self._base.elapsed_time(p.end) / 1e3
             lane = f"{self.name}.{p.instruction.stream}"
-            label = str(p.instruction)
-            found.append(Span(lane, label, p.kind, start_s, end_s, p.nbytes, p.index))
+            found.append(Span(lane, p.label, p.kind, start_s, end_s, p.nbytes, p.index))
         return found
 
     def _prepare(self, at: int, instruction: Instruction, issue: Issue) -> Prepared:
-        prepared = Prepared(instruction, at, issue)
+        prepared = Prepared(instruction, str(instruction), at, issue)
         if instruction.op in (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND):
             graph = self._around.host.graph
             prepared.begin = self._context.new_event(timing=True)

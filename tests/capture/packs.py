@@ -5,15 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from harmony.capture import Captured, Skeleton
+from harmony.capture import Captured, Skeleton, capture
+
+from .models import CASES, make
 
 Gradients = dict[str, torch.Tensor | None]
+
+
+@cache
+def captured_case(name: str, num_samples: int = 6) -> tuple[nn.Module, Captured, Any]:
+    """A model of ``CASES``, captured once for all tests, and its ``(args, kwargs, targets)``."""
+    net, case = make(name), CASES[name]
+    call = case.batch(num_samples)
+    args, kwargs, targets = call
+    return net, capture(net, args, kwargs, targets=targets, **case.options), call
 
 
 def seed(microbatch: int) -> None:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from harmony.capture import Captured, capture
 from harmony.capture.memory import LiveBytes
 
-from .models import CASES, make, vectors
+from .models import CASES, vectors
+from .packs import captured_case
 
 
 def rounded(nbytes: int) -> int:
@@ -95,9 +96,7 @@ def brute_force(captured: Captured, layer: int, num_samples: int) -> tuple[int, 
 
 @pytest.mark.parametrize("name", CASES)
 def test_costs_agree_with_a_brute_force_count(name: str) -> None:
-    case, net = CASES[name], make(name)
-    args, kwargs, targets = case.batch(4)
-    captured = capture(net, args, kwargs, targets=targets, **case.options)
+    _, captured, _ = captured_case(name)
     costs = captured.costs_nbytes(4)
     first = {}
     for layer in captured.graph.layers:

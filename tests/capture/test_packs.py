@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from harmony.capture import Captured, capture
-
-from .models import CASES, make
-from .packs import every_cut, largest_difference, packed_step, plain_step
+from .models import CASES
+from .packs import captured_case, every_cut, largest_difference, packed_step, plain_step
 
 SAMPLES, SIZE = 6, 2
 
@@ -20,13 +18,6 @@ def cut_batch(call: Any, low: int, high: int) -> Any:
         return leaf[low:high].clone() if isinstance(leaf, torch.Tensor) else leaf
 
     return torch.utils._pytree.tree_map(part, call)
-
-
-def captured_case(name: str) -> tuple[torch.nn.Module, Captured, Any]:
-    case, net = CASES[name], make(name)
-    call = case.batch(SAMPLES)
-    args, kwargs, targets = call
-    return net, capture(net, args, kwargs, targets=targets, **case.options), call
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,8 @@ from torch import nn
 from harmony.capture import Skeleton, capture
 from harmony.errors import CaptureError
 
-from .models import GPT, CustomFunction, ids, make, token_loss, tokens, vectors
+from .models import CASES, GPT, CustomFunction, ids, make, token_loss, tokens, vectors
+from .packs import captured_case
 
 CPU = torch.device("cpu")
 
@@ -147,3 +148,22 @@ def test_nothing_left_behind_keeps_a_graph_alive() -> None:
     graph = captured.graph
     captured.run(0, graph.num_layers, skeleton, values, 4, wanted=graph.output_ids)
     assert all(part.aux is None for part in skeleton.root.parts)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"custom_function"}))
+def test_layers_run_on_another_device(name: str) -> None:
+    """On the meta device anything left on the CPU fails (it has no autocast)."""
+    net, captured, call = captured_case(name)
+    meta = torch.device("meta")
+    skeleton = captured.make_skeleton(meta)
+    skeleton.bind({key: tensor.detach().to(meta) for key, tensor in unique(net).items()})
+    graph = captured.graph
+    inputs = captured.split(captured.flatten_inputs(*call), 0, 2)
+    values = {value: tensor.to(meta) for value, tensor in inputs.items()}
+    (loss,) = captured.run(0, graph.num_layers, skeleton, values, 2, wanted=[graph.loss]).values()
+    assert loss.device == meta
+
+
+def unique(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors by canonical name."""
+    return dict((*net.named_parameters(), *net.named_buffers()))

@@ -1,0 +1,158 @@
+"""Choosing a plan: it fits, it is verified, it explains itself, and it says why nothing fits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from harmony.errors import ConfigError, DoesNotFitError, PlanError
+from harmony.machine import Host
+from harmony.planner.build import build_tasks
+from harmony.planner.cost import CostTable, LayerCost
+from harmony.planner.plan import Plan, plan_phase
+from harmony.planner.search import choose
+from harmony.planner.simulate import simulate
+from harmony.planner.tasks import Phase, TaskKind
+from harmony.planner.verify import verify
+from tests.toys import MIB, chain, server, uniform_costs
+
+MODEL = chain(12, weight=2 * MIB, per_sample=64 * 1024)
+COSTS = uniform_costs(MODEL)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["auto", "pp", "dp"])
+@pytest.mark.parametrize("memory", [12, 24, 200])
+def test_the_plan_fits_and_its_figures_are_those_of_its_schedule(
+    num_devices: int, mode: str, memory: int
+) -> None:
+    machine = server(num_devices, memory=memory * MIB)
+    plan = choose(MODEL, COSTS, machine, 8, mode=mode)
+    assert all(peak <= memory * MIB for peak in plan.peak_nbytes)
+    tasks = build_tasks(MODEL, plan.spec)
+    verify(plan.schedule, MODEL, COSTS, Phase.TRAIN, tasks)
+    timeline = simulate(plan.schedule, MODEL, COSTS, machine)
+    assert timeline.step_s == plan.step_s
+    assert timeline.bytes_by() == plan.traffic
+    assert mode in ("auto", plan.mode) or num_devices == 1
+    assert all(not isinstance(s, float) or s >= plan.step_s for _, s in plan.alternatives)
+    assert plan.bound in ("compute", "h2d", "d2h", "peer", "update", "host")
+    assert plan.advice.endswith(".")
+
+
+def test_more_memory_is_never_slower() -> None:
+    steps = [
+        choose(MODEL, COSTS, server(1, memory=m * MIB), 8).step_s for m in (12, 16, 24, 48, 96)
+    ]
+    # The search is bounded, so allow it a percent.
+    assert all(later <= earlier * 1.01 for earlier, later in pairwise(steps))
+
+
+def test_the_same_question_gets_the_same_plan() -> None:
+    plans = [choose(MODEL, COSTS, server(2, memory=24 * MIB), 8) for _ in range(2)]
+    assert plans[0].to_json() == plans[1].to_json()
+
+
+def test_plans_are_read_back_from_json() -> None:
+    plan = choose(MODEL, COSTS, server(2, memory=24 * MIB), 8)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan.from_json({"mode": "pp"})
+
+
+def test_a_plan_describes_itself() -> None:
+    lines = choose(MODEL, COSTS, server(1, memory=24 * MIB), 8).describe()
+    assert [line.split()[0] for line in lines] == ["pp,", "step", "memory", "traffic"]
+    assert "gpu0 " in lines[2] and " of 24.0 MiB" in lines[2]
+
+
+def test_what_was_asked_for_is_obeyed() -> None:
+    plan = choose(MODEL, COSTS, server(1), 8, microbatch_size=4, num_packs=6)
+    assert plan.spec.backward_size == 4
+    assert len(plan.spec.backward_packs) == 6
+    plan = choose(MODEL, COSTS, server(2), 8, mode="dp", microbatch_size=3)
+    assert plan.spec.shares == ((0, 4), (4, 8)) and plan.spec.backward_size == 3
+
+
+def test_microbatches_are_equal_where_a_layer_draws_random_numbers() -> None:
+    # Forwards of two samples cost hardly more than of one: unequal sizes would be faster.
+    cheap = {
+        1: LayerCost(1e-3, 2e-3, 0.0, 512, 2048, 1024),
+        4: LayerCost(1.1e-3, 8e-3, 0.0, 512, 8192, 4096),
+    }
+    sizes = {}
+    for name, layer in (("free", None), ("pinned", 3)):
+        graph = chain(12, weight=2 * MIB, random_layer=layer)
+        plan = choose(
+            graph, CostTable((cheap,) * 12), server(1, memory=24 * MIB), 8, microbatch_size=1
+        )
+        sizes[name] = (plan.spec.forward_size, plan.spec.backward_size)
+    assert sizes == {"free": (4, 1), "pinned": (1, 1)}
+
+
+def test_phases_of_the_drop_in_form_share_packs_and_microbatches() -> None:
+    plan = choose(MODEL, COSTS, server(2, memory=24 * MIB), 8, phase=Phase.BACKWARD)
+    assert plan.spec.forward_packs == plan.spec.backward_packs
+    for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.INFER):
+        tasks = build_tasks(MODEL, replace(plan.spec, phase=phase))
+        verify(plan_phase(plan, phase), MODEL, COSTS, phase, tasks)
+    with pytest.raises(PlanError, match="no schedule to train, only to forward"):
+        plan_phase(plan, Phase.TRAIN)
+
+
+def test_a_training_plan_can_infer() -> None:
+    plan = choose(MODEL, COSTS, server(1, memory=24 * MIB), 8)
+    runs = [i.task for i in plan_phase(plan, Phase.INFER).programs[0] if i.task is not None]
+    assert {task.kind for task in runs} == {TaskKind.FORWARD}
+    assert runs[-1].pack.last == 12
+
+
+def test_a_layer_that_fits_nowhere_is_named() -> None:
+    with pytest.raises(DoesNotFitError, match=r"layer 0 \(layer0\) alone needs 4\.\d+ MiB"):
+        choose(MODEL, COSTS, server(1, memory=4 * MIB), 8)
+
+
+def test_an_option_that_does_not_fit_is_explained() -> None:
+    wide = chain(4, weight=1000, per_sample=MIB)
+    with pytest.raises(DoesNotFitError, match=r"Use a microbatch of 1, or .*--gpu-memory"):
+        choose(wide, uniform_costs(wide), server(1, memory=16 * MIB), 8, microbatch_size=8)
+    with pytest.raises(DoesNotFitError, match="2 packs are too few"):
+        choose(MODEL, COSTS, server(1, memory=12 * MIB), 8, num_packs=2)
+
+
+def test_host_memory_has_a_limit_too() -> None:
+    machine = server(1, memory=24 * MIB)
+    for limit, why in ((60, "parameters, gradients and optimizer state need 96.0 MiB"),):
+        small = replace(machine, host=Host(limit * MIB))
+        with pytest.raises(DoesNotFitError, match=why):
+            choose(MODEL, COSTS, small, 8)
+    with pytest.raises(DoesNotFitError, match=r"of host memory; the limit is 97\.0 MiB"):
+        choose(MODEL, COSTS, replace(machine, host=Host(97 * MIB)), 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"mode": "tp"}, 'mode is "auto", "pp" or "dp"'),
+        ({"microbatch_size": 0}, "positive number"),
+        ({"num_packs": 13}, "between 1 and 12"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        choose(MODEL, COSTS, server(1), 8, **options)  # type: ignore[arg-type]
+
+
+def test_the_planner_needs_no_torch() -> None:
+    code = (
+        "import sys, pkgutil, importlib, harmony.planner as p\n"
+        "[importlib.import_module(f'harmony.planner.{m.name}')"
+        " for m in pkgutil.iter_modules(p.__path__)]\n"
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
