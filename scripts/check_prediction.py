@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Predicted against measured step time, on virtual GPUs of several speeds.
 
-    scripts/check_prediction.py [--json] [--steps 8]
+    scripts/check_prediction.py [--json] [--steps 6]
 
 Each setting trains a small GPT in a process of its own, on virtual GPUs whose links are throttled
 and whose operators take an injected time, so that several of them behave like GPUs of their own
-although they share the cores. Compares the plan's step time with the median of what was measured.
+although they share the cores: what is injected is much longer than what is computed, and takes no
+core. Compares the plan's step time with the median of what was measured.
 Exits 1 if any setting is off by more than the bar of 15 %.
 """
 
@@ -29,7 +30,7 @@ from pretrain_gpt import batches, loss_fn, make_model
 import harmony
 
 BAR_PERCENT = 15.0
-WIDTH, DEPTH, HEADS, CONTEXT, BATCH, MICROBATCH = 128, 8, 4, 32, 8, 2
+WIDTH, DEPTH, HEADS, CONTEXT, BATCH, MICROBATCH = 128, 6, 4, 16, 8, 2
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class Setting:
     mode: str
     link: str
     delay_us: float
-    memory: str = "6MiB"
+    memory: str = "5MiB"
 
 
 SETTINGS = (
-    Setting(1, "pp", "1GB/s", 200.0),  # bound by compute
-    Setting(1, "pp", "25MB/s", 50.0),  # bound by its link
-    Setting(2, "pp", "100MB/s", 200.0),
-    Setting(4, "pp", "100MB/s", 200.0),
-    Setting(4, "pp", "25MB/s", 100.0),
-    Setting(2, "dp", "100MB/s", 200.0),
-    Setting(4, "dp", "25MB/s", 100.0),
+    Setting(1, "pp", "1GB/s", 1000.0),  # bound by compute
+    Setting(1, "pp", "5MB/s", 200.0),  # bound by its link
+    Setting(2, "pp", "20MB/s", 1000.0),
+    Setting(4, "pp", "20MB/s", 1000.0),
+    Setting(4, "pp", "5MB/s", 500.0),
+    Setting(2, "dp", "20MB/s", 1000.0),
+    Setting(4, "dp", "5MB/s", 500.0),
 )
 
 
@@ -122,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.captured import Captured, first_tapes, layer_starts
+from harmony.capture.captured import Captured, first_tapes
 from harmony.capture.inputs import Batch
 from harmony.capture.leaves import choose_leaves
 from harmony.capture.refuse import check_module
@@ -64,8 +64,7 @@ def capture(
     leaves = choose_leaves(template.root, max_layer_nbytes)
     tracer = Tracer(module, template, program, batch, leaves)
     sizes = first_tapes(tracer, batch.num_samples)
-    starts = layer_starts(sizes.tape, template)
-    return Captured(tracer, template, batch, sizes, starts, program.has_loss)
+    return Captured(tracer, template, batch, sizes, program.has_loss)
 
 
 def _switch_off_caches(root: nn.Module) -> None:

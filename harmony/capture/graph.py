@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _NormBase
 
+from harmony.capture.layered import LayeredTape
 from harmony.capture.params import ParamInfo, assign
 from harmony.capture.signature import layer_signature
 from harmony.capture.skeleton import Skeleton
-from harmony.capture.tape import Step, StepKind, Tape, TapeValue, ValueRef
+from harmony.capture.tape import Step, StepKind, Tape, TapeValue
 from harmony.errors import CaptureError
 from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
 
@@ -61,35 +61,29 @@ class Sizes:
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A LayerGraph and how it lies on the tape.
+    """A LayerGraph, with the parameters in place.
 
     Attributes:
-        numbers: per value of the graph, its number on the tape.
         params, buffers: in the order of the arena.
     """
 
     graph: LayerGraph
-    numbers: tuple[int, ...]
     params: list[ParamInfo]
     buffers: list[ParamInfo]
 
 
 def build_graph(
     sizes: Sizes,
-    starts: Sequence[int],
+    layers: LayeredTape,
     skeleton: Skeleton,
     params: Sequence[ParamInfo],
     buffers: Sequence[ParamInfo],
     has_loss: bool,
 ) -> BuiltGraph:
-    """Make the LayerGraph of a tape that is cut into layers at the steps ``starts``."""
-    tape = sizes.tape
-    layers = _Layers(tape, starts)
+    """Make the LayerGraph of the first of two tapes, which is cut into layers."""
     mixing = _mixing_layers(sizes, layers, skeleton, has_loss)
-    numbers = layers.crossing
-    ids = {number: index for index, number in enumerate(numbers)}
     values = []
-    for index, number in enumerate(numbers):
+    for index, number in enumerate(layers.crossing):
         value, mixes = _make_value(index, number, sizes, layers)
         values.append(value)
         if mixes and value.producer != MODEL_INPUT:
@@ -97,63 +91,17 @@ def build_graph(
     placed, placed_buffers, shared = assign(params, buffers, layers.users_of_state())
     made = tuple(
         _make_layer(layer, layers, values, [*placed, *placed_buffers], shared, skeleton, mixing)
-        for layer in range(len(starts))
+        for layer in range(layers.num_layers)
     )
     loss = None
     if has_loss:
-        (output,) = tape.outputs
-        loss = ids[output.id]
+        (output,) = sizes.tape.outputs
+        loss = layers.ids[output.id]
     graph = LayerGraph(made, tuple(values), tuple(shared), loss)
-    return BuiltGraph(graph, numbers, placed, placed_buffers)
+    return BuiltGraph(graph, placed, placed_buffers)
 
 
-class _Layers:
-    """The layers of a tape: which steps they have, which values cross them.
-
-    Attributes:
-        crossing: numbers of the values that cross layers or leave the model, inputs first.
-    """
-
-    def __init__(self, tape: Tape, starts: Sequence[int]) -> None:
-        self.tape = tape
-        self.starts = starts
-        self.outputs = {leaf.id for leaf in tape.outputs if isinstance(leaf, ValueRef)}
-        self.consumers: dict[int, set[int]] = {}
-        for index, step in enumerate(tape.steps):
-            for number in step.inputs:
-                self.consumers.setdefault(number, set()).add(self.of_step(index))
-        self.crossing = self._find_crossing()
-
-    def of_step(self, index: int) -> int:
-        return bisect_right(self.starts, index) - 1
-
-    def steps(self, layer: int) -> list[Step]:
-        end = self.starts[layer + 1] if layer + 1 < len(self.starts) else len(self.tape.steps)
-        return self.tape.steps[self.starts[layer] : end]
-
-    def producer(self, number: int) -> int:
-        step = self.tape.producer[number]
-        return MODEL_INPUT if step < 0 else self.of_step(step)
-
-    def later_consumers(self, number: int) -> tuple[int, ...]:
-        producer = self.producer(number)
-        return tuple(sorted(c for c in self.consumers.get(number, ()) if c > producer))
-
-    def _find_crossing(self) -> tuple[int, ...]:
-        numbers = range(len(self.tape.values))
-        found = [n for n in numbers if n in self.outputs or self.later_consumers(n)]
-        return tuple(sorted(found, key=lambda n: (self.producer(n) != MODEL_INPUT, n)))
-
-    def users_of_state(self) -> dict[str, list[int]]:
-        """The layers that use each parameter and buffer."""
-        users: dict[str, list[int]] = {}
-        for index, step in enumerate(self.tape.steps):
-            for name in step.state:
-                users.setdefault(name, []).append(self.of_step(index))
-        return users
-
-
-def _make_value(index: int, number: int, sizes: Sizes, layers: _Layers) -> tuple[Value, bool]:
+def _make_value(index: int, number: int, sizes: Sizes, layers: LayeredTape) -> tuple[Value, bool]:
     """Return a value, and whether its samples cannot be told apart."""
     known = sizes.tape.values[number]
     if not known.dense:
@@ -184,7 +132,7 @@ def _value_name(value: TapeValue, index: int) -> str:
 
 def _make_layer(
     layer: int,
-    layers: _Layers,
+    layers: LayeredTape,
     values: Sequence[Value],
     stored: Sequence[ParamInfo],
     shared: Sequence[SharedParam],
@@ -220,14 +168,16 @@ def _layer_name(steps: Sequence[Step], skeleton: Skeleton) -> str:
     return heart.name or type(skeleton.root).__name__
 
 
-def _mixing_layers(sizes: Sizes, layers: _Layers, skeleton: Skeleton, has_loss: bool) -> set[int]:
+def _mixing_layers(
+    sizes: Sizes, layers: LayeredTape, skeleton: Skeleton, has_loss: bool
+) -> set[int]:
     """Layers in which a sample's result depends on the other samples of its microbatch.
 
     Norms over the batch, and glue that makes something whose shape does not depend on the batch
     from something that does, the loss at the end excepted.
     """
     tape = sizes.tape
-    last = len(layers.starts) - 1
+    last = layers.num_layers - 1
     batched = {n for n in range(len(tape.values)) if sizes.batch_dims(n)}
     mixing = set()
     for index, step in enumerate(tape.steps):
@@ -260,32 +210,3 @@ def _is_batch_norm(module: object) -> bool:
     if not isinstance(module, _NormBase) or name.startswith(("InstanceNorm", "LazyInstance")):
         return False
     return module.training or module.running_mean is None
-
-
-def check_same_structure(tape: Tape, other: Tape, num_samples: tuple[int, int]) -> None:
-    """Refuse tapes of different sizes that do not have the same steps.
-
-    Raises:
-        CaptureError: naming the first step that differs.
-    """
-    for index in range(max(len(tape.steps), len(other.steps))):
-        pair = [t.steps[index] if index < len(t.steps) else None for t in (tape, other)]
-        if _outline(pair[0]) != _outline(pair[1]):
-            texts = [f"{s.name} at {s.where}" if s else "nothing" for s in pair]
-            raise CaptureError(
-                f"the forward takes another path for {num_samples[1]} samples than for "
-                f"{num_samples[0]}: step {index} is {texts[1]} instead of {texts[0]}"
-            )
-
-
-def _outline(step: Step | None) -> object:
-    if step is None:
-        return None
-    return (
-        step.kind,
-        step.name,
-        tuple(step.inputs),
-        tuple(step.made),
-        step.state,
-        len(step.leaves),
-    )

@@ -116,7 +116,7 @@ def _surroundings(context: Context, device: torch.device) -> ExitStack:
     if not context.grad_enabled:
         stack.enter_context(torch.no_grad())
     if context.autocast is not None:
-        if not torch.amp.is_autocast_available(device.type):  # type: ignore[attr-defined]
+        if not torch.amp.is_autocast_available(device.type):
             raise CaptureError(f"the forward uses autocast, which {device.type} does not have")
         stack.enter_context(torch.autocast(device.type, dtype=context.autocast))
     return stack

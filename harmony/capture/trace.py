@@ -106,6 +106,14 @@ class Tracer:
                 self._use_real_parameters(error)
         raise CaptureError(f"gave up after opening {_MOST_OPENED} modules; {self.leaves} are left")
 
+    def trace_both(self, one: int, two: int) -> tuple[Tape, Tape]:
+        """Record two sizes with the same leaves: either may have to open some."""
+        while True:
+            leaves = self.leaves
+            tapes = self.trace(one), self.trace(two)
+            if self.leaves == leaves:
+                return tapes
+
     def _attempt(self, num_samples: int) -> Tape:
         twin = Skeleton(self._template.root, self.device)
         twin.bind(self._parameters() if self._real else fake_parameters(twin, self.device))

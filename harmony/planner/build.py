@@ -2,8 +2,8 @@
 
 The order is the one of plain PyTorch in pack-major form (input-batch grouping): FORWARD packs
 ascending, each with all its microbatches; BACKWARD packs descending; after each BACKWARD pack
-the ACCUMULATEs of its gradient parts and its UPDATE ("just-in-time" tasks, PVLDB 2022, section
-3.2). Edges are derived from the reads and writes, nothing else.
+the ACCUMULATEs of its gradient parts and its UPDATE (just-in-time tasks, PVLDB 15(11),
+2022). Edges are derived from the reads and writes, nothing else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Layers to packs: the fewest packs, balanced in time, that fit a device.
 
-FORWARD and BACKWARD pack the layers independently (PVLDB 2022, section 3.2): a BACKWARD keeps
-what its layers save, so it needs smaller packs. A partition is found by dynamic programming over
-the places where a pack may end: for every number of packs it is the one whose slowest pack is
-fastest, and among those the one whose boundaries carry the fewest bytes.
+FORWARD and BACKWARD pack the layers independently (PVLDB 15(11), 2022): a BACKWARD keeps what
+its layers save, so it needs smaller packs. A partition is found by dynamic programming over the
+places where a pack may end: for every number of packs it is the one whose slowest pack is
+fastest; where that leaves a choice, boundaries that carry few bytes are preferred.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar
 from harmony.errors import DoesNotFitError
 from harmony.layergraph import LayerGraph
 from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.policy import Policy, aligned
+from harmony.planner.policy import LEAN, Policy, aligned
 from harmony.planner.tasks import Pack, TaskKind
 from harmony.units import format_bytes
 
@@ -292,7 +292,7 @@ def check_layers(packer: Packer, num_samples: int, budget: Budget) -> None:
     Raises:
         DoesNotFitError: with the layer, its bytes, the limit and what to change.
     """
-    lean = replace(budget, policy=Policy(1, 1, 1, "host"), parked=0)
+    lean = replace(budget, policy=LEAN, parked=0)
     for at, first in enumerate(packer.cuts[:-1]):
         pack = Pack(first, packer.cuts[at + 1])
         need = packer.need(TaskKind.BACKWARD, pack, num_samples, lean)

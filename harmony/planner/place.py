@@ -1,8 +1,8 @@
 """Binds tasks to devices and puts them in one order that every program keeps.
 
 Harmony-PP, "wrap-around": pack i of the sequence F0 .. Fk, B_last .. B_0 runs on GPU i mod N.
-Harmony-DP: replica r runs on GPU r (PVLDB 2022, section 3.2). E.g. N = 2, two FORWARD and three
-BACKWARD packs, two microbatches::
+Harmony-DP: replica r runs on GPU r (PVLDB 15(11), 2022). E.g. N = 2, two FORWARD and
+three BACKWARD packs, two microbatches, named by their first layers::
 
     gpu0  F0 F0    B4 B4    B0 B0
     gpu1     F2 F2    B2 B2

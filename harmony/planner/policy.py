@@ -41,6 +41,10 @@ class Policy:
             raise ConfigError(f'boundary is "keep", "swap" or "host", not {self.boundary!r}')
 
 
+LEAN = Policy(1, 1, 1, "host")
+"""The policy that needs the least memory of a device."""
+
+
 def aligned(nbytes: int) -> int:
     """Round up to ``ALIGN_NBYTES``."""
     return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES

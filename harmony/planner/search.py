@@ -1,8 +1,8 @@
 """Chooses the plan: estimates every candidate, lowers the promising, keeps the fastest that fits.
 
-"Harmony's scheduler searches over the four-tuple (U_F, P_F, U_B, P_B)" (PVLDB 2022, section
-3.3) with an estimate of each. Here the estimate only ranks; what is chosen was lowered, verified
-and simulated, so its figures are those of the very schedule that will run.
+The paper (PVLDB 15(11), 2022) searches over the four-tuple (U_F, P_F, U_B, P_B) with an estimate
+of each. Here the estimate only ranks; what is chosen was lowered, verified and simulated, so its
+figures are those of the very schedule that will run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from harmony.planner.memory import arena_nbytes, host_nbytes, stash_nbytes
 from harmony.planner.packing import Budget, Packer, check_layers, suggest_memory
 from harmony.planner.passes import lower
 from harmony.planner.plan import Plan, describe_spec, plan_phase
-from harmony.planner.policy import Policy
+from harmony.planner.policy import LEAN, Policy
 from harmony.planner.schedule import Schedule
 from harmony.planner.simulate import simulate
 from harmony.planner.sketch import estimate_step_s
-from harmony.planner.tasks import Phase, StepSpec, TaskKind
-from harmony.planner.verify import verify
+from harmony.planner.tasks import Phase, StepSpec, TaskGraph, TaskKind
+from harmony.planner.verify import Checked, verify
 from harmony.timeline import Timeline
 from harmony.units import format_bytes
 
@@ -45,7 +45,7 @@ MAX_LOWERED = 6
 MAX_REFUSED = 24
 """How many candidates are lowered and fit, and how many are lowered and do not."""
 
-MAX_RUNS_LOWERED = 4000
+MAX_RUNS_LOWERED = 2500
 """How many Runs all those may have; it bounds the time of a search for a large model."""
 
 CLOSE = 1.03
@@ -57,9 +57,16 @@ WORTHWHILE = 0.97
 
 @dataclass(frozen=True)
 class _Tried:
-    """A candidate that was simulated: its planned phase, and the seconds of a whole step."""
+    """A candidate that was simulated.
+
+    Attributes:
+        lowered: tasks and schedule of the phases that make up a step.
+        timeline: of the planned phase.
+        total_s: seconds of a whole step.
+    """
 
     candidate: Candidate
+    lowered: dict[Phase, tuple[TaskGraph, Schedule]]
     timeline: Timeline
     total_s: float
 
@@ -226,10 +233,11 @@ class _Search:
         what = describe_spec(candidate.spec, candidate.policy)
         machine = self.question.machine
         limit = min(device.memory_nbytes for device in machine.devices)
-        timelines = {}
+        lowered, timelines = {}, {}
         for phase in _timed_phases(candidate.spec.phase):
             tasks = build_tasks(self.graph, _for_phase(candidate.spec, phase))
             schedule = lower(tasks, machine, candidate.policy)
+            lowered[phase] = (tasks, schedule)
             timelines[phase] = simulate(schedule, self.graph, self.costs, machine)
             needed = max(timelines[phase].peak_nbytes)
             if needed > limit:
@@ -238,18 +246,20 @@ class _Search:
                 return None
         total_s = sum(timeline.step_s for timeline in timelines.values())
         self.outcomes[what] = total_s
-        return _Tried(candidate, timelines[candidate.spec.phase], total_s)
+        return _Tried(candidate, lowered, timelines[candidate.spec.phase], total_s)
 
     def _verified(self, tried: _Tried) -> _Fitting | None:
         """Check the schedules of all phases of a candidate; None if one does not fit."""
-        machine, spec = self.question.machine, tried.candidate.spec
+        spec = tried.candidate.spec
         schedules: dict[Phase, Schedule] = {}
         peaks: list[int] = []
         try:
             for phase in _phases(spec.phase):
-                tasks = build_tasks(self.graph, _for_phase(spec, phase))
-                schedules[phase] = lower(tasks, machine, tried.candidate.policy)
-                checked = verify(schedules[phase], self.graph, self.costs, phase, tasks)
+                if phase in tried.lowered:
+                    tasks, schedules[phase] = tried.lowered[phase]
+                    checked = verify(schedules[phase], self.graph, self.costs, phase, tasks)
+                else:
+                    schedules[phase], checked = self._checked(tried.candidate, phase)
                 both = zip_longest(peaks, checked.peak_nbytes, fillvalue=0)
                 peaks = [max(pair) for pair in both]
             needed = self._host_nbytes(schedules, spec.phase)
@@ -258,6 +268,18 @@ class _Search:
             self.outcomes[what] = str(error).splitlines()[0]
             return None
         return _Fitting(tried, schedules, tuple(peaks), needed)
+
+    def _checked(self, candidate: Candidate, phase: Phase) -> tuple[Schedule, Checked]:
+        """Lower and verify one phase."""
+        tasks = build_tasks(self.graph, _for_phase(candidate.spec, phase))
+        schedule = lower(tasks, self.question.machine, candidate.policy)
+        try:
+            return schedule, verify(schedule, self.graph, self.costs, phase, tasks)
+        except DoesNotFitError:
+            if phase is not Phase.INFER or candidate.policy == LEAN:
+                raise
+        # A training plan is not given up because inference wants more room: it can do with less.
+        return self._checked(replace(candidate, policy=LEAN), phase)
 
     def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
         """Bytes of host memory that all phases together need."""

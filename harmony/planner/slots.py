@@ -1,8 +1,8 @@
 """Groups the Runs of a device by pack and gives each group its weight and gradient slots.
 
-"Input-batch grouping" (PVLDB 2022, section 3.2): all microbatches of a task run while its pack's
-weights are on the device, so weights move once a group. Group i takes slot i mod the number of
-slots, so a slot's next tensor can arrive as soon as its last one was dropped.
+Input-batch grouping (PVLDB 15(11), 2022): all microbatches of a task run while its pack's weights
+are on the device, so weights move once a group. With a second slot the next group's weights can
+arrive meanwhile.
 """
 
 from __future__ import annotations

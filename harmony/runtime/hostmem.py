@@ -238,6 +238,7 @@ class Stash:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._buffers: list[HostBuffer] = []  # a buffer is unpinned when nobody holds it
         self._chunks: dict[Samples, torch.Tensor] = {}
         self._dims: dict[Samples, int | None] = {}
 
@@ -245,6 +246,7 @@ class Stash:
         """Make room for these microbatches in one pinned buffer."""
         total = sum(align(place.nbytes) for place in chunks.values())
         buffer = HostBuffer(total, self._device, f"the host copy of {name}")
+        self._buffers.append(buffer)
         offset = 0
         for samples, place in chunks.items():
             self._chunks[samples] = buffer.view(offset, place)

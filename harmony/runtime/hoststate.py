@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from harmony.errors import ScheduleError
 from harmony.layergraph import LayerGraph
 from harmony.planner.schedule import Slots
 from harmony.planner.tasks import Pack, TensorKind, TensorRef
@@ -79,19 +80,20 @@ class HostState:
         if ref in self._settled:
             return
         self._settled.add(ref)
+        touched = self._arrived(ref)
         for name in self.names(ref):
-            self._complete[name] = name in self.touched.get(ref, ())
+            self._complete[name] = name in touched
 
     def accumulate(self, ref: TensorRef) -> None:
         """Run A(ref): add a part of a gradient that lies in a staging buffer."""
         stage = self.staged[ref]
         layout = self.gradients.layout
-        names = self.names(ref)
+        names, touched = self.names(ref), self._arrived(ref)
         if not names:
             return
         base = min(layout.places[name].offset for name in names)
         for name in names:
-            if name not in self.touched.get(ref, ()):
+            if name not in touched:
                 continue
             place = layout.places[name]
             part = view_bytes(stage, place.offset - base, place)
@@ -103,6 +105,12 @@ class HostState:
             else:
                 whole.copy_(part)
             self._complete[name] = True
+
+    def _arrived(self, ref: TensorRef) -> frozenset[str]:
+        """Names of the parameters that a gradient part has something for."""
+        if ref not in self.touched:
+            raise ScheduleError(f"{ref} is used on the host before it was copied there")
+        return self.touched[ref]
 
     def publish(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Give these parameters their gradient, or None if nothing reached them."""

@@ -24,6 +24,8 @@ from harmony.runtime import vgpu
 
 MAX_REPORTED = 10
 
+_NAMELESS = {"A": "allocation", "F": "free", "H": "host access", "K": "kernel"}
+
 _Clock = dict[int, int]  # actor -> how much of its history is known
 
 
@@ -58,15 +60,20 @@ class Race:
 
 
 @contextlib.contextmanager
-def checked() -> Iterator[vgpu.Trace]:
+def checked(*, ordered_frees: bool = False) -> Iterator[vgpu.Trace]:
     """Trace the block and analyse it at the end; an exception of the block passes unchanged.
+
+    Args:
+        ordered_frees: whether the block promises to free device memory only after every use, in
+            the order of the stream that it was allocated on, without `record_stream`. Then a free
+            that comes too early is a race even if nobody takes the memory again.
 
     Raises:
         RaceError: listing the races, at most ``MAX_REPORTED``.
     """
     with vgpu.trace() as trace:
         yield trace
-    races = analyse(trace.records)
+    races = analyse(trace.records, ordered_frees=ordered_frees)
     if races:
         shown = "\n  ".join(map(str, races[:MAX_REPORTED]))
         more = f"\n  and {len(races) - MAX_REPORTED} more" if len(races) > MAX_REPORTED else ""
@@ -76,9 +83,9 @@ def checked() -> Iterator[vgpu.Trace]:
         )
 
 
-def analyse(records: Iterable[vgpu.Record]) -> list[Race]:
+def analyse(records: Iterable[vgpu.Record], *, ordered_frees: bool = False) -> list[Race]:
     """Return the races in a trace, one for each pair of operations, in trace order."""
-    analysis = _Analysis()
+    analysis = _Analysis("KAHF" if ordered_frees else "KAH")
     for index, record in enumerate(records):
         analysis.process(index, record)
     return analysis.races
@@ -140,8 +147,9 @@ class _Shadow:
 
 
 class _Analysis:
-    def __init__(self) -> None:
+    def __init__(self, accessing: str) -> None:
         self.races: list[Race] = []
+        self._accessing = accessing
         self._actors: dict[tuple[int, int], int] = {}
         self._names: list[str] = []
         self._clocks: list[_Clock] = []
@@ -155,9 +163,9 @@ class _Analysis:
         kind = record.kind
         host = self._actor(-1, record.thread)
         stream = self._actor(record.device, record.stream) if record.stream >= 0 else host
-        if kind in "KAH":
+        if kind in self._accessing and not (kind == "F" and record.stream < 0):
             self._enqueue(host, stream)
-            self._whats[index] = record.what or ("allocation" if kind == "A" else "host access")
+            self._whats[index] = record.what or _NAMELESS[kind]
             for access in record.accesses:
                 self._access(_Touch(stream, self._clocks[stream][stream], index), access)
         elif kind == "R":

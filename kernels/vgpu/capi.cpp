@@ -1,4 +1,5 @@
 // The C functions that harmony/runtime/vgpu.py calls through ctypes. Errors come back as text.
+#include <ATen/Context.h>
 #include <torch/csrc/autograd/engine.h>
 
 #include <cstdlib>
@@ -62,6 +63,8 @@ VGPU_API const char* vgpu_configure(int count, uint64_t memory_nbytes) {
     c.count = count;
   }
   start_autograd_threads();
+  // PyTorch asks a device what is pinned only once it counts as initialized.
+  at::globalContext().lazyInitDevice(c10::kPrivateUse1);
   return nullptr;
 }
 

@@ -207,18 +207,36 @@ class TakesAnotherPath(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.first(x)
-        if x.shape[0] > 4:
+        if x.shape[0] == 3:
             h = torch.tanh(h)
+        if x.shape[0] > 4:
+            return self.last(torch.tanh(h)) + x
         return self.last(h)
 
 
 def test_sizes_that_take_another_path_are_refused() -> None:
-    captured = capture(TakesAnotherPath(), (torch.randn(2, 8),))
-    captured.ensure(3)
+    net, x = TakesAnotherPath(), torch.randn(3, 8)
+    captured = capture(net, (x[:2],))
+    assert torch.equal(run_all(net, captured, x), net(x))  # the layers are the same
     with pytest.raises(
         CaptureError, match=r"another path for 6 samples than for 2: step 1 is tanh"
     ):
         captured.ensure(6)
+
+
+def test_one_sample_may_take_other_steps_inside_a_layer() -> None:
+    net, kwargs = llama().train(), {"input_ids": ids(4), "labels": ids(4, 1)}
+    captured = capture(net, (), kwargs, output_loss=True)
+    captured.ensure(1)
+    alone = {key: tensor[2:3] for key, tensor in kwargs.items()}
+    values = captured.split(captured.flatten_inputs((), kwargs), 2, 3)
+    skeleton = captured.make_skeleton(CPU)
+    skeleton.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
+    graph = captured.graph
+    torch.manual_seed(1)
+    found = captured.run(0, graph.num_layers, skeleton, values, 1, wanted=graph.output_ids)
+    torch.manual_seed(1)
+    assert torch.equal(found[graph.output_ids[0]], net(**alone).loss)
 
 
 def test_sizes_may_be_larger_than_the_sample_batch() -> None:

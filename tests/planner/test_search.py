@@ -156,3 +156,13 @@ def test_the_planner_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules, 'torch'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_inference_is_lowered_leaner_where_the_policy_of_training_does_not_fit() -> None:
+    """Outputs as wide as these fill a GPU that trains the model well."""
+    values = [replace(v, nbytes_per_sample=1024) for v in MODEL.values]
+    values[-2] = replace(values[-2], nbytes_per_sample=3 * MIB, is_output=True)
+    graph = replace(MODEL, values=tuple(values))
+    plan = choose(graph, COSTS, server(1, memory=40 * MIB), 8)
+    assert set(plan.schedules) == {Phase.TRAIN, Phase.INFER}
+    assert max(plan.peak_nbytes) <= 40 * MIB

@@ -13,6 +13,13 @@ from harmony.runtime import racecheck, vgpu
 VirtualGPUs = Callable[..., None]
 
 
+@pytest.fixture(autouse=True)
+def _free_devices() -> Iterator[None]:
+    """Let go of a test's models, so that the next one may set up other virtual GPUs."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture
 def vgpus() -> Iterator[VirtualGPUs]:
     """Set up virtual GPUs; what the test runs on them is checked for races when it ends."""
@@ -25,7 +32,7 @@ def vgpus() -> Iterator[VirtualGPUs]:
         gc.collect()
         vgpu.virtual_gpus(**{"count": 4, "memory": "64MiB", **settings})
 
-    with racecheck.checked():
+    with racecheck.checked(ordered_frees=True):
         yield configure
     gc.collect()
     torch.set_num_threads(threads)

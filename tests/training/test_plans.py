@@ -127,7 +127,7 @@ def test_gpt_bit_for_bit(
 @given(
     forward=CUTS,
     backward=CUTS,
-    sizes=st.sampled_from([(1, 2), (2, 1), (4, 2), (2, 8), (8, 1), (4, 8)]),
+    sizes=st.sampled_from([(2, 1), (4, 2), (8, 1), (8, 2), (8, 4), (3, 1)]),
     num_devices=st.integers(1, 3),
     policy=POLICIES,
 )

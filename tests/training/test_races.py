@@ -57,21 +57,44 @@ def without(schedule: Schedule, index: int, at: int) -> Schedule:
     return replace(schedule, programs=tuple(programs[:-1]), host=programs[-1])
 
 
+def at_the_edge(schedule: Schedule, index: int, at: int) -> bool:
+    """Whether a wait orders a slot's use only with the step before or after.
+
+    The first copy into a slot waits for nothing of its own step, and a slot's last Drop frees it
+    for the next step; between two steps everything is waited for anyway.
+    """
+    program = [*schedule.programs, schedule.host][index]
+    after = next(s for s in program[at + 1 :] if s.op is not Op.WAIT and s.stream == program[at].stream)
+    if after.ref is None or after.ref.is_value:
+        return False
+    if after.op is Op.SWAP_IN:
+        return not any(s.op is Op.DROP and _same_kind(s, after) for s in program[:at])
+    return after.op is Op.DROP and not any(
+        s.op is Op.ALLOC and _same_kind(s, after) for s in program[at:]
+    )
+
+
+def _same_kind(one: Instruction, two: Instruction) -> bool:
+    assert two.ref is not None
+    return one.ref is not None and one.ref.is_parameter == two.ref.is_parameter
+
+
 @pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
 def test_every_removed_wait_is_found(mode: str, num_devices: int) -> None:
     vgpu.virtual_gpus(count=4, memory="64MiB")
     model, binding, prepared = ready_model(mode, num_devices)
     schedule, values = prepared.schedule, prepared.values
-    with racecheck.checked():
+    with racecheck.checked(ordered_frees=True):
         run(model, binding, schedule, values)
     missed = []
     for index, at in waits(schedule):
         mutant = without(schedule, index, at)
         try:
-            with racecheck.checked():
+            with racecheck.checked(ordered_frees=True):
                 run(model, binding, mutant, values)
-        except (harmony.RaceError, harmony.ExecutionError):
+        except (harmony.RaceError, harmony.ExecutionError, harmony.ScheduleError):
             continue
-        missed.append((index, str([*schedule.programs, schedule.host][index][at])))
+        if not at_the_edge(schedule, index, at):
+            missed.append((index, str([*schedule.programs, schedule.host][index][at])))
     assert not missed, f"{len(missed)} of {len(waits(schedule))} removed waits were not noticed"
     assert len(waits(schedule)) > 10
