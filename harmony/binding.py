@@ -14,6 +14,7 @@ from harmony.capture import Captured
 from harmony.errors import ConfigError, PlanError
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
+from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable
 from harmony.planner.plan import Plan
 from harmony.planner.search import choose
@@ -164,8 +165,8 @@ class Binding:
                 f"the plan needs {plan.schedule.num_devices} devices, there are "
                 f"{len(self._contexts)}: plan again, or leave plan= out"
             )
-        for phase, schedule in plan.schedules.items():
-            verify(schedule, self.graph, self.costs, phase)
+        tasks = build_tasks(self.graph, plan.spec)
+        verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
         return plan
 
     def prepared(self, plan: Plan, phase: Phase) -> PreparedSchedule:

@@ -16,9 +16,10 @@ with two uses gets the same summands in another order, and the last bit of its g
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,24 +51,28 @@ class Outcome:
 def main() -> int:
     """Compare all settings, print a line each, and return 1 if any differs."""
     args = parse_arguments()
-    torch.set_num_threads(1)
-    harmony.virtual_gpus(count=max(GPUS), memory=MEMORY)
-    data = list(batches(args.steps, BATCH, CONTEXT))
+    settings = [(gpus, mode) for gpus in GPUS for mode in MODES if (gpus, mode) != (1, "dp")]
     rows = []
-    for gpus in GPUS:
-        for mode in MODES:
-            if gpus == 1 and mode == "dp":
-                continue  # one GPU has the whole batch in either mode
-            outcome, shares = train(data, gpus, mode)
-            gc.collect()  # a model's threads and its memory on the GPUs go with it
-            difference = compare(outcome, train_plain(data, shares))
-            rows.append({"gpus": gpus, "mode": mode, "steps": args.steps, **difference})
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for gpus, mode in settings:
+            rows.append(processes.submit(compare_one, gpus, mode, args.steps).result())
             if not args.json:
                 print(describe(rows[-1]), flush=True)
     equal = all(row["losses"] == row["parameters"] == 0 for row in rows)
     if args.json:
         print(json.dumps({"equal": equal, "settings": rows}, indent=2))
     return 0 if equal else 1
+
+
+def compare_one(gpus: int, mode: str, steps: int) -> dict[str, object]:
+    """Train both ways with one setting, in a process of its own, and count what differs."""
+    torch.set_num_threads(1)
+    harmony.virtual_gpus(count=gpus, memory=MEMORY)
+    data = list(batches(steps, BATCH, CONTEXT))
+    outcome, shares = train(data, gpus, mode)
+    difference = compare(outcome, train_plain(data, shares))
+    return {"gpus": gpus, "mode": mode, "steps": steps, **difference}
 
 
 def make_net() -> GPT:

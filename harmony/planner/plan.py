@@ -23,7 +23,7 @@ class Plan:
         spec: packs, microbatch sizes and shares; its phase is the one that was planned.
         schedules: per phase its schedule; ``schedule`` is that of ``spec.phase``.
         step_s: predicted seconds of the planned phase.
-        peak_nbytes: per GPU the most bytes in use, over all phases.
+        peak_nbytes: per GPU the most bytes in use, in the planned phase; the others fit too.
         host_nbytes: bytes of host memory: parameters, gradients, optimizer state, stashed values
             and staging buffers.
         traffic: bytes per step over all GPUs, by link and kind, of the planned phase.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Literal
 
 from harmony.errors import ConfigError, DoesNotFitError
@@ -34,7 +33,7 @@ from harmony.planner.schedule import Schedule
 from harmony.planner.simulate import simulate
 from harmony.planner.sketch import estimate_step_s
 from harmony.planner.tasks import Phase, StepSpec, TaskGraph, TaskKind
-from harmony.planner.verify import Checked, verify
+from harmony.planner.verify import verify
 from harmony.timeline import Timeline
 from harmony.units import format_bytes
 
@@ -77,7 +76,6 @@ class _Fitting:
 
     tried: _Tried
     schedules: dict[Phase, Schedule]
-    peak_nbytes: tuple[int, ...]
     host_nbytes: int
 
 
@@ -173,7 +171,7 @@ class _Search:
             machine=self.question.machine,
             schedules=best.schedules,
             step_s=timeline.step_s,
-            peak_nbytes=best.peak_nbytes,
+            peak_nbytes=tuple(timeline.peak_nbytes),
             host_nbytes=best.host_nbytes,
             traffic=timeline.bytes_by(),
             bound=bound,
@@ -252,29 +250,27 @@ class _Search:
         """Check the schedules of all phases of a candidate; None if one does not fit."""
         spec = tried.candidate.spec
         schedules: dict[Phase, Schedule] = {}
-        peaks: list[int] = []
         try:
             for phase in _phases(spec.phase):
                 if phase in tried.lowered:
                     tasks, schedules[phase] = tried.lowered[phase]
-                    checked = verify(schedules[phase], self.graph, self.costs, phase, tasks)
+                    verify(schedules[phase], self.graph, self.costs, phase, tasks)
                 else:
-                    schedules[phase], checked = self._checked(tried.candidate, phase)
-                both = zip_longest(peaks, checked.peak_nbytes, fillvalue=0)
-                peaks = [max(pair) for pair in both]
+                    schedules[phase] = self._checked(tried.candidate, phase)
             needed = self._host_nbytes(schedules, spec.phase)
         except DoesNotFitError as error:
             what = describe_spec(spec, tried.candidate.policy)
             self.outcomes[what] = str(error).splitlines()[0]
             return None
-        return _Fitting(tried, schedules, tuple(peaks), needed)
+        return _Fitting(tried, schedules, needed)
 
-    def _checked(self, candidate: Candidate, phase: Phase) -> tuple[Schedule, Checked]:
+    def _checked(self, candidate: Candidate, phase: Phase) -> Schedule:
         """Lower and verify one phase."""
         tasks = build_tasks(self.graph, _for_phase(candidate.spec, phase))
         schedule = lower(tasks, self.question.machine, candidate.policy)
         try:
-            return schedule, verify(schedule, self.graph, self.costs, phase, tasks)
+            verify(schedule, self.graph, self.costs, phase, tasks)
+            return schedule
         except DoesNotFitError:
             if phase is not Phase.INFER or candidate.policy == LEAN:
                 raise

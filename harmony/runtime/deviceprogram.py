@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from harmony.planner.kinds import span_kind
 from harmony.planner.schedule import Instruction, Op
 from harmony.planner.tasks import Pack, Samples, Task, TaskKind, TensorKind, TensorRef
 from harmony.runtime.device import DeviceContext
@@ -68,6 +67,7 @@ class DeviceProgram:
         context: DeviceContext,
         stage: Stage,
         around: Surroundings,
+        kinds: Sequence[str],
     ) -> None:
         self.name = f"gpu{index}"
         self._index = index
@@ -77,6 +77,7 @@ class DeviceProgram:
         self._env = around.envs[index]
         self._slot_of: dict[TensorRef, int] = {}
         self._packs = _packs_of(program)
+        self._kinds = kinds
         self._own_events: set[int] = set()
         self._base = context.new_event(timing=True)
         self._base_s = 0.0
@@ -136,7 +137,7 @@ class DeviceProgram:
             graph = self._around.host.graph
             prepared.begin = self._context.new_event(timing=True)
             prepared.end = self._context.new_event(timing=True)
-            prepared.kind = span_kind(instruction, graph)
+            prepared.kind = self._kinds[at]
             prepared.nbytes = 0 if instruction.ref is None else instruction.ref.nbytes(graph)
         return prepared
 

@@ -14,6 +14,7 @@ import torch
 from harmony.capture import Captured
 from harmony.errors import ExecutionError, HarmonyError
 from harmony.layergraph import MODEL_INPUT
+from harmony.planner.kinds import span_kinds
 from harmony.planner.schedule import HOST, Op, Schedule
 from harmony.planner.tasks import Samples, TensorKind, TensorRef
 from harmony.runtime import native
@@ -116,8 +117,11 @@ class Executor:
             if step.op is Op.WAIT and step.event is not None and recorded_by[step.event] != index
         )
         around = Surroundings(self._host, values, self._envs, events, crossing, self._place_of)
+        kinds = span_kinds(schedule, self._host.graph)
         programs = [
-            DeviceProgram(i, program, self.contexts[i], self._stages[i], around)
+            DeviceProgram(
+                i, program, self.contexts[i], self._stages[i], around, kinds[f"gpu{i}"]
+            )
             for i, program in enumerate(schedule.programs)
         ]
         graph = self._host.graph
@@ -125,7 +129,7 @@ class Executor:
         return PreparedSchedule(
             schedule,
             programs,
-            HostProgram(schedule.host, self._host, events),
+            HostProgram(schedule.host, self._host, events, kinds[HOST]),
             values,
             {i: values[TensorKind.VALUE, i] for i in ids if _is_input(graph.values[i].producer)},
             {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},

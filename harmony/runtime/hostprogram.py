@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from harmony.planner.kinds import span_kind
 from harmony.planner.schedule import HOST, Instruction, Op
 from harmony.planner.tasks import TaskKind
 from harmony.runtime.hoststate import HostState
@@ -24,10 +23,12 @@ class HostProgram:
         program: Sequence[Instruction],
         host: HostState,
         events: Mapping[int, torch.Event],
+        kinds: Sequence[str],
     ) -> None:
         self._program = program
         self._host = host
         self._events = events
+        self._kinds = kinds
 
     def issue(self, step: Step) -> None:
         """Run the whole program."""
@@ -53,9 +54,10 @@ class HostProgram:
     def _timed(self, index: int, instruction: Instruction, step: Step) -> None:
         start_s = step.now_s()
         self._run(instruction)
-        kind = span_kind(instruction, self._host.graph)
         lane = f"{HOST}.{instruction.stream}"
-        span = Span(lane, str(instruction), kind, start_s, step.now_s(), 0, index)
+        span = Span(
+            lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index
+        )
         step.spans.append(span)
 
     def _wait(self, instruction: Instruction, step: Step) -> None:

@@ -167,7 +167,8 @@ class _Analysis:
             self._enqueue(host, stream)
             self._whats[index] = record.what or _NAMELESS[kind]
             for access in record.accesses:
-                self._access(_Touch(stream, self._clocks[stream][stream], index), access)
+                touch = _Touch(stream, self._clocks[stream][stream], index)
+                self._access(touch, access, kind == "F")
         elif kind == "R":
             self._enqueue(host, stream)
             self._events[record.aux] = self._publish(stream)
@@ -219,7 +220,7 @@ class _Analysis:
 
     # ---- accesses
 
-    def _access(self, touch: _Touch, access: vgpu.Access) -> None:
+    def _access(self, touch: _Touch, access: vgpu.Access, is_free: bool) -> None:
         shadow, clock = self._shadow, self._clocks[touch.actor]
         first, last = shadow.span(access.ptr, access.ptr + access.nbytes)
         for offset, cell in enumerate(shadow.cells(first, last)):
@@ -232,7 +233,8 @@ class _Analysis:
                         self._report(read, touch, False, True, first + offset)
             else:
                 cell.reads[touch.actor] = touch
-        if access.is_write:
+        # Who takes freed memory is ordered after its last use by the allocator, not by the free.
+        if access.is_write and not is_free:
             shadow.replace(first, last, _Cell(touch))
 
     def _report(

@@ -18,6 +18,38 @@ Values = dict[int, torch.Tensor]
 """Tensors by the id of their value."""
 
 
+class GradientSink:
+    """Where the gradients of the pack that runs backward go.
+
+    The parameters' hooks hold on to this and to nothing else: a hook that held the stage, which
+    holds the parameters, would be a cycle that Python cannot collect, with device memory in it.
+
+    Attributes:
+        views: gradient of each parameter in the gradient slot.
+        touched: parameters that have got one.
+    """
+
+    def __init__(self) -> None:
+        self.views: dict[str, torch.Tensor] = {}
+        self.touched: set[str] = set()
+
+    def hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Return a hook that moves the first microbatch's gradient into the slot.
+
+        Copying it there, not adding it to zeros, keeps the sign of a zero as plain PyTorch has it;
+        the following microbatches are added in place by autograd itself.
+        """
+
+        def keep_gradient(param: torch.Tensor) -> None:
+            if name not in self.touched and param.grad is not None:
+                view = self.views[name]
+                view.copy_(param.grad)
+                param.grad = view
+                self.touched.add(name)
+
+        return keep_gradient
+
+
 class Stage:
     """Runs packs on one device.
 
@@ -49,8 +81,7 @@ class Stage:
         self._bound: tuple[Pack, int] | None = None
         self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
-        self._accumulating: dict[str, torch.Tensor] = {}
-        self._touched: set[str] = set()
+        self._sink = GradientSink()
         self.touched_by: dict[Pack, set[str]] = {}
 
     def set_slots(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
@@ -58,7 +89,7 @@ class Stage:
         self.unbind()
         self._tensors.clear()
         self._gradient_views.clear()
-        self._accumulating = {}
+        self._sink.views = {}
         self._weight_slots, self._gradient_slots = weights, gradients
 
     def forward(
@@ -111,9 +142,9 @@ class Stage:
     def begin_gradients(self, pack: Pack, weight_slot: int, slot: int) -> None:
         """Let the coming microbatches of the pack accumulate in a gradient slot."""
         self._bind(pack, weight_slot)
-        self._accumulating = self._views_of_gradients(pack, slot)
-        self._touched = self.touched_by[pack] = set()
-        for name in self._accumulating:
+        self._sink.views = self._views_of_gradients(pack, slot)
+        self._sink.touched = self.touched_by[pack] = set()
+        for name in self._sink.views:
             self._tensors[pack, weight_slot][name].grad = None
 
     def weight_range(self, slot: int, low: int, high: int) -> torch.Tensor:
@@ -172,7 +203,7 @@ class Stage:
             view = view_bytes(self._weight_slots[slot], offset, place)
             if name in self._trainable:
                 tensors[name] = param = nn.Parameter(view)
-                hook = self._keep_gradient(name)
+                hook = self._sink.hook(name)
                 param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             else:
                 tensors[name] = view
@@ -187,22 +218,6 @@ class Stage:
                 for name, (offset, place) in places.items()
             }
         return self._gradient_views[pack, slot]
-
-    def _keep_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
-        """Return a hook that moves the first microbatch's gradient into the slot.
-
-        Copying it there, not adding it to zeros, keeps the sign of a zero as plain PyTorch has it;
-        the following microbatches are added in place by autograd itself.
-        """
-
-        def hook(param: torch.Tensor) -> None:
-            if name not in self._touched and param.grad is not None:
-                view = self._accumulating[name]
-                view.copy_(param.grad)
-                param.grad = view
-                self._touched.add(name)
-
-        return hook
 
 
 def _samples(task: Task) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ RANDOM = settings(
 
 def packs(cuts: list[int], num_layers: int) -> tuple[Pack, ...]:
     bounds = [0, *sorted({cut for cut in cuts if 0 < cut < num_layers}), num_layers]
-    return tuple(Pack(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(Pack(a, b) for a, b in itertools.pairwise(bounds))
 
 
 def use_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def kept_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
     total = 0
     for program in schedule.programs:
         runs = [step.task for step in program if step.task is not None]
-        for one, two in zip(runs, runs[1:], strict=False):
+        for one, two in itertools.pairwise(runs):
             if one.pack == two.pack and one.kind is not two.kind:
                 total += graph.weight_nbytes(one.pack)
     return total
