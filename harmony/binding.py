@@ -15,13 +15,14 @@ from harmony.errors import ConfigError, PlanError
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.build import build_tasks
-from harmony.planner.cost import CostTable
+from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
 from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
-from harmony.planner.tasks import Phase, Samples, TensorKind
+from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind, TensorKind
 from harmony.planner.verify import verify
 from harmony.profiler import UpdateCost, measure_layers
+from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout, Place
@@ -105,10 +106,14 @@ class Binding:
         """Measure the layers at these microbatch sizes, as far as each fits a device."""
         nbytes = {size: self.captured.costs_nbytes(size) for size in sizes}
         fitting = [size for size in sizes if self._fits_alone(size, nbytes[size])]
-        batches = {
-            size: self.captured.split(inputs, 0, size) for size in (fitting or [min(sizes)])
-        }
-        self.costs = measure_layers(
+        if not fitting:
+            # Nothing can run, so only the bytes are known; the search refuses the model with them.
+            size = min(sizes)
+            bare = [{size: LayerCost(0.0, 0.0, 0.0, *layer)} for layer in nbytes[size]]
+            self.costs = CostTable(tuple(bare))
+            return
+        batches = {size: self.captured.split(inputs, 0, size) for size in fitting}
+        self.costs, cpu_share = measure_layers(
             self._contexts[0],
             self.captured,
             self.graph,
@@ -118,6 +123,8 @@ class Binding:
             nbytes,
             update,
         )
+        if native.is_virtual(self._contexts[0].device):
+            self.machine = replace(self.machine, cpu_share=cpu_share)
 
     def _fits_alone(self, size: int, nbytes: Sequence[tuple[int, int, int]]) -> bool:
         limit = self.machine.devices[0].memory_nbytes
@@ -186,8 +193,16 @@ class Binding:
         self._prepared.clear()
         self.executor.release()
 
-    def load_inputs(self, prepared: PreparedSchedule, inputs: Values) -> None:
-        """Copy a whole minibatch into the pinned copies that the devices read."""
+    def load_inputs(self, prepared: PreparedSchedule, inputs: Values, spec: StepSpec) -> None:
+        """Copy a whole minibatch into the pinned copies that the devices read.
+
+        Raises:
+            CaptureError: if the forward would take another path for one of the microbatches.
+        """
+        for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
+            for replica in range(len(spec.shares)):
+                for low, high in spec.microbatches(replica, kind):
+                    self.captured.split(inputs, low, high)
         for index, stash in prepared.inputs.items():
             stash.fill(inputs[index], self.graph.values[index].batch_dim)
 

@@ -106,7 +106,7 @@ class Engine:
         binding, minibatch, inputs = self._bind("step", args, kwargs, targets)
         plan = self._plan(binding, minibatch)
         prepared = binding.prepared(plan, Phase.TRAIN)
-        binding.load_inputs(prepared, inputs)
+        binding.load_inputs(prepared, inputs, plan.spec)
         job = Job(self._random(binding, plan), minibatch)
         try:
             timeline = binding.executor.run(prepared, job)
@@ -126,7 +126,7 @@ class Engine:
         binding, minibatch, inputs = self._bind("dropin", args, kwargs, None)
         plan = self._plan(binding, minibatch)
         prepared = binding.prepared(plan, Phase.FORWARD)
-        binding.load_inputs(prepared, inputs)
+        binding.load_inputs(prepared, inputs, plan.spec)
         random = self._random(binding, plan)
         self._generation += 1
         self.num_steps += 1
@@ -160,7 +160,7 @@ class Engine:
         binding, minibatch, inputs = self._bind("dropin", args, kwargs, None)
         plan = self._plan(binding, minibatch)
         prepared = binding.prepared(plan, Phase.INFER)
-        binding.load_inputs(prepared, inputs)
+        binding.load_inputs(prepared, inputs, plan.spec)
         binding.executor.run(prepared, Job(self._random(binding, plan), minibatch))
         values = binding.joined_outputs(prepared)
         return binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
@@ -315,7 +315,19 @@ class Engine:
         arenas = (self._host.weights, self._host.gradients)
         pinned = all(arena.buffer.pinned for arena in arenas)
         text = " + ".join(format_bytes(arena.layout.nbytes) for arena in arenas)
-        return {"host arena": f"{text} {'pinned' if pinned else 'not pinned'}"}
+        facts = {"host arena": f"{text} {'pinned' if pinned else 'not pinned'}"}
+        if self._machine is not None:
+            state = sum(arena.layout.nbytes for arena in arenas)
+            if self._update is not None:
+                places = self._host.gradients.layout.places.values()
+                elements = sum(torch.Size(place.shape).numel() for place in places)
+                state += round(elements * self._update.state_nbytes)
+            memory = sum(device.memory_nbytes for device in self._machine.devices)
+            facts["training state"] = (
+                f"{format_bytes(state)}, {state / memory:.1f} times the "
+                f"{format_bytes(memory)} of all GPUs"
+            )
+        return facts
 
 
 def _count_tokens(call: Any) -> int | None:

@@ -44,10 +44,17 @@ class Host:
 
 @dataclass(frozen=True)
 class Machine:
-    """A server: devices and the host that feeds them."""
+    """A server: devices and the host that feeds them.
+
+    Attributes:
+        cpu_share: share of a host core that a device keeps busy while it computes: 0 for real
+            GPUs, up to 1 for virtual ones, which therefore slow each other down where there are
+            fewer cores than devices.
+    """
 
     devices: tuple[Device, ...]
     host: Host
+    cpu_share: float = 0.0
 
     @property
     def num_devices(self) -> int:
@@ -62,4 +69,4 @@ class Machine:
     def from_json(data: dict[str, Any]) -> Machine:
         """Read what ``to_json`` wrote."""
         devices = tuple(Device(**device) for device in data["devices"])
-        return Machine(devices=devices, host=Host(**data["host"]))
+        return Machine(devices, Host(**data["host"]), data.get("cpu_share", 0.0))

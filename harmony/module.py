@@ -126,7 +126,7 @@ class Harmony(nn.Module):
         engine = self._engine
         if engine.options.optimizer is None:
             raise ConfigError(
-                "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW, ...). "
+                "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW). "
                 "To keep your own loop, call the model, loss.backward() and your optimizer"
             )
         if not self.training:
@@ -258,7 +258,8 @@ class Harmony(nn.Module):
         probe = fn(torch.empty(0))
         if probe.device.type != "cpu":
             warnings.warn(
-                f"parameters of a Harmony model stay on the host; .to({probe.device}) does nothing",
+                "parameters of a Harmony model stay on the host; "
+                f".to({probe.device}) does nothing",
                 stacklevel=3,
             )
             return self

@@ -6,6 +6,7 @@ figure. Bytes are not measured but counted, on tensors without memory (`harmony.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def measure_machine(
         name = str(context.device)
         devices.append(Device(name, usable, h2d, d2h, p2p))
     host_nbytes = host_memory_nbytes or available_host_nbytes()
-    return Machine(tuple(devices), Host(host_nbytes, _measure_host_add()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Machine(tuple(devices), Host(host_nbytes, _measure_host_add(), cores or 1))
 
 
 def measure_layers(
@@ -93,8 +95,12 @@ def measure_layers(
     batches: Mapping[int, Values],
     nbytes: Mapping[int, Sequence[tuple[int, int, int]]],
     update: UpdateCost | None,
-) -> CostTable:
+) -> tuple[CostTable, float]:
     """Measure every distinct layer at every microbatch size.
+
+    Returns:
+        The costs, and the share of a host core that the device kept busy meanwhile, which is what
+        `Machine.cpu_share` says of virtual GPUs.
 
     Args:
         batches: per microbatch size, the model's inputs for it, on the host.
@@ -103,13 +109,14 @@ def measure_layers(
     """
     stage = Stage(context, code, graph, weights.layout, gradients.layout)
     table: list[dict[int, LayerCost]] = [{} for _ in graph.layers]
+    meter = _CpuMeter()
     for num_samples, inputs in sorted(batches.items()):
         known: dict[str, Layer] = {}
         env: Values = dict(inputs)
         for layer in graph.layers:
             twin = known.setdefault(layer.signature, layer)
             if twin is layer:
-                run = _LayerRun(context, stage, graph, layer, num_samples)
+                run = _LayerRun(context, stage, graph, layer, num_samples, meter)
                 forward_s, backward_s = run.measure(weights, env)
             else:  # its inputs differ in value only, so its twin's outputs stand in for its own
                 env.update({v: env[w] for v, w in zip(layer.outputs, twin.outputs, strict=True)})
@@ -120,7 +127,27 @@ def measure_layers(
                 forward_s, backward_s, update_s, *nbytes[num_samples][layer.index]
             )
     stage.set_slots([], [])
-    return CostTable(tuple(table))
+    return CostTable(tuple(table)), meter.share
+
+
+class _CpuMeter:
+    """How busy the process kept the cores while layers ran."""
+
+    def __init__(self) -> None:
+        self.cpu_s = 0.0
+        self.wall_s = 0.0
+
+    @property
+    def share(self) -> float:
+        """Cores in use on average, at most one."""
+        return min(1.0, self.cpu_s / self.wall_s) if self.wall_s else 0.0
+
+    def measure(self, run: Callable[[], object]) -> None:
+        """Run something and add it to the account."""
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        run()
+        self.cpu_s += time.process_time() - cpu_s
+        self.wall_s += time.perf_counter() - wall_s
 
 
 class _LayerRun:
@@ -133,8 +160,10 @@ class _LayerRun:
         graph: LayerGraph,
         layer: Layer,
         num_samples: int,
+        meter: _CpuMeter,
     ) -> None:
         self._context = context
+        self._meter = meter
         self._stage = stage
         self._graph = graph
         self._layer = layer
@@ -171,7 +200,6 @@ class _LayerRun:
 
         forward_s = self._time(forward)
         both_s = self._time(backward)
-        del inputs, outputs, above
         return forward_s, max(0.0, both_s - forward_s)
 
     def _load(self, weights: HostArena) -> None:
@@ -196,10 +224,14 @@ class _LayerRun:
         def once() -> float:
             begin = self._context.new_event(timing=True)
             end = self._context.new_event(timing=True)
-            stream.record_event(begin)
-            run()
-            stream.record_event(end)
-            stream.synchronize()
+
+            def timed() -> None:
+                stream.record_event(begin)
+                run()
+                stream.record_event(end)
+                stream.synchronize()
+
+            self._meter.measure(timed)
             return begin.elapsed_time(end) / 1e3
 
         return _best_of(once)

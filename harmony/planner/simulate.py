@@ -11,7 +11,8 @@ device one sender, so two Sends never meet at their receiver.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
@@ -43,12 +44,47 @@ def simulate(
         clock.issue(at.program, at.index, step, kinds[at.program][at.index])
     workspace = Workspace(graph, costs)
     devices = range(schedule.num_devices)
+    spans = share_cores(clock.spans, machine)
     return Timeline(
-        spans=clock.spans,
-        step_s=max((span.end_s for span in clock.spans), default=0.0),
+        spans=spans,
+        step_s=max((span.end_s for span in spans), default=0.0),
         peak_nbytes=[device_peak(schedule, i, graph, workspace).nbytes for i in devices],
         host_nbytes=host_nbytes(schedule, graph),
     )
+
+
+def share_cores(spans: list[Span], machine: Machine) -> list[Span]:
+    """Return the spans as they are when virtual GPUs have to share the host's cores.
+
+    While devices and the update thread together want more cores than there are, everything takes
+    longer by that factor: time is stretched there.
+    """
+    cores = max(1, machine.host.num_cores)
+    work = [span for span in spans if span.lane.endswith((".compute", ".update"))]
+    if machine.cpu_share == 0.0 or not work:
+        return spans
+    changes: dict[float, float] = {}
+    for span in work:
+        wanted = machine.cpu_share if span.lane.endswith(".compute") else 1.0
+        changes[span.start_s] = changes.get(span.start_s, 0.0) + wanted
+        changes[span.end_s] = changes.get(span.end_s, 0.0) - wanted
+    times, stretched = [0.0], [0.0]
+    wanted = 0.0
+    for at, change in sorted(changes.items()):
+        factor = max(1.0, wanted / cores)
+        stretched.append(stretched[-1] + (at - times[-1]) * factor)
+        times.append(at)
+        wanted += change
+
+    def later(at: float) -> float:
+        index = bisect_right(times, at) - 1
+        end = min(index + 1, len(times) - 1)
+        if end == index or times[end] == times[index]:
+            return stretched[index] + at - times[index]
+        share = (at - times[index]) / (times[end] - times[index])
+        return stretched[index] + share * (stretched[end] - stretched[index])
+
+    return [replace(span, start_s=later(span.start_s), end_s=later(span.end_s)) for span in spans]
 
 
 class _Durations:

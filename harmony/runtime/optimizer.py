@@ -57,7 +57,8 @@ class PackOptimizer:
             self.full = factory(trainable, **with_fused_default(factory, options))
         except (TypeError, ValueError, RuntimeError) as error:
             name = getattr(factory, "__name__", str(factory))
-            raise ConfigError(f"{name}(parameters, **{dict(options)!r}) failed: {error}") from error
+            given = dict(options)
+            raise ConfigError(f"{name}(parameters, **{given!r}) failed: {error}") from error
 
     def describe(self) -> str:
         """Name of the optimizer and whether it is fused, for the report."""

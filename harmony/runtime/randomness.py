@@ -1,4 +1,4 @@
-"""Each microbatch's own random stream, kept at every pack boundary and replayed in the recompute."""
+"""Each microbatch's own random stream, kept at pack boundaries, replayed in the recompute."""
 
 from __future__ import annotations
 

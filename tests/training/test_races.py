@@ -64,7 +64,8 @@ def at_the_edge(schedule: Schedule, index: int, at: int) -> bool:
     for the next step; between two steps everything is waited for anyway.
     """
     program = [*schedule.programs, schedule.host][index]
-    after = next(s for s in program[at + 1 :] if s.op is not Op.WAIT and s.stream == program[at].stream)
+    later = (step for step in program[at + 1 :] if step.stream == program[at].stream)
+    after = next(step for step in later if step.op is not Op.WAIT)
     if after.ref is None or after.ref.is_value:
         return False
     if after.op is Op.SWAP_IN:
