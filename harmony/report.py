@@ -205,7 +205,7 @@ def _step_text(figures: Figures) -> Text:
         text.append(f" ({figures.error_percent:+.1f}%)", style="green" if close else "yellow")
     if figures.shared_cores:
         cores = "1 core" if figures.shared_cores == 1 else f"{figures.shared_cores} cores"
-        text.append(f"; the virtual GPUs share {cores}, which no plan foresees")
+        text.append(f"; the virtual GPUs share {cores} with all else that runs")
     return text
 
 

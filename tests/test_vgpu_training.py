@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -198,3 +200,23 @@ def test_everyday_things():
     assert torch.equal(x[x > 2].cpu(), torch.tensor([3.0, 4.0, 5.0]))
     assert x.argmax().item() == 5 and x.is_vgpu and copy.deepcopy(x).device == x.device
     assert torch.histc(torch.tensor([1, 2, 2], device="vgpu:0"), 3, 0, 3).tolist() == [0, 1, 2]
+
+
+def test_a_backward_before_the_virtual_gpus_were_loaded() -> None:
+    """The autograd engine starts its threads at the first backward of the process."""
+    script = """
+import torch
+x = torch.ones(3, requires_grad=True)
+(x * 2).sum().backward()
+from harmony.runtime import vgpu
+vgpu.virtual_gpus(count=2, memory="1MiB")
+for device in ("vgpu:1", "vgpu:0"):
+    y = torch.ones(3, device=device, requires_grad=True)
+    (y * 2).sum().backward()
+    assert y.grad.cpu().tolist() == [2.0, 2.0, 2.0]
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "done\n", done.stderr

@@ -3,7 +3,9 @@
 #include <torch/csrc/autograd/engine.h>
 
 #include <cstdlib>
+#include <memory>
 #include <sstream>
+#include <thread>
 
 #include "config.h"
 #include "link.h"
@@ -24,14 +26,29 @@ static const char* error_text(std::string message) {
   return text.empty() ? nullptr : text.c_str();
 }
 
+struct EngineAccess : torch::autograd::Engine {
+  static auto& queues(torch::autograd::Engine& engine) {
+    return engine.*(&EngineAccess::device_ready_queues_);
+  }
+};
+
 // Autograd starts one thread for each device at the first backward and never more. Starting them
-// for the largest number of devices now allows to raise the count later.
+// for the largest number of devices now allows to raise the count later. If the process has run a
+// backward before the virtual GPUs were loaded, the engine knows of no device and its pool cannot
+// be started again: then the missing threads are added as Engine::start_device_threads does it.
 static void start_autograd_threads() {
   static bool done = false;
   if (done) return;
   done = true;
   int count = config().count.exchange(kMaxDevices);
-  torch::autograd::Engine::get_default_engine().initialize_device_threads_pool();
+  auto& engine = torch::autograd::Engine::get_default_engine();
+  engine.initialize_device_threads_pool();
+  auto& queues = EngineAccess::queues(engine);
+  for (int device = static_cast<int>(queues.size()); device < kMaxDevices; ++device) {
+    queues.push_back(std::make_shared<torch::autograd::ReadyQueue>());
+    std::thread(&torch::autograd::Engine::thread_init, &engine, device, queues.back(), true)
+        .detach();
+  }
   config().count = count;
 }
 
