@@ -53,7 +53,8 @@ def signature_of(net: nn.Module, call: Any, form: str) -> tuple[Signature, int]:
         raise ConfigError("the batch is empty: dimension 0 of the inputs is 0")
     described = tuple(_describe(leaf, num_samples) for leaf in leaves)
     modes = tuple(module.training for module in net.modules())
-    return (form, str(spec), described, modes), num_samples
+    trained = tuple(param.requires_grad for param in net.parameters())
+    return (form, str(spec), described, modes, trained), num_samples
 
 
 def _describe(leaf: Any, num_samples: int) -> Any:

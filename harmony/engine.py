@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from harmony import session
+from harmony import facts, session
 from harmony.binding import Binding, Signature, signature_of, weighted_mean, with_state
 from harmony.capture import Captured, capture
 from harmony.dropin import ForwardCall, attach
 from harmony.errors import CaptureError, ConfigError, ExecutionError, HarmonyError
-from harmony.hardware import is_virtual
 from harmony.machine import Machine
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase, TaskKind
@@ -33,7 +32,6 @@ from harmony.runtime.randomness import RandomStates, microbatch_seed
 from harmony.runtime.stage import Values
 from harmony.session import StepStats
 from harmony.timeline import Timeline
-from harmony.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,9 @@ class Engine:
         if options.optimizer is not None:
             params = dict(net.named_parameters())
             self._optimizer = PackOptimizer(params, options.optimizer, options.optimizer_kwargs)
-        self.record = session.register(type(net).__name__, self._facts())
+        self.record = session.register(
+            type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
+        )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -224,13 +224,13 @@ class Engine:
                 self._contexts, options.device_memory_nbytes, options.host_memory_nbytes
             )
         state = 0.0 if form != "step" else self._update_cost().state_nbytes
-        host = self._host_state(captured)
+        host = self._host_state(captured, self._machine)
         graph = with_state(captured.graph, host.gradients.layout, state)
         host = replace(host, graph=graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         return Binding(captured, graph, self._machine, host, self._contexts, phase)
 
-    def _host_state(self, captured: Captured) -> HostState:
+    def _host_state(self, captured: Captured, machine: Machine) -> HostState:
         """Move the parameters into the arena, or check that this capture lays them out alike."""
         graph = captured.graph
         stored = [*captured.params, *captured.buffers]
@@ -247,11 +247,17 @@ class Engine:
                 self._optimizer,
             )
             self._host.params = self._host.weights.adopt(self._net)
-            self.record.facts.update(self._memory_facts())
+            state = 0.0 if self._update is None else self._update.state_nbytes
+            self.record.facts.update(facts.of_memory(self._host, machine, state))
         elif weights.places != self._host.weights.layout.places:
             raise CaptureError(
                 "the model uses its layers in another order than in the first call, so its "
                 "parameters would have to move. Make two Harmony models of it, one for each use"
+            )
+        elif gradients.places != self._host.gradients.layout.places:
+            raise CaptureError(
+                "other parameters are frozen than in the first call. Freeze or unfreeze before "
+                "the first batch, or make a new Harmony model"
             )
         return self._host
 
@@ -295,39 +301,6 @@ class Engine:
     def _note_dropin(self, minibatch: int, timeline: Timeline) -> None:
         stats = StepStats(self.num_steps - 1, None, minibatch, None, timeline.step_s, timeline)
         self.record.stepped(stats)
-
-    # Facts for the report
-
-    def _facts(self) -> dict[str, str]:
-        count = sum(p.numel() for p in self._net.parameters())
-        devices = [context.device for context in self._contexts]
-        kind = "virtual GPU" if is_virtual(devices) else "GPU"
-        facts = {
-            "parameters": f"{count / 1e6:.1f} M",
-            "devices": f"{len(devices)} {kind}{'s' * (len(devices) > 1)}",
-        }
-        if self._optimizer is not None:
-            facts["optimizer"] = self._optimizer.describe()
-        return facts
-
-    def _memory_facts(self) -> dict[str, str]:
-        assert self._host is not None
-        arenas = (self._host.weights, self._host.gradients)
-        pinned = all(arena.buffer.pinned for arena in arenas)
-        text = " + ".join(format_bytes(arena.layout.nbytes) for arena in arenas)
-        facts = {"host arena": f"{text} {'pinned' if pinned else 'not pinned'}"}
-        if self._machine is not None:
-            state = sum(arena.layout.nbytes for arena in arenas)
-            if self._update is not None:
-                places = self._host.gradients.layout.places.values()
-                elements = sum(torch.Size(place.shape).numel() for place in places)
-                state += round(elements * self._update.state_nbytes)
-            memory = sum(device.memory_nbytes for device in self._machine.devices)
-            facts["training state"] = (
-                f"{format_bytes(state)}, {state / memory:.1f} times the "
-                f"{format_bytes(memory)} of all GPUs"
-            )
-        return facts
 
 
 def _count_tokens(call: Any) -> int | None:

@@ -21,11 +21,12 @@ from harmony.machine import Device, Host, Machine
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.tasks import Pack, Task, TaskKind
 from harmony.runtime import native
-from harmony.runtime.device import DeviceContext, align
+from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import HostArena, HostBuffer, available_host_nbytes
 from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
 from harmony.runtime.randomness import RandomStates
 from harmony.runtime.stage import Stage, Values
+from harmony.units import aligned
 
 _LINK_SAMPLE_NBYTES = 16 * 2**20
 _UPDATE_SAMPLE = 1 << 20
@@ -206,15 +207,15 @@ class _LayerRun:
         layer, graph, device = self._layer, self._graph, self._context.device
         parts = [weights.layers(layer.index, layer.index + 1)]
         parts += [weights.shared(index) for index in layer.shared]
-        size = sum(align(part.numel()) for part in parts)
-        grads = align(layer.gradient_nbytes)
-        grads += sum(align(graph.shared[i].gradient_nbytes) for i in layer.shared)
+        size = sum(aligned(part.numel()) for part in parts)
+        grads = aligned(layer.gradient_nbytes)
+        grads += sum(aligned(graph.shared[i].gradient_nbytes) for i in layer.shared)
         self._stage.set_slots([], [])
         slot = torch.empty(size, dtype=torch.uint8, device=device)
         offset = 0
         for part in parts:
             slot[offset : offset + part.numel()].copy_(part)
-            offset += align(part.numel())
+            offset += aligned(part.numel())
         gradient = torch.empty(grads, dtype=torch.uint8, device=device)
         self._stage.set_slots([slot], [gradient])
 

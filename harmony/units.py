@@ -1,10 +1,14 @@
-"""Bytes, rates and seconds: parsed from and printed as text."""
+"""Bytes, rates and seconds: parsed from and printed as text; how tensors are aligned."""
 
 from __future__ import annotations
 
 import re
 
 from harmony.errors import ConfigError
+
+ALIGN_NBYTES = 64
+"""Each tensor in an arena or a slot starts at a multiple of this: on memory aligned less, CPU
+kernels may take another path, with other last bits."""
 
 _SUFFIXES = {
     "": 1,
@@ -23,6 +27,11 @@ _SUFFIXES = {
     "t": 2**40,
 }
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def aligned(nbytes: int) -> int:
+    """Round bytes up to ``ALIGN_NBYTES``."""
+    return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES
 
 
 def parse_bytes(text: str | int) -> int:

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from harmony.layergraph import SharedParam
-
-ALIGNMENT = 64
-"""Bytes to which each tensor is aligned in the host arena."""
+from harmony.units import aligned
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class ParamInfo:
     @property
     def stored_nbytes(self) -> int:
         """Bytes that it takes in the arena."""
-        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+        return aligned(self.nbytes)
 
     @property
     def gradient_nbytes(self) -> int:

@@ -14,9 +14,9 @@ from harmony.errors import ScheduleError
 from harmony.layergraph import MODEL_INPUT, LayerGraph
 from harmony.planner.clocks import Clocks
 from harmony.planner.issue import Place, refuse
-from harmony.planner.policy import aligned
 from harmony.planner.schedule import Instruction, Op, Schedule, Slots
 from harmony.planner.tasks import Phase, Task, TaskKind, TensorKind, TensorRef
+from harmony.units import aligned
 
 Cell = Hashable
 Access = tuple[int, int]

@@ -17,9 +17,9 @@ from typing import TypeVar
 from harmony.errors import DoesNotFitError
 from harmony.layergraph import LayerGraph
 from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.policy import LEAN, Policy, aligned
+from harmony.planner.policy import LEAN, Policy
 from harmony.planner.tasks import Pack, TaskKind
-from harmony.units import format_bytes
+from harmony.units import aligned, format_bytes
 
 Number = TypeVar("Number", int, float)
 

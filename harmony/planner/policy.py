@@ -7,9 +7,6 @@ from typing import Literal
 
 from harmony.errors import ConfigError
 
-ALIGN_NBYTES = 64
-"""Each tensor in a slot starts at a multiple of this, as in the host arena."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -43,8 +40,3 @@ class Policy:
 
 LEAN = Policy(1, 1, 1, "host")
 """The policy that needs the least memory of a device."""
-
-
-def aligned(nbytes: int) -> int:
-    """Round up to ``ALIGN_NBYTES``."""
-    return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from harmony.layergraph import LayerGraph
 from harmony.planner.place import Placement, Stage
-from harmony.planner.policy import Policy, aligned
+from harmony.planner.policy import Policy
 from harmony.planner.schedule import Slots
 from harmony.planner.steps import StepList
 from harmony.planner.tasks import Task, TensorRef
+from harmony.units import aligned
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,6 @@ import torch
 from harmony.planner.schedule import DEVICE_STREAMS
 from harmony.runtime import native
 
-ALIGNMENT = 64
-"""Bytes: CPU and GPU kernels take their fast, reproducible path on memory aligned like this."""
-
-
-def align(nbytes: int) -> int:
-    """Round up to the alignment of parameters in arenas and slots."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
 
 class DeviceContext:
     """One device and the streams that a schedule names, owned by one host thread.

@@ -22,8 +22,7 @@ from harmony.capture.params import ParamInfo
 from harmony.errors import DoesNotFitError
 from harmony.planner.tasks import Samples
 from harmony.runtime import native
-from harmony.runtime.device import align
-from harmony.units import format_bytes
+from harmony.units import aligned, format_bytes
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -155,7 +154,7 @@ class ArenaLayout:
         for tensor in tensors:
             place = Place(region.high, tuple(tensor.shape), tuple(tensor.stride), tensor.dtype)
             region.places[tensor.name] = place
-            region.high += align(place.nbytes)
+            region.high += aligned(place.nbytes)
         self.nbytes = region.high
         return region
 
@@ -173,22 +172,22 @@ class ArenaLayout:
             for region in self.layers[first:last]
             for name, place in region.places.items()
         }
-        base = align(high - low)
+        base = aligned(high - low)
         for index in shared:
             region = self.shared[index]
             for name, place in region.places.items():
                 found[name] = (base + place.offset - region.low, place)
-            base += align(region.nbytes)
+            base += aligned(region.nbytes)
         return found
 
     def shared_offset(self, first: int, last: int, shared: Iterable[int], index: int) -> int:
         """Offset within a slot of one of the shared parameters of a pack."""
         low, high = self.span(first, last)
-        base = align(high - low)
+        base = aligned(high - low)
         for other in shared:
             if other == index:
                 break
-            base += align(self.shared[other].nbytes)
+            base += aligned(self.shared[other].nbytes)
         return base
 
 
@@ -244,14 +243,14 @@ class Stash:
 
     def reserve(self, chunks: Mapping[Samples, Place], batch_dim: int | None, name: str) -> None:
         """Make room for these microbatches in one pinned buffer."""
-        total = sum(align(place.nbytes) for place in chunks.values())
+        total = sum(aligned(place.nbytes) for place in chunks.values())
         buffer = HostBuffer(total, self._device, f"the host copy of {name}")
         self._buffers.append(buffer)
         offset = 0
         for samples, place in chunks.items():
             self._chunks[samples] = buffer.view(offset, place)
             self._dims[samples] = batch_dim
-            offset += align(place.nbytes)
+            offset += aligned(place.nbytes)
 
     def fill(self, whole: torch.Tensor, batch_dim: int | None) -> None:
         """Copy a tensor of the whole minibatch into the microbatches' chunks."""

@@ -194,3 +194,18 @@ def test_bad_batches(vgpus: VirtualGPUs) -> None:
     model.eval()
     with pytest.raises(harmony.ConfigError, match="eval mode"):
         model.train_step(*vector_batch(0))
+
+
+def test_freezing_after_the_first_batch_is_refused(vgpus: VirtualGPUs) -> None:
+    net = SkipMLP()
+    model = harmony.Harmony(
+        net, devices=1, optimizer=torch.optim.SGD, loss_fn=square_loss, microbatch_size=4
+    )
+    model.train_step(*vector_batch(0))
+    with pytest.raises(harmony.ConfigError, match="until the first batch"):
+        model.requires_grad_(False)
+    net.layers[0].requires_grad_(False)
+    with pytest.raises(harmony.CaptureError, match="frozen"):
+        model.train_step(*vector_batch(1))
+    net.layers[0].requires_grad_(True)
+    model.train_step(*vector_batch(1))

@@ -1,0 +1,54 @@
+"""What the head of a report says about a model: its size, its devices, its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from harmony.hardware import is_virtual
+from harmony.machine import Machine
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.hoststate import HostState
+from harmony.runtime.optimizer import PackOptimizer
+from harmony.units import format_bytes
+
+Facts = dict[str, str]
+
+
+def of_model(
+    net: nn.Module, contexts: Sequence[DeviceContext], optimizer: PackOptimizer | None
+) -> Facts:
+    """Return what is known before the first batch."""
+    count = sum(param.numel() for param in net.parameters())
+    kind = "virtual GPU" if is_virtual([context.device for context in contexts]) else "GPU"
+    facts = {
+        "parameters": f"{count / 1e6:.1f} M",
+        "devices": f"{len(contexts)} {kind}{'s' * (len(contexts) > 1)}",
+    }
+    if optimizer is not None:
+        facts["optimizer"] = optimizer.describe()
+    return facts
+
+
+def of_memory(host: HostState, machine: Machine, state_nbytes_per_element: float) -> Facts:
+    """Return what is known once the parameters lie in the arena.
+
+    Args:
+        state_nbytes_per_element: bytes of optimizer state of each trained element; 0 where the
+            optimizer is the user's.
+    """
+    arenas = (host.weights, host.gradients)
+    pinned = all(arena.buffer.pinned for arena in arenas)
+    text = " + ".join(format_bytes(arena.layout.nbytes) for arena in arenas)
+    places = host.gradients.layout.places.values()
+    elements = sum(torch.Size(place.shape).numel() for place in places)
+    state = sum(arena.layout.nbytes for arena in arenas)
+    state += round(elements * state_nbytes_per_element)
+    memory = sum(device.memory_nbytes for device in machine.devices)
+    return {
+        "host arena": f"{text} {'pinned' if pinned else 'not pinned'}",
+        "training state": f"{format_bytes(state)}, {state / memory:.1f} times the "
+        f"{format_bytes(memory)} of all GPUs",
+    }
