@@ -277,8 +277,9 @@ class Executor:
         if step.signals.failure is None:
             return
         where, error = step.signals.failure
-        for context, program in zip(self.contexts, prepared.programs, strict=False):
+        for context in self.contexts:  # all of them first: a peer may still be copying to another
             _drain(context)
+        for program in prepared.programs:
             program.clear()
         if isinstance(error, (HarmonyError, KeyboardInterrupt)):
             raise error
