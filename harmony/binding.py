@@ -22,7 +22,6 @@ from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind, TensorKind
 from harmony.planner.verify import verify
 from harmony.profiler import UpdateCost, measure_layers
-from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout, Place
@@ -124,8 +123,8 @@ class Binding:
             nbytes,
             update,
         )
-        if native.is_virtual(self._contexts[0].device):
-            self.machine = replace(self.machine, cpu_share=cpu_share)
+        # Of the time that a layer takes on a virtual GPU, only what it computes needs a core.
+        self.machine = replace(self.machine, cpu_share=self.machine.cpu_share * cpu_share)
 
     def _fits_alone(self, size: int, nbytes: Sequence[tuple[int, int, int]]) -> bool:
         limit = self.machine.devices[0].memory_nbytes

@@ -47,9 +47,9 @@ class Machine:
     """A server: devices and the host that feeds them.
 
     Attributes:
-        cpu_share: share of a host core that a device keeps busy while it computes: 0 for real
-            GPUs, up to 1 for virtual ones, which therefore slow each other down where there are
-            fewer cores than devices.
+        cpu_share: how much of a host core a device wants while it computes: 0 for real GPUs,
+            about 1 for virtual ones, more where busy cores slow each other down (shared caches,
+            hyper-threads). Devices that together want more cores than there are run slower.
     """
 
     devices: tuple[Device, ...]

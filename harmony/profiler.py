@@ -21,7 +21,7 @@ from harmony.machine import Device, Host, Machine
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.tasks import Pack, Task, TaskKind
 from harmony.runtime import native
-from harmony.runtime.device import DeviceContext
+from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.hostmem import HostArena, HostBuffer, available_host_nbytes
 from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
 from harmony.runtime.randomness import RandomStates
@@ -30,6 +30,8 @@ from harmony.units import aligned
 
 _LINK_SAMPLE_NBYTES = 16 * 2**20
 _UPDATE_SAMPLE = 1 << 20
+_CONTENTION_WIDTH = 64
+_CONTENTION_PRODUCTS = 500
 _REPEATS = 3
 _ENOUGH_S = 0.2
 """A measurement that took this long is not repeated."""
@@ -71,6 +73,13 @@ def measure_machine(
         memory_nbytes: what Harmony may use of each device; all of it by default.
         host_memory_nbytes: what it may use of the host; what is free by default.
     """
+    with streams_restored(contexts):
+        return _measure_machine(contexts, memory_nbytes, host_memory_nbytes)
+
+
+def _measure_machine(
+    contexts: Sequence[DeviceContext], memory_nbytes: int | None, host_memory_nbytes: int | None
+) -> Machine:
     devices = []
     for index, context in enumerate(contexts):
         peer = contexts[(index + 1) % len(contexts)]
@@ -84,7 +93,36 @@ def measure_machine(
         devices.append(Device(name, usable, h2d, d2h, p2p))
     host_nbytes = host_memory_nbytes or available_host_nbytes()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Machine(tuple(devices), Host(host_nbytes, _measure_host_add(), cores or 1))
+    host = Host(host_nbytes, _measure_host_add(), cores or 1)
+    is_virtual = native.is_virtual(contexts[0].device)
+    share = _measure_contention(contexts, host.num_cores) if is_virtual else 0.0
+    return Machine(tuple(devices), host, share)
+
+
+def _measure_contention(contexts: Sequence[DeviceContext], num_cores: int) -> float:
+    """Cores' worth of work that a virtual GPU wants, by how all of them slow each other down."""
+
+    def seconds(chosen: Sequence[DeviceContext]) -> float:
+        pairs = []
+        for context in chosen:
+            context.enter()
+            stream = context.use("compute")
+            x = torch.ones(_CONTENTION_WIDTH, _CONTENTION_WIDTH, device=context.device)
+            pair = context.new_event(timing=True), context.new_event(timing=True)
+            stream.record_event(pair[0])
+            for _ in range(_CONTENTION_PRODUCTS):
+                torch.mm(x, x)
+            stream.record_event(pair[1])
+            pairs.append(pair)
+        for context in chosen:
+            context.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in pairs) / len(pairs)
+
+    if len(contexts) < num_cores:
+        return 1.0
+    seconds(contexts[:1])  # warm up
+    slowdown = seconds(contexts) / max(seconds(contexts[:1]), 1e-9)
+    return max(1.0, slowdown * num_cores / len(contexts))
 
 
 def measure_layers(
@@ -118,7 +156,8 @@ def measure_layers(
             twin = known.setdefault(layer.signature, layer)
             if twin is layer:
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
-                forward_s, backward_s = run.measure(weights, env)
+                with streams_restored([context]):
+                    forward_s, backward_s = run.measure(weights, env)
             else:  # its inputs differ in value only, so its twin's outputs stand in for its own
                 env.update({v: env[w] for v, w in zip(layer.outputs, twin.outputs, strict=True)})
                 cost = table[twin.index][num_samples]

@@ -6,7 +6,8 @@ CUDA or only the virtual GPU has are in `harmony.runtime.native`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -83,6 +84,19 @@ class DeviceContext:
     def limit_nbytes(self) -> int:
         """Total bytes of memory of the device."""
         return int(native.memory_info(self.device)[1])
+
+
+@contextmanager
+def streams_restored(contexts: Sequence[DeviceContext]) -> Iterator[None]:
+    """Leave the calling thread, which is the user's, with the device and streams it had."""
+    index = torch.accelerator.current_device_index()
+    streams = [torch.accelerator.current_stream(context.device) for context in contexts]
+    try:
+        yield
+    finally:
+        for stream in streams:
+            torch.accelerator.set_stream(stream)
+        torch.accelerator.set_device_index(index)
 
 
 def available_devices() -> list[torch.device]:

@@ -18,7 +18,7 @@ from harmony.planner.kinds import span_kinds
 from harmony.planner.schedule import HOST, Op, Schedule
 from harmony.planner.tasks import Samples, TensorKind, TensorRef
 from harmony.runtime import native
-from harmony.runtime.device import DeviceContext
+from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.deviceprogram import DeviceProgram, Env, Surroundings
 from harmony.runtime.hostmem import Place, Stash
 from harmony.runtime.hostprogram import HostProgram
@@ -97,7 +97,8 @@ class Executor:
             values: host copies of values that exist already (of an earlier phase of the same
                 batch); new ones are added to it.
         """
-        self._reserve_slots(schedule)
+        with streams_restored(self.contexts):
+            self._reserve_slots(schedule)
         self._reserve_values(schedule, values)
         recorded_by = {
             step.event: index

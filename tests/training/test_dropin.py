@@ -183,3 +183,17 @@ def test_copies_are_refused(vgpus: VirtualGPUs) -> None:
         import pickle
 
         pickle.dumps(model)
+
+
+def test_the_callers_stream_and_device_stay_as_they_were(vgpus: VirtualGPUs) -> None:
+    torch.accelerator.set_device_index(1)
+    mine = torch.Stream(device="vgpu:1")
+    before = torch.accelerator.current_stream("vgpu:1")
+    with mine:
+        model = harmony.Harmony(SkipMLP(), devices=2, microbatch_size=4)
+        x, y = vector_batch(0)
+        square_loss(model(x), y).backward()
+        assert torch.accelerator.current_device_index() == 1
+        assert torch.accelerator.current_stream("vgpu:1") == mine
+    assert torch.accelerator.current_stream("vgpu:1") == before
+    torch.accelerator.set_device_index(0)
