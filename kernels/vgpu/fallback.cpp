@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include "layouts.h"
 #include "random.h"
 #include "shapes.h"
 #include "storage.h"
@@ -14,33 +15,6 @@ namespace vgpu {
 
 namespace {
 
-// The device the operator runs on. As on CUDA all tensors must be there, but numbers (tensors
-// without dimensions) may be on the CPU.
-int find_device(const OpInfo& info, const Stack& arguments) {
-  int device = -1;
-  bool has_host_tensor = false;
-  for (const auto& value : arguments) {
-    if (value.isDevice() && value.toDevice().is_privateuseone() && device < 0)
-      device = value.toDevice().index();
-    for_each_tensor(value, [&](const at::Tensor& t) {
-      if (!t.defined()) return;
-      if (!is_vgpu(t)) {
-        has_host_tensor |= t.dim() > 0 && t.device().is_cpu();
-        return;
-      }
-      int other = t.device().index();
-      TORCH_CHECK(device < 0 || device == other,
-                  "Expected all tensors to be on the same device, but found at least two devices,"
-                  " vgpu:", device, " and vgpu:", other, "! (when running ", info.name, ")");
-      device = other;
-    });
-  }
-  TORCH_CHECK(device < 0 || !has_host_tensor || info.takes_host_tensors,
-              "Expected all tensors to be on the same device, but found at least two devices, "
-              "vgpu:", device, " and cpu! (when running ", info.name, ")");
-  return device < 0 ? current_device() : device;
-}
-
 // Kernels run later, so a host operand must not change after the call: copy it (it is small).
 // Wrapped numbers, the `2` of `x * 2`, are out of the user's reach.
 at::Tensor to_cpu(const at::Tensor& t, bool is_written, Accesses& accesses) {
@@ -49,6 +23,7 @@ at::Tensor to_cpu(const at::Tensor& t, bool is_written, Accesses& accesses) {
     bool is_safe = is_written || t.unsafeGetTensorImpl()->is_wrapped_number();
     return t.device().is_cpu() && !is_safe ? t.clone() : t;
   }
+  if (!is_dense(t)) return host_alias_of_parts(t, is_written, accesses);
   add_access(accesses, t, is_written);
   return host_alias(t);
 }
@@ -153,8 +128,9 @@ void copy_to_output(const OpInfo& info, const at::Tensor& output, const at::Tens
 }
 
 // Data-dependent results: run on the stream like everything, but wait to learn their shapes.
+// `guess` is a plan that may be wrong, or null.
 void run_sync(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
-              int device, Stack* stack) {
+              const OutputPlan* guess, int device, Stack* stack) {
   Accesses accesses;
   auto results = std::make_shared<Stack>(to_cpu(info, arguments, accesses));
   auto is_vgpu_output = [&](size_t i) {
@@ -171,11 +147,37 @@ void run_sync(const c10::OperatorHandle& op, const OpInfo& info, const Stack& ar
   submit(device, info.name, accesses, [op, results] { op.callBoxed(results.get()); });
   current_stream(device).synchronize();
   for (const auto& [output, result] : outputs) copy_to_output(info, output, result, device);
-  if (info.has_wrong_meta) remember_outputs(op, info, arguments, *results);
+  if ((guess || info.has_wrong_meta) && outputs.empty())
+    remember_outputs(op, info, arguments, *results, guess);
   push_results(info, arguments, std::move(*results), device, stack);
 }
 
 }  // namespace
+
+int find_device(const OpInfo& info, const Stack& arguments) {
+  int device = -1;
+  bool has_host_tensor = false;
+  for (const auto& value : arguments) {
+    if (value.isDevice() && value.toDevice().is_privateuseone() && device < 0)
+      device = value.toDevice().index();
+    for_each_tensor(value, [&](const at::Tensor& t) {
+      if (!t.defined()) return;
+      if (!is_vgpu(t)) {
+        has_host_tensor |= t.dim() > 0 && t.device().is_cpu();
+        return;
+      }
+      int other = t.device().index();
+      TORCH_CHECK(device < 0 || device == other,
+                  "Expected all tensors to be on the same device, but found at least two devices,"
+                  " vgpu:", device, " and vgpu:", other, "! (when running ", info.name, ")");
+      device = other;
+    });
+  }
+  TORCH_CHECK(device < 0 || !has_host_tensor || info.takes_host_tensors,
+              "Expected all tensors to be on the same device, but found at least two devices, "
+              "vgpu:", device, " and cpu! (when running ", info.name, ")");
+  return device < 0 ? current_device() : device;
+}
 
 Stack to_cpu(const OpInfo& info, const Stack& arguments, Accesses& accesses) {
   Stack converted;
@@ -200,30 +202,27 @@ void push_results(const OpInfo& info, const Stack& arguments, Stack cpu_results,
       continue;
     }
     stack->push_back(map_tensors(cpu_results[i], [&](const at::Tensor& t) {
-      if (!t.defined()) return t;
-      at::Tensor result = make_tensor(t.sizes(), t.strides(), t.scalar_type());
-      if (t.numel() == 0) return result;
-      Accesses accesses;
-      add_access(accesses, result, true);
-      auto alias = host_alias(result);
-      submit(device, info.name, accesses, [alias, t] { alias.copy_(t); });
-      return result;
+      return !t.defined() ? t : upload(t, device, info.name);
     }));
   }
 }
 
 void fallback(const c10::OperatorHandle& op, Stack* stack) {
   const OpInfo& info = op_info(op);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU), "vgpu: ", info.name,
+      " has no CPU kernel, and the virtual GPU computes with CPU kernels. Use an operator that CPU"
+      " has, or register a CPU kernel for this one with torch.library.impl().");
   Stack arguments = torch::jit::pop(*stack, info.is_written.size());
   int device = find_device(info, arguments);
   c10::DeviceGuard guard(c10::Device(c10::kPrivateUse1, static_cast<c10::DeviceIndex>(device)));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (info.is_random) return run_random(op, arguments, device, stack);
   if (info.is_view) return run_view(op, info, arguments, stack);
-  if (!info.must_measure)
-    if (auto plan = plan_outputs(op, info, arguments))
-      return run_async(op, info, arguments, *plan, device, stack);
-  run_sync(op, info, arguments, device, stack);
+  std::shared_ptr<const OutputPlan> plan;
+  if (!info.must_measure) plan = plan_outputs(op, info, arguments);
+  if (plan && plan->is_certain) return run_async(op, info, arguments, *plan, device, stack);
+  run_sync(op, info, arguments, plan.get(), device, stack);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {

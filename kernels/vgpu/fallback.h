@@ -33,6 +33,10 @@ struct OpInfo {
 
 const OpInfo& op_info(const c10::OperatorHandle& op);
 
+// The device the operator runs on. As on CUDA all tensors must be there, but numbers (tensors
+// without dimensions) may be on the CPU.
+int find_device(const OpInfo& info, const Stack& arguments);
+
 // Arguments with every vgpu tensor replaced by a CPU alias; what they access goes to `accesses`.
 Stack to_cpu(const OpInfo& info, const Stack& arguments, Accesses& accesses);
 

@@ -71,7 +71,7 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
     return make_stream(index, old);
   }
   bool queryStream(const c10::Stream& stream) const override {
-    return stream_of(stream).is_idle();
+    return stream_of(stream).is_done();
   }
   void synchronizeStream(const c10::Stream& stream) const override {
     stream_of(stream).synchronize();

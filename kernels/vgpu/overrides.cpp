@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <unordered_set>
 
 #include "fallback.h"
 #include "memory.h"
@@ -55,6 +56,18 @@ at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) {
 
 void record_stream(at::Tensor& self, c10::Stream stream) {
   device_allocator().recordStream(self.storage().data_ptr(), stream);
+}
+
+// Whether `tensor.data = other` may put a tensor of another device into this one, as between CPU
+// and CUDA: `module.to()` then keeps its parameters, and with them those that are tied.
+bool has_compatible_type(const at::Tensor& self, const at::Tensor& from) {
+  auto is_plain = [](const at::Tensor& t) {
+    auto keys = t.key_set();
+    return keys.has_any(c10::DispatchKeySet(c10::DispatchKey::Dense)) &&
+           !keys.has(c10::DispatchKey::Python) && (is_vgpu(t) || t.device().is_cpu());
+  };
+  return (is_plain(self) && is_plain(from)) ||
+         self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
 }
 
 // ---- random composites
@@ -162,6 +175,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("unfold", at::native::unfold);
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
+  m.impl("_has_compatible_shallow_copy_type", has_compatible_type);
   m.impl("histc", histc);
   m.impl("native_dropout", native_dropout);
   m.impl("dropout", dropout);
@@ -172,6 +186,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 // Composites of differentiable operators: autograd must see those, not the composite.
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
+  m.impl("_has_compatible_shallow_copy_type", has_compatible_type);
   m.impl("dropout", dropout);
   m.impl("scaled_dot_product_attention", attention);
 }
@@ -179,7 +194,10 @@ TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
 // Operators for which the dispatcher would rather decompose than ask the fallback, though CPU has
 // a kernel of its own, or chooses one by device. Same kernel, same bits.
 bool prefers_fallback(const c10::OperatorHandle& op, const std::string& name) {
-  if (name == "aten::convolution" || name == "aten::convolution_backward") return true;
+  static const std::unordered_set<std::string> composites_that_ask = {
+      "aten::convolution", "aten::convolution_backward", "aten::linalg_lstsq", "aten::mode.values",
+  };
+  if (composites_that_ask.count(name)) return true;
   using c10::DispatchKey;
   if (!op.hasKernelForDispatchKey(DispatchKey::CPU)) return false;
   if (op.hasKernelForDispatchKey(DispatchKey::PrivateUse1) || op_info(op).is_view) return false;

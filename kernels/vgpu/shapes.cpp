@@ -1,11 +1,14 @@
 #include "shapes.h"
 
 #include <ATen/EmptyTensor.h>
+#include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <mutex>
 #include <string>
 #include <unordered_map>
 
+#include "layouts.h"
 #include "storage.h"
 
 namespace vgpu {
@@ -18,6 +21,7 @@ class Key {
   // False if there is an argument that cannot be part of a key.
   bool add_all(const c10::OperatorHandle& op, const Stack& arguments) {
     add(&op.schema());
+    add(at::GradMode::is_enabled());  // some kernels keep a workspace only then
     for (const auto& value : arguments)
       if (!add_value(value)) return false;
     return true;
@@ -147,6 +151,41 @@ bool resize_outputs(const OpInfo& info, const Stack& arguments, const Stack& met
   return resized;
 }
 
+// Whether the strides are those of a fresh tensor, to the last dimension of size one: CPU kernels
+// look at all of them when they choose a memory format.
+bool has_plain_strides(const at::Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (t.stride(d) != expected) return false;
+    expected *= std::max<int64_t>(t.size(d), 1);
+  }
+  return true;
+}
+
+// Structured operators have one function for the geometry on all devices. The Meta kernels of the
+// others are written apart from the CPU kernels, often after CUDA's, and disagree about memory
+// formats and about the type of statistics of bfloat16 and float16.
+bool is_certain(const OpInfo& info, const OutputPlan& plan, const Stack& arguments) {
+  if (info.out_op) return true;
+  bool makes_tensors = false, all_plain = true;
+  for (const auto& result : plan.results) makes_tensors |= !result.tensors.empty();
+  for (const auto& value : arguments)
+    for_each_tensor(value, [&](const at::Tensor& t) {
+      if (!t.defined()) return;
+      all_plain &= has_plain_strides(t) && !at::isReducedFloatingType(t.scalar_type());
+    });
+  return !makes_tensors || all_plain;
+}
+
+bool has_same_sizes(const OutputPlan& a, const OutputPlan& b) {
+  auto same = [](const Geometry& g, const Geometry& h) { return g.sizes == h.sizes; };
+  for (size_t i = 0; i < a.results.size(); ++i) {
+    const auto &x = a.results[i].tensors, &y = b.results[i].tensors;
+    if (!std::equal(x.begin(), x.end(), y.begin(), y.end(), same)) return false;
+  }
+  return true;
+}
+
 // Plans by key.
 class PlanCache {
  public:
@@ -186,8 +225,9 @@ std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, co
     Stack meta_results = meta_arguments;
     op.callBoxed(&meta_results);
     is_cacheable &= !resize_outputs(info, arguments, meta_arguments);
-    auto plan = std::make_shared<const OutputPlan>(make_plan(info, meta_results));
-    if (is_cacheable) plan_cache().store(key.bytes, plan);
+    auto plan = std::make_shared<OutputPlan>(make_plan(info, meta_results));
+    plan->is_certain = is_certain(info, *plan, arguments);
+    if (is_cacheable && plan->is_certain) plan_cache().store(key.bytes, plan);
     return plan;
   } catch (const std::exception&) {
     return nullptr;  // data-dependent, no Meta kernel, or wrong arguments: the CPU kernel tells
@@ -195,11 +235,16 @@ std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, co
 }
 
 void remember_outputs(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
-                      const Stack& cpu_results) {
+                      const Stack& cpu_results, const OutputPlan* guess) {
+  for (const auto& value : cpu_results) {
+    bool all_dense = true;
+    for_each_tensor(value, [&](const at::Tensor& t) { all_dense &= !t.defined() || is_dense(t); });
+    if (!all_dense) return;  // how many elements a sparse tensor holds depends on data
+  }
+  auto plan = std::make_shared<const OutputPlan>(make_plan(info, cpu_results));
+  if (guess && !has_same_sizes(*guess, *plan)) return;
   Key key;
-  if (key.add_all(op, arguments))
-    plan_cache().store(key.bytes,
-                       std::make_shared<const OutputPlan>(make_plan(info, cpu_results)));
+  if (key.add_all(op, arguments)) plan_cache().store(key.bytes, plan);
 }
 
 }  // namespace vgpu

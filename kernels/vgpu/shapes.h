@@ -24,6 +24,8 @@ struct OutputPlan {
   };
   std::vector<Result> results;  // one for each return; empty for those that are arguments
   bool all_defined = true;
+  // False where the Meta kernel's strides may not be the CPU kernel's: the first run tells.
+  bool is_certain = true;
 };
 
 // Null if only running the operator can tell. Resizes `out=` arguments that have another shape.
@@ -31,8 +33,9 @@ struct OutputPlan {
 std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, const OpInfo& info,
                                                const Stack& arguments);
 
-// Plans these results of a run on the CPU for all later calls with such arguments.
+// Plans these results of a run on the CPU for all later calls with such arguments. `guess` is what
+// the Meta kernel said; sizes other than those depend on more than the geometry of the arguments.
 void remember_outputs(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
-                      const Stack& cpu_results);
+                      const Stack& cpu_results, const OutputPlan* guess);
 
 }  // namespace vgpu

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/Resize.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/GradMode.h>
 
 #include <cstring>
 
@@ -56,9 +57,10 @@ void add_access(Accesses& accesses, const at::Tensor& t, bool is_write) {
 
 void submit(int device, const std::string& what, const Accesses& accesses,
             std::function<void()> kernel) {
-  auto task = [kernel = std::move(kernel)] {
+  auto task = [kernel = std::move(kernel), has_grad = at::GradMode::is_enabled()] {
     auto begin = Clock::now();
     {
+      at::AutoGradMode mode(has_grad);  // oneDNN chooses by it
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       kernel();
     }

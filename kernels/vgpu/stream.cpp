@@ -65,11 +65,20 @@ RecordingPtr VStream::record() {
   auto recording = std::make_shared<Recording>(this, trace::new_token());
   std::lock_guard<std::mutex> lock(mutex_);
   trace::add(Kind::EventRecord, device, id, recording->id);
-  if (is_idle())
+  if (is_idle()) {
     recording->set_done();
-  else
+  } else {
     push_locked([recording] { recording->set_done(); });
+    last_recording_ = recording;
+    last_recorded_ = position();
+  }
   return recording;
+}
+
+bool VStream::is_done() {
+  if (is_idle()) return true;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return last_recording_ && last_recorded_ == position() && last_recording_->is_done();
 }
 
 void VStream::wait(const RecordingPtr& recording) {

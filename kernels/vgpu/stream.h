@@ -55,6 +55,8 @@ class VStream {
   // Blocks the host; rethrows the first error of a task since the last synchronize.
   void synchronize();
   bool is_idle() const { return is_complete(position()); }
+  // Also when all that is left is the end of a task that set an event somebody waited for.
+  bool is_done();
 
   // Position in the queue's order: number of tasks enqueued so far. A block freed at position p
   // may be given away once p tasks are complete; cheaper than an event for every free.
@@ -85,6 +87,8 @@ class VStream {
   std::atomic<uint64_t> enqueued_{0};
   std::atomic<uint64_t> completed_{0};
   std::exception_ptr error_;
+  RecordingPtr last_recording_;  // the newest that was enqueued, as task number last_recorded_
+  uint64_t last_recorded_ = 0;
   std::minstd_rand jitter_;
   uint64_t jitter_seed_ = 0;
 };
