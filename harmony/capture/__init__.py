@@ -2,7 +2,8 @@
 
 The forward is run once and recorded as a flat list of steps (`tape`, `record`, `trace`), which is
 cut into layers (`leaves`, `layers`, `graph`). A layer runs again by its steps (`replay`) on a
-copy of the module tree that holds no parameters of its own (`skeleton`).
+copy of the module tree that holds no parameters of its own (`skeleton`). Where one run does not
+stand for others, each microbatch is captured live (`live`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,34 @@ from __future__ import annotations
 from harmony.capture.api import capture
 from harmony.capture.captured import Captured
 from harmony.capture.footprint import Footprint
+from harmony.capture.inputs import Batch
+from harmony.capture.isolation import autocast_dtype, undisturbed
+from harmony.capture.layered import LayerChanges
+from harmony.capture.live import LiveCapture, same_path
 from harmony.capture.params import ParamInfo
+from harmony.capture.pythonstate import is_plain, plain_attributes
+from harmony.capture.randomstate import seed_python
+from harmony.capture.refuse import LiveOnlyError
+from harmony.capture.replay import GuardError
 from harmony.capture.skeleton import Skeleton
+from harmony.capture.streamed import StreamedModule
 
-__all__ = ["Captured", "Footprint", "ParamInfo", "Skeleton", "capture"]
+__all__ = [
+    "Batch",
+    "Captured",
+    "Footprint",
+    "GuardError",
+    "LayerChanges",
+    "LiveCapture",
+    "LiveOnlyError",
+    "ParamInfo",
+    "Skeleton",
+    "StreamedModule",
+    "autocast_dtype",
+    "capture",
+    "is_plain",
+    "plain_attributes",
+    "same_path",
+    "seed_python",
+    "undisturbed",
+]

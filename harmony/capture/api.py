@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.captured import Captured, first_tapes
+from harmony.capture.captured import Captured
 from harmony.capture.inputs import Batch
 from harmony.capture.leaves import choose_leaves
-from harmony.capture.refuse import check_module
+from harmony.capture.refuse import check_backward_hooks, check_module
 from harmony.capture.skeleton import Skeleton
+from harmony.capture.tapeset import first_tapes
 from harmony.capture.trace import Program, Tracer
 from harmony.errors import ConfigError
 
@@ -64,6 +65,7 @@ def capture(
     leaves = choose_leaves(template.root, max_layer_nbytes)
     tracer = Tracer(module, template, program, batch, leaves)
     sizes = first_tapes(tracer, batch.num_samples)
+    check_backward_hooks(template.root, tracer.leaves)
     return Captured(tracer, template, batch, sizes, program.has_loss)
 
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from harmony.capture.footprint import Footprint, bindable, measure, pretending, stand_in
+from harmony.capture.costs import footprint_of
+from harmony.capture.footprint import Footprint
 from harmony.capture.graph import Sizes, build_graph
-from harmony.capture.inputs import Batch
-from harmony.capture.layered import LayeredTape, check_same_layers, difference
-from harmony.capture.layers import cut_layers
-from harmony.capture.params import ParamInfo, dense_stride, describe_buffers, describe_parameters
+from harmony.capture.inputs import Batch, Call
+from harmony.capture.layered import (
+    LayerChanges,
+    LayeredTape,
+    changes_of,
+)
+from harmony.capture.params import (
+    ParamInfo,
+    dense_stride,
+    describe_buffers,
+    describe_parameters,
+    running_statistics,
+)
 from harmony.capture.replay import Values, run_step
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import Structure
-from harmony.capture.tape import StepKind, Tape, ValueRef
-from harmony.capture.trace import NEEDS_VALUES, Tracer
+from harmony.capture.tape import Step, StepKind, Tape, ValueRef
+from harmony.capture.tapeset import TapeSet
+from harmony.capture.trace import Tracer
 from harmony.errors import CaptureError
 from harmony.layergraph import LayerGraph
 
@@ -37,6 +48,13 @@ class Captured:
         buffers: buffers likewise. A buffer that several layers use is a ``SharedParam`` without
             gradient.
         num_samples: samples of the batch that the model was captured with.
+        changes: by layer, what its forward leaves changed; layers that change nothing are left
+            out.
+        draws_on_host: whether a layer draws from random generators that all threads share.
+        real: whether the tape is that of a run with real parameters.
+        moved: Python attributes that the glue has changed in a live run: module, attribute, value.
+        tapes: what its layers run, for each number of samples.
+        template: the module tree without parameter memory.
     """
 
     def __init__(
@@ -49,19 +67,29 @@ class Captured:
     ) -> None:
         params = describe_parameters(template.root)
         buffers = describe_buffers(template.root)
-        self._param_nbytes = {info.name: info.nbytes for info in params}
-        self._reference = self._cut(sizes.tape)
-        built = build_graph(sizes, self._reference, template, params, buffers, has_loss)
+        nbytes = {info.name: info.nbytes for info in params}
+        self.tapes = TapeSet(tracer, sizes, nbytes, batch.num_samples)
+        reference = self.tapes.reference
+        built = build_graph(sizes, reference, template, params, buffers, has_loss)
         self.graph: LayerGraph = built.graph
         self.params: list[ParamInfo] = built.params
         self.buffers: list[ParamInfo] = built.buffers
         self.num_samples = batch.num_samples
-        self._tracer = tracer
-        self._template = template
+        self.changes = dict(_changes(reference, template))
+        self.draws_on_host = any(step.random_on_host for step in sizes.tape.steps)
+        self.real = sizes.tape.real
+        self.moved = sizes.tape.attributes
+        self.template = template
         self._batch = batch
-        self._traced_for = sizes.num_samples[0]
-        self._tapes = {self._traced_for: self._reference}
-        self._lock = threading.Lock()
+
+    @property
+    def tape(self) -> Tape:
+        """The tape of the batch that the model was captured with."""
+        return self.tapes.reference.tape
+
+    def count_samples(self, call: Call) -> int:
+        """Return the number of samples of another batch."""
+        return self._batch.count_samples(self._batch.match(*call))
 
     def ensure(self, num_samples: int) -> None:
         """Trace the forward for microbatches of this size, unless that was done before.
@@ -69,11 +97,11 @@ class Captured:
         Raises:
             CaptureError: if the layers exchange other values for this size.
         """
-        self._layered(num_samples)
+        self.tapes.of(num_samples)
 
     def make_skeleton(self, device: torch.device) -> Skeleton:
         """Return a copy of the module tree without parameter memory, to run layers with."""
-        return Skeleton(self._template.root, device)
+        return Skeleton(self.template.root, device)
 
     def tensors_of(self, layer: int) -> list[ParamInfo]:
         """Parameters and buffers that only this layer uses, in the order of the arena."""
@@ -89,6 +117,7 @@ class Captured:
         *,
         wanted: Iterable[int],
         at_layer: Callable[[int], None] | None = None,
+        guarded: bool = True,
     ) -> Values:
         """Run layers ``first`` to ``last - 1``, with or without gradients, on any device.
 
@@ -101,15 +130,18 @@ class Captured:
             num_samples: samples of the microbatch.
             wanted: values to return: outputs of these layers.
             at_layer: called with each layer's index before it runs.
+            guarded: whether what the forward's Python read has to come out as recorded.
         """
-        layered = self._layered(num_samples)
+        layered = self.tapes.of(num_samples)
         keep = {layered.crossing[value] for value in wanted}
         values = self._inputs(layered, first, last, env)
+        aside: Values = {}
         for layer in range(first, last):
             if at_layer is not None:
                 at_layer(layer)
-            _run_layer(layered, layer, skeleton, values, keep)
-        return {layered.ids[number]: values[number] for number in keep}
+            _run_layer(layered, layer, skeleton, values, keep, guarded)
+            aside.update(_changed_later(layered, layer, last, values, keep))
+        return {layered.ids[number]: aside.get(number, values[number]) for number in keep}
 
     def flatten_inputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any = None
@@ -120,8 +152,8 @@ class Captured:
             CaptureError: naming the argument that differs from what was captured.
         """
         leaves = self._batch.match(args, kwargs, targets)
-        ids = self._reference.ids
-        numbered = zip(self._reference.tape.inputs, leaves, strict=True)
+        ids = self.tapes.reference.ids
+        numbered = zip(self.tapes.reference.tape.inputs, leaves, strict=True)
         return {
             ids[number]: leaf for number, leaf in numbered if number is not None and number in ids
         }
@@ -132,9 +164,21 @@ class Captured:
         Raises:
             CaptureError: if the forward would take another path for them than was recorded.
         """
-        parts = {value: self._slice(value, tensor, low, high) for value, tensor in inputs.items()}
+        parts = self.part(inputs, low, high)
         self.check_guards(parts, high - low)
         return parts
+
+    def part(self, inputs: Values, low: int, high: int) -> Values:
+        """Return samples ``low`` to ``high - 1`` of the inputs, whatever path they take."""
+        return {value: self._slice(value, tensor, low, high) for value, tensor in inputs.items()}
+
+    def part_of_call(self, call: Call, low: int, high: int) -> Call:
+        """Return samples ``low`` to ``high - 1`` of a call."""
+        return self._batch.part(*call, low, high)
+
+    def first_guard(self) -> str:
+        """File and line of the first decision that the forward takes by looking at the inputs."""
+        return self.tapes.first_guard()
 
     def check_guards(self, inputs: Values, num_samples: int) -> None:
         """Check what the forward's Python decided by looking at the inputs.
@@ -142,18 +186,18 @@ class Captured:
         Raises:
             CaptureError: naming the line whose outcome differs.
         """
-        layered = self._layered(num_samples)
+        layered = self.tapes.of(num_samples)
         if layered.tape.host_program:
             values = {layered.crossing[value]: tensor for value, tensor in inputs.items()}
             with torch.no_grad():
                 for step in layered.tape.host_program:
-                    run_step(step, values, self._template)
+                    run_step(step, values, self.template)
 
     def unflatten_output(self, values: Mapping[int, torch.Tensor]) -> Any:
         """Return what the model returns, made of the given output values."""
-        tape = self._reference.tape
+        tape = self.tapes.reference.tape
         leaves = [
-            values[self._reference.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
+            values[self.tapes.reference.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
             for leaf in tape.outputs
         ]
         structure: Structure = tape.output_structure
@@ -167,9 +211,17 @@ class Captured:
         The stride is the one it had in the forward, so that kernels see the same layout when it
         comes back from the host; a view with gaps or overlaps is stored contiguous.
         """
-        layered = self._layered(num_samples)
+        layered = self.tapes.of(num_samples)
         known = layered.tape.values[layered.crossing[value]]
         return known.shape, dense_stride(known.shape, known.stride), known.dtype
+
+    def tape_for(self, num_samples: int) -> Tape:
+        """Return the tape for microbatches of this size."""
+        return self.tapes.of(num_samples).tape
+
+    def steps_of(self, layer: int, num_samples: int) -> list[Step]:
+        """Return the steps of a layer for microbatches of this size."""
+        return self.tapes.of(num_samples).steps(layer)
 
     def costs_nbytes(self, num_samples: int) -> list[Footprint]:
         """Return per layer ``(forward_nbytes, saved_nbytes, backward_nbytes)``.
@@ -177,40 +229,11 @@ class Captured:
         Measured on fake tensors, once for each signature: what PyTorch's eager mode allocates, in
         blocks of 512 bytes. Scratch memory inside a kernel is not seen.
         """
-        layered = self._layered(num_samples)
         measured: dict[str, Footprint] = {}
         for layer in self.graph.layers:
             if layer.signature not in measured:
-                measured[layer.signature] = self._footprint(layer.index, layered)
+                measured[layer.signature] = footprint_of(self, layer.index, num_samples)
         return [measured[layer.signature] for layer in self.graph.layers]
-
-    def _footprint(self, layer: int, layered: LayeredTape) -> Footprint:
-        try:
-            return self._measure(layer, layered, real=layered.tape.real)
-        except NEEDS_VALUES:
-            return self._measure(layer, layered, real=True)
-
-    def _measure(self, layer: int, layered: LayeredTape, real: bool) -> Footprint:
-        described, device = self.graph.layers[layer], layered.tape.device
-        skeleton = self.make_skeleton(device)
-        names = [info.name for info in self.tensors_of(layer)]
-        names += [self.graph.shared[index].name for index in described.shared]
-        forms = {value: layered.tape.values[layered.crossing[value]] for value in described.inputs}
-
-        def run(env: Values) -> Values:
-            values = self._inputs(layered, layer, layer + 1, env)
-            keep = {layered.crossing[value] for value in described.outputs}
-            _run_layer(layered, layer, skeleton, values, keep, guarded=False)
-            return {layered.ids[number]: values[number] for number in keep}
-
-        with pretending(real):
-            tensors = {name: bindable(skeleton.placeholder(name), device, real) for name in names}
-            skeleton.bind(tensors)
-            inputs = {
-                value: stand_in(form, device, self.graph.values[value].requires_grad)
-                for value, form in forms.items()
-            }
-            return measure(run, inputs, tensors, frozenset(described.outputs))
 
     def _inputs(self, layered: LayeredTape, first: int, last: int, env: Values) -> Values:
         """Return what layers read from earlier ones; what they change in place as a clone."""
@@ -231,34 +254,16 @@ class Captured:
         dim = self.graph.values[value].batch_dim
         return tensor if dim is None else tensor.narrow(dim, low, high - low)
 
-    def _layered(self, num_samples: int) -> LayeredTape:
-        known = self._tapes.get(num_samples)
-        if known is not None:
-            return known
-        with self._lock:
-            if num_samples not in self._tapes:
-                layered = self._cut(self._tracer.trace(num_samples))
-                check_same_layers(self._reference, layered, (self._traced_for, num_samples))
-                self._tapes[num_samples] = layered
-            return self._tapes[num_samples]
 
-    def _cut(self, tape: Tape) -> LayeredTape:
-        return LayeredTape(tape, cut_layers(tape, self._param_nbytes))
-
-
-def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
-    """Trace two sizes that take the same path, to see what depends on the number of samples.
-
-    One sample would not do: sizes of one broadcast, and count as contiguous.
-    """
-    size = max(num_samples, 2)
-    others = [size // 2, 2 * size] if size >= 4 else [2 * size]
-    for other in others:
-        tapes = tracer.trace_both(size, other)
-        found = difference(*tapes, (size, other))
-        if found is None:
-            return Sizes(*tapes, (size, other))
-    raise CaptureError(str(found))
+def _changes(
+    reference: LayeredTape, template: Skeleton
+) -> Iterator[tuple[int, LayerChanges]]:
+    statistics = set(running_statistics(template.root))
+    for layer in range(reference.num_layers):
+        changes = changes_of(reference.steps(layer))
+        if changes.buffers or changes.attributes:
+            feeds = not statistics.issuperset(changes.buffers)
+            yield layer, replace(changes, feeds_outputs=feeds)
 
 
 def _run_layer(
@@ -277,3 +282,18 @@ def _run_layer(
         for number in tape.dead_after[index]:
             if number not in keep:
                 values.pop(number, None)
+
+
+def _changed_later(
+    layered: LayeredTape,
+    layer: int,
+    last: int,
+    values: Values,
+    keep: AbstractSet[int],
+) -> Values:
+    """Return clones of what a layer made, is to be returned, and changed before that."""
+    changed = frozenset[int]().union(*layered.changes[layer + 1 : last])
+    if not changed:
+        return {}
+    made = (n for n in keep if n in values and layered.producer(n) == layer)
+    return {n: values[n].clone() for n in made if layered.tape.values[n].storage in changed}

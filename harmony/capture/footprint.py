@@ -11,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmony.capture.memory import LiveBytes
-from harmony.capture.tape import TapeValue
 
 Values = dict[int, torch.Tensor]
 RunLayer = Callable[[Values], Values]
@@ -56,9 +55,11 @@ def measure(
         return Footprint(forward, saved, max(0, live.peak + live.unseen - before))
 
 
-def stand_in(value: TapeValue, device: torch.device, requires_grad: bool) -> torch.Tensor:
-    """Return a tensor of the form of a value."""
-    tensor = torch.zeros(value.shape, dtype=value.dtype, device=device)
+def stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> torch.Tensor:
+    """Return a tensor to stand for a value."""
+    tensor = torch.zeros(shape, dtype=dtype, device=device)
     return tensor.requires_grad_(requires_grad)
 
 

@@ -39,24 +39,50 @@ class Sizes:
         rows, rest = divmod(one, self.num_samples[0])
         return rows if not rest and rows * self.num_samples[1] == two else None
 
+    def inseparable(self) -> frozenset[int]:
+        """Values that cannot cross layers: their size depends on more than the number of samples.
+
+        The indices of some tokens, for instance, or a packed sequence.
+        """
+        made = (n for n in range(len(self.tape.values)) if self.tape.producer[n] >= 0)
+        odd = frozenset(n for n in made if self._linear(n) is None)
+        return odd.union(_value_dependent(self.tape))
+
     def nbytes(self, number: int) -> tuple[int, int]:
         """Bytes per sample and fixed bytes of a value.
 
         Raises:
             CaptureError: if its size is not linear in the number of samples.
         """
-        one, two = self.tape.values[number].nbytes, self.other.values[number].nbytes
         a, b = self.num_samples
-        per_sample, rest = divmod(one - two, a - b)
-        fixed = one - per_sample * a
-        if rest or fixed < 0 or len(self.batch_dims(number)) > 1:
+        linear = self._linear(number)
+        if linear is None:
             value = self.tape.values[number]
             raise CaptureError(
                 f"{value.name} makes a tensor of shape {value.shape} for {a} samples and "
                 f"{self.other.values[number].shape} for {b}, and it crosses layers: only sizes "
                 "linear in the number of samples are supported"
             )
+        return linear
+
+    def _linear(self, number: int) -> tuple[int, int] | None:
+        one, two = self.tape.values[number].nbytes, self.other.values[number].nbytes
+        a, b = self.num_samples
+        per_sample, rest = divmod(one - two, a - b)
+        fixed = one - per_sample * a
+        if rest or fixed < 0 or len(self.batch_dims(number)) > 1:
+            return None
         return per_sample, fixed
+
+
+def _value_dependent(tape: Tape) -> set[int]:
+    """Values that glue makes with as many rows as some values happen to ask for."""
+    found: set[int] = set()
+    for step in tape.steps:
+        rows = {tape.values[n].shape[:1] for n in found.intersection(step.inputs)}
+        fresh = step.kind is StepKind.FUNCTION and step.dynamic
+        found.update(n for n in step.made if fresh or tape.values[n].shape[:1] in rows)
+    return found
 
 
 @dataclass(frozen=True)
@@ -153,6 +179,7 @@ def _make_layer(
         outputs=tuple(v.id for v in values if v.producer == layer),
         uses_rng=any(step.random for step in steps),
         mixes_samples=layer in mixing,
+        changes_state=any(step.changes or step.counts for step in steps),
     )
 
 

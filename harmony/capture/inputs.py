@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from harmony.capture.structure import Structure, flatten
 from harmony.errors import CaptureError, ConfigError
 
+Call = tuple[Any, Any, Any]
+"""Positional arguments, keyword arguments, targets."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,24 +42,45 @@ class Batch:
     ) -> Batch:
         """Take the inputs apart and find their batch dimensions.
 
-        The batch is dimension 0 of the first tensor that has a dimension; other tensors of that
-        many rows are batched along dimension 0 too. ``batch_dims`` overrides this by name.
+        The batch is dimension 0 of the first tensor that has a dimension, in the order in which
+        the caller gave them; other tensors of that many rows are batched along dimension 0 too.
+        ``batch_dims`` overrides this by name.
         """
         names, leaves, structure = _take_apart(args, kwargs, targets)
         unknown = set(batch_dims).difference(names)
         if unknown:
             raise ConfigError(f"batch_dims names {sorted(unknown)}; the inputs are {names}")
-        num_samples = _count_samples(names, leaves, batch_dims)
+        num_samples = _count_samples(args, kwargs, targets, batch_dims)
         dims = tuple(
             batch_dims.get(name, _batch_dim(leaf, num_samples))
             for name, leaf in zip(names, leaves, strict=True)
         )
         return Batch(names, leaves, structure, dims, num_samples)
 
-    def take(self, num_samples: int, device: torch.device) -> tuple[Any, Any, Any]:
-        """Return ``(args, kwargs, targets)`` with this many samples, repeated as necessary."""
+    def count_samples(self, leaves: Sequence[Any]) -> int:
+        """Return the number of samples of the leaves of another batch."""
+        pairs = zip(leaves, self.batch_dims, strict=True)
+        return next((leaf.shape[dim] for leaf, dim in pairs if dim is not None), 1)
+
+    def part(self, args: Any, kwargs: Any, targets: Any, low: int, high: int) -> Call:
+        """Return samples ``low`` to ``high - 1`` of another batch with the same structure."""
+        leaves = self.match(args, kwargs, targets)
+        parts = [
+            leaf if dim is None else leaf.narrow(dim, low, high - low)
+            for leaf, dim in zip(leaves, self.batch_dims, strict=True)
+        ]
+        return to_call(self.structure, parts)
+
+    def take(
+        self, num_samples: int, device: torch.device, first: int = 0
+    ) -> tuple[Any, Any, Any]:
+        """Return ``(args, kwargs, targets)`` with this many samples, repeated as necessary.
+
+        Args:
+            first: the sample to begin with.
+        """
         leaves = [
-            _take(leaf, dim, num_samples, device)
+            _take(leaf, dim, num_samples, device, first)
             for leaf, dim in zip(self.leaves, self.batch_dims, strict=True)
         ]
         return to_call(self.structure, leaves)
@@ -98,16 +122,19 @@ def _take_apart(
 ) -> tuple[tuple[str, ...], tuple[Any, ...], Structure]:
     """Flatten the inputs, keyword arguments sorted by name, and name each leaf."""
     ordered = {key: kwargs[key] for key in sorted(kwargs)}
-    groups = [
-        *((f"args[{i}]", arg) for i, arg in enumerate(args)),
-        *((f"kwargs[{key!r}]", value) for key, value in ordered.items()),
-        ("targets", targets),
-    ]
-    names: list[str] = []
-    for name, group in groups:
-        names += _leaf_names(name, group)
+    names = _names(args, ordered, targets)
     leaves, structure = flatten((tuple(args), ordered, targets))
     return tuple(names), tuple(leaves), structure
+
+
+def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list[str]:
+    """Name each leaf, in the order of the arguments."""
+    groups = [
+        *((f"args[{i}]", arg) for i, arg in enumerate(args)),
+        *((f"kwargs[{key!r}]", value) for key, value in kwargs.items()),
+        ("targets", targets),
+    ]
+    return [leaf for name, group in groups for leaf in _leaf_names(name, group)]
 
 
 def _leaf_names(name: str, group: Any) -> list[str]:
@@ -119,8 +146,13 @@ def _leaf_names(name: str, group: Any) -> list[str]:
 
 
 def _count_samples(
-    names: Sequence[str], leaves: Sequence[Any], batch_dims: Mapping[str, int | None]
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    targets: Any,
+    batch_dims: Mapping[str, int | None],
 ) -> int:
+    names = _names(args, kwargs, targets)
+    leaves, _ = flatten((tuple(args), dict(kwargs), targets))
     for name, leaf in zip(names, leaves, strict=True):
         dim = batch_dims.get(name, 0)
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and dim is not None:
@@ -133,14 +165,16 @@ def _batch_dim(leaf: Any, num_samples: int) -> int | None:
     return 0 if batched else None
 
 
-def _take(leaf: Any, dim: int | None, num_samples: int, device: torch.device) -> Any:
+def _take(
+    leaf: Any, dim: int | None, num_samples: int, device: torch.device, first: int
+) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     with torch.no_grad():
         if dim is None:
             taken = leaf.to(device, copy=True)
         else:
-            which = torch.arange(num_samples, device=leaf.device) % leaf.shape[dim]
+            which = (torch.arange(num_samples, device=leaf.device) + first) % leaf.shape[dim]
             taken = leaf.index_select(dim, which).to(device)
     return taken.requires_grad_(leaf.requires_grad)
 

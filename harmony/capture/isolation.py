@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from harmony.capture.randomstate import HostState
 
 _TRACING = threading.RLock()
 _HIDDEN = (
@@ -25,33 +26,13 @@ _HIDDEN = (
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Restore the random states of torch, the device, Python and NumPy afterwards."""
     with _TRACING:
-        saved = torch.get_rng_state()
-        on_device = _device_random_state(device)
-        python, numpy = python_random_states()
+        before, on_device = HostState.now(), _device_random_state(device)
         try:
             yield
         finally:
-            torch.set_rng_state(saved)
+            before.restore()
             if on_device is not None:
                 torch.get_device_module(device).set_rng_state(on_device, device)
-            random.setstate(python)
-            if numpy is not None:
-                sys.modules["numpy"].random.set_state(numpy)
-
-
-def python_random_states() -> tuple[Any, Any]:
-    """States of Python's random generator, and of NumPy's if the program uses NumPy."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=True)
-
-
-def same_random_states(left: tuple[Any, Any], right: tuple[Any, Any]) -> bool:
-    """Whether nothing was drawn between the two."""
-    if left[0] != right[0]:
-        return False
-    if left[1] is None or right[1] is None:
-        return True
-    return bool(left[1][2] == right[1][2] and (left[1][1] == right[1][1]).all())
 
 
 def user_frame() -> str:

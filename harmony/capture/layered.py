@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from harmony.capture.layers import changed_storages
 from harmony.capture.tape import Step, Tape, ValueRef
 from harmony.errors import CaptureError
 from harmony.layergraph import MODEL_INPUT
+
+
+@dataclass(frozen=True)
+class LayerChanges:
+    """What the forward of a layer leaves changed, beside its outputs.
+
+    Attributes:
+        buffers: their names.
+        attributes: Python attributes: name of the module, attribute.
+        feeds_outputs: whether the outputs may depend on those buffers, so that the recompute has
+            to start from what they were. Running statistics of norms feed none in train mode.
+    """
+
+    buffers: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
+    feeds_outputs: bool = True
+
+
+def changes_of(steps: Sequence[Step]) -> LayerChanges:
+    """Return what steps change; whether that feeds outputs is for the caller to say."""
+    buffers = dict.fromkeys(name for step in steps for name in step.changes)
+    attributes = dict.fromkeys(attribute for step in steps for attribute in step.counts)
+    return LayerChanges(tuple(buffers), tuple(attributes))
 
 
 class LayeredTape:
@@ -72,7 +96,11 @@ class LayeredTape:
     def outline(self) -> object:
         """What the LayerGraph takes from a tape, whatever its number of samples."""
         layers = [
-            ({name for step in steps for name in step.state}, any(step.random for step in steps))
+            (
+                {name for step in steps for name in step.state},
+                any(step.random for step in steps),
+                changes_of(steps),
+            )
             for steps in map(self.steps, range(self.num_layers))
         ]
         inputs = [self.ids.get(number) for number in self.tape.inputs if number is not None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from itertools import pairwise
 
 from harmony.capture.tape import Step, StepKind, Tape
@@ -10,7 +11,9 @@ from harmony.capture.tape import Step, StepKind, Tape
 _LARGE_SHARE = 1 / 100
 
 
-def cut_layers(tape: Tape, param_nbytes: Mapping[str, int]) -> tuple[int, ...]:
+def cut_layers(
+    tape: Tape, param_nbytes: Mapping[str, int], inseparable: AbstractSet[int] = frozenset()
+) -> tuple[int, ...]:
     """Return the index of the first step of each layer.
 
     Every call of a leaf module with parameters, and every glue step that uses a large parameter
@@ -19,11 +22,14 @@ def cut_layers(tape: Tape, param_nbytes: Mapping[str, int]) -> tuple[int, ...]:
 
     Args:
         param_nbytes: bytes of each parameter, by name.
+        inseparable: numbers of values that may not cross layers.
     """
     large = sum(param_nbytes.values()) * _LARGE_SHARE
     hearts = [i for i, step in enumerate(tape.steps) if _is_heart(step, param_nbytes, large)]
     crossing = _crossing_nbytes(tape)
     forbidden = _forbidden(tape)
+    for number in inseparable:
+        forbidden.update(range(tape.producer[number] + 1, tape.last_use[number] + 1))
     starts = [0]
     for heart, following in pairwise(hearts):
         allowed = [cut for cut in range(heart + 1, following + 1) if cut not in forbidden]
@@ -58,7 +64,10 @@ def _crossing_nbytes(tape: Tape) -> list[int]:
 
 
 def _forbidden(tape: Tape) -> set[int]:
-    """Cuts across which two names of one memory are alive that is changed in place after it."""
+    """Cuts across which two names of one memory are alive that is changed in place after it.
+
+    And cuts between two uses of a buffer, or two calls of a module, that the forward changes.
+    """
     last_change: dict[int, int] = {}
     for index, step in enumerate(tape.steps):
         for _, after in step.mutated:
@@ -73,4 +82,17 @@ def _forbidden(tape: Tape) -> set[int]:
             alive = [n for n in numbers if tape.producer[n] < cut <= tape.last_use[n]]
             if len(alive) > 1:
                 forbidden.add(cut)
-    return forbidden
+    return forbidden.union(*(range(low + 1, high + 1) for low, high in _spans_of_changes(tape)))
+
+
+def _spans_of_changes(tape: Tape) -> Iterator[tuple[int, int]]:
+    """First and last step that use a buffer, or call a module, that some step changes."""
+    users: dict[object, list[int]] = {}
+    for index, step in enumerate(tape.steps):
+        for used in (*step.state, step.target, *step.counts):
+            users.setdefault(used, []).append(index)
+    changed: set[object] = {name for step in tape.steps for name in step.changes}
+    changed |= {attribute for step in tape.steps for attribute in step.counts}
+    changed |= {step.target for step in tape.steps if step.counts}
+    for thing in changed:
+        yield users[thing][0], users[thing][-1]

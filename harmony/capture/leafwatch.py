@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.capture.identity import IdentityMap
+from harmony.capture.pythonstate import PlainState
 from harmony.capture.skeleton import plain_tensors
 from harmony.capture.structure import tensors_in
+
+_SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 class LeafMustOpenError(Exception):
@@ -37,7 +41,7 @@ class LeafCall:
         module: nn.Module,
         arguments: Sequence[torch.Tensor],
         state: dict[int, str],
-        made_in: dict[int, LeafCall],
+        made_in: IdentityMap[LeafCall],
         outside: Container[int],
     ) -> None:
         self.name = name
@@ -52,21 +56,25 @@ class LeafCall:
         }
         self._given = {id(tensor) for tensor in arguments}
         self._given |= {id(tensor) for tensor in self._attributes.values()}
+        self._buffers = [
+            (owner, key, buffer)
+            for owner in module.modules()
+            for key, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        self._plain = PlainState(module.modules())
         own = (*module.parameters(), *module.buffers())
         self._used = {id(tensor): state[id(tensor)] for tensor in own if id(tensor) in state}
-        # Kept alive, so that no id is used twice while the trace lasts.
-        self._made: list[torch.Tensor] = []
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a torch function of the leaf, looking at what goes in and out."""
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in _tensors((*args, *kwargs.values())):
             self._check_known(tensor)
         out = func(*args, **kwargs)
-        for tensor in tensors_in(out):
+        for tensor in _tensors(out):
             known = id(tensor) in self._state_names or id(tensor) in self._outside
             if not known and id(tensor) not in self._given and id(tensor) not in self._made_in:
-                self._made_in[id(tensor)] = self
-                self._made.append(tensor)
+                self._made_in[tensor] = self
         return out
 
     def state(self) -> tuple[str, ...]:
@@ -79,6 +87,23 @@ class LeafCall:
             for attribute, tensor in plain_tensors(owner):
                 if self._attributes.get((id(owner), attribute)) is not tensor:
                     yield owner, attribute, tensor
+
+    def replaced(self) -> list[torch.Tensor]:
+        """Return buffers in whose place the call put others; the old ones are put back."""
+        replaced = []
+        for owner, key, buffer in self._buffers:
+            if owner._buffers.get(key) is not buffer:
+                owner._buffers[key] = buffer
+                replaced.append(buffer)
+        return replaced
+
+    def counted(self) -> list[tuple[nn.Module, str]]:
+        """Return the Python attributes that the call changed."""
+        return self._plain.changes()
+
+    def kept(self) -> list[str]:
+        """Return attributes that are containers to which the call added something."""
+        return self._plain.grown()
 
     def _check_known(self, tensor: torch.Tensor) -> None:
         key = id(tensor)
@@ -97,3 +122,14 @@ class LeafCall:
             raise LeafMustOpenError(
                 [self.name], f"{self.name} uses a tensor of the forward that was not passed to it"
             )
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a structure; what arguments mostly are without the general way."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif type(tree) in (tuple, list):
+        for inner in tree:
+            yield from _tensors(inner)
+    elif type(tree) not in _SIMPLE:
+        yield from tensors_in(tree)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from harmony.capture.identity import IdentityMap
 from harmony.capture.tape import TapeValue
 
 
 class Numbering:
     """The numbers of tensors; a tensor that is changed in place gets a new one.
-
-    Every numbered tensor is kept alive, so that Python gives its id to no other.
 
     Attributes:
         values: what is known of each number.
@@ -19,16 +21,15 @@ class Numbering:
 
     def __init__(self) -> None:
         self.values: list[TapeValue] = []
-        self._numbers: dict[int, int] = {}
-        self._newest: dict[int, torch.Tensor] = {}
-        self._storages: dict[int, int] = {}
+        self._numbers: IdentityMap[int] = IdentityMap()
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __contains__(self, tensor_id: object) -> bool:
         return tensor_id in self._numbers
 
     def of(self, tensor: torch.Tensor) -> int:
         """The number that a tensor has now."""
-        return self._numbers[id(tensor)]
+        return self._numbers[tensor]
 
     def number(self, tensor: torch.Tensor, name: str) -> int:
         """Give a tensor a number."""
@@ -36,7 +37,7 @@ class Numbering:
         dense = tensor.layout is torch.strided and not tensor.is_nested
         storage = number
         if dense:
-            storage = self._storages.setdefault(tensor.untyped_storage()._cdata, number)
+            storage = self._storage(tensor, number)
         self.values.append(
             TapeValue(
                 shape=() if tensor.is_nested else tuple(tensor.shape),
@@ -49,17 +50,23 @@ class Numbering:
                 name=name,
             )
         )
-        self._numbers[id(tensor)] = number
-        self._newest[number] = tensor
+        self._numbers[tensor] = number
         return number
+
+    def _storage(self, tensor: torch.Tensor, number: int) -> int:
+        """Return the number under which the memory of a tensor was first seen."""
+        storage = tensor.untyped_storage()
+        key, table = storage._cdata, self._storages
+        if key not in table:  # the address is used again once the memory is given back
+            table[key] = (weakref.ref(storage, lambda _: table.pop(key, None)), number)
+        return table[key][1]
 
     def renumber(self, tensor: torch.Tensor, name: str) -> tuple[int, int]:
         """Give a tensor that was changed in place a new number; return the old and the new."""
-        before = self._numbers[id(tensor)]
-        del self._newest[before]
+        before = self._numbers[tensor]
         after = self.number(tensor, name)
         # The other names of the same memory now hold what was written, gradient and all.
-        for number, other in self._newest.items():
+        for other, number in self._numbers.items():
             if self.values[number].storage == self.values[after].storage:
                 self.values[number].requires_grad |= other.requires_grad
         return before, after

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from harmony.layergraph import SharedParam
 from harmony.units import aligned
@@ -19,7 +20,7 @@ class ParamInfo:
     Attributes:
         name: its canonical name: the first under which the module has it.
         stride: as in the module if that is dense, else contiguous.
-        layer: the layer that alone uses it; None if several do.
+        layer: the layer that alone uses it; None if several do, or none.
         shared_id: its ``SharedParam``, if several layers use it.
         aliases: its other names (tied parameters).
     """
@@ -60,52 +61,48 @@ def describe_buffers(module: nn.Module) -> list[ParamInfo]:
     return _describe(list(module.named_buffers(remove_duplicate=False)))
 
 
+def running_statistics(module: nn.Module) -> Iterator[str]:
+    """Names of the buffers that torch's norms keep up to date in train mode, but do not use."""
+    for name, inner in module.named_modules():
+        if isinstance(inner, _NormBase) and type(inner).__module__.startswith("torch.nn."):
+            yield from (f"{name}.{key}".lstrip(".") for key in inner._buffers)
+
+
 def assign(
     params: Sequence[ParamInfo], buffers: Sequence[ParamInfo], users: Mapping[str, Sequence[int]]
 ) -> tuple[list[ParamInfo], list[ParamInfo], list[SharedParam]]:
     """Give each parameter and buffer its layer, and order both as in the arena.
 
     What several layers use becomes a ``SharedParam``; buffers too (their gradient has no bytes).
-    What no layer uses goes to the layer of its neighbour by registration, so that it is stored.
+    What no layer uses has neither, and comes last.
 
     Args:
         users: the layers that use each name, ascending.
     """
     everything = [*params, *buffers]
-    layers = [*_layers(params, users), *_layers(buffers, users)]
-    first = {info.name: used[0] for info, used in zip(everything, layers, strict=True)}
-    tied = [(i, used) for i, used in zip(everything, layers, strict=True) if len(used) > 1]
-    tied.sort(key=lambda pair: pair[1][0])
+    layers = {info.name: sorted(set(users.get(info.name, ()))) for info in everything}
+    tied = [info for info in everything if len(layers[info.name]) > 1]
+    tied.sort(key=lambda info: layers[info.name][0])
     shared = [
-        SharedParam(index, info.name, tuple(used), info.stored_nbytes, info.gradient_nbytes)
-        for index, (info, used) in enumerate(tied)
+        SharedParam(i, t.name, tuple(layers[t.name]), t.stored_nbytes, t.gradient_nbytes)
+        for i, t in enumerate(tied)
     ]
-    ids = {info.name: index for index, (info, _) in enumerate(tied)}
-    placed = [
-        replace(info, shared_id=ids[info.name])
-        if info.name in ids
-        else replace(info, layer=first[info.name])
-        for info in everything
-    ]
-    ordered = sorted(placed, key=lambda i: (first[i.name], i.shared_id is not None))
-    names = {info.name for info in params}
-    return (
-        [info for info in ordered if info.name in names],
-        [info for info in ordered if info.name not in names],
-        shared,
+    ids = {info.name: index for index, info in enumerate(tied)}
+
+    def place(info: ParamInfo) -> ParamInfo:
+        used = layers[info.name]
+        if info.name in ids:
+            return replace(info, shared_id=ids[info.name])
+        return replace(info, layer=used[0]) if used else info
+
+    def order(info: ParamInfo) -> tuple[bool, list[int], bool]:
+        used = layers[info.name]
+        return not used, used[:1], info.shared_id is not None
+
+    placed, placed_buffers = (
+        sorted(map(place, infos), key=order) for infos in (params, buffers)
     )
-
-
-def _layers(infos: Sequence[ParamInfo], users: Mapping[str, Sequence[int]]) -> list[list[int]]:
-    """Layers of each, those of unused ones from the nearest used one before it, or after."""
-    found = [sorted(set(users.get(info.name, ()))) for info in infos]
-    neighbour = next((used for used in found if used), [0])[:1]
-    for index, used in enumerate(found):
-        if used:
-            neighbour = used[:1]
-        else:
-            found[index] = list(neighbour)
-    return found
+    return placed, placed_buffers, shared
 
 
 def _describe(named: Sequence[tuple[str, torch.Tensor]]) -> list[ParamInfo]:

@@ -15,32 +15,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmony.capture.isolation import (
-    autocast_dtype,
-    python_random_states,
-    same_random_states,
-    user_frame,
-)
-from harmony.capture.leafwatch import LeafCall, LeafMustOpenError
-from harmony.capture.numbering import Numbering
+from harmony.capture.isolation import autocast_dtype, user_frame
+from harmony.capture.kernels import KernelWatch, Noticed
+from harmony.capture.leafwatch import LeafCall
+from harmony.capture.randomstate import PythonState
+from harmony.capture.references import References
 from harmony.capture.refuse import (
+    LiveOnlyError,
     check_argument,
     check_custom,
     check_function,
-    check_unknown_tensor,
 )
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
 from harmony.capture.tape import (
-    DEVICE,
-    Constant,
     Context,
     LeftBehind,
-    ModuleRef,
     StateRef,
     Step,
     StepKind,
@@ -52,23 +44,6 @@ from harmony.errors import CaptureError
 _READS = frozenset({"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"})
 _READS |= {"__bool__", "__int__", "__float__", "__index__", "__complex__"}
 _READS |= {"__contains__", "__array__"}
-_SEEDED = torch.Tag.nondeterministic_seeded
-
-
-class RandomWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices kernels that draw random numbers.
-
-    Attributes:
-        drawn: whether one did since this was last set to False.
-    """
-
-    drawn = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _SEEDED in func.tags and _is_on(func, args, kwargs):
-            self.drawn = True
-        return func(*args, **kwargs)
 
 
 class Recorder(TorchFunctionMode):
@@ -76,6 +51,8 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         steps: the calls so far.
+        once: whether the tape has to stand for this one run only (`harmony.capture.live`).
+        attributes: Python attributes that the glue has changed in that run.
     """
 
     def __init__(
@@ -84,52 +61,104 @@ class Recorder(TorchFunctionMode):
         leaves: set[str],
         device: torch.device,
         stand_ins: Mapping[int, Any],
-        random: RandomWatch,
+        kernels: KernelWatch,
     ) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self.once = False
+        self.attributes: list[tuple[str, str, Any]] = []
         self._device = device
+        self._skeleton = skeleton
         self._leaves = leaves
-        self._stand_ins = stand_ins
-        self._random = random
+        self._kernels = kernels
         self._thread = threading.get_ident()
         self._busy = False
         self._leaf: LeafCall | None = None
-        self._module_names = {id(module): name for name, module in skeleton.modules.items()}
-        self._state = {id(skeleton.tensor(name)): name for name in skeleton.names}
-        self._constants: dict[int, Constant] = {}
-        self._numbers = Numbering()
-        self._made_in: dict[int, LeafCall] = {}
-        self._alive: list[Any] = []
-        self._python_random = python_random_states()
+        self._references = References(skeleton, device, stand_ins)
+        self._kept: list[tuple[str, str]] = []
+        self._python_random = PythonState.now()
 
     @property
     def values(self) -> list[TapeValue]:
         """What is known of each numbered tensor."""
-        return self._numbers.values
+        return self._references.numbers.values
 
     def add_input(self, tensor: torch.Tensor, name: str) -> int:
         """Number an input of the model."""
-        return self._numbers.number(tensor, name)
+        return self._references.numbers.number(tensor, name)
 
     def add_output(self, leaf: Any) -> Any:
         """Return the reference to an output; what no step made gets a step that passes it on."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        reference = self._reference(leaf, "the model's output")
+        reference = self._references.of(leaf, "the model's output")
         made = {number for step in self.steps for number in step.made}
         if isinstance(reference, ValueRef) and reference.id in made:
             return reference
         passed_on = self._call_function(torch.Tensor.view_as, "output", (leaf, leaf), {})
-        return self._reference(passed_on, "the model's output")
+        return self._references.of(passed_on, "the model's output")
 
-    def check_python_random(self) -> None:
-        """Refuse randomness of Python or NumPy in the glue: a tape would freeze it."""
-        if not same_random_states(self._python_random, python_random_states()):
+    def assign(self, name: str, buffer: torch.Tensor, new: torch.Tensor) -> None:
+        """Record that the glue put a new tensor in the place of a buffer: a copy, once it is made.
+
+        Raises:
+            CaptureError: if the new tensor has another form.
+        """
+        if (new.shape, new.dtype) != (buffer.shape, buffer.dtype):
             raise CaptureError(
-                f"the forward draws random numbers of Python or NumPy before {user_frame()}, "
-                "outside of a layer: not supported yet. Draw them inside a layer"
+                f"the forward replaces the buffer {name} by a tensor of another form: "
+                f"{new.dtype} {tuple(new.shape)} instead of {buffer.dtype} {tuple(buffer.shape)}"
             )
+        leaves, structure = flatten(((buffer, new), {}))
+        references = self._references.of_all(leaves, f"the buffer {name}")
+        step = Step(
+            StepKind.FUNCTION, "copy_", torch.Tensor.copy_, references, structure, Context(False)
+        )
+        step.state = step.changes = (name,)
+        step.outputs = (None,)  # the buffer itself
+        needed = {leaf.id for leaf in references if isinstance(leaf, ValueRef)}
+        before = [
+            index
+            for index, other in enumerate(self.steps)
+            if name in other.state or needed.intersection(other.made)
+        ]
+        self.steps.insert(max(before, default=-1) + 1, step)
+
+    def check_containers(self) -> None:
+        """Refuse layers that add tensors, or other objects, to a container of their own.
+
+        Raises:
+            CaptureError: naming the layer and its attribute.
+        """
+        for name, attribute in self._kept:
+            raise CaptureError(
+                f"{name} adds to its attribute {attribute} in the forward: the recompute would "
+                "add to it again, and your module would not see it. Return it instead"
+            )
+
+    def begin(self) -> None:
+        """The forward begins now, from the random states that there are."""
+        self._python_random = PythonState.now()
+
+    def check_python_random(self) -> PythonState | None:
+        """Refuse randomness of Python or NumPy in the glue: a tape freezes what was drawn.
+
+        Returns:
+            For a live run, the states if any was drawn since the last layer.
+
+        Raises:
+            LiveOnlyError: if any was, and the tape has to stand for other runs.
+        """
+        now, before = PythonState.now(), self._python_random
+        self._python_random = now
+        if now.same(before):
+            return None
+        if not self.once:
+            raise LiveOnlyError(
+                "the forward draws random numbers of Python or NumPy outside of a layer",
+                user_frame(),
+            )
+        return now
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -143,14 +172,15 @@ class Recorder(TorchFunctionMode):
         self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Handle a call of a module: a leaf becomes a step, another one is opened."""
-        module = self._stand_ins.get(id(module), module)
-        name = self._module_names.get(id(module))
+        module = self._references.own_module(module)
+        name = self._references.module_names.get(id(module))
         opened = name is None or name not in self._leaves
         elsewhere = threading.get_ident() != self._thread or self._busy or self._leaf is not None
         if opened or elsewhere:
             return call(module, *args, **kwargs)
         assert name is not None
-        return self._call_leaf(module, name, call, args, kwargs)
+        with torch._C.DisableTorchFunction():  # no detour through this mode for what we look at
+            return self._call_leaf(module, name, call, args, kwargs)
 
     def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle ``apply`` of a custom ``autograd.Function``: a step, in the glue."""
@@ -161,62 +191,74 @@ class Recorder(TorchFunctionMode):
         return self._call_function(apply, name, args, kwargs)
 
     def _call_function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        (args, kwargs), leaves, structure = self._stand_in(args, kwargs)
+        (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         check_function(name, func, bool(tensors))
         if tensors and name in _READS:
             return self._read(func, name, args, kwargs)
         context = _context()
         versions = [_version(tensor) for tensor in tensors]
-        drawn, out = self._opaque(lambda: func(*args, **kwargs))
-        changed = _changed(tensors, versions)
+        out, noticed = self._opaque(lambda: func(*args, **kwargs))
+        changed = _changed(tensors, versions, noticed)
         made = flatten(out)[0]
         if changed or any(isinstance(leaf, torch.Tensor) for leaf in made):
             for leaf in leaves:
                 check_argument(leaf, name)
-            references = self._references(leaves, name)
+            references = self._references.of_all(leaves, name)
             step = Step(StepKind.FUNCTION, name, func, references, structure, context)
-            self._append(step, tensors, changed, made, drawn)
+            self._append(step, tensors, changed, made, noticed)
         return out
 
     def _read(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Record a guard: Python looks at the content of a tensor."""
         leaves, structure = flatten((args, kwargs))
-        references = self._references(leaves, name)
-        _, out = self._opaque(lambda: func(*args, **kwargs))
+        references = self._references.of_all(leaves, name)
+        out, _ = self._opaque(lambda: func(*args, **kwargs))
         step = Step(StepKind.GUARD, name, func, references, structure, _context())
         step.expected, step.where = out, user_frame()
+        step.state = tuple(leaf.name for leaf in references if isinstance(leaf, StateRef))
         self.steps.append(step)
         return out
 
     def _call_leaf(
         self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        (args, kwargs), leaves, structure = self._stand_in(args, kwargs)
+        (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
         for leaf in leaves:
             check_argument(leaf, name)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        references = self._references(leaves, name)
+        references = self._references.of_all(leaves, name)
         versions = [_version(tensor) for tensor in tensors]
-        watch = LeafCall(name, module, tensors, self._state, self._made_in, self._numbers)
-        self.check_python_random()
-        self._leaf, self._random.drawn = watch, False
+        known = self._references
+        watch = LeafCall(name, module, tensors, known.state, known.made_in, known.numbers)
+        moved_on = self.check_python_random()
+        self._leaf = watch
+        self._kernels.take()
         try:
-            out = call(module, *args, **kwargs)
+            with torch._C._EnableTorchFunction():
+                out = call(module, *args, **kwargs)
         finally:
             self._leaf = None
-        states, self._python_random = self._python_random, python_random_states()
-        drawn = self._random.drawn or not same_random_states(states, self._python_random)
+        noticed = self._kernels.take()
+        before, self._python_random = self._python_random, PythonState.now()
+        if not self._python_random.same(before):
+            noticed.drawn = noticed.on_host = True
         step = Step(StepKind.MODULE, name, name, references, structure, _context())
         step.state = watch.state()
-        changed = _changed(tensors, versions)
-        self._append(step, tensors, changed, flatten(out)[0], drawn)
+        step.python_random = moved_on if noticed.on_host else None
+        own = [self._skeleton.tensor(used) for used in step.state]
+        changed = [*_changed(tensors, versions, noticed), *filter(noticed.wrote, own)]
+        step.counts = tuple(
+            (known.module_names[id(owner)], attribute) for owner, attribute in watch.counted()
+        )
+        self._kept += [(name, attribute) for attribute in watch.kept()]
+        self._append(step, tensors, [*changed, *watch.replaced()], flatten(out)[0], noticed)
         step.left_behind = tuple(
             LeftBehind(
-                self._module_names[id(owner)], attribute, self._numbers.number(tensor, name)
+                known.module_names[id(owner)], attribute, known.numbers.number(tensor, name)
             )
             for owner, attribute, tensor in watch.left_behind()
-            if id(tensor) not in self._numbers
+            if id(tensor) not in known.numbers
         )
         return out
 
@@ -226,81 +268,34 @@ class Recorder(TorchFunctionMode):
         tensors: Sequence[torch.Tensor],
         changed: Sequence[torch.Tensor],
         made: Sequence[Any],
-        drawn: bool,
+        noticed: Noticed,
     ) -> None:
-        used = {self._state[id(tensor)] for tensor in tensors if id(tensor) in self._state}
+        known = self._references
+        used = {known.state[id(tensor)] for tensor in tensors if id(tensor) in known.state}
         step.state = tuple(dict.fromkeys((*step.state, *sorted(used))))
-        step.random, step.where = drawn, user_frame()
-        step.mutated = tuple(self._renumber(tensor, step) for tensor in changed)
-        step.outputs = tuple(self._output(leaf, step.name) for leaf in made)
+        step.random, step.random_on_host = noticed.drawn, noticed.on_host
+        step.dynamic = noticed.dynamic
+        step.where = user_frame()
+        kept = [tensor for tensor in changed if id(tensor) in known.state]
+        step.changes = tuple(dict.fromkeys(known.changed_buffer(tensor, step) for tensor in kept))
+        changed = [tensor for tensor in changed if id(tensor) not in known.state]
+        step.mutated = tuple(known.renumber(tensor, step) for tensor in changed)
+        step.outputs = tuple(known.number_output(leaf, step.name) for leaf in made)
         self.steps.append(step)
 
-    def _output(self, leaf: Any, name: str) -> int | None:
-        """Number a result, unless it is not a tensor or an object that is known already."""
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        if id(leaf) in self._numbers or id(leaf) in self._state or id(leaf) in self._constants:
-            return None
-        return self._numbers.number(leaf, name)
-
-    def _renumber(self, tensor: torch.Tensor, step: Step) -> tuple[int, int]:
-        if id(tensor) not in self._numbers:
-            name = self._state.get(id(tensor), "a constant tensor")
-            raise CaptureError(
-                f"{step.name} at {step.where} changes {name} in place during the forward: "
-                "not supported yet"
-            )
-        return self._numbers.renumber(tensor, step.name)
-
-    def _references(self, leaves: Sequence[Any], user: str) -> tuple[Any, ...]:
-        return tuple(self._reference(leaf, user) for leaf in leaves)
-
-    def _reference(self, leaf: Any, user: str) -> Any:
-        if isinstance(leaf, torch.device):
-            return DEVICE if leaf == self._device else leaf
-        if isinstance(leaf, nn.Module) and id(leaf) in self._module_names:
-            return ModuleRef(self._module_names[id(leaf)])
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) in self._numbers:
-            return ValueRef(self._numbers.of(leaf))
-        if id(leaf) in self._state:
-            return StateRef(self._state[id(leaf)])
-        origin = self._made_in.get(id(leaf))
-        if origin is not None:
-            raise LeafMustOpenError(
-                [origin.name], f"a tensor made inside {origin.name} reaches {user} unreturned"
-            )
-        return self._constant(leaf, user)
-
-    def _constant(self, tensor: torch.Tensor, user: str) -> Constant:
-        if id(tensor) not in self._constants:
-            check_unknown_tensor(tensor, user, isinstance(tensor, FakeTensor))
-            self._constants[id(tensor)] = Constant(tensor.detach())
-            self._alive.append(tensor)
-        return self._constants[id(tensor)]
-
-    def _stand_in(self, args: Any, kwargs: Any) -> Any:
-        """Replace the user's own parameters and modules, reached through a closure, by ours."""
-        leaves, structure = flatten((args, kwargs))
-        if any(id(leaf) in self._stand_ins for leaf in leaves):
-            leaves = [self._stand_ins.get(id(leaf), leaf) for leaf in leaves]
-            args, kwargs = structure.unflatten(leaves)
-        return (args, kwargs), leaves, structure
-
-    def _opaque(self, call: Callable[[], Any]) -> tuple[bool, Any]:
-        """Run without recording; tell whether random numbers were drawn."""
-        self._busy, self._random.drawn = True, False
+    def _opaque(self, call: Callable[[], Any]) -> tuple[Any, Noticed]:
+        """Run without recording; tell what the kernels did."""
+        self._busy = True
+        self._kernels.take()
         try:
-            out = call()
+            return call(), self._kernels.take()
         finally:
             self._busy = False
-        return self._random.drawn, out
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Let the recorder see the calls of modules and custom functions; undone afterwards."""
+def recording(recorder: Any) -> Iterator[None]:
+    """Let a mode, such as the recorder, handle the calls of modules and custom functions."""
     call = nn.Module.__call__
     apply = torch.autograd.Function.__dict__["apply"]
 
@@ -328,18 +323,10 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
-def _changed(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> list[torch.Tensor]:
-    changed = {
-        id(tensor): tensor
-        for tensor, version in zip(tensors, versions, strict=True)
-        if _version(tensor) != version
-    }
-    return list(changed.values())
-
-
-def _is_on(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a random kernel draws: not with ``train=False``, not with ``dropout_p=0``."""
-    given = {spec.name: arg for spec, arg in zip(func._schema.arguments, args, strict=False)}
-    given |= kwargs
-    off = given.get("train") is False or given.get("training") is False
-    return not off and given.get("dropout_p") != 0.0
+def _changed(
+    tensors: Sequence[torch.Tensor], versions: Sequence[int], noticed: Noticed
+) -> list[torch.Tensor]:
+    """Return the tensors that a call has changed, each once."""
+    pairs = zip(tensors, versions, strict=True)
+    changed = (t for t, v in pairs if _version(t) != v or noticed.wrote(t))
+    return list({id(tensor): tensor for tensor in changed}.values())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from harmony.capture.isolation import user_frame
@@ -25,8 +24,26 @@ _REFUSED = {
 }
 
 
+class LiveOnlyError(CaptureError):
+    """The tape of one forward does not stand for others: the model has to be run live.
+
+    Attributes:
+        reason: why.
+        where: file and line.
+    """
+
+    def __init__(self, reason: str, where: str) -> None:
+        super().__init__(f"{reason}, at {where}: the tape of one run does not stand for another")
+        self.reason = reason
+        self.where = where
+
+    def again(self) -> LiveOnlyError:
+        """Return it without its traceback, which would keep all that was captured alive."""
+        return LiveOnlyError(self.reason, self.where)
+
+
 def check_module(module: nn.Module) -> None:
-    """Refuse wrappers, parameters on several devices or not made yet, and mutated buffers.
+    """Refuse wrappers, and parameters on several devices or not made yet.
 
     Raises:
         CaptureError: naming what is in the way.
@@ -41,7 +58,6 @@ def check_module(module: nn.Module) -> None:
                 f"the model is wrapped in {type(inner).__name__}{where}: pass the model inside "
                 "it (its .module); Harmony does the parallel part"
             )
-        _check_statistics(name, inner)
     _check_parameters(module)
     attribute = closes_over_module(module)
     if attribute is not None:
@@ -109,6 +125,26 @@ def check_custom(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
+def check_backward_hooks(root: nn.Module, leaves: Set[str]) -> None:
+    """Refuse backward hooks of modules that are not replayed as a whole.
+
+    Args:
+        leaves: names of the modules that are.
+
+    Raises:
+        CaptureError: naming the module.
+    """
+    for name, module in root.named_modules():
+        hooks = (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
+        parents = (name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1))
+        if hooks and leaves.isdisjoint(parents):
+            raise CaptureError(
+                f"{name or type(root).__name__} has a backward hook, but a plan may part it, and "
+                "then it would not run. Register it on a module inside that is one layer, or on "
+                "the Harmony model for the whole"
+            )
+
+
 def check_unknown_tensor(tensor: torch.Tensor, user: str, fake: bool) -> None:
     """Refuse tensors of unknown origin that cannot be kept as constants.
 
@@ -142,15 +178,6 @@ def _has_tensor(held: Any, depth: int) -> bool:
     return hides_tensors(held, depth + 1)
 
 
-def _check_statistics(name: str, module: nn.Module) -> None:
-    if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
-        raise CaptureError(
-            f"{name} ({type(module).__name__}) changes its buffer {name}.running_mean in train "
-            "mode: not supported yet. Put it in eval mode, or use a norm without running "
-            "statistics"
-        )
-
-
 def _check_parameters(module: nn.Module) -> None:
     devices: dict[str, str] = {}
     places: dict[tuple[str, int], str] = {}
@@ -159,7 +186,8 @@ def _check_parameters(module: nn.Module) -> None:
             raise CaptureError(f"{name} has no shape yet: run the model once before")
         if hasattr(param, "device_mesh"):
             raise CaptureError(f"{name} is a DTensor: pass the model before it is sharded")
-        devices.setdefault(str(param.device), name)
+        if param.device.type != "meta":  # that has no place yet
+            devices.setdefault(str(param.device), name)
         if param.numel() and param.device.type != "meta":
             place = (str(param.device), param.data_ptr())
             other = places.setdefault(place, name)

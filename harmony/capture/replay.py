@@ -31,20 +31,36 @@ Values = dict[int, torch.Tensor]
 _MISSING = object()
 # Factories that make their tensor on the default device unless told otherwise: in the glue they
 # follow the inputs, so that a model written for one device runs on any.
-_FACTORIES = frozenset({"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros"})
-_FACTORIES |= {"rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices"}
+FACTORIES = frozenset({"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros"})
+FACTORIES |= {"rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices"}
+_ON_HOST = {"_pack_padded_sequence": 1}
+"""Functions that want one of their arguments on the CPU, and its place."""
+
+
+class GuardError(CaptureError):
+    """The forward has read another value from a tensor, or got other results, than recorded.
+
+    Attributes:
+        where: file and line of the read.
+    """
+
+    def __init__(self, message: str, where: str) -> None:
+        super().__init__(message)
+        self.where = where
 
 
 def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
     """Run one step, adding what it makes to ``values``; guards are checked.
 
     Raises:
-        CaptureError: if a guard's read differs from the recorded one, or a module returns a
-            different number of tensors than when it was recorded.
+        GuardError: if a guard's read differs from the recorded one, or a call returns another
+            number of tensors.
     """
     args, kwargs = _arguments(step, values, skeleton)
     target = skeleton.modules[step.target] if isinstance(step.target, str) else step.target
     before_call = [_attribute(left, skeleton) for left in step.left_behind]
+    if step.python_random is not None:
+        step.python_random.restore()
     context = step.context
     if context.grad_enabled and context.autocast is None:
         out = target(*args, **kwargs)
@@ -65,8 +81,11 @@ def _arguments(step: Step, values: Values, skeleton: Skeleton) -> tuple[Any, dic
     args, kwargs = step.structure.unflatten(
         [_resolve(leaf, values, skeleton) for leaf in step.leaves]
     )
-    if step.kind is StepKind.FUNCTION and step.name in _FACTORIES and "device" not in kwargs:
+    if step.kind is StepKind.FUNCTION and step.name in FACTORIES and "device" not in kwargs:
         kwargs = {**kwargs, "device": skeleton.device}
+    if step.name in _ON_HOST:  # an input that plain PyTorch's user leaves on the CPU
+        place = _ON_HOST[step.name]
+        args = (*args[:place], args[place].cpu(), *args[place + 1 :])
     return args, kwargs
 
 
@@ -89,9 +108,10 @@ def _keep_outputs(step: Step, out: Any, values: Values) -> None:
     numbers = step.outputs
     leaves = (out,) if isinstance(out, torch.Tensor) else flatten(out)[0]
     if len(leaves) != len(numbers):
-        raise CaptureError(
-            f"{step.name} returned {len(leaves)} values, {len(numbers)} when it was captured: "
-            "its result may not depend on the data"
+        raise GuardError(
+            f"{step.name} at {step.where} returned {len(leaves)} values, {len(numbers)} when it "
+            "was captured",
+            step.where,
         )
     for leaf, number in zip(leaves, numbers, strict=True):
         if number is not None:
@@ -123,16 +143,17 @@ def _surroundings(context: Context, device: torch.device) -> ExitStack:
 
 
 def _check_guard(step: Step, found: Any) -> None:
-    same = found is step.expected or _equal(found, step.expected)
+    same = found is step.expected or equal(found, step.expected)
     if not same:
-        raise CaptureError(
+        raise GuardError(
             f"the forward reads a tensor ({step.name}) at {step.where}: it gave {step.expected!r} "
-            f"when the model was captured, now it gives {found!r}. A forward that depends on the "
-            "content of its inputs is not supported yet"
+            f"when the model was captured, now it gives {found!r}",
+            step.where,
         )
 
 
-def _equal(left: Any, right: Any) -> bool:
+def equal(left: Any, right: Any) -> bool:
+    """Whether two things that Python has read are equal; NaN equals NaN."""
     same = left == right
     if hasattr(same, "all"):
         return bool(same.all())

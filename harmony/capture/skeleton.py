@@ -60,6 +60,17 @@ class Skeleton:
         """Put the placeholders back."""
         self.bind({name: self._placeholders[name] for name in names})
 
+    def settle(self, names: Iterable[str]) -> None:
+        """Copy what was put in the place of buffers into the buffers, and put those back."""
+        for name in names:
+            bound = self._bound[name]
+            for container, key in self._slots[name]:
+                held = container[key]
+                if held is not bound:
+                    with torch.no_grad():
+                        bound.copy_(held)
+                    container[key] = bound
+
     def tensor(self, name: str) -> torch.Tensor:
         """What is bound for a parameter or buffer now."""
         return self._bound[name]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from harmony.capture.randomstate import PythonState
 from harmony.capture.structure import Structure
 
 
@@ -105,7 +106,12 @@ class Step:
         mutated: pairs (number before, number after) of tensors that it changes in place.
         left_behind: tensors that it leaves on attributes.
         state: names of the parameters and buffers that it uses.
+        changes: names of the buffers that it changes.
+        counts: Python attributes that it changes: name of the module, attribute.
         random: whether it draws random numbers.
+        random_on_host: whether it may draw them from generators that all threads share.
+        python_random: in a live run, the states that it starts from because glue has drawn before.
+        dynamic: whether the shape of something that it computes depends on values.
         expected: what a guard's read gave.
         where: file and line of the call in the user's code.
     """
@@ -120,7 +126,12 @@ class Step:
     mutated: tuple[tuple[int, int], ...] = ()
     left_behind: tuple[LeftBehind, ...] = ()
     state: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
     random: bool = False
+    random_on_host: bool = False
+    python_random: PythonState | None = None
+    dynamic: bool = False
     expected: Any = None
     where: str = "?"
 
@@ -174,6 +185,7 @@ class Tape:
         device: where it was recorded.
         host_program: the steps that decide the guards which depend on the inputs alone.
         real: whether it was recorded from a real run rather than with fake parameters.
+        attributes: Python attributes that the glue changed: module, attribute, new value.
     """
 
     steps: list[Step]
@@ -184,6 +196,7 @@ class Tape:
     device: torch.device
     host_program: tuple[Step, ...] = ()
     real: bool = False
+    attributes: tuple[tuple[str, str, Any], ...] = ()
     last_use: list[int] = field(default_factory=list)
     producer: list[int] = field(default_factory=list)
     dead_after: list[tuple[int, ...]] = field(default_factory=list)
@@ -260,16 +273,18 @@ def _is_guard(step: Step) -> bool:
 
 
 def _is_pure(step: Step) -> bool:
-    return step.kind is StepKind.FUNCTION and not step.random and not step.mutated
+    changes = step.mutated or step.changes
+    return step.kind is StepKind.FUNCTION and not step.random and not changes
 
 
 def _decided_by_inputs(tape: Tape) -> set[int]:
-    """Steps that glue computes from the inputs and buffers alone."""
+    """Steps that glue computes from the inputs, and from buffers that do not change, alone."""
     known = {number for number in tape.inputs if number is not None}
+    changing = {name for step in tape.steps for name in step.changes}
     chosen = set()
     for index, step in enumerate(tape.steps):
         glue = step.kind is not StepKind.MODULE and not step.random
-        if glue and known.issuperset(step.inputs):
+        if glue and changing.isdisjoint(step.state) and known.issuperset(step.inputs):
             chosen.add(index)
             known.update(step.made)
     return chosen

@@ -8,6 +8,7 @@ values that fake tensors do not have, the trace is repeated with the real parame
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,12 @@ from torch._subclasses.fake_tensor import (
 
 from harmony.capture.inputs import Batch
 from harmony.capture.isolation import autocast_dtype, undisturbed, user_frame_of
+from harmony.capture.kernels import KernelWatch
 from harmony.capture.leafwatch import LeafMustOpenError
 from harmony.capture.leaves import open_leaf
-from harmony.capture.record import RandomWatch, Recorder, recording
+from harmony.capture.pythonstate import PlainState
+from harmony.capture.record import Recorder, recording
+from harmony.capture.refuse import LiveOnlyError
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
 from harmony.capture.tape import StepKind, Tape, without_dead_steps
@@ -89,9 +93,15 @@ class Tracer:
         self._program = program
         self._batch = batch
         self._real = False
+        self._settled = False
 
-    def trace(self, num_samples: int) -> Tape:
-        """Record the forward on a batch of ``num_samples`` samples.
+    @property
+    def name(self) -> str:
+        """Class of the module."""
+        return type(self._source).__name__
+
+    def trace(self, num_samples: int, first: int = 0) -> Tape:
+        """Record the forward on ``num_samples`` samples of the batch, beginning with ``first``.
 
         Raises:
             CaptureError: naming what cannot be recorded, with file and line.
@@ -99,10 +109,17 @@ class Tracer:
         for _ in range(_MOST_OPENED):
             try:
                 with undisturbed(self.device):
-                    return without_dead_steps(self._attempt(num_samples))
+                    return without_dead_steps(self._attempt(num_samples, first))
             except LeafMustOpenError as request:
                 self._open(request)
+            except _AttributesMovedError as moved:
+                self._settle(moved)
             except NEEDS_VALUES as error:
+                self._use_real_parameters(error)
+            except RuntimeError as error:
+                # Some fake kernels refuse what the real ones do; if not, the error comes again.
+                if self._real or self._on_meta():
+                    raise
                 self._use_real_parameters(error)
         raise CaptureError(f"gave up after opening {_MOST_OPENED} modules; {self.leaves} are left")
 
@@ -114,31 +131,34 @@ class Tracer:
             if self.leaves == leaves:
                 return tapes
 
-    def _attempt(self, num_samples: int) -> Tape:
+    def _attempt(self, num_samples: int, first: int) -> Tape:
         twin = Skeleton(self._template.root, self.device)
-        twin.bind(self._parameters() if self._real else fake_parameters(twin, self.device))
+        twin.bind(self._parameters(twin))
         twin.bind({name: b.to(self.device) for name, b in twin.root.named_buffers()})
         stand_ins = _stand_ins(self._source, twin)
-        random = RandomWatch()  # type: ignore[no-untyped-call]
-        recorder = Recorder(twin, self.leaves, self.device, stand_ins, random)
-        args, kwargs, targets = self._batch.take(num_samples, self.device)
+        kernels = KernelWatch(fake=not self._real)
+        recorder = self._recorder(twin, stand_ins, kernels)
+        args, kwargs, targets = self._batch.take(num_samples, self.device, first)
         named = zip(self._batch.names, flatten((args, kwargs, targets))[0], strict=True)
         inputs = tuple(
             recorder.add_input(leaf, name) if isinstance(leaf, torch.Tensor) else None
             for name, leaf in named
         )
-        buffers = _buffer_versions(twin)
+        opened = OpenedModules(twin, self.leaves)
+        self._begin()
+        recorder.begin()
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             if autocast_dtype() is not None:  # possibly of a device that the trace is not on
                 stack.enter_context(torch.autocast(self.device.type, dtype=autocast_dtype()))
             if self._real:
                 stack.enter_context(_nothing_saved())
-            stack.enter_context(random)
+            stack.enter_context(kernels)
             stack.enter_context(recording(recorder))
             out = self._program(twin.root, args, kwargs, targets)
         recorder.check_python_random()
-        _check_buffers(twin, buffers, recorder)
+        recorder.check_containers()
+        opened.record_changes(recorder)
         leaves, structure = flatten(out)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
         _check_guards(recorder)
@@ -150,9 +170,20 @@ class Tracer:
             structure,
             self.device,
             real=self._real,
+            attributes=tuple(recorder.attributes),
         )
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
+    def _recorder(
+        self, twin: Skeleton, stand_ins: Mapping[int, Any], kernels: KernelWatch
+    ) -> Recorder:
+        return Recorder(twin, self.leaves, self.device, stand_ins, kernels)
+
+    def _begin(self) -> None:
+        """Come to where the forward begins."""
+
+    def _parameters(self, twin: Skeleton) -> dict[str, torch.Tensor]:
+        if not self._real:
+            return fake_parameters(twin, self.device)
         return {
             name: nn.Parameter(param.detach(), requires_grad=param.requires_grad)
             for name, param in self._source.named_parameters()
@@ -168,11 +199,35 @@ class Tracer:
         if not opened:
             raise CaptureError(f"{request}: pass it as an argument or return it")
 
+    def _settle(self, moved: _AttributesMovedError) -> None:
+        """Start from what the forward left on opened modules; once, as it may be set up lazily.
+
+        Raises:
+            LiveOnlyError: if the forward changes the attributes each time.
+        """
+        if self._settled:
+            names = ", ".join(f"{m}.{a}".lstrip(".") for m, a, _ in moved.attributes)
+            raise LiveOnlyError(
+                f"the forward changes Python attributes outside of a layer ({names})",
+                type(self._template.root).__name__,
+            )
+        self._settled = True
+        for name, attribute, held in moved.attributes:
+            setattr(self._template.modules[name], attribute, held)
+        for name, module in moved.modules.items():  # what was set up lazily may be hooks
+            settled = self._template.modules[name]
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
+                settled.__dict__[hooks].update(module.__dict__[hooks])
+            settled._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
+
+    def _on_meta(self) -> bool:
+        return any(param.device.type == "meta" for param in self._source.parameters())
+
     def _use_real_parameters(self, error: Exception) -> None:
         where = user_frame_of(error)
         if self._real:
             raise CaptureError(f"the forward cannot be recorded at {where}: {error}") from error
-        if any(param.device.type == "meta" for param in self._source.parameters()):
+        if self._on_meta():
             raise CaptureError(
                 f"the forward depends on values at {where} ({error}), which takes a run with real "
                 "parameters, but some are on the meta device: materialise them first"
@@ -234,32 +289,75 @@ def _scalar(loss: Any, what: str) -> torch.Tensor:
     raise CaptureError(f"{what} {shape!r} where a scalar tensor was expected as the loss")
 
 
-def _buffer_versions(twin: Skeleton) -> dict[str, tuple[int, int]]:
-    return {name: (id(b), b._version) for name, b in twin.root.named_buffers()}
+class _AttributesMovedError(Exception):
+    """The forward has changed Python attributes of opened modules.
+
+    Attributes:
+        attributes: name of the module, attribute, new value.
+        modules: all modules by name, as they are now.
+    """
+
+    def __init__(
+        self, attributes: list[tuple[str, str, Any]], modules: Mapping[str, nn.Module]
+    ) -> None:
+        super().__init__("attributes have changed")
+        self.attributes = attributes
+        self.modules = modules
 
 
-def _check_buffers(twin: Skeleton, before: Mapping[str, Any], recorder: Recorder) -> None:
-    """Refuse buffers that the forward changed or replaced."""
-    after = _buffer_versions(twin)
-    changed = [name for name in before if after.get(name) != before[name]]
-    if changed:
-        users = [s.name for s in recorder.steps if changed[0] in s.state]
-        raise CaptureError(
-            f"layer {users[0] if users else '?'} changes its buffer {changed[0]} in the forward: "
-            "not supported yet"
-        )
+class OpenedModules:
+    """What the forward may change on the modules whose Python a tape does not run again."""
+
+    def __init__(self, twin: Skeleton, leaves: AbstractSet[str]) -> None:
+        inside = {id(m) for name in leaves for m in twin.modules[name].modules()}
+        opened = {name: m for name, m in twin.modules.items() if id(m) not in inside}
+        self._twin = twin
+        self._names = {id(module): name for name, module in opened.items()}
+        self._buffers = {
+            (module, key): buffer
+            for module in opened.values()
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        self._plain = PlainState(opened.values())
+
+    def record_changes(self, recorder: Recorder) -> None:
+        """Record buffers that were replaced; plain attributes must be as before.
+
+        Raises:
+            _AttributesMovedError: if they are not.
+        """
+        names = {id(self._twin.tensor(name)): name for name in self._twin.names}
+        for (module, key), buffer in self._buffers.items():
+            new = module._buffers.get(key)
+            if new is not None and new is not buffer:
+                recorder.assign(names[id(buffer)], buffer, new)
+        moved = [
+            (self._names[id(module)], attribute, module.__dict__.get(attribute))
+            for module, attribute in self._plain.changes()
+        ]
+        if recorder.once:
+            recorder.attributes = moved
+        elif moved:
+            raise _AttributesMovedError(moved, self._twin.modules)
 
 
 def _check_guards(recorder: Recorder) -> None:
-    """Refuse Python decisions that depend on random numbers."""
+    """Refuse Python decisions that depend on random numbers, or on buffers that change.
+
+    Raises:
+        LiveOnlyError: naming the line.
+    """
+    if recorder.once:
+        return
+    changing = {name for step in recorder.steps for name in step.changes}
     drawn: set[int] = set()
     for step in recorder.steps:
         draws = step.random and step.kind is StepKind.FUNCTION
         tainted = draws or not drawn.isdisjoint(step.inputs)
-        if tainted and step.kind is StepKind.GUARD:
-            raise CaptureError(
-                f"{step.name} at {step.where} decides by a random number outside of a layer: "
-                "not supported yet. Move the decision into a layer"
-            )
+        if step.kind is StepKind.GUARD and tainted:
+            raise LiveOnlyError(f"{step.name} decides by a random number", step.where)
+        if step.kind is StepKind.GUARD and not changing.isdisjoint(step.state):
+            raise LiveOnlyError(f"{step.name} decides by a buffer that changes", step.where)
         if tainted:
             drawn.update(step.made)

@@ -75,9 +75,9 @@ FOREIGN = torch.ones(8, requires_grad=True)
         (with_vmap, rf"torch.func transform .*{LINE}"),
         (with_reentrant_checkpoint, rf"{LINE}.*use_reentrant=False"),
         (with_inner_gradient, rf"grad outside of a layer at .*{LINE}"),
-        (with_changed_constant, rf"add_ at .*{LINE} changes a constant tensor in place"),
+        (with_changed_constant, rf"add_ at .*{LINE} changes a tensor in place that is no buffer"),
         (with_python_random, "random numbers .*outside of a layer"),
-        (with_random_decision, rf"__bool__ at .*{LINE} decides by a random number"),
+        (with_random_decision, rf"__bool__ decides by a random number, at .*{LINE}"),
         (with_foreign_parameter, rf"{LINE} uses a tensor of shape \(8,\).*no parameter of"),
     ],
 )
@@ -86,46 +86,11 @@ def test_what_the_glue_may_not_do(between: Any, message: str) -> None:
         capture(Two(between), (torch.randn(4, 8),))
 
 
-class Counts(nn.Module):
-    """Changes a buffer in its forward, in one of three ways."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.linear, self.how = nn.Linear(8, 8), how
-        self.register_buffer("ema", torch.zeros(8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.linear(x)
-        if self.how == "copy":
-            self.ema.copy_(h.detach().mean(0))
-        elif self.how == "replace":
-            self.ema = self.ema * 0.9 + h.detach().mean(0)
-        else:
-            self.ema += 1
-        return h + self.ema
-
-
-@pytest.mark.parametrize("how", ["copy", "replace", "count"])
-def test_buffers_that_change(how: str) -> None:
-    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Counts(how), nn.Linear(8, 8)))
-    with pytest.raises(CaptureError, match=r"changes .*1\.0\.ema.*not supported yet"):
-        capture(net, (torch.randn(4, 8),))
-
-
-def test_running_statistics_in_train_mode() -> None:
-    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    message = r"1 \(BatchNorm1d\) changes its buffer 1\.running_mean.*not supported yet"
-    with pytest.raises(CaptureError, match=message):
-        capture(net, (torch.randn(4, 8),))
-    assert capture(net.eval(), (torch.randn(4, 8),)).graph.num_layers == 2
-
-
 def test_wrappers_and_scattered_parameters() -> None:
     with pytest.raises(CaptureError, match=r"DataParallel.*\.module"):
         capture(nn.DataParallel(nn.Linear(8, 8)), (torch.randn(4, 8),))
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
-    with pytest.raises(CaptureError, match=r"0\.weight on cpu, 1\.weight on meta"):
-        capture(net, (torch.randn(4, 8),))
+    assert capture(net, (torch.randn(4, 8),)).graph.num_layers == 2  # meta is no place
     with pytest.raises(CaptureError, match=r"0\.weight has no shape yet"):
         capture(nn.Sequential(nn.LazyLinear(8)), (torch.randn(4, 8),))
     with pytest.raises(CaptureError, match=r"expected an nn\.Module, got builtin"):

@@ -1,0 +1,57 @@
+"""The bytes that a captured layer allocates, on tensors that stand in for its inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harmony.capture.footprint import Footprint, bindable, measure, pretending, stand_in
+from harmony.capture.replay import GuardError, Values
+from harmony.capture.trace import NEEDS_VALUES
+
+if TYPE_CHECKING:
+    from harmony.capture.captured import Captured
+
+
+def footprint_of(captured: Captured, layer: int, num_samples: int) -> Footprint:
+    """Return what one layer allocates for microbatches of this size."""
+    try:
+        return _measure(captured, layer, num_samples, captured.tape_for(num_samples).real)
+    except GuardError:
+        return _estimate(captured, layer, num_samples)
+    except (*NEEDS_VALUES, RuntimeError):  # some fake kernels refuse what the real ones do
+        try:
+            return _measure(captured, layer, num_samples, real=True)
+        except (GuardError, RuntimeError):  # nor does it run on zeros
+            return _estimate(captured, layer, num_samples)
+
+
+def _estimate(captured: Captured, layer: int, num_samples: int) -> Footprint:
+    """Bytes of a layer that does not run on zeros: its values, as far as the tape has them."""
+    values = captured.tape_for(num_samples).values
+    made = (number for step in captured.steps_of(layer, num_samples) for number in step.made)
+    nbytes = sum(values[number].nbytes for number in made)
+    return Footprint(nbytes, nbytes, 2 * nbytes)
+
+
+def _measure(captured: Captured, layer: int, num_samples: int, real: bool) -> Footprint:
+    graph, device = captured.graph, captured.tape_for(num_samples).device
+    described = graph.layers[layer]
+    skeleton = captured.make_skeleton(device)
+    names = [info.name for info in captured.tensors_of(layer)]
+    names += [graph.shared[index].name for index in described.shared]
+
+    def run(env: Values) -> Values:
+        wanted = described.outputs
+        return captured.run(
+            layer, layer + 1, skeleton, env, num_samples, wanted=wanted, guarded=False
+        )
+
+    with pretending(real):
+        tensors = {name: bindable(skeleton.placeholder(name), device, real) for name in names}
+        skeleton.bind(tensors)
+        inputs: Values = {}
+        for value in described.inputs:
+            shape, _, dtype = captured.value_form(value, num_samples)
+            needs_gradient = graph.values[value].requires_grad
+            inputs[value] = stand_in(shape, dtype, device, needs_gradient)
+        return measure(run, inputs, tensors, frozenset(described.outputs))

@@ -1,0 +1,113 @@
+"""The tapes of a model, one for each number of samples, all with the same layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+from harmony.capture.graph import Sizes
+from harmony.capture.layered import LayeredTape, check_same_layers, difference
+from harmony.capture.layers import cut_layers
+from harmony.capture.refuse import LiveOnlyError
+from harmony.capture.tape import StepKind, Tape
+from harmony.capture.trace import Tracer
+from harmony.errors import CaptureError
+
+_MOST_TRIED = 8
+"""Choices of samples that are tried until one takes the path that was recorded."""
+
+
+class TapeSet:
+    """Traces numbers of samples as they are asked for, on any thread.
+
+    Attributes:
+        reference: the tape that the layers were found on; all others have the same.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        sizes: Sizes,
+        param_nbytes: Mapping[str, int],
+        num_samples: int,
+    ) -> None:
+        """Cut the first tape into layers.
+
+        Args:
+            sizes: the first tapes.
+            param_nbytes: bytes of the parameters by name.
+            num_samples: samples of the batch that is traced.
+        """
+        self._tracer = tracer
+        self._param_nbytes = dict(param_nbytes)
+        self._inseparable = sizes.inseparable()
+        self._num_samples = num_samples
+        self._traced_for = sizes.num_samples[0]
+        self.reference = self._cut(sizes.tape)
+        self._tapes = {self._traced_for: self.reference}
+        self._lock = threading.Lock()
+
+    def of(self, num_samples: int) -> LayeredTape:
+        """Return the tape for microbatches of this size; traces it the first time.
+
+        Raises:
+            LiveOnlyError: if the layers exchange other values for this size.
+        """
+        known = self._tapes.get(num_samples)
+        if known is not None:
+            return known
+        with self._lock:
+            if num_samples not in self._tapes:
+                self._tapes[num_samples] = self._trace(num_samples)
+            return self._tapes[num_samples]
+
+    def opened(self, num_samples: int, modules: AbstractSet[str]) -> Tape:
+        """Return a tape on which these modules are not opaque. Only to be read, never run."""
+        tracer = self._tracer
+        with self._lock:
+            leaves = tracer.leaves
+            tracer.leaves = leaves - modules
+            try:
+                return tracer.trace(num_samples)
+            finally:
+                tracer.leaves = leaves
+
+    def first_guard(self) -> str:
+        """File and line of the first decision that the forward takes by looking at the inputs."""
+        program = self.reference.tape.host_program
+        return next((s.where for s in program if s.kind is StepKind.GUARD), "?")
+
+    def _trace(self, num_samples: int) -> LayeredTape:
+        """Trace another number of samples, of those that take the same path."""
+        where = (self._traced_for, num_samples)
+        for first in range(min(self._num_samples, _MOST_TRIED)):
+            layered = self._cut(self._tracer.trace(num_samples, first))
+            try:
+                check_same_layers(self.reference, layered, where)
+            except CaptureError as error:
+                failure = error
+            else:
+                return layered
+        raise LiveOnlyError(str(failure), self.first_guard())
+
+    def _cut(self, tape: Tape) -> LayeredTape:
+        return LayeredTape(tape, cut_layers(tape, self._param_nbytes, self._inseparable))
+
+
+def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
+    """Trace two sizes that take the same path, to see what depends on the number of samples.
+
+    One sample would not do: sizes of one broadcast, and count as contiguous.
+
+    Raises:
+        LiveOnlyError: if every two sizes take different paths.
+    """
+    size = max(num_samples, 2)
+    others = [size // 2, 2 * size] if size >= 4 else [2 * size]
+    for other in others:
+        tapes = tracer.trace_both(size, other)
+        found = difference(*tapes, (size, other))
+        if found is None:
+            return Sizes(*tapes, (size, other))
+    raise LiveOnlyError(str(found), tracer.name)

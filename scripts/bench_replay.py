@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""What replaying a captured model costs over calling it: a training step of a 12-block GPT.
+
+    scripts/bench_replay.py [--json] [--rounds 9] [--width 768] [--depth 12]
+
+Both ways run forward and backward of the same batch on the CPU, with one thread and the same
+parameters; first it is checked that loss and gradients are the same bits. They take turns, each
+goes first every other time, and the figure is the ratio of the medians of their processor time.
+Exits 1 if the overhead is more than 3 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from pretrain_gpt import batches, loss_fn, make_model
+
+from harmony.capture import Captured, capture
+
+MOST = 0.03
+HEADS, CONTEXT, BATCH = 12, 64, 2
+
+Step = Callable[[], torch.Tensor]
+
+
+def main() -> int:
+    """Run the rounds, print the figure, and return 1 if it misses the bar."""
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    net = make_model(args.width, args.depth, HEADS, CONTEXT)
+    inputs, targets = next(batches(1, BATCH, CONTEXT))
+    captured = capture(net, (inputs,), loss=loss_fn, targets=targets)
+    steps: dict[str, Step] = {
+        "direct": lambda: loss_fn(net(inputs), targets),
+        "replay": replay_step(captured, net, inputs, targets),
+    }
+    check_same(steps, net)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(args.rounds + 1):
+        order = list(steps) if number % 2 else list(steps)[::-1]
+        for name in order:
+            taken = timed(steps[name], net)
+            if number:  # round 0 warms up
+                seconds[name].append(taken)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    overhead = medians["replay"] / medians["direct"] - 1
+    if args.json:
+        print(json.dumps({"seconds": seconds, "overhead": overhead}))
+    else:
+        print(
+            f"direct {medians['direct']:.3f} s, replay {medians['replay']:.3f} s a step "
+            f"(processor time, medians of {args.rounds} rounds): overhead {overhead:+.2%} "
+            f"(bar: {MOST:.0%})"
+        )
+    return int(overhead > MOST)
+
+
+def replay_step(
+    captured: Captured, net: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
+) -> Step:
+    """Return the forward as Harmony runs it: all layers, on a skeleton bound to the parameters."""
+    skeleton = captured.make_skeleton(torch.device("cpu"))
+    skeleton.bind(dict(net.named_parameters()))
+    skeleton.bind(dict(net.named_buffers()))
+    loss = captured.graph.loss
+    assert loss is not None
+    last = captured.graph.num_layers
+
+    def step() -> torch.Tensor:
+        values = captured.split(captured.flatten_inputs((inputs,), {}, targets), 0, BATCH)
+        return captured.run(0, last, skeleton, values, BATCH, wanted=[loss])[loss]
+
+    return step
+
+
+def check_same(steps: dict[str, Step], net: nn.Module) -> None:
+    """Refuse to time two things that do not compute the same."""
+    found = []
+    for step in steps.values():
+        net.zero_grad()
+        torch.manual_seed(0)
+        loss = step()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    if not all(torch.equal(one, other) for one, other in zip(*found, strict=True)):
+        raise SystemExit("replay and direct call differ: the figure would mean nothing")
+
+
+def timed(step: Step, net: nn.Module) -> float:
+    """Processor time of a forward and backward."""
+    net.zero_grad()
+    torch.manual_seed(0)
+    started = time.process_time()
+    step().backward()
+    return time.process_time() - started
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each way (9)")
+    parser.add_argument("--width", type=int, default=768, help="width of the GPT (768)")
+    parser.add_argument("--depth", type=int, default=12, help="blocks of the GPT (12)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
