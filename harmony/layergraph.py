@@ -87,6 +87,8 @@ class Layer:
         outputs: ids of the values it makes, ascending.
         uses_rng: whether it draws random numbers.
         mixes_samples: whether a sample's result depends on the other samples of its microbatch.
+        changes_state: whether its forward changes buffers, so that its microbatches have to run
+            one after the other, in order.
     """
 
     index: int
@@ -101,6 +103,7 @@ class Layer:
     outputs: tuple[int, ...] = ()
     uses_rng: bool = False
     mixes_samples: bool = False
+    changes_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,14 @@ class LayerGraph:
 
     def pins_microbatch(self) -> bool:
         """Whether FORWARD and BACKWARD must use the same microbatch size (design: numerics)."""
-        return any(layer.uses_rng or layer.mixes_samples for layer in self.layers[:-1])
+        return any(
+            layer.uses_rng or layer.mixes_samples or layer.changes_state
+            for layer in self.layers[:-1]
+        )
+
+    def orders_microbatches(self) -> bool:
+        """Whether all microbatches must run on one device, in order: some layer changes state."""
+        return any(layer.changes_state for layer in self.layers)
 
     def _leaves(self, value: int, last: int) -> bool:
         v = self.values[value]

@@ -12,7 +12,8 @@ from tests.toys import halves, packs
 
 @st.composite
 def layer_graphs(draw: st.DrawFn, max_layers: int = 8) -> LayerGraph:
-    """Models with skips, several values between layers, tied, frozen and empty layers."""
+    """Models with skips, several values between layers, tied, frozen and empty layers, and
+    inputs that want a gradient."""
     count = draw(st.integers(1, max_layers))
     produced = [MODEL_INPUT] * draw(st.integers(1, 2))
     reads: list[set[int]] = []
@@ -29,7 +30,10 @@ def layer_graphs(draw: st.DrawFn, max_layers: int = 8) -> LayerGraph:
     trains = [i in _users(tied) or not (frozen[i] or empty[i]) for i in range(count)]
     grads: list[bool] = []
     for value, producer in enumerate(produced):
-        flows = producer >= 0 and (trains[producer] or any(grads[v] for v in reads[producer]))
+        if producer == MODEL_INPUT:
+            grads.append(draw(st.integers(0, 2)) == 0)
+            continue
+        flows = trains[producer] or any(grads[v] for v in reads[producer])
         # Masks and indices carry no gradient, whatever made them.
         grads.append(flows and (value == len(produced) - 1 or draw(st.integers(0, 5)) > 0))
     values = tuple(

@@ -21,6 +21,7 @@ def chain(
     frozen: tuple[int, ...] = (),
     skips: tuple[tuple[int, int], ...] = (),
     random_layer: int | None = None,
+    input_gradient: bool = False,
 ) -> LayerGraph:
     """A chain whose value ``l`` is the input of layer ``l``; the last layer makes the loss.
 
@@ -29,11 +30,12 @@ def chain(
         frozen: layers without gradients.
         skips: pairs ``(producer, consumer)``: the consumer also reads the producer's output.
         random_layer: a layer that draws random numbers.
+        input_gradient: whether the input of the model requires a gradient.
     """
     consumers: list[set[int]] = [{v} if v < num_layers else set() for v in range(num_layers + 1)]
     for producer, consumer in skips:
         consumers[producer + 1].add(consumer)
-    grad = [False] * (num_layers + 1)
+    grad = [input_gradient] + [False] * num_layers
     for layer in range(num_layers):
         grad[layer + 1] = layer not in frozen or any(
             grad[v] for v in range(num_layers) if layer in consumers[v]

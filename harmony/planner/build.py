@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from harmony.errors import PlanError
-from harmony.layergraph import LayerGraph
+from harmony.layergraph import MODEL_INPUT, LayerGraph
+from harmony.planner.stepcheck import check_spec
 from harmony.planner.tasks import (
     Pack,
     Phase,
@@ -89,29 +89,42 @@ def backward_packs(graph: LayerGraph, spec: StepSpec) -> tuple[BackwardPack, ...
         return ()
     fused = spec.phase is Phase.TRAIN
     starts = {graph.loss} if fused else set(graph.output_ids)
-    reached = {v.id for v in graph.values if v.id in starts and v.requires_grad}
+    made = [v for v in graph.values if v.producer != MODEL_INPUT]
+    reached = {v.id for v in made if v.id in starts and v.requires_grad}
     # The step itself starts the gradient of the loss; every other gradient is a tensor.
     implicit = {graph.loss} if fused else set()
     packs = []
     for pack in reversed(spec.backward_packs):
         last = fused and pack.last == graph.num_layers
-        found = _backward_pack(graph, pack, reached, implicit, is_fused=last)
+        wanted = _wanted_inputs(graph, pack, spec.phase)
+        found = _backward_pack(graph, pack, wanted, reached, implicit, is_fused=last)
         if found is not None:
             packs.append(found)
             reached.update(found.makes)
     return tuple(packs)
 
 
+def _wanted_inputs(graph: LayerGraph, pack: Pack, phase: Phase) -> list[int]:
+    """Inputs of a pack whose gradient its BACKWARD writes.
+
+    An input of the model gets one in the drop-in form only: in a whole step nobody takes it.
+    """
+    inputs = (graph.values[v] for v in graph.pack_inputs(pack.first, pack.last))
+    given = phase is not Phase.TRAIN
+    return [v.id for v in inputs if v.requires_grad and (given or v.producer != MODEL_INPUT)]
+
+
 def _backward_pack(
-    graph: LayerGraph, pack: Pack, reached: set[int], implicit: set[int | None], *, is_fused: bool
+    graph: LayerGraph,
+    pack: Pack,
+    wanted: Sequence[int],
+    reached: set[int],
+    implicit: set[int | None],
+    *,
+    is_fused: bool,
 ) -> BackwardPack | None:
     outputs = [v for i in pack for v in graph.layers[i].outputs if v in reached]
     results = tuple(v for v in graph.pack_outputs(pack.first, pack.last)) if is_fused else ()
-    wanted = [
-        v
-        for v in graph.pack_inputs(pack.first, pack.last)
-        if graph.values[v].requires_grad and graph.values[v].producer >= 0
-    ]
     own = any(graph.layers[i].gradient_nbytes for i in pack)
     used = graph.shared_in(pack.first, pack.last)
     tied = tuple(k for k in used if graph.shared[k].gradient_nbytes)
@@ -327,56 +340,3 @@ def covers(whole: TensorRef, part: TensorRef) -> bool:
         and whole.samples[0] <= part.samples[0]
         and part.samples[1] <= whole.samples[1]
     )
-
-
-def check_spec(graph: LayerGraph, spec: StepSpec) -> None:
-    """Refuse packs, shares and sizes that do not make a step of this model.
-
-    Raises:
-        PlanError: with what is wrong.
-    """
-    if spec.phase is Phase.TRAIN and graph.loss is None:
-        raise PlanError("a training step needs a model that returns its loss; this one has none")
-    for name, size in (("forward", spec.forward_size), ("backward", spec.backward_size)):
-        if size < 1:
-            raise PlanError(f"the {name} microbatch size must be at least 1, not {size}")
-    _check_cover("shares", spec.shares, spec.minibatch)
-    if spec.phase is not Phase.INFER:
-        _check_packs("BACKWARD", spec.backward_packs, graph.num_layers)
-    if spec.phase is Phase.TRAIN:
-        _check_packs("FORWARD", spec.forward_packs, spec.backward_packs[-1].first)
-    elif spec.phase is not Phase.BACKWARD:
-        _check_packs("FORWARD", spec.forward_packs, graph.num_layers)
-    _check_sizes(graph, spec)
-
-
-def _check_packs(kind: str, packs: Sequence[Pack], num_layers: int) -> None:
-    _check_cover(f"{kind} packs", [(p.first, p.last) for p in packs], num_layers)
-
-
-def _check_cover(what: str, ranges: Sequence[tuple[int, int]], end: int) -> None:
-    at = 0
-    for low, high in ranges:
-        if low != at or high <= low:
-            raise PlanError(f"the {what} must follow each other from 0 on; {low}:{high} does not")
-        at = high
-    if at != end:
-        raise PlanError(f"the {what} end at {at}, they must end at {end}")
-
-
-def _check_sizes(graph: LayerGraph, spec: StepSpec) -> None:
-    forward, backward = spec.forward_size, spec.backward_size
-    both = spec.phase in (Phase.TRAIN, Phase.FORWARD) and spec.forward_packs
-    if not both or forward == backward:
-        return
-    sizes = f"FORWARD microbatches of {forward} and BACKWARD microbatches of {backward} samples"
-    if graph.pins_microbatch():
-        raise PlanError(
-            f"{sizes}: a layer draws random numbers or mixes samples, so the recompute would"
-            " differ. Use the same size for both"
-        )
-    if forward % backward:
-        raise PlanError(
-            f"{sizes}: each BACKWARD microbatch must lie in one FORWARD microbatch."
-            f" Use a FORWARD size that is a multiple of {backward}"
-        )

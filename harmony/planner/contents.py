@@ -14,9 +14,9 @@ from harmony.errors import ScheduleError
 from harmony.layergraph import MODEL_INPUT, LayerGraph
 from harmony.planner.clocks import Clocks
 from harmony.planner.issue import Place, refuse
-from harmony.planner.schedule import Instruction, Op, Schedule, Slots
+from harmony.planner.occupancy import SlotTable, StageTable
+from harmony.planner.schedule import Instruction, Op, Schedule
 from harmony.planner.tasks import Phase, Task, TaskKind, TensorKind, TensorRef
-from harmony.units import aligned
 
 Cell = Hashable
 Access = tuple[int, int]
@@ -36,35 +36,6 @@ class _Memory:
     read: list[tuple[Access, Place]] = field(default_factory=list)
 
 
-class _SlotTable:
-    """What each slot of each device holds."""
-
-    def __init__(self, schedule: Schedule, graph: LayerGraph) -> None:
-        self.devices = schedule.devices
-        self.graph = graph
-        self.held: dict[tuple[int, bool, int], list[TensorRef]] = defaultdict(list)
-
-    def enter(self, device: int, ref: TensorRef, slot: int) -> str | None:
-        """Put a tensor into a slot; return why it does not fit there."""
-        spec, held = self.devices[device], self.held[device, ref.is_gradient_part, slot]
-        limits = spec.gradient_slots if ref.is_gradient_part else spec.weight_slots
-        by_layer = (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS)
-        if ref.kind in by_layer and any(other.kind in by_layer for other in held):
-            return f"slot {slot} still holds {held[0]}"
-        held.append(ref)
-        return _overflow(limits, slot, sum(aligned(other.nbytes(self.graph)) for other in held))
-
-    def leave(self, device: int, ref: TensorRef, slot: int) -> None:
-        """Take a tensor out of a slot."""
-        self.held[device, ref.is_gradient_part, slot].remove(ref)
-
-
-def _overflow(limits: Slots, number: int, nbytes: int) -> str | None:
-    if number >= limits.count or nbytes > limits.nbytes:
-        return f"{nbytes} bytes in number {number} of {limits}"
-    return None
-
-
 class Contents:
     """The memories of one walk through a schedule."""
 
@@ -76,8 +47,8 @@ class Contents:
         self.clocks = clocks
         self.phase = phase
         self.memories: dict[Cell, _Memory] = defaultdict(_Memory)
-        self.slots = _SlotTable(schedule, graph)
-        self.stages: dict[tuple[int, int], TensorRef] = {}
+        self.slots = SlotTable(schedule, graph)
+        self.stages = StageTable(schedule, graph)
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
         self.at = Place(0, 0)
         self.authors = _expected_authors(schedule)
@@ -105,16 +76,19 @@ class Contents:
 
         Raises:
             ScheduleError: if a device still holds something, if a gradient part was never added
-                or if a value in ``kept`` is not on the host.
+                or if a value in ``kept``, or the gradient of an input of the model, is not on
+                the host.
         """
         for cell, memory in self.memories.items():
             if memory.alive and memory.written is not None:
                 raise refuse(self.schedule, memory.written[1], f"{_name(cell)} is never dropped")
-        for part in self.stages.values():
+        for part in self.stages.parts():
             raise ScheduleError(f"{part} is swapped out and never added")
         for ref, author in self.authors.final.items():
             must = ref.kind is TensorKind.VALUE and ref.first in kept
             must = must or (ref.is_gradient_part and ref.part == 0)
+            is_gradient = ref.kind is TensorKind.VALUE_GRADIENT
+            must = must or (is_gradient and self.graph.values[ref.first].producer == MODEL_INPUT)
             if must and self.memories["host", ref].author != author:
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
 
@@ -154,13 +128,8 @@ class Contents:
         if (stage is None) != (ref.part == 0):
             raise self._refuse("part 0 of a gradient goes to the arena, all others to a stage")
         if stage is not None:
-            limits = self.schedule.devices[self.at.program].stages
-            self._check(_overflow(limits, stage, aligned(ref.nbytes(self.graph))))
-            key = (self.at.program, stage)
-            if key in self.stages:
-                raise self._refuse(f"stage {stage} holds {self.stages[key]}, not yet added")
-            self.stages[key] = ref
-            cell = ("stage", *key)
+            self._check(self.stages.enter(self.at.program, ref, stage))
+            cell = ("stage", self.at.program, stage)
         elif ref not in self.copies[ref.kind, ref.first]:
             self.copies[ref.kind, ref.first].append(ref)
         self._touch(cell, write=True)
@@ -191,7 +160,7 @@ class Contents:
             else:
                 self._write_on_device(step, ref)
         if on_host and step.task.addend is not None:
-            del self.stages[self._stage_of(step.task.addend)]
+            self.stages.leave(self._stage_of(step.task.addend))
 
     def _write_on_device(self, step: Instruction, ref: TensorRef) -> None:
         memory = self._device(ref)
@@ -238,10 +207,10 @@ class Contents:
         return [("host", ref)]
 
     def _stage_of(self, ref: TensorRef) -> tuple[int, int]:
-        for key, part in self.stages.items():
-            if part == ref:
-                return key
-        raise self._refuse(f"{ref} is in no staging buffer")
+        key = self.stages.of(ref)
+        if key is None:
+            raise self._refuse(f"{ref} is in no staging buffer")
+        return key
 
     def _host_copy(self, ref: TensorRef) -> TensorRef:
         """The copy on the host that ``ref`` is, or is a part of."""

@@ -126,8 +126,16 @@ def _question(
     if num_packs is not None and not 1 <= num_packs <= graph.num_layers:
         raise ConfigError(f"num_packs is between 1 and {graph.num_layers}, not {num_packs}")
     several = machine.num_devices > 1 and minibatch > 1
+    ordered = graph.orders_microbatches()
+    if mode == "dp" and several and ordered:
+        names = [layer.name for layer in graph.layers if layer.changes_state]
+        raise ConfigError(
+            f"mode='dp': {names[0]} changes its buffers from microbatch to microbatch, which has "
+            "to happen in order. Use mode='pp' or 'auto'"
+        )
     # One share is the same step in both modes.
-    modes = ("pp",) if not several else ("pp", "dp") if mode == "auto" else (mode,)
+    both = several and not ordered
+    modes = ("pp",) if not both else ("pp", "dp") if mode == "auto" else (mode,)
     sizes = (size,) if isinstance(size, int) else None
     return Question(Packer(graph, costs), machine, minibatch, phase, modes, sizes, num_packs)
 

@@ -82,7 +82,15 @@ class _Finder:
                     self._write(task, ref)
                     if ref.kind is TensorKind.VALUE and ref.first in kept:
                         self.newest[ref][1].leaves = True
+        for ref, (_, stay) in self.newest.items():
+            # Complete only with the part of the last pack that adds to it.
+            stay.leaves |= self._is_given(ref)
         return self.stays
+
+    def _is_given(self, ref: TensorRef) -> bool:
+        """Whether the caller gets it: the gradient of an input of the model."""
+        is_gradient = ref.kind is TensorKind.VALUE_GRADIENT
+        return is_gradient and self.graph.values[ref.first].producer == MODEL_INPUT
 
     def _read(self, task: Task, ref: TensorRef) -> None:
         device, position = self.placement.device[task], self.placement.position[task]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 import pytest
 from hypothesis import given, settings
@@ -96,6 +98,31 @@ def test_phases_of_the_drop_in_form() -> None:
     assert kept[Phase.FORWARD] == {2, 4}
     assert kept[Phase.INFER] == kept[Phase.TRAIN] == {4}
     assert kept[Phase.BACKWARD] == set()
+
+
+def test_an_input_that_requires_a_gradient_gets_the_sum_of_all_packs_that_read_it() -> None:
+    graph = chain(3, input_gradient=True, frozen=(0,), skips=((-1, 2),))
+
+    def of(phase: Phase) -> list[str]:
+        forward = packs(1, 2) if phase is Phase.TRAIN else packs(1, 2, 3)
+        return lines(build_tasks(graph, step(1, 1, forward, packs(1, 2, 3), phase=phase)))
+
+    assert of(Phase.BACKWARD) == [
+        "B[2:3]@0:1 (W[2:3] X0@0:1 X2@0:1 dX3@0:1) -> dW[2:3]%0 dX0@0:1 dX2@0:1",
+        "B[1:2]@0:1 (W[1:2] X1@0:1 dX2@0:1) -> dW[1:2]%0 dX1@0:1",
+        "B[0:1]@0:1 (W[0:1] X0@0:1 dX1@0:1 dX0@0:1) -> dX0@0:1",
+    ]
+    # A whole step has no taker for it.
+    assert not any("dX0" in line for line in of(Phase.TRAIN))
+
+
+def test_an_input_that_is_returned_has_no_gradient_from_outside() -> None:
+    graph = chain(2, input_gradient=True)
+    values = (replace(graph.values[0], is_output=True), *graph.values[1:])
+    spec = step(1, 1, packs(1, 2), packs(1, 2), phase=Phase.BACKWARD)
+    assert lines(build_tasks(replace(graph, values=values), spec)) == lines(
+        build_tasks(graph, spec)
+    )
 
 
 def test_unequal_microbatches_depend_on_the_forward_that_covers_them() -> None:

@@ -203,6 +203,19 @@ def test_impossible_policies_are_refused() -> None:
         Policy(boundary="drop")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("boundary", ["keep", "swap", "host"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_gradient_of_an_input_leaves_for_the_host(replicas: int, boundary: str) -> None:
+    """That it is complete by then, the checker sees to."""
+    graph = chain(6, input_gradient=True, skips=((-1, 4),))
+    ends = packs(2, 4, 6)
+    spec = step(4, 1, ends, ends, replicas=replicas, phase=Phase.BACKWARD)
+    policy = Policy(boundary=boundary)  # type: ignore[arg-type]
+    schedule = schedule_of(graph, spec, 2, policy)
+    out = [str(i.ref) for p in schedule.programs for i in p if i.op is Op.SWAP_OUT]
+    assert {ref for ref in out if ref.startswith("dX0")} == {f"dX0@{i}:{i + 1}" for i in range(4)}
+
+
 def test_inference_keeps_only_outputs() -> None:
     graph = chain(4)
     spec = step(4, 2, packs(2, 4), packs(2, 4), phase=Phase.INFER)

@@ -54,6 +54,12 @@ CASES = {
         1,
         Policy(1, 1, 1),
     ),
+    "backward to an input, read twice": (
+        chain(4, input_gradient=True, frozen=(0,), skips=((-1, 2),)),
+        step(3, 1, packs(2, 4), packs(1, 2, 4), phase=Phase.BACKWARD),
+        2,
+        Policy(),
+    ),
 }
 
 
