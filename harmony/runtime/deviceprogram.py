@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from harmony.planner.schedule import Instruction, Op
-from harmony.planner.tasks import Pack, Samples, Task, TaskKind, TensorKind, TensorRef
+from harmony.planner.tasks import Pack, Samples, TaskKind, TensorKind, TensorRef
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.hostmem import ArenaLayout, Place
+from harmony.runtime.hostmem import ArenaLayout, Piece, Place
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.stage import Stage
 from harmony.runtime.step import HostValues, Step
+from harmony.runtime.taskissue import Env, Issue, TaskIssuer
 from harmony.timeline import Span
-
-Issue = Callable[[Step], None]
-Env = dict[TensorRef, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class DeviceProgram:
         self._stage = stage
         self._around = around
         self._env = around.envs[index]
+        self._tasks = TaskIssuer(stage, self._env, around.host)
         self._slot_of: dict[TensorRef, int] = {}
         self._packs = _packs_of(program)
         self._kinds = kinds
@@ -145,50 +144,11 @@ class DeviceProgram:
 
     def _run(self, at: int, instruction: Instruction) -> Issue:
         assert instruction.task is not None
+        slot = self._slot(instruction.reads, parameters=True)
         if instruction.task.kind is TaskKind.FORWARD:
-            return self._run_forward(at, instruction)
-        return self._run_backward(at, instruction)
-
-    def _run_forward(self, at: int, instruction: Instruction) -> Issue:
-        task, env, stage = _task(instruction), self._env, self._stage
-        slot = self._slot(instruction.reads, parameters=True)
-        inputs = [ref for ref in instruction.reads if ref.is_value]
-        outputs = [ref for ref in instruction.writes if ref.is_value]
-        wanted = [ref.first for ref in outputs]
-
-        def issue(step: Step) -> None:
-            values = {ref.first: env[ref] for ref in inputs}
-            found = stage.forward(task, slot, values, wanted, step.random)
-            for ref in outputs:
-                env[ref] = found[ref.first]
-
-        return issue
-
-    def _run_backward(self, at: int, instruction: Instruction) -> Issue:
-        task, env, stage = _task(instruction), self._env, self._stage
-        slot = self._slot(instruction.reads, parameters=True)
+            return self._tasks.forward(instruction, slot)
         gradient_slot = self._slot(instruction.writes, parameters=False)
-        is_first = not any(ref.is_gradient_part for ref in instruction.reads)
-        reads = [ref for ref in instruction.reads if ref.is_value]
-        inputs = [ref for ref in reads if ref.kind is TensorKind.VALUE]
-        incoming = [ref for ref in reads if ref.kind is TensorKind.VALUE_GRADIENT]
-        outputs = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE]
-        outgoing = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE_GRADIENT]
-        wanted = [ref.first for ref in outputs]
-
-        def issue(step: Step) -> None:
-            if is_first:
-                stage.begin_gradients(task.pack, slot, gradient_slot)
-            values = {ref.first: env[ref] for ref in inputs}
-            above = {ref.first: env[ref] for ref in incoming if ref in env}
-            weight = task.num_samples / step.minibatch
-            made, below = stage.backward(task, slot, values, above, wanted, step.random, weight)
-            for ref in outputs:
-                env[ref] = made[ref.first]
-            for ref in outgoing:
-                env[ref] = _gradient(below, ref, values)
-
-        return issue
+        return self._tasks.backward(instruction, slot, gradient_slot)
 
     def _alloc(self, at: int, instruction: Instruction) -> Issue:
         ref = _ref(instruction)
@@ -210,31 +170,45 @@ class DeviceProgram:
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(env[ref], chunk)
-        source = self._around.host.parameter_bytes(ref)
-        if source.numel() == 0:
-            return _nothing
-        low, high = self._in_slot(at, ref, self._around.host.weights.layout)
+        pieces = self._around.host.parameter_pieces(ref)
+        low, _ = self._in_slot(at, ref, self._around.host.weights.layout)
         slot, stage = self._slot_of[ref], self._stage
-        target = stage.weight_range(slot, low, high)
-        return lambda _: _copy(target, source)
+        pairs = [
+            (stage.weight_range(slot, low + p.offset, low + p.offset + p.data.numel()), p.data)
+            for p in pieces
+        ]
+
+        def issue(_: Step) -> None:
+            for target, source in pairs:
+                _copy(target, source)
+
+        return issue
 
     def _swap_out(self, at: int, instruction: Instruction) -> Issue:
         ref, env, host = _ref(instruction), self._env, self._around.host
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(chunk, env[ref])
-        target = host.gradient_bytes(ref)
         low, high = self._in_slot(at, ref, host.gradients.layout)
-        source = self._stage.gradient_range(self._slot_of[ref], low, high)
+        slot, stage = self._slot_of[ref], self._stage
+        pieces = host.gradient_pieces(ref)
+        staged = torch.empty(0)
         if instruction.slot is not None:
-            target = host.stage_bytes(self._index, instruction.slot, target.numel())
-            host.staged[ref] = target
-        touched_by, pack = self._stage.touched_by, self._packs[at]
+            staged = host.stage_bytes(self._index, instruction.slot, high - low)
+            pieces = [Piece(0, staged)] if high > low else []
+        pairs = [
+            (p.data, stage.gradient_range(slot, low + p.offset, low + p.offset + p.data.numel()))
+            for p in pieces
+        ]
+        touched_by, pack = stage.touched_by, self._packs[at]
         assert pack is not None
+        is_staged = instruction.slot is not None
 
         def issue(_: Step) -> None:
             host.touched[ref] = frozenset(touched_by.get(pack, ()))
-            if source.numel():
+            if is_staged:  # here, not when it is prepared: another schedule may have its own
+                host.staged[ref] = staged
+            for target, source in pairs:
                 _copy(target, source)
 
         return issue
@@ -328,19 +302,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _nothing(_: Step) -> None:
     """Nothing to issue: the schedule needs the instruction, the device does not."""
-
-
-def _gradient(
-    gradients: Mapping[int, torch.Tensor], ref: TensorRef, values: Mapping[int, torch.Tensor]
-) -> torch.Tensor:
-    """Return a value's gradient: zeros if the pack read the value but nothing depends on it."""
-    found = gradients.get(ref.first)
-    return torch.zeros_like(values[ref.first]) if found is None else found
-
-
-def _task(instruction: Instruction) -> Task:
-    assert instruction.task is not None
-    return instruction.task
 
 
 def _ref(instruction: Instruction) -> TensorRef:

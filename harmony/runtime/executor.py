@@ -13,20 +13,22 @@ import torch
 
 from harmony.capture import Captured
 from harmony.errors import ExecutionError, HarmonyError
-from harmony.layergraph import MODEL_INPUT
 from harmony.planner.kinds import span_kinds
 from harmony.planner.schedule import HOST, Op, Schedule
-from harmony.planner.tasks import Samples, TensorKind, TensorRef
+from harmony.planner.tasks import TaskKind, TensorKind
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
-from harmony.runtime.deviceprogram import DeviceProgram, Env, Surroundings
+from harmony.runtime.deviceprogram import DeviceProgram, Surroundings
 from harmony.runtime.hostmem import Place, Stash
 from harmony.runtime.hostprogram import HostProgram
 from harmony.runtime.hoststate import HostState
-from harmony.runtime.randomness import RandomStates
+from harmony.runtime.hostvalues import is_input, reserve_values
+from harmony.runtime.recall import Recall
+from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.signals import Signals, Stopped
 from harmony.runtime.stage import Stage
-from harmony.runtime.step import HostValues, Step
+from harmony.runtime.step import HostValues, Step, Weights
+from harmony.runtime.taskissue import Env
 from harmony.runtime.workers import Countdown, Worker
 from harmony.timeline import Timeline
 
@@ -57,12 +59,17 @@ class Job:
     """One run of a prepared schedule.
 
     Attributes:
-        random: the random states of the microbatches, started.
-        minibatch: samples, to weigh the microbatches' losses.
+        recall: the random states of the microbatches, started, and what layers change.
+        weights: how much the scalars of each microbatch count.
+        apply_updates: whether parameters are updated; if not, the gradients are all that is new.
+        check: figures of a forward that ran before, or are to be compared with a backward to
+            come. A schedule that has both is checked in its first run without it.
     """
 
-    random: RandomStates
-    minibatch: int
+    recall: Recall
+    weights: Weights
+    apply_updates: bool = True
+    check: SelfCheck | None = None
 
 
 class Executor:
@@ -99,7 +106,8 @@ class Executor:
         """
         with streams_restored(self.contexts):
             self._reserve_slots(schedule)
-        self._reserve_values(schedule, values)
+        graph, device = self._host.graph, self.contexts[0].device
+        reserve_values(schedule, graph, values, self._place_of, device)
         recorded_by = {
             step.event: index
             for index, program in enumerate([*schedule.programs, schedule.host])
@@ -118,21 +126,20 @@ class Executor:
             if step.op is Op.WAIT and step.event is not None and recorded_by[step.event] != index
         )
         around = Surroundings(self._host, values, self._envs, events, crossing, self._place_of)
-        kinds = span_kinds(schedule, self._host.graph)
+        kinds = span_kinds(schedule, graph)
         programs = [
             DeviceProgram(
                 i, program, self.contexts[i], self._stages[i], around, kinds[f"gpu{i}"]
             )
             for i, program in enumerate(schedule.programs)
         ]
-        graph = self._host.graph
         ids = {index for kind, index in values if kind is TensorKind.VALUE}
         return PreparedSchedule(
             schedule,
             programs,
             HostProgram(schedule.host, self._host, events, kinds[HOST]),
             values,
-            {i: values[TensorKind.VALUE, i] for i in ids if _is_input(graph.values[i].producer)},
+            {i: values[TensorKind.VALUE, i] for i in ids if is_input(graph.values[i])},
             {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},
             max(recorded_by, default=-1) + 1,
         )
@@ -168,32 +175,6 @@ class Executor:
             ]
             self._stages[index].set_slots(slots[0], slots[1])
 
-    def _reserve_values(self, schedule: Schedule, values: HostValues) -> None:
-        """Make room on the host for every value that the schedule moves to or from it."""
-        found: dict[tuple[TensorKind, int], set[Samples]] = {}
-        for program in schedule.programs:
-            for step in program:
-                ref = step.ref
-                if step.op in (Op.SWAP_OUT, Op.SWAP_IN) and ref is not None and ref.is_value:
-                    assert ref.samples is not None
-                    if step.op is Op.SWAP_OUT or self._from_host(ref):
-                        found.setdefault((ref.kind, ref.first), set()).add(ref.samples)
-        device = self.contexts[0].device
-        for (kind, index), chunks in found.items():
-            if (kind, index) in values:
-                continue
-            value = self._host.graph.values[index]
-            places = {s: self._place_of(index, s[1] - s[0]) for s in sorted(chunks)}
-            stash = values[kind, index] = Stash(device)
-            stash.reserve(places, value.batch_dim, f"value {value.name}")
-
-    def _from_host(self, ref: TensorRef) -> bool:
-        """Whether the caller puts this tensor on the host: an input, or an output's gradient."""
-        value = self._host.graph.values[ref.first]
-        if ref.kind is TensorKind.VALUE:
-            return _is_input(value.producer)
-        return value.is_output
-
     # Running
 
     def run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
@@ -208,6 +189,10 @@ class Executor:
         Raises:
             ExecutionError: if a task fails; names the task.
         """
+        with job.recall.random.borrowed():
+            return self._run(prepared, job)
+
+    def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
         token = self._next_token
         num_programs = len(prepared.programs) + 1
         num_signals = prepared.num_events + len(prepared.programs)
@@ -215,23 +200,44 @@ class Executor:
         signals = Signals(token)
         ends = range(prepared.num_events, num_signals)
         first_time = prepared.num_runs == 0
-        step = Step(signals, job.random, job.minibatch, tuple(ends) if first_time else ())
+        check = job.check
+        if check is None and first_time:
+            check = self.new_check(prepared.schedule)
+        optimizer = self._host.optimizer
+        clips = optimizer is not None and optimizer.max_norm is not None and job.apply_updates
+        step = Step(
+            signals,
+            job.recall,
+            job.weights,
+            before_updates=tuple(ends) if first_time or clips or check else (),
+            clips=clips,
+            apply_updates=job.apply_updates,
+            check=check,
+        )
         for context in self.contexts:
             context.reset_peak()
         self._host.begin_step()
+        job.recall.random.check = signals.check
         countdown = Countdown(num_programs)
         handover = token + num_signals
         for index, (worker, program) in enumerate(self._assign(prepared)):
             tokens = (handover + 2 * index, handover + 2 * index + 1)
             native.trace_release(tokens[0])
             end = prepared.num_events + index
-            worker.submit(self._job(program, step, countdown, tokens, end))
+            worker.submit(self._job(program, step, tokens, end), countdown.done)
         self._wait(countdown, signals)
         for index in range(num_programs):
             native.trace_acquire(handover + 2 * index + 1)
         self._raise_failure(prepared, step)
         prepared.num_runs += 1
         return self._timeline(prepared, step)
+
+    def new_check(self, *schedules: Schedule) -> SelfCheck | None:
+        """Return an empty self-check of a forward and its backward; None if nothing runs twice."""
+        tasks = [step.task for s in schedules for p in s.programs for step in p if step.task]
+        if {TaskKind.FORWARD, TaskKind.BACKWARD}.difference(task.kind for task in tasks):
+            return None
+        return SelfCheck(self._host.graph, self.contexts[0].device, schedules)
 
     def _assign(self, prepared: PreparedSchedule) -> list[tuple[Worker, Program]]:
         pairs: list[tuple[Worker, Program]] = list(
@@ -240,7 +246,7 @@ class Executor:
         return [*pairs, (self._update_worker, prepared.host_program)]
 
     def _job(
-        self, program: Program, step: Step, countdown: Countdown, tokens: tuple[int, int], end: int
+        self, program: Program, step: Step, tokens: tuple[int, int], end: int
     ) -> Callable[[], None]:
         devices = [context.device for context in self.contexts]
 
@@ -259,7 +265,6 @@ class Executor:
                 step.signals.fail(where, error)
             finally:
                 native.trace_release(tokens[1])
-                countdown.done()
 
         return job
 
@@ -293,10 +298,6 @@ class Executor:
             timeline.spans.extend(program.spans())
             timeline.peak_nbytes.append(context.peak_nbytes())
         return timeline
-
-
-def _is_input(producer: int) -> bool:
-    return producer == MODEL_INPUT
 
 
 def _slot_sizes(schedule: Schedule, index: int) -> tuple[int, int, int, int]:

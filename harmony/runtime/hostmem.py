@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from harmony.errors import DoesNotFitError
 from harmony.planner.tasks import Samples
 from harmony.runtime import native
 from harmony.units import aligned, format_bytes
+
+Views = Mapping[str, torch.Tensor]
+"""Memory by the name of the tensor that lives there."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -122,11 +125,13 @@ class Region:
 
 
 class ArenaLayout:
-    """Where everything lies in one arena: layers in order, then the shared parameters.
+    """Where everything lies in one arena: layers in order, then shared parameters, then the rest.
 
     Attributes:
         layers: region of each layer.
         shared: region of each shared parameter.
+        rest: region of what no layer uses.
+        places: of all of these, by name.
         nbytes: bytes of the arena.
     """
 
@@ -135,17 +140,21 @@ class ArenaLayout:
     ) -> None:
         by_layer: dict[int, list[ParamInfo]] = {}
         by_shared: dict[int, list[ParamInfo]] = {}
+        rest: list[ParamInfo] = []
         for tensor in tensors:
             if tensor.shared_id is not None:
                 by_shared.setdefault(tensor.shared_id, []).append(tensor)
             elif tensor.layer is not None:
                 by_layer.setdefault(tensor.layer, []).append(tensor)
+            else:
+                rest.append(tensor)
         self.nbytes = 0
         self.layers = [self._region(by_layer.get(i, ())) for i in range(num_layers)]
         self.shared = [self._region(by_shared.get(i, ())) for i in range(num_shared)]
+        self.rest = self._region(rest)
         self.places = {
             name: place
-            for region in (*self.layers, *self.shared)
+            for region in (*self.layers, *self.shared, self.rest)
             for name, place in region.places.items()
         }
 
@@ -201,21 +210,18 @@ class HostArena:
             name: self.buffer.view(place.offset, place) for name, place in layout.places.items()
         }
 
-    def layers(self, first: int, last: int) -> torch.Tensor:
-        """Bytes of a pack: one contiguous range."""
-        low, high = self.layout.span(first, last)
-        return self.buffer.tensor[low:high]
-
-    def shared(self, index: int) -> torch.Tensor:
-        """Bytes of a shared parameter."""
-        region = self.layout.shared[index]
-        return self.buffer.tensor[region.low : region.high]
-
-    def adopt(self, module: nn.Module) -> dict[str, nn.Parameter]:
+    def adopt(
+        self, module: nn.Module, materialise: Callable[[nn.Module, Views], object] | None = None
+    ) -> dict[str, nn.Parameter]:
         """Move the values of a module's parameters and buffers into the arena, one at a time.
 
         The `nn.Parameter` objects stay the same; only their memory is another.
+
+        Args:
+            materialise: gives the parameters on the meta device their places here, and values.
         """
+        if materialise is not None:
+            materialise(module, self.views)
         params = dict(module.named_parameters())
         buffers = dict(module.named_buffers())
         with torch.no_grad():
@@ -223,9 +229,61 @@ class HostArena:
                 tensor = params.get(name, buffers.get(name))
                 if tensor is None:
                     raise KeyError(f"{name} is neither a parameter nor a buffer of the module")
-                view.copy_(tensor)
-                tensor.data = view
+                if tensor.data_ptr() != view.data_ptr():
+                    view.copy_(tensor)
+                    tensor.data = view
         return params
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of an arena that are wanted together with others.
+
+    Attributes:
+        offset: where they belong, counted from the start of what is wanted.
+        data: they themselves, on the host.
+    """
+
+    offset: int
+    data: torch.Tensor
+
+
+class ArenaView:
+    """An arena as one capture of the model sees it, whose layers may be others than its own.
+
+    The arena is laid out for the first capture: there a pack is one piece. Another capture may
+    have other layers, or the same in another order (another path through the model); then a pack
+    is as many pieces as it takes.
+    """
+
+    def __init__(self, arena: HostArena, layout: ArenaLayout) -> None:
+        """See ``arena`` as ``layout``, which has the same tensors."""
+        self.arena = arena
+        self.layout = layout
+        self.views = arena.views
+
+    def layers(self, first: int, last: int) -> list[Piece]:
+        """Bytes of a pack."""
+        return self._pieces(self.layout.layers[first:last])
+
+    def shared(self, index: int) -> list[Piece]:
+        """Bytes of a shared parameter."""
+        return self._pieces(self.layout.shared[index : index + 1])
+
+    def _pieces(self, regions: Sequence[Region]) -> list[Piece]:
+        base = regions[0].low if regions else 0
+        ranges: list[tuple[int, int, int]] = []  # offset, low and high in the arena
+        for region in regions:
+            for name, place in region.places.items():
+                low, nbytes = self.arena.layout.places[name].offset, aligned(place.nbytes)
+                offset = place.offset - base
+                before = ranges[-1] if ranges else (-1, -1, -1)
+                if before[0] + before[2] - before[1] == offset and before[2] == low:
+                    ranges[-1] = (before[0], before[1], low + nbytes)
+                elif nbytes:
+                    ranges.append((offset, low, low + nbytes))
+        memory = self.arena.buffer.tensor
+        return [Piece(offset, memory[low:high]) for offset, low, high in ranges]
 
 
 class Stash:

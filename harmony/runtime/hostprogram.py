@@ -8,6 +8,7 @@ import torch
 
 from harmony.planner.schedule import HOST, Instruction, Op
 from harmony.planner.tasks import TaskKind
+from harmony.runtime import native
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.step import Step
 from harmony.timeline import Span
@@ -35,8 +36,8 @@ class HostProgram:
         late: list[tuple[int, Instruction]] = []
         for index, instruction in enumerate(self._program):
             step.signals.check()
-            if step.before_updates and _is_update(instruction):
-                late.append((index, instruction))
+            if _is_update(instruction) and (step.before_updates or not step.apply_updates):
+                late += [(index, instruction)] if step.apply_updates else []
                 continue
             step.running[self.name] = str(instruction)
             if instruction.op is Op.WAIT:
@@ -48,6 +49,11 @@ class HostProgram:
                 self._timed(index, instruction, step)
         for event in step.before_updates:
             step.signals.wait(event)
+        if step.check is not None:
+            step.running[self.name] = "the self-check"
+            step.check.compare()
+        if late and step.clips:
+            self._clip(step)
         for index, instruction in late:
             self._timed(index, instruction, step)
 
@@ -59,6 +65,17 @@ class HostProgram:
             lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index
         )
         step.spans.append(span)
+
+    def _clip(self, step: Step) -> None:
+        """Clip the gradients, which are all complete, before the first update."""
+        step.running[self.name] = "the clipping of the gradients"
+        optimizer = self._host.optimizer
+        assert optimizer is not None, "a step without an optimizer has no updates"
+        self._host.publish_all()
+        for param in self._host.params.values():
+            if param.grad is not None:
+                native.trace_host_access("clip", param.grad, write=True)
+        optimizer.clip(self._host.params.values())
 
     def _wait(self, instruction: Instruction, step: Step) -> None:
         assert instruction.event is not None

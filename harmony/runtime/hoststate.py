@@ -13,7 +13,7 @@ from harmony.layergraph import LayerGraph
 from harmony.planner.schedule import Slots
 from harmony.planner.tasks import Pack, TensorKind, TensorRef
 from harmony.runtime import native
-from harmony.runtime.hostmem import HostArena, HostBuffer, view_bytes
+from harmony.runtime.hostmem import ArenaView, HostBuffer, Piece, view_bytes
 from harmony.runtime.optimizer import PackOptimizer
 
 
@@ -25,16 +25,18 @@ class HostState:
         params: the module's parameters by canonical name; views of the weight arena.
         optimizer: None where the user's own loop updates.
         touched: per gradient part of the step, which parameters it has a gradient for.
+        absent: gradients of values that nothing depends on; zeros are copied in their place.
         staged: per gradient part that is added on the host, where it lands.
         stages: per device, its staging buffers and the bytes of each.
     """
 
     graph: LayerGraph
-    weights: HostArena
-    gradients: HostArena
+    weights: ArenaView
+    gradients: ArenaView
     params: Mapping[str, nn.Parameter]
     optimizer: PackOptimizer | None = None
     touched: dict[TensorRef, frozenset[str]] = field(default_factory=dict)
+    absent: set[TensorRef] = field(default_factory=set)
     staged: dict[TensorRef, torch.Tensor] = field(default_factory=dict)
     stages: dict[int, tuple[HostBuffer, int]] = field(default_factory=dict)
     _complete: dict[str, bool] = field(default_factory=dict)
@@ -57,16 +59,17 @@ class HostState:
     def begin_step(self) -> None:
         """Forget the gradients of the step before."""
         self.touched.clear()
+        self.absent.clear()
         self._complete.clear()
         self._settled.clear()
 
-    def parameter_bytes(self, ref: TensorRef) -> torch.Tensor:
+    def parameter_pieces(self, ref: TensorRef) -> list[Piece]:
         """Host bytes of W[a:b] or Tk."""
-        return _bytes_of(self.weights, ref, TensorKind.WEIGHTS)
+        return _pieces_of(self.weights, ref, TensorKind.WEIGHTS)
 
-    def gradient_bytes(self, ref: TensorRef) -> torch.Tensor:
+    def gradient_pieces(self, ref: TensorRef) -> list[Piece]:
         """Host bytes of dW[a:b] or dTk in the gradient arena."""
-        return _bytes_of(self.gradients, ref, TensorKind.WEIGHT_GRADIENTS)
+        return _pieces_of(self.gradients, ref, TensorKind.WEIGHT_GRADIENTS)
 
     def names(self, ref: TensorRef) -> list[str]:
         """Names of the trainable parameters that a gradient part covers."""
@@ -156,7 +159,7 @@ class HostState:
             self.optimizer.update(params)
 
 
-def _bytes_of(arena: HostArena, ref: TensorRef, by_layer: TensorKind) -> torch.Tensor:
+def _pieces_of(arena: ArenaView, ref: TensorRef, by_layer: TensorKind) -> list[Piece]:
     if ref.kind is by_layer:
         return arena.layers(ref.first, ref.last)
     return arena.shared(ref.first)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
+from harmony.capture.randomstate import HostState, seed_python
 from harmony.planner.tasks import Samples
 from harmony.runtime.device import DeviceContext
+
+_LOOK_AGAIN_S = 0.1
 
 
 def microbatch_seed(step: int, index: int, seed: int = 0) -> int:
     """Return the seed from which microbatch ``index`` of step ``step`` draws its random numbers.
-
-    Harmony trains like this loop, whatever the plan::
-
-        for index, (x, y) in enumerate(microbatches):
-            torch.manual_seed(harmony.microbatch_seed(step, index, seed))
-            (loss_fn(net(x), y) * len(x) / len(batch)).backward()
 
     Args:
         step: number of the step, from 0.
@@ -29,33 +28,94 @@ def microbatch_seed(step: int, index: int, seed: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1  # torch wants a non-negative int64
 
 
+def seed_microbatch(step: int, index: int, seed: int = 0) -> None:
+    """Seed every generator as Harmony does at the start of a microbatch.
+
+    These are torch's on all devices, Python's `random`, and NumPy's if the program uses NumPy.
+    Harmony trains like this loop, whatever the plan::
+
+        for index, (x, y) in enumerate(microbatches):
+            harmony.seed_microbatch(step, index, seed)
+            (loss_fn(net(x), y) * len(x) / len(batch)).backward()
+
+    Args:
+        step, index, seed: as for `microbatch_seed`.
+    """
+    torch.manual_seed(microbatch_seed(step, index, seed))
+    seed_python(microbatch_seed(step, index, seed))
+
+
+def _nothing() -> None:
+    """All is well."""
+
+
 class RandomStates:
     """Random states of one step, by microbatch and layer.
 
-    A state is written by the thread that issues the layer before and read by the thread that
-    issues the layer itself; the schedule orders the two, since the layer reads what the one
-    before it made.
+    A state is written by the thread that issues the layer before, and read by the thread that
+    issues the layer itself. That one waits for it: a layer need not read what the one before it
+    made, so the schedule may not order the two.
+
+    Attributes:
+        keep_at: layers at whose start the state is kept.
+        on_host: whether layers draw from the generators that all threads share; such layers run
+            one at a time.
+        check: raises if there is nothing to wait for any more, since another thread failed.
     """
 
-    def __init__(self, keep_at: frozenset[int]) -> None:
-        """Keep the state at the start of each of these layers."""
+    def __init__(self, keep_at: frozenset[int], on_host: bool = False) -> None:
         self.keep_at = keep_at
+        self.on_host = on_host
         self._states: dict[tuple[Samples, int], torch.Tensor] = {}
-        self._lock = threading.Lock()
+        self._host_states: dict[tuple[Samples, int], HostState] = {}
+        self.check: Callable[[], None] = _nothing
+        self._arrived = threading.Condition()
+        self._host = threading.Lock()
 
-    def start(self, samples: Samples, layer: int, state: torch.Tensor) -> None:
-        """Set the state from which a microbatch starts at a layer."""
-        with self._lock:
+    def start(self, samples: Samples, layer: int, state: torch.Tensor, seed: int) -> None:
+        """Let a microbatch start at a layer from this state of the device, and this seed."""
+        with self._arrived:
             self._states[samples, layer] = state
+            if self.on_host:
+                self._host_states[samples, layer] = HostState.seeded(seed)
 
-    def enter(self, context: DeviceContext, samples: Samples, layer: int) -> None:
-        """Give the device the state that the microbatch had when it came to the layer."""
-        with self._lock:
-            state = self._states.get((samples, layer))
-        if state is not None:
-            context.set_random_state(state)
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Give the shared generators back to the program as they were."""
+        before = HostState.now() if self.on_host else None
+        try:
+            yield
+        finally:
+            if before is not None:
+                before.restore()
+
+    @contextmanager
+    def turn(self, context: DeviceContext, samples: Samples, layer: int) -> Iterator[None]:
+        """Run the block from the state that the microbatch had when it came to the layer.
+
+        Where layers draw from generators that all threads share, no two blocks run at once.
+        """
+        if layer not in self.keep_at:
+            yield
+            return
+        with self._arrived:
+            while (samples, layer) not in self._states:
+                self.check()
+                self._arrived.wait(_LOOK_AGAIN_S)
+        with self._host if self.on_host else nullcontext():
+            context.set_random_state(self._states[samples, layer])
+            if self.on_host:
+                self._host_states[samples, layer].restore()
+            yield
 
     def keep(self, context: DeviceContext, samples: Samples, layer: int) -> None:
-        """Keep the device's state for whoever runs the layer, now or in the recompute."""
-        if layer in self.keep_at:
-            self.start(samples, layer, context.random_state())
+        """Keep the states for whoever runs the layer, now or in the recompute."""
+        if layer not in self.keep_at:
+            return
+        state = context.random_state()
+        host = HostState.now() if self.on_host else None
+        with self._arrived:
+            self._states[samples, layer] = state
+            if host is not None:
+                self._host_states[samples, layer] = host
+            self._arrived.notify_all()

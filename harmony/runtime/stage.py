@@ -12,7 +12,8 @@ from harmony.layergraph import LayerGraph
 from harmony.planner.tasks import Pack, Samples, Task
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import ArenaLayout, view_bytes
-from harmony.runtime.randomness import RandomStates
+from harmony.runtime.kernelchoice import as_recomputed
+from harmony.runtime.recall import Recall
 
 Values = dict[int, torch.Tensor]
 """Tensors by the id of their value."""
@@ -68,10 +69,13 @@ class Stage:
         graph: LayerGraph,
         weights: ArenaLayout,
         gradients: ArenaLayout,
+        guarded: bool = True,
     ) -> None:
+        """Run layers of ``code``; to measure them, no matter on what values, not ``guarded``."""
         self.context = context
         self.graph = graph
         self._code = code
+        self._guarded = guarded
         self._weights = weights
         self._gradients = gradients
         self._skeleton = code.make_skeleton(context.device)
@@ -93,12 +97,25 @@ class Stage:
         self._weight_slots, self._gradient_slots = weights, gradients
 
     def forward(
-        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], random: RandomStates
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], recall: Recall
     ) -> Values:
         """Run the pack forward and keep only the values of ``wanted``."""
         self._bind(task.pack, slot)
-        with torch.no_grad():
-            return self._run(task, inputs, wanted, random)
+        if not recall.states.recomputed:
+            with torch.no_grad():
+                return self._own(self._run(task, inputs, wanted, recall))
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        with as_recomputed():
+            found = self._run(task, leaves, wanted, recall)
+        return self._own({v: tensor.detach() for v, tensor in found.items()})
+
+    def _own(self, found: Values) -> Values:
+        """Copies of those values that are views of a weight slot, which other packs will fill."""
+        slots = {slot.untyped_storage().data_ptr() for slot in self._weight_slots}
+        return {
+            v: t.clone() if t.untyped_storage().data_ptr() in slots else t
+            for v, t in found.items()
+        }
 
     def backward(
         self,
@@ -107,7 +124,7 @@ class Stage:
         inputs: Values,
         output_gradients: Values,
         outputs: Iterable[int],
-        random: RandomStates,
+        recall: Recall,
         loss_weight: float | None,
     ) -> tuple[Values, Values]:
         """Recompute the pack from its inputs and run it backward.
@@ -126,7 +143,7 @@ class Stage:
         made = [v for v in output_gradients if v not in leaves]
         outputs = tuple(outputs)
         with torch.enable_grad():
-            found = self._run(task, dict(leaves), {*made, *outputs}, random)
+            found = self._run(task, dict(leaves), {*made, *outputs}, recall)
         # A partial sum enters as the gradient of the input itself: autograd then adds the pack's
         # own uses to it one by one, in the order in which plain PyTorch would.
         roots = [(leaves.get(v, found.get(v)), g) for v, g in output_gradients.items()]
@@ -137,7 +154,7 @@ class Stage:
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         gradients = {v: leaf.grad for v, leaf in leaves.items() if leaf.grad is not None}
-        return {v: found[v].detach() for v in outputs}, gradients
+        return self._own({v: found[v].detach() for v in outputs}), gradients
 
     def begin_gradients(self, pack: Pack, weight_slot: int, slot: int) -> None:
         """Let the coming microbatches of the pack accumulate in a gradient slot."""
@@ -162,24 +179,28 @@ class Stage:
             self._bound = None
 
     def _run(
-        self, task: Task, inputs: Values, wanted: Iterable[int], random: RandomStates
+        self, task: Task, inputs: Values, wanted: Iterable[int], recall: Recall
     ) -> Values:
-        pack, samples = task.pack, _samples(task)
-        if not random.keep_at:
-            return self._code.run(
-                pack.first, pack.last, self._skeleton, inputs, task.num_samples, wanted=wanted
+        pack, samples, random = task.pack, _samples(task), recall.random
+
+        def at_layer(layer: int) -> None:
+            random.keep(self.context, samples, layer)
+
+        with random.turn(self.context, samples, pack.first):
+            with torch.no_grad():
+                recall.states.enter(task, self._skeleton)
+            found = self._code.run(
+                pack.first,
+                pack.last,
+                self._skeleton,
+                inputs,
+                task.num_samples,
+                wanted=wanted,
+                at_layer=at_layer if random.keep_at else None,
+                guarded=self._guarded,
             )
-        random.enter(self.context, samples, pack.first)
-        found = self._code.run(
-            pack.first,
-            pack.last,
-            self._skeleton,
-            inputs,
-            task.num_samples,
-            wanted=wanted,
-            at_layer=lambda layer: random.keep(self.context, samples, layer),
-        )
-        random.keep(self.context, samples, pack.last)
+            random.keep(self.context, samples, pack.last)
+            recall.states.leave(task, self._skeleton)
         return found
 
     def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -200,7 +221,8 @@ class Stage:
         places = self._weights.in_slot(pack.first, pack.last, shared)
         tensors: dict[str, torch.Tensor] = {}
         for name, (offset, place) in places.items():
-            view = view_bytes(self._weight_slots[slot], offset, place)
+            # Not a view for autograd: a buffer that changes would else count as a change of all.
+            view = view_bytes(self._weight_slots[slot], offset, place).data
             if name in self._trainable:
                 tensors[name] = param = nn.Parameter(view)
                 hook = self._sink.hook(name)

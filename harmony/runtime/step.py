@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harmony.planner.tasks import TensorKind
+from harmony.planner.tasks import Samples, TensorKind
 from harmony.runtime.hostmem import Stash
-from harmony.runtime.randomness import RandomStates
+from harmony.runtime.recall import Recall
+from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.signals import Signals
 from harmony.timeline import Span
 
 HostValues = dict[tuple[TensorKind, int], Stash]
 """Host copies of values and of their gradients."""
+
+Weights = Mapping[tuple[int, Samples], float]
+"""Per scalar output and microbatch, its factor in the sum that is the whole batch's."""
 
 
 @dataclass
@@ -20,18 +25,24 @@ class Step:
     """One run of a schedule.
 
     Attributes:
-        random: the microbatches' random states.
-        minibatch: samples of the step, to weigh the loss of a microbatch by its size.
+        recall: the microbatches' random states, and what layers change.
+        weights: how much the scalars of each microbatch count.
         before_updates: events that the host waits for before its first update.
+        clips: whether the gradients are clipped before the first update.
+        apply_updates: whether there are updates at all.
+        check: takes the figures of what is made twice, in the first run of a schedule.
         started_s: host clock when the step began; spans count from it.
         spans: what the host programs did; devices add theirs when the step is over.
         running: per program, the text of the instruction that it issues now, for errors.
     """
 
     signals: Signals
-    random: RandomStates
-    minibatch: int
+    recall: Recall
+    weights: Weights
     before_updates: tuple[int, ...] = ()
+    clips: bool = False
+    apply_updates: bool = True
+    check: SelfCheck | None = None
     started_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
     running: dict[str, str] = field(default_factory=dict)

@@ -7,19 +7,22 @@ import threading
 import weakref
 from collections.abc import Callable
 
+Job = tuple[Callable[[], None], Callable[[], None]]
+"""What to run, and what to call when nothing of it is left."""
+
 
 class Worker:
     """A daemon thread that runs one job at a time."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, self._jobs.put, None)
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job`` on the thread; it must not raise."""
-        self._jobs.put(job)
+    def submit(self, job: Callable[[], None], done: Callable[[], None]) -> None:
+        """Run ``job`` on the thread, which must not raise; then let go of it and call ``done``."""
+        self._jobs.put((job, done))
 
 
 class Countdown:
@@ -42,7 +45,11 @@ class Countdown:
                 self._condition.wait()
 
 
-def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # a job holds the step's tensors
+def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:
+    while (pair := jobs.get()) is not None:
+        job, done = pair
+        try:
+            job()
+        finally:
+            del job, pair  # it holds the step's tensors, which whoever waits may want to be gone
+            done()

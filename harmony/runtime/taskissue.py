@@ -1,0 +1,108 @@
+"""What a device issues for a task: a pack's forward, or its recompute and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from harmony.planner.schedule import Instruction
+from harmony.planner.tasks import TensorKind, TensorRef
+from harmony.runtime.hoststate import HostState
+from harmony.runtime.stage import Stage
+from harmony.runtime.step import Step
+
+Issue = Callable[[Step], None]
+Env = dict[TensorRef, torch.Tensor]
+"""The values that are on a device now."""
+
+
+@dataclass(frozen=True)
+class TaskIssuer:
+    """Looks up what tasks need, once, on one device; what it returns is issued every step."""
+
+    stage: Stage
+    env: Env
+    host: HostState
+
+    def forward(self, instruction: Instruction, slot: int) -> Issue:
+        """Prepare the forward of a pack for a microbatch.
+
+        Args:
+            slot: of the pack's parameters; -1 if it has none.
+        """
+        task, env, stage = instruction.task, self.env, self.stage
+        assert task is not None
+        inputs = [ref for ref in instruction.reads if ref.is_value]
+        outputs = [ref for ref in instruction.writes if ref.is_value]
+        wanted = [ref.first for ref in outputs]
+
+        def issue(step: Step) -> None:
+            values = {ref.first: env[ref] for ref in inputs}
+            found = stage.forward(task, slot, values, wanted, step.recall)
+            for ref in outputs:
+                env[ref] = found[ref.first]
+            if step.check is not None:
+                step.check.record(task, found)
+
+        return issue
+
+    def backward(self, instruction: Instruction, slot: int, gradient_slot: int) -> Issue:
+        """Prepare the recompute and the backward of a pack for a microbatch.
+
+        Args:
+            slot: of the pack's parameters; -1 if it has none.
+            gradient_slot: of their gradients, likewise.
+        """
+        task, env, stage = instruction.task, self.env, self.stage
+        assert task is not None and task.samples is not None
+        samples = task.samples
+        is_first = not any(ref.is_gradient_part for ref in instruction.reads)
+        reads = [ref for ref in instruction.reads if ref.is_value]
+        inputs = [ref for ref in reads if ref.kind is TensorKind.VALUE]
+        incoming = [ref for ref in reads if ref.kind is TensorKind.VALUE_GRADIENT]
+        outputs = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE]
+        outgoing = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE_GRADIENT]
+        wanted = [ref.first for ref in outputs]
+        graph = self.host.graph
+        loss = graph.loss
+        own = {ref.first for ref in incoming if graph.values[ref.first].producer in task.pack}
+        absent = self.host.absent
+
+        def issue(step: Step) -> None:
+            if is_first:
+                stage.begin_gradients(task.pack, slot, gradient_slot)
+            values = {ref.first: env[ref] for ref in inputs}
+            came = [ref for ref in incoming if ref in env and ref not in absent]
+            above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
+            weight = None if loss is None else step.weights[loss, samples] or None
+            again = [] if step.check is None else [v for v in above if v in own]
+            results = [*wanted, *again]
+            made, below = stage.backward(task, slot, values, above, results, step.recall, weight)
+            if step.check is not None:
+                step.check.record(task, {v: made[v] for v in again})
+            for ref in outputs:
+                env[ref] = made[ref.first]
+            for ref in outgoing:
+                env[ref] = _gradient(below, ref, values)
+                (absent.discard if ref.first in below else absent.add)(ref)
+
+        return issue
+
+
+def _gradient(
+    gradients: Mapping[int, torch.Tensor], ref: TensorRef, values: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """Return a value's gradient: zeros if the pack read the value but nothing depends on it.
+
+    They take the memory that the schedule counts on; `HostState.absent` has those that are none.
+    """
+    found = gradients.get(ref.first)
+    return torch.zeros_like(values[ref.first]) if found is None else found
+
+
+def _counts(ref: TensorRef, step: Step) -> bool:
+    """Whether a gradient enters at all: that of a mean over nothing is NaN, and weighs 0."""
+    assert ref.samples is not None
+    return step.weights.get((ref.first, ref.samples)) != 0.0
