@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harmony.bigmodel import materialise, meta_init
     from harmony.errors import (
         CaptureError,
         ConfigError,
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
         HarmonyError,
         PlanError,
         RaceError,
+        RecomputeError,
         ScheduleError,
         VirtualGPUError,
     )
     from harmony.module import Harmony
     from harmony.planner.plan import Plan
-    from harmony.runtime.randomness import microbatch_seed
+    from harmony.pretrained import load_pretrained
+    from harmony.runtime.randomness import microbatch_seed, seed_microbatch
     from harmony.runtime.vgpu import virtual_gpus
 
 __version__ = "0.1.0"
@@ -30,7 +33,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Harmony": "harmony.module",
     "Plan": "harmony.planner.plan",
+    "load_pretrained": "harmony.pretrained",
+    "materialise": "harmony.bigmodel",
+    "meta_init": "harmony.bigmodel",
     "microbatch_seed": "harmony.runtime.randomness",
+    "seed_microbatch": "harmony.runtime.randomness",
     "virtual_gpus": "harmony.runtime.vgpu",
     "HarmonyError": "harmony.errors",
     "ConfigError": "harmony.errors",
@@ -40,6 +47,7 @@ _HOMES = {
     "ScheduleError": "harmony.errors",
     "ExecutionError": "harmony.errors",
     "RaceError": "harmony.errors",
+    "RecomputeError": "harmony.errors",
     "VirtualGPUError": "harmony.errors",
 }
 
@@ -53,10 +61,15 @@ __all__ = [
     "Plan",
     "PlanError",
     "RaceError",
+    "RecomputeError",
     "ScheduleError",
     "VirtualGPUError",
     "__version__",
+    "load_pretrained",
+    "materialise",
+    "meta_init",
     "microbatch_seed",
+    "seed_microbatch",
     "virtual_gpus",
 ]
 

@@ -102,6 +102,7 @@ def _parser() -> _Parser:
     add("--link", metavar="RATE", help="bandwidth of a virtual GPU's link, e.g. 8GB/s")
     add("--host-memory", metavar="SIZE", help="host memory to use (default: what is available)")
     add("--plan-only", action="store_true", help="show the plan and stop before training")
+    add("--verify", action="store_true", help="compare the first step with plain PyTorch and stop")
     add(
         "--report",
         metavar="FILE",
@@ -165,6 +166,7 @@ def _options(args: argparse.Namespace) -> Options:
         mode=args.mode,
         virtual=args.virtual,
         plan_only=args.plan_only,
+        verify=args.verify,
         report=args.report,
         link=args.link,
         host_memory_nbytes=size("--host-memory", args.host_memory),

@@ -4,65 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten
 
-from harmony.capture import Captured
-from harmony.errors import ConfigError, PlanError
+from harmony.capture import Captured, GuardError
+from harmony.capture.lossweights import LossWeigher
+from harmony.errors import PlanError
+from harmony.lanes import Lane, Reached, backward_schedule, differentiable_outputs
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
+from harmony.planner.schedule import Schedule
 from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
-from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind, TensorKind
+from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind
 from harmony.planner.verify import verify
-from harmony.profiler import UpdateCost, measure_layers
+from harmony.profiler import KnownTimes, UpdateCost, measure_layers
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout, Place
 from harmony.runtime.hoststate import HostState
+from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.stage import Values
-from harmony.runtime.step import HostValues
+from harmony.runtime.step import HostValues, Weights
 from harmony.timeline import Timeline
 
-Signature = tuple[Any, ...]
-"""All of a call that changes what is computed, but for the number of samples."""
 
-
-def signature_of(net: nn.Module, call: Any, form: str) -> tuple[Signature, int]:
-    """Return what identifies a call, and its number of samples.
-
-    Args:
-        call: positional and keyword arguments and targets, as one structure.
-
-    Raises:
-        ConfigError: if there is no tensor whose first dimension could count samples.
-    """
-    leaves, spec = tree_flatten(call)
-    sized = [x for x in leaves if isinstance(x, torch.Tensor) and x.dim() > 0]
-    if not sized:
-        raise ConfigError("no input is a tensor whose dimension 0 could count samples")
-    num_samples = sized[0].size(0)
-    if num_samples == 0:
-        raise ConfigError("the batch is empty: dimension 0 of the inputs is 0")
-    described = tuple(_describe(leaf, num_samples) for leaf in leaves)
-    modes = tuple(module.training for module in net.modules())
-    trained = tuple(param.requires_grad for param in net.parameters())
-    return (form, str(spec), described, modes, trained), num_samples
-
-
-def _describe(leaf: Any, num_samples: int) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return repr(leaf)
-    shape = tuple(leaf.shape)
-    if shape and shape[0] == num_samples:
-        shape = (-1, *shape[1:])
-    return shape, leaf.dtype
+def microbatches_of(spec: StepSpec) -> list[Samples]:
+    """All microbatches, of FORWARD and BACKWARD, each once, in order."""
+    replicas = range(len(spec.shares))
+    every = {
+        samples
+        for kind in (TaskKind.FORWARD, TaskKind.BACKWARD)
+        for replica in replicas
+        for samples in spec.microbatches(replica, kind)
+    }
+    return sorted(every)
 
 
 class Binding:
@@ -92,8 +71,12 @@ class Binding:
         self._contexts = contexts
         self._form = form
         self._plans: dict[int, Plan] = {}
-        self._prepared: dict[tuple[Phase, int], PreparedSchedule] = {}
-        self._values: dict[tuple[bool, int], HostValues] = {}
+        self._predicted: dict[int, tuple[Plan, Timeline]] = {}
+        self._lanes: dict[int, list[Lane]] = {}
+        self._own_lanes: dict[tuple[Phase, int], Lane] = {}
+        self._backwards: dict[tuple[int, Reached], Schedule] = {}
+        self._weigher = LossWeigher(captured)
+        self._checked: set[int] = set()
 
     def place_of(self, index: int, num_samples: int) -> Place:
         """Form of a value for a number of samples."""
@@ -101,9 +84,28 @@ class Binding:
         return Place(0, shape, stride, dtype)
 
     def measure(
-        self, inputs: Values, sizes: Sequence[int], update: UpdateCost | None
+        self,
+        inputs: Values,
+        sizes: Sequence[int],
+        update: UpdateCost | None,
+        known: KnownTimes,
     ) -> None:
-        """Measure the layers at these microbatch sizes, as far as each fits a device."""
+        """Measure the layers at these microbatch sizes, as far as each fits a device.
+
+        Args:
+            known: times of layers of other bindings of the model; what is measured is added.
+        """
+        # It runs on memory as it was found: an anomaly there means nothing.
+        with torch.autograd.set_detect_anomaly(False):
+            self._measure(inputs, sizes, update, known)
+
+    def _measure(
+        self,
+        inputs: Values,
+        sizes: Sequence[int],
+        update: UpdateCost | None,
+        known: KnownTimes,
+    ) -> None:
         nbytes = {size: self.captured.costs_nbytes(size) for size in sizes}
         fitting = [size for size in sizes if self._fits_alone(size, nbytes[size])]
         if not fitting:
@@ -112,7 +114,7 @@ class Binding:
             bare = [{size: LayerCost(0.0, 0.0, 0.0, *layer)} for layer in nbytes[size]]
             self.costs = CostTable(tuple(bare))
             return
-        batches = {size: self.captured.split(inputs, 0, size) for size in fitting}
+        batches = {size: self.captured.part(inputs, 0, size) for size in fitting}
         self.costs, cpu_share = measure_layers(
             self._contexts[0],
             self.captured,
@@ -122,6 +124,7 @@ class Binding:
             batches,
             nbytes,
             update,
+            known,
         )
         # Of the time that a layer takes on a virtual GPU, only what it computes needs a core.
         self.machine = replace(self.machine, cpu_share=self.machine.cpu_share * cpu_share)
@@ -142,8 +145,8 @@ class Binding:
 
     def plan(
         self, minibatch: int, mode: str, microbatch_size: int | None, pinned: Plan | None
-    ) -> tuple[Plan, Timeline]:
-        """Return the plan for a minibatch, and what it predicts."""
+    ) -> Plan:
+        """Return the plan for a minibatch."""
         assert self.costs is not None, "measure comes before plan"
         plan = self._plans.get(minibatch)
         if plan is None and pinned is not None and pinned.minibatch == minibatch:
@@ -159,7 +162,25 @@ class Binding:
                 phase=self._form,
             )
         self._plans[minibatch] = plan
-        return plan, simulate(plan.schedule, self.graph, self.costs, self.machine)
+        return plan
+
+    def predicted(self, plan: Plan) -> Timeline:
+        """Return what a plan is expected to do."""
+        assert self.costs is not None, "measure comes before plan"
+        known = self._predicted.get(plan.minibatch)
+        if known is None or known[0] is not plan:
+            timeline = simulate(plan.schedule, self.graph, self.costs, self.machine)
+            known = self._predicted[plan.minibatch] = (plan, timeline)
+        return known[1]
+
+    def misfit(self, inputs: Values, spec: StepSpec) -> Samples | None:
+        """Return the first microbatch for which the forward takes another path, if any."""
+        for samples in microbatches_of(spec):
+            try:
+                self.captured.split(inputs, *samples)
+            except GuardError:
+                return samples
+        return None
 
     def _check_pinned(self, plan: Plan) -> Plan:
         if plan.spec.backward_packs[-1].last != self.graph.num_layers:
@@ -176,90 +197,88 @@ class Binding:
         verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
         return plan
 
-    def prepared(self, plan: Plan, phase: Phase) -> PreparedSchedule:
-        """Return the schedule of a phase of the plan, ready to run."""
-        key = (phase, plan.minibatch)
-        schedule = plan.schedules[phase]
-        if key not in self._prepared or not self.executor.fits_slots(schedule):
-            if not self.executor.fits_slots(schedule):
-                self._prepared.clear()
-            # INFER has host copies of its own: it may come between a forward and its backward.
-            values = self._values.setdefault((phase is Phase.INFER, plan.minibatch), {})
-            self._prepared[key] = self.executor.prepare(schedule, values)
-        return self._prepared[key]
+    def take_lane(self, minibatch: int) -> Lane:
+        """Return a lane that no other forward uses; it is free again after its ``free()``."""
+        lanes = self._lanes.setdefault(minibatch, [])
+        lane = next((lane for lane in lanes if not lane.is_taken), None)
+        if lane is None:
+            lane = Lane()
+            lanes.append(lane)
+        lane.is_taken = True
+        return lane
+
+    def prepared(self, plan: Plan, phase: Phase, lane: Lane | None = None) -> PreparedSchedule:
+        """Return the schedule of a phase of the plan, ready to run.
+
+        Args:
+            lane: whose values it works on; by default those of a phase that nothing follows.
+        """
+        if lane is None:
+            lane = self._own_lanes.setdefault((phase, plan.minibatch), Lane())
+        return self._prepare(plan.schedules[phase], lane, lane.values)
+
+    def prepared_backward(self, plan: Plan, lane: Lane, reached: Reached) -> PreparedSchedule:
+        """Return the backward from the outputs that a gradient has come for, ready to run."""
+        key = (plan.minibatch, reached)
+        if reached == differentiable_outputs(self.graph):
+            schedule = plan.schedules[Phase.BACKWARD]
+        elif key in self._backwards:
+            schedule = self._backwards[key]
+        else:
+            assert self.costs is not None, "measure comes before plan"
+            schedule = backward_schedule(plan, self.graph, self.costs, reached)
+            self._backwards[key] = schedule
+        return self._prepare(schedule, lane, lane.backward_values(reached))
+
+    def _prepare(self, schedule: Schedule, lane: Lane, values: HostValues) -> PreparedSchedule:
+        if not self.executor.fits_slots(schedule):
+            self._forget_prepared()
+        key = id(schedule)  # what is prepared keeps it alive
+        if key not in lane.prepared:
+            lane.prepared[key] = self.executor.prepare(schedule, values)
+        return lane.prepared[key]
+
+    def _forget_prepared(self) -> None:
+        lanes = [lane for lanes in self._lanes.values() for lane in lanes]
+        for lane in (*lanes, *self._own_lanes.values()):
+            lane.prepared.clear()
 
     def release(self) -> None:
         """Give the device memory back; the next `prepared` takes it again."""
-        self._prepared.clear()
+        self._forget_prepared()
         self.executor.release()
 
-    def load_inputs(self, prepared: PreparedSchedule, inputs: Values, spec: StepSpec) -> None:
-        """Copy a whole minibatch into the pinned copies that the devices read.
+    def weights(self, inputs: Values, spec: StepSpec) -> tuple[Weights, str | None]:
+        """Return how much the scalar outputs of each microbatch count.
 
-        Raises:
-            CaptureError: if the forward would take another path for one of the microbatches.
+        The second value says why their sum may not be the whole batch's; None where it is.
         """
+        weights: dict[tuple[int, Samples], float] = {}
+        doubt = None
+        scalars = [v for v in self.graph.output_ids if self._is_scalar(v)]
         for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
-            for replica in range(len(spec.shares)):
-                for low, high in spec.microbatches(replica, kind):
-                    self.captured.split(inputs, low, high)
-        for index, stash in prepared.inputs.items():
-            stash.fill(inputs[index], self.graph.values[index].batch_dim)
+            every = [s for r in range(len(spec.shares)) for s in spec.microbatches(r, kind)]
+            for value in scalars:
+                found = self._weigher.weigh(value, inputs, every)
+                weights.update({(value, s): weight for s, weight in found.weights.items()})
+                if self.graph.values[value].requires_grad:
+                    doubt = doubt or found.doubt
+        return weights, doubt
 
-    def joined_outputs(self, prepared: PreparedSchedule) -> Values:
-        """Return the outputs of the whole minibatch, on the host, as new tensors.
+    def self_check(self, plan: Plan) -> SelfCheck | None:
+        """Return what the first forward and its backward are compared by; None from then on."""
+        if plan.minibatch in self._checked:
+            return None
+        phases = (Phase.FORWARD, Phase.BACKWARD)
+        return self.executor.new_check(*(plan.schedules[phase] for phase in phases))
 
-        Raises:
-            ConfigError: if an output cannot be put together from the microbatches' ones.
-        """
-        found: Values = {}
-        for index, stash in prepared.outputs.items():
-            chunks = stash.chunks()
-            value = self.graph.values[index]
-            if value.batch_dim is not None:
-                found[index] = torch.cat([chunk for _, chunk in chunks], value.batch_dim)
-            elif _is_mean(chunks[0][1]):
-                found[index] = weighted_mean(chunks, prepared.schedule.minibatch)
-            elif value.requires_grad and len(chunks) > 1:
-                raise ConfigError(
-                    f"output {value.name} of shape {tuple(chunks[0][1].shape)} has no dimension "
-                    f"that counts samples, so those of {len(chunks)} microbatches cannot be "
-                    "joined. Return it per sample, or use one microbatch (microbatch_size="
-                    f"{prepared.schedule.minibatch})"
-                )
-            else:  # a mask or a table: the same for every microbatch
-                found[index] = chunks[0][1].clone()
-        return found
+    def checked(self, plan: Plan) -> None:
+        """Note that a forward and its backward have agreed."""
+        self._checked.add(plan.minibatch)
 
-    def load_gradients(
-        self, prepared: PreparedSchedule, gradients: Mapping[int, torch.Tensor | None]
-    ) -> None:
-        """Hand the gradients of the outputs to the microbatches' backward."""
-        for index, gradient in gradients.items():
-            stash = prepared.values.get((TensorKind.VALUE_GRADIENT, index))
-            if stash is None or gradient is None:
-                continue
-            dim = self.graph.values[index].batch_dim
-            if dim is not None or not _is_mean(gradient):
-                stash.fill(gradient, dim)
-                continue
-            for (low, high), chunk in stash.chunks():
-                chunk.copy_(gradient * ((high - low) / prepared.schedule.minibatch))
-
-
-def _is_mean(output: torch.Tensor) -> bool:
-    """Whether an output that does not depend on the batch size is a loss: a mean over samples."""
-    return output.dim() == 0 and output.is_floating_point()
-
-
-def weighted_mean(
-    chunks: Sequence[tuple[Samples, torch.Tensor]], minibatch: int
-) -> torch.Tensor:
-    """Mean of a value over microbatches, weighted by their size, added in their order."""
-    total = torch.zeros_like(chunks[0][1])
-    for (low, high), chunk in chunks:
-        total = total + chunk * ((high - low) / minibatch)
-    return total
+    def _is_scalar(self, value: int) -> bool:
+        shape, _, dtype = self.captured.value_form(value, self.captured.num_samples)
+        return not shape and dtype.is_floating_point
 
 
 def with_state(graph: LayerGraph, layout: ArenaLayout, bytes_per_element: float) -> LayerGraph:

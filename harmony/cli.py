@@ -1,7 +1,7 @@
 """The console command `harmony-run`: runs a training script with Harmony configured.
 
-Exit codes: the script's own; 1 for an exception of the script or an error of Harmony; 2 for a
-command line that makes no sense; 130 for Ctrl-C.
+Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, or if
+``--verify`` found a difference; 2 for a command line that makes no sense; 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from harmony import session
 from harmony.arguments import Command, mistyped, parse
@@ -22,6 +23,9 @@ from harmony.progress import Progress
 from harmony.report import print_report, write_report
 from harmony.session import Options
 from harmony.units import format_bytes
+
+if TYPE_CHECKING:
+    from harmony.verification import Verification
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -95,8 +99,13 @@ def _run(command: Command, progress: Progress) -> int:
     try:
         with _as_main(command), progress.around_output():
             runpy.run_path(str(command.script), run_name="__main__")
+        if command.options.verify:
+            progress.say("--verify: the script trained no step, so nothing was compared")
+            code = EXIT_ERROR
     except session.PlanOnly:
         progress.say("--plan-only: stopped before training")
+    except session.Verified as found:
+        code = _show(found.verification, progress)
     except SystemExit as error:
         code = _exit_code(error)
     except KeyboardInterrupt:
@@ -115,9 +124,21 @@ def _run(command: Command, progress: Progress) -> int:
     return code
 
 
+def _show(verification: Verification, progress: Progress) -> int:
+    """Print the comparison with plain PyTorch; the exit code says whether it held."""
+    from rich.console import Console
+
+    Console().print(verification.table())
+    sys.stdout.write(verification.summary() + "\n")
+    progress.say("--verify: stopped before training")
+    return 0 if verification.ok else EXIT_ERROR
+
+
 def _finish(command: Command, progress: Progress, code: int) -> int:
     """Print and write the report of what ran."""
     records = [record for record in session.records() if record.runs]
+    if command.options.verify:  # nothing was trained: what there is to say has been said
+        records = []
     hint = mistyped(command.script_arguments) if code else None
     if hint:
         progress.say(hint)

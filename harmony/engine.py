@@ -6,57 +6,70 @@ an executor. The parameters' arena is one for all bindings.
 
 from __future__ import annotations
 
+import functools
+import threading
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from harmony import facts, session
-from harmony.binding import Binding, Signature, signature_of, weighted_mean, with_state
-from harmony.capture import Captured, capture
-from harmony.dropin import ForwardCall, attach
-from harmony.errors import CaptureError, ConfigError, ExecutionError, HarmonyError
-from harmony.machine import Machine
+from harmony.binding import Binding
+from harmony.bindings import OTHER_WAY, Bindings, EngineOptions
+from harmony.capture import GuardError, LiveOnlyError
+from harmony.capture.lossweights import inexact_loss
+from harmony.dropin import (
+    ForwardCall,
+    Gradients,
+    attach,
+    check_surroundings,
+    hooks_of_others_off,
+    input_gradients,
+)
+from harmony.errors import ConfigError, ExecutionError, HarmonyError
+from harmony.generation import generate
+from harmony.lanes import parameters_read
+from harmony.lending import LentGradients, check_unchanged
+from harmony.live import Live, detached
+from harmony.minibatch import joined_outputs, load_gradients, load_inputs, weighted_sum
 from harmony.planner.plan import Plan
-from harmony.planner.tasks import Phase, TaskKind
-from harmony.profiler import UpdateCost, measure_machine, measure_update
+from harmony.planner.tasks import Phase
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Job
-from harmony.runtime.hostmem import ArenaLayout, HostArena
-from harmony.runtime.hoststate import HostState
-from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
-from harmony.runtime.randomness import RandomStates, microbatch_seed
+from harmony.runtime.optimizer import PackOptimizer
+from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Values
+from harmony.runtime.step import Weights
 from harmony.session import StepStats
+from harmony.signature import Call
+from harmony.stepresult import RanStep, ReadyStep, StepResult, count_tokens, recall_of
 from harmony.timeline import Timeline
 
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The wrapper's arguments, checked and parsed."""
-
-    optimizer: OptimizerFactory | None = None
-    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
-    mode: str = "auto"
-    microbatch_size: int | None = None
-    device_memory_nbytes: int | None = None
-    host_memory_nbytes: int | None = None
-    plan: Plan | None = None
-    seed: int = 0
+if TYPE_CHECKING:
+    from harmony.verification import Verifier
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a training step gives back."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    loss: torch.Tensor
-    num_samples: int
-    num_tokens: int | None
-    timeline: Timeline
+
+def _alone(
+    method: Callable[Concatenate[Engine, P], R],
+) -> Callable[Concatenate[Engine, P], R]:
+    """Let one thread at a time run a model, which has one place for its gradients and values.
+
+    The same thread may come in again: `torch.utils.checkpoint` runs a forward in a backward.
+    """
+
+    @functools.wraps(method)
+    def run(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Engine:
@@ -64,7 +77,10 @@ class Engine:
 
     Attributes:
         num_steps: training steps done, which random numbers depend on.
+        net: the module.
+        devices: the GPUs.
         record: what the report is made of.
+        verifier: sees every forward and backward of the drop-in form, where one is set.
         optimizer: the full optimizer of the step form, once training has begun or asked for.
     """
 
@@ -73,22 +89,22 @@ class Engine:
     ) -> None:
         self.options = options
         self.num_steps = 0
+        self.verifier: Verifier | None = None
         self.last_timeline: Timeline | None = None
-        self._net = net
+        self.net = net
+        self.devices = list(devices)
         self._contexts = [DeviceContext(device) for device in devices]
-        self._host: HostState | None = None
-        self._bindings: dict[Signature, Binding] = {}
-        self._active: Binding | None = None
-        self._machine: Machine | None = None
         self._torn: str | None = None
-        self._generation = 0
-        self._optimizer: PackOptimizer | None = None
-        self._update: UpdateCost | None = None
-        if options.optimizer is not None:
-            params = dict(net.named_parameters())
-            self._optimizer = PackOptimizer(params, options.optimizer, options.optimizer_kwargs)
+        self._lent: LentGradients | None = None
+        self._lock = threading.RLock()
+        self._doubted = False
+        self._optimizer = _optimizer_of(net, options)
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
+        )
+        self.bindings = Bindings(net, self._contexts, options, self._optimizer, self.record)
+        self._live = Live(
+            net, self._contexts[0], options, self.bindings, self._optimizer, self.record
         )
 
     @property
@@ -96,74 +112,175 @@ class Engine:
         """The full optimizer, for LR schedulers and checkpoints."""
         return None if self._optimizer is None else self._optimizer.full
 
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None:
+        """Norm of all gradients of the last step, before they were clipped."""
+        return None if self._optimizer is None else self._optimizer.last_norm
+
     # Steps
 
+    @_alone
     def train_step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> StepResult:
         """Run one training step."""
+        call = (args, kwargs, targets)
+        try:
+            ready = self.ready("step", *call)
+            step = self.run_step(ready)
+            step.recall.states.commit()
+            minibatch = ready.plan.minibatch
+        except (LiveOnlyError, GuardError) as reason:
+            self._goes_live("step", call, reason)
+            _, minibatch = self.bindings.paths("step", call)
+            step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
+        self.num_steps += 1
+        self.last_timeline = step.timeline
+        return StepResult(step.loss, minibatch, count_tokens((args, kwargs)), step.timeline)
+
+    def _run_gradients(self, ready: ReadyStep) -> RanStep:
+        """Run a step up to its gradients, and leave them as ``grad``."""
+        ran = self.run_step(ready, apply_updates=False)
+        ready.binding.host.publish_all()
+        return ran
+
+    def _goes_live(self, form: str, call: Call, reason: LiveOnlyError | GuardError) -> None:
+        """Note that no tape stands for the calls of this signature.
+
+        A decision by computed values shows only when the layers run; the forward of all layers
+        comes before the first update, so nothing has changed then.
+        """
+        if isinstance(reason, GuardError):
+            paths, _ = self.bindings.paths(form, call)
+            paths.live = LiveOnlyError(OTHER_WAY, reason.where)
+            self._live.notice(paths.live)
+
+    def ready(
+        self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+    ) -> ReadyStep:
+        """Capture, measure and plan for a batch, as far as that was not done before."""
         self._check_whole()
-        binding, minibatch, inputs = self._bind("step", args, kwargs, targets)
-        plan = self._plan(binding, minibatch)
+        call = (args, kwargs, targets)
+        try:
+            binding, plan, inputs = self.bindings.find(form, call)
+        except LiveOnlyError as reason:
+            self._live.notice(reason)
+            if form == "step":
+                raise
+            return self._live.ready(form, call, self.num_steps, 0)
+        return ReadyStep(
+            binding, plan, inputs, self._weights(binding, plan, detached(inputs))
+        )
+
+    def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
+        """Run the schedule of a training step, with its updates or up to the gradients."""
+        binding, plan = ready.binding, ready.plan
         prepared = binding.prepared(plan, Phase.TRAIN)
-        binding.load_inputs(prepared, inputs, plan.spec)
-        job = Job(self._random(binding, plan), minibatch)
+        load_inputs(prepared, binding.graph, ready.inputs)
+        if self._lent is not None:
+            self._lent.take_back()
+        recall = self._recall(ready)
+        job = Job(recall, ready.weights, apply_updates)
         try:
             timeline = binding.executor.run(prepared, job)
         except ExecutionError as error:
             self._torn = str(error) if error.torn else None
             raise
-        self.num_steps += 1
-        self.last_timeline = timeline
+        # What this path does not use may still have the gradient of a step that took another.
+        binding.host.publish(binding.host.gradients.layout.rest.places)
         loss = binding.graph.loss
         assert loss is not None
-        total = weighted_mean(prepared.outputs[loss].chunks(), minibatch)
-        return StepResult(total, minibatch, _count_tokens((args, kwargs)), timeline)
+        total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
+        return RanStep(total, timeline, recall)
 
+    @_alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
+        try:
+            return self._forward(args, kwargs)
+        except GuardError as reason:
+            self._goes_live("dropin", (args, kwargs, None), reason)
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_whole()
-        binding, minibatch, inputs = self._bind("dropin", args, kwargs, None)
-        plan = self._plan(binding, minibatch)
-        prepared = binding.prepared(plan, Phase.FORWARD)
-        binding.load_inputs(prepared, inputs, plan.spec)
-        random = self._random(binding, plan)
-        self._generation += 1
+        check_surroundings()
+        with hooks_of_others_off():
+            ready = self.ready("dropin", args, kwargs, None)
+        binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
+        recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
+        lane = binding.take_lane(plan.minibatch)
+        call = ForwardCall(self.backward, binding, plan, recall, weights, lane, step, check)
+        if self.verifier is not None:
+            call.plain = self.verifier.before_forward(call, args, kwargs)
+        prepared = binding.prepared(plan, Phase.FORWARD, lane)
+        load_inputs(prepared, binding.graph, detached(inputs))
+        self.last_timeline = binding.executor.run(prepared, Job(recall, weights, check=check))
+        self._live.commit(ready, recall)
         self.num_steps += 1
-        self.last_timeline = binding.executor.run(prepared, Job(random, minibatch))
-        values = binding.joined_outputs(prepared)
-        call = ForwardCall(self.backward, binding, plan, random, tuple(values), self._generation)
-        joined = attach(values, call)
-        return binding.captured.unflatten_output(_to_device_of((args, kwargs), joined))
+        joined = joined_outputs(prepared, binding.graph, weights)
+        if self.verifier is not None:
+            call.values = {v: tensor.detach() for v, tensor in joined.items()}
+        values = attach(joined, inputs, call)
+        return binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
 
-    def backward(self, call: ForwardCall, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Run the backward of a forward, from the gradients of its outputs."""
-        if call.generation != self._generation:
-            raise HarmonyError(
-                "backward() of an earlier forward: the model has been called again since, which "
-                "replaced what that backward needs. Call backward() after each forward"
-            )
+    @_alone
+    def backward(self, call: ForwardCall, gradients: Gradients) -> Gradients:
+        """Run the backward of a forward, from the gradients of its outputs.
+
+        Returns:
+            The gradients of its inputs that require one, and of the trained parameters.
+        """
+        self._check_whole()
         binding, host = call.binding, call.binding.host
-        prepared = binding.prepared(call.plan, Phase.BACKWARD)
-        binding.load_gradients(prepared, dict(zip(call.outputs, gradients, strict=True)))
-        earlier = {n: p.grad.clone() for n, p in host.params.items() if p.grad is not None}
-        timeline = binding.executor.run(prepared, Job(call.random, call.plan.minibatch))
+        self.bindings.activate(binding)
+        given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
+        prepared = binding.prepared_backward(call.plan, call.lane, frozenset(given))
+        read = set(parameters_read(prepared.schedule, host.weights.layout))
+        check_unchanged(call.versions, host.params, read.intersection(host.params))
+        load_gradients(prepared, binding.graph, given, call.weights)
+        if self._lent is None:
+            self._lent = LentGradients(host.gradients.arena, host.params)
+        self._lent.take_back()
+        job = Job(call.recall, call.weights, check=call.check)
+        timeline = binding.executor.run(prepared, job)
+        binding.checked(call.plan)
         self.last_timeline = timeline
-        host.publish_all()
-        for name, gradient in earlier.items():
-            host.add_to_gradient(name, gradient)
-        self._note_dropin(call.plan.minibatch, timeline)
+        if self.verifier is None:
+            seconds = timeline.step_s
+            stats = StepStats(call.step, None, call.plan.minibatch, None, seconds, timeline)
+            self.record.stepped(stats)
+        made = self._lent.lend(frozenset().union(*host.touched.values()))
+        if self.verifier is not None:
+            self.verifier.after_backward(call, given, made)
+        return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
 
+    @_alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward without gradients."""
-        self._check_whole()
-        binding, minibatch, inputs = self._bind("dropin", args, kwargs, None)
-        plan = self._plan(binding, minibatch)
+        try:
+            return self._infer(args, kwargs)
+        except GuardError as reason:
+            self._goes_live("dropin", (args, kwargs, None), reason)
+            return self._infer(args, kwargs)
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ready = self.ready("dropin", args, kwargs, None)
+        binding, plan, weights = ready.binding, ready.plan, ready.weights
         prepared = binding.prepared(plan, Phase.INFER)
-        binding.load_inputs(prepared, inputs, plan.spec)
-        binding.executor.run(prepared, Job(self._random(binding, plan), minibatch))
-        values = binding.joined_outputs(prepared)
+        load_inputs(prepared, binding.graph, detached(ready.inputs))
+        recall = self._recall(ready, recomputed=False)
+        binding.executor.run(prepared, Job(recall, weights))
+        self._live.commit(ready, recall)
+        values = joined_outputs(prepared, binding.graph, weights)
         return binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+
+    @_alone
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
+        self._check_whole()
+        self.bindings.activate(None)  # the forwards need the memory
+        return generate(self.net, self.devices[0], args, kwargs)
 
     # State
 
@@ -177,7 +294,7 @@ class Engine:
         Raises:
             ConfigError: if training has begun.
         """
-        if self._host is not None:
+        if self.bindings.arenas is not None:
             raise ConfigError(f"{what} is possible until the first batch, not after it")
 
     def _check_whole(self) -> None:
@@ -187,128 +304,32 @@ class Engine:
                 f"with load_state_dict() before training goes on. The failure: {self._torn}"
             )
 
-    # Setting up
+    def _weights(self, binding: Binding, plan: Plan, inputs: Values) -> Weights:
+        """How much each microbatch's loss counts; says once where that cannot be exact."""
+        weights, doubt = binding.weights(inputs, plan.spec)
+        if doubt is not None and not self._doubted:
+            self._doubted = True
+            self.record.warn(inexact_loss(doubt, plan.minibatch))
+            warnings.warn(inexact_loss(doubt, plan.minibatch), stacklevel=5)
+        return weights
 
-    def _bind(
-        self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
-    ) -> tuple[Binding, int, Values]:
-        """Return the binding of a call, its number of samples, and its tensors by value."""
-        key, minibatch = signature_of(self._net, (args, kwargs, targets), form)
-        binding = self._bindings.get(key)
-        if binding is None:
-            binding = self._bindings[key] = self._make_binding(form, args, kwargs, targets)
-        inputs = binding.captured.flatten_inputs(args, kwargs, targets)
-        if binding is not self._active:
-            if self._active is not None:
-                self._active.release()
-            self._active = binding
-        if binding.costs is None:
-            sizes = self._sizes_to_measure(minibatch)
-            binding.measure(inputs, sizes, self._update_cost() if form == "step" else None)
-        return binding, minibatch, inputs
-
-    def _make_binding(
-        self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
-    ) -> Binding:
-        options = self.options
-        captured = capture(
-            self._net,
-            args,
-            kwargs,
-            loss=options.loss_fn if form == "step" else None,
-            targets=targets,
-            output_loss=form == "step" and options.loss_fn is None,
+    def _recall(self, ready: ReadyStep, recomputed: bool = True) -> Recall:
+        run_seed = self.options.seed
+        return recall_of(
+            self.net, ready, self._contexts[0], self.num_steps, run_seed, recomputed
         )
-        if self._machine is None:
-            self._machine = measure_machine(
-                self._contexts, options.device_memory_nbytes, options.host_memory_nbytes
-            )
-        state = 0.0 if form != "step" else self._update_cost().state_nbytes
-        host = self._host_state(captured, self._machine)
-        graph = with_state(captured.graph, host.gradients.layout, state)
-        host = replace(host, graph=graph)
-        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
-        return Binding(captured, graph, self._machine, host, self._contexts, phase)
-
-    def _host_state(self, captured: Captured, machine: Machine) -> HostState:
-        """Move the parameters into the arena, or check that this capture lays them out alike."""
-        graph = captured.graph
-        stored = [*captured.params, *captured.buffers]
-        sizes = (graph.num_layers, len(graph.shared))
-        weights = ArenaLayout(stored, *sizes)
-        gradients = ArenaLayout([p for p in captured.params if p.requires_grad], *sizes)
-        if self._host is None:
-            device = self._contexts[0].device
-            self._host = HostState(
-                graph,
-                HostArena(weights, device, "the weights"),
-                HostArena(gradients, device, "the gradients"),
-                {},
-                self._optimizer,
-            )
-            self._host.params = self._host.weights.adopt(self._net)
-            state = 0.0 if self._update is None else self._update.state_nbytes
-            self.record.facts.update(facts.of_memory(self._host, machine, state))
-        elif weights.places != self._host.weights.layout.places:
-            raise CaptureError(
-                "the model uses its layers in another order than in the first call, so its "
-                "parameters would have to move. Make two Harmony models of it, one for each use"
-            )
-        elif gradients.places != self._host.gradients.layout.places:
-            raise CaptureError(
-                "other parameters are frozen than in the first call. Freeze or unfreeze before "
-                "the first batch, or make a new Harmony model"
-            )
-        return self._host
-
-    def _plan(self, binding: Binding, minibatch: int) -> Plan:
-        options = self.options
-        plan, predicted = binding.plan(
-            minibatch, options.mode, options.microbatch_size, options.plan
-        )
-        self.record.planned(plan, predicted)
-        return plan
-
-    def _random(self, binding: Binding, plan: Plan) -> RandomStates:
-        """Start every microbatch's random stream, if the model draws random numbers at all."""
-        if not any(layer.uses_rng for layer in binding.graph.layers):
-            return RandomStates(frozenset())
-        spec = plan.spec
-        packs = (*spec.forward_packs, *spec.backward_packs)
-        states = RandomStates(frozenset(pack.first for pack in packs))
-        kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
-        every = [
-            s for replica in range(len(spec.shares)) for s in spec.microbatches(replica, kind)
-        ]
-        for index, samples in enumerate(every):
-            seed = microbatch_seed(self.num_steps, index, self.options.seed)
-            states.start(samples, 0, self._contexts[0].seeded_state(seed))
-        return states
-
-    def _sizes_to_measure(self, minibatch: int) -> list[int]:
-        """Microbatch sizes to measure: the one that was asked for, or a few to interpolate."""
-        if self.options.microbatch_size is not None:
-            return [min(self.options.microbatch_size, minibatch)]
-        return sorted({1, max(1, minibatch // 4), minibatch})
-
-    def _update_cost(self) -> UpdateCost:
-        options = self.options
-        assert options.optimizer is not None
-        if self._update is None:
-            self._update = measure_update(options.optimizer, options.optimizer_kwargs)
-        return self._update
-
-    def _note_dropin(self, minibatch: int, timeline: Timeline) -> None:
-        stats = StepStats(self.num_steps - 1, None, minibatch, None, timeline.step_s, timeline)
-        self.record.stepped(stats)
 
 
-def _count_tokens(call: Any) -> int | None:
-    """Tokens of a batch, if its first tensor is one of token ids."""
-    first = next((x for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)), None)
-    if first is None or first.dim() != 2 or first.dtype not in (torch.int64, torch.int32):
+def _optimizer_of(net: nn.Module, options: EngineOptions) -> PackOptimizer | None:
+    if options.optimizer is None:
         return None
-    return first.numel()
+    return PackOptimizer(
+        dict(net.named_parameters()),
+        options.optimizer,
+        options.optimizer_kwargs,
+        options.param_groups,
+        options.max_grad_norm,
+    )
 
 
 def _to_device_of(call: Any, values: Values) -> Values:

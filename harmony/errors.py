@@ -7,6 +7,7 @@
      |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
      |   `- ScheduleError    a schedule that the checker refuses; shows the line
      |- ExecutionError       a task failed while it ran; names the task
+     |- RecomputeError       a layer does not compute the same twice; names the layer
      |- RaceError            two accesses to the same memory that no event orders
      `- VirtualGPUError      the virtual GPU could not be built, loaded or configured
 """
@@ -50,6 +51,10 @@ class ExecutionError(HarmonyError):
         super().__init__(message)
         self.task = task
         self.torn = torn
+
+
+class RecomputeError(HarmonyError):
+    """A layer gave something else in the recompute than in the forward."""
 
 
 class RaceError(HarmonyError):

@@ -39,7 +39,7 @@ def of_memory(host: HostState, machine: Machine, state_nbytes_per_element: float
         state_nbytes_per_element: bytes of optimizer state of each trained element; 0 where the
             optimizer is the user's.
     """
-    arenas = (host.weights, host.gradients)
+    arenas = (host.weights.arena, host.gradients.arena)
     pinned = all(arena.buffer.pinned for arena in arenas)
     text = " + ".join(format_bytes(arena.layout.nbytes) for arena in arenas)
     places = host.gradients.layout.places.values()

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from harmony import session
-from harmony.engine import Engine, EngineOptions
-from harmony.errors import ConfigError, HarmonyError
+from harmony.bindings import EngineOptions
+from harmony.dropin import needs_graph
+from harmony.engine import Engine
+from harmony.errors import ConfigError
 from harmony.hardware import Devices, choose_devices, memory_limit
 from harmony.planner.plan import Plan
 from harmony.report import print_report
-from harmony.runtime.optimizer import OptimizerFactory
+from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
 from harmony.session import ModelRecord, StepStats
 from harmony.timeline import Timeline
+from harmony.verification import Verification, verify, verify_and_stop
+from harmony.wrapper import Wrapper
 
 MODES = ("auto", "pp", "dp")
 
 
-class Harmony(nn.Module):
+class Harmony(Wrapper):
     """Trains a module whose weights, gradients and optimizer state exceed the GPUs' memory.
 
     Step form: everything planned, parameters updated while the backward goes on::
@@ -51,6 +54,12 @@ class Harmony(nn.Module):
         module: the module, on the CPU (or on the meta device's way there); it is not copied.
         optimizer: a `torch.optim` class (or a function of the parameters) for the step form.
         optimizer_kwargs: its options. ``fused=True`` is added where the class knows it.
+        param_groups: groups of parameters with options of their own, as `torch.optim` takes them
+            (``[{"params": [...], "weight_decay": 0.0}, ...]``), or a function of the module that
+            returns them. They must hold every parameter that is not frozen.
+        max_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does before
+            ``optimizer.step()``. No parameter can be updated before the whole backward is done
+            then, so that updates no longer hide behind it.
         loss_fn: ``loss_fn(output, targets)``, a mean over the samples; None if the module returns
             its own loss.
         mode: ``"pp"`` (packs of layers wrap around the GPUs), ``"dp"`` (each GPU runs all packs
@@ -58,6 +67,9 @@ class Harmony(nn.Module):
         microbatch_size: samples of a microbatch, or ``"auto"``.
         devices: how many GPUs, or which; default: all. Without a GPU, virtual ones are made.
         device_memory: bytes to use of each GPU, e.g. ``"8GiB"``; default: all that is free.
+        batch_dims: the dimension that counts samples, for inputs where it is not dimension 0, or
+            None for inputs that have none but happen to have as many rows: by name, as in
+            ``{"kwargs['mask']": None, "args[1]": 1, "targets": 0}``.
         plan: a `Plan` to use instead of searching for one.
         seed: the run's seed, for `harmony.microbatch_seed`.
 
@@ -65,25 +77,26 @@ class Harmony(nn.Module):
         ConfigError: for an option that makes no sense.
     """
 
-    _net: nn.Module
-    _engine: Engine
-
     def __init__(
         self,
         module: nn.Module,
         *,
         optimizer: OptimizerFactory | None = None,
         optimizer_kwargs: Mapping[str, Any] | None = None,
+        param_groups: Groups | Callable[[nn.Module], Groups] | None = None,
+        max_grad_norm: float | None = None,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         mode: str = "auto",
         microbatch_size: int | str = "auto",
         devices: Devices = None,
         device_memory: str | int | None = None,
+        batch_dims: Mapping[str, int | None] | None = None,
         plan: Plan | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_options(module, mode, microbatch_size, optimizer, optimizer_kwargs)
+        _check_options(module, mode, microbatch_size)
+        check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = session.options()
         chosen = choose_devices(devices, device_memory)
         engine = Engine(
@@ -92,15 +105,20 @@ class Harmony(nn.Module):
             EngineOptions(
                 optimizer=optimizer,
                 optimizer_kwargs=dict(optimizer_kwargs or {}),
+                param_groups=param_groups(module) if callable(param_groups) else param_groups,
+                max_grad_norm=max_grad_norm,
                 loss_fn=loss_fn,
                 mode=mode if options.mode == "auto" else options.mode,
                 microbatch_size=None if isinstance(microbatch_size, str) else microbatch_size,
                 device_memory_nbytes=memory_limit(device_memory),
                 host_memory_nbytes=options.host_memory_nbytes,
+                batch_dims=dict(batch_dims or {}),
                 plan=plan,
                 seed=seed,
             ),
         )
+        if options.verify and optimizer is None:
+            verify_and_stop(engine)
         # Not registered as a child: names of parameters are the module's own, without a prefix.
         self.__dict__["_net"] = module
         self.__dict__["_engine"] = engine
@@ -131,6 +149,8 @@ class Harmony(nn.Module):
             )
         if not self.training:
             raise ConfigError("train_step on a model in eval mode; call model.train() first")
+        if session.options().verify:
+            raise session.Verified(self.verify(inputs, targets))
         args, kwargs = _arguments(inputs)
         started = time.perf_counter()
         result = engine.train_step(args, kwargs, targets)
@@ -149,9 +169,33 @@ class Harmony(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._net.parameters()):
+        if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
             return self._engine.forward(args, kwargs)
-        return self._engine.infer(args, kwargs)
+        # What a first call makes, the arena above all, has to outlive an inference_mode around it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._engine.infer(args, kwargs)
+
+    def verify(self, inputs: Any, targets: Any = None) -> Verification:
+        """Run one step on this batch by Harmony and by plain PyTorch, and compare the gradients.
+
+        Both have the same microbatches, seeds and weights. Nothing changes: no parameter,
+        gradient, buffer, optimizer state, step count or random state. In the step form the
+        gradients are those of a training step without its updates, in the drop-in form those of a
+        forward and a backward.
+
+        Args:
+            inputs, targets: as for `train_step`. The drop-in form needs a loss as well:
+                ``loss_fn`` and targets, or a module that returns its loss.
+
+        Returns:
+            The differences; ``.ok`` says whether all are within the tolerance (1e-5 of a
+            parameter's largest gradient in single precision), ``.summary()`` is one line.
+
+        Raises:
+            ConfigError: if there is no loss, or plain PyTorch would draw other random numbers.
+        """
+        args, kwargs = _arguments(inputs)
+        return verify(self._engine, args, kwargs, targets)
 
     # What is to be seen of it
 
@@ -164,6 +208,11 @@ class Harmony(nn.Module):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer of the step form, for LR schedulers and checkpoints."""
         return self._engine.optimizer
+
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None:
+        """Norm of all gradients of the last step before clipping; None without max_grad_norm."""
+        return self._engine.last_grad_norm
 
     @property
     def num_steps(self) -> int:
@@ -180,6 +229,11 @@ class Harmony(nn.Module):
         return self.record.plan
 
     @property
+    def rung(self) -> str:
+        """How the module is captured: ``"tape"``, ``"real-run tape"`` or ``"live"``."""
+        return self._engine.bindings.rung()
+
+    @property
     def record(self) -> ModelRecord:
         """What the report is made of."""
         return self._engine.record
@@ -192,80 +246,6 @@ class Harmony(nn.Module):
     def report(self) -> None:
         """Print the profiler report of the training so far."""
         print_report([self.record])
-
-    # The module's own names, without a prefix
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Iterate over the modules of the wrapped one."""
-        yield from self._net.named_modules(memo, prefix, remove_duplicate)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Iterate over the children of the wrapped module."""
-        return self._net.named_children()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the wrapped module's state, as plain PyTorch names it."""
-        return self._net.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load a state of the wrapped module; values are copied, whatever ``assign`` says."""
-        result = self._net.load_state_dict(state_dict, strict=strict, assign=False)
-        self._engine.restored()
-        return result
-
-    def train(self, mode: bool = True) -> Harmony:
-        """Set training or evaluation mode, here and in the wrapped module."""
-        self.training = mode
-        self._net.train(mode)
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> Harmony:
-        """Freeze or unfreeze all parameters; possible until the first batch."""
-        self._engine.check_not_started("requires_grad_")
-        self._net.requires_grad_(requires_grad)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        net = self.__dict__.get("_net")
-        if net is None:
-            raise AttributeError(name)
-        return getattr(net, name)
-
-    def extra_repr(self) -> str:
-        """Show the wrapped module's class."""
-        return type(self._net).__name__
-
-    def __repr__(self) -> str:
-        return f"Harmony({self._net!r})"
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise HarmonyError(
-            "a Harmony model owns threads and GPU memory and cannot be copied. Copy its "
-            "state_dict(), or deepcopy the module before you wrap it"
-        )
-
-    def __getstate__(self) -> Any:
-        raise HarmonyError(
-            "a Harmony model cannot be pickled. Save model.state_dict() with torch.save"
-        )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Harmony:
-        """Keep the parameters on the host: Harmony moves them by itself."""
-        probe = fn(torch.empty(0))
-        if probe.device.type != "cpu":
-            warnings.warn(
-                "parameters of a Harmony model stay on the host; "
-                f".to({probe.device}) does nothing",
-                stacklevel=3,
-            )
-            return self
-        self._engine.check_not_started("a change of dtype")
-        self._net._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -280,8 +260,6 @@ def _check_options(
     module: nn.Module,
     mode: str,
     microbatch_size: int | str,
-    optimizer: OptimizerFactory | None,
-    optimizer_kwargs: Mapping[str, Any] | None,
 ) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
@@ -293,10 +271,3 @@ def _check_options(
         not isinstance(microbatch_size, int) or microbatch_size < 1
     ):
         raise ConfigError(f"microbatch_size={microbatch_size!r}: a positive number or 'auto'")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"optimizer is an object; give the class and its options: optimizer="
-            f"{type(optimizer).__name__}, optimizer_kwargs={{...}}"
-        )
-    if optimizer is None and optimizer_kwargs:
-        raise ConfigError("optimizer_kwargs without an optimizer")

@@ -20,6 +20,7 @@ from harmony.timeline import Timeline
 if TYPE_CHECKING:
     from harmony.planner.plan import Plan
     from harmony.planner.schedule import Schedule
+    from harmony.verification import Verification
 
 KEPT_STEPS = 1000
 """Durations that a run keeps to take the median from."""
@@ -38,6 +39,7 @@ class Options:
         mode: ``"auto"``, ``"pp"`` or ``"dp"``.
         virtual: whether the GPUs are virtual ones.
         plan_only: stop at the first plan, before anything is trained.
+        verify: run the first step by plain PyTorch as well, compare, and stop.
         report: a file that gets the report as well.
         link: bandwidth of a virtual GPU's link, as text, e.g. ``"8GB/s"``.
         host_memory_nbytes: bytes of host memory that Harmony may use.
@@ -49,6 +51,7 @@ class Options:
     mode: str = "auto"
     virtual: bool = False
     plan_only: bool = False
+    verify: bool = False
     report: Path | None = None
     link: str | None = None
     host_memory_nbytes: int | None = None
@@ -125,6 +128,17 @@ class PlanOnly(BaseException):
     def __init__(self, record: ModelRecord) -> None:
         super().__init__(f"{record.name} is planned")
         self.record = record
+
+
+class Verified(BaseException):
+    """Ends the script once its first step has been compared, under ``--verify``.
+
+    A BaseException, so that a script's ``except Exception`` does not swallow it.
+    """
+
+    def __init__(self, verification: Verification) -> None:
+        super().__init__(verification.summary())
+        self.verification = verification
 
 
 @dataclass

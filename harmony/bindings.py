@@ -1,0 +1,292 @@
+"""All captures of a model: one for each signature of the inputs and each path of the forward.
+
+They share one arena of parameters, and take turns in having the memory of the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony import facts
+from harmony.bigmodel import check_values, materialise
+from harmony.binding import Binding, with_state
+from harmony.capture import Captured, GuardError, LiveOnlyError, capture, undisturbed
+from harmony.errors import CaptureError
+from harmony.lending import check_own
+from harmony.machine import Machine
+from harmony.planner.plan import Plan
+from harmony.planner.tasks import Phase
+from harmony.profiler import KnownTimes, UpdateCost, measure_machine, measure_update
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.hostmem import ArenaLayout, ArenaView, HostArena, HostBuffer
+from harmony.runtime.hoststate import HostState
+from harmony.runtime.optimizer import Groups, OptimizerFactory, PackOptimizer
+from harmony.runtime.stage import Values
+from harmony.session import ModelRecord
+from harmony.signature import Attribute, Call, Signature, signature_of
+
+MAX_PATHS = 8
+"""Captures that are kept of one signature; the one used longest ago is forgotten first."""
+
+OTHER_WAY = "the forward goes another way for other values"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The wrapper's arguments, checked and parsed."""
+
+    optimizer: OptimizerFactory | None = None
+    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    param_groups: Groups | None = None
+    max_grad_norm: float | None = None
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    mode: str = "auto"
+    microbatch_size: int | None = None
+    device_memory_nbytes: int | None = None
+    host_memory_nbytes: int | None = None
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    plan: Plan | None = None
+    seed: int = 0
+
+
+@dataclass
+class Paths:
+    """What one signature has led to so far.
+
+    Attributes:
+        bindings: of each path, the one used last first.
+        live: why no tape stands for later runs; None while one does.
+    """
+
+    bindings: list[Binding] = field(default_factory=list)
+    live: LiveOnlyError | None = None
+
+    def use(self, binding: Binding) -> None:
+        """Put a binding, known or new, first."""
+        others = [other for other in self.bindings if other is not binding]
+        self.bindings = [binding, *others][:MAX_PATHS]
+
+
+class Bindings:
+    """Captures, measures and plans; one a model.
+
+    Attributes:
+        active: the binding that has the devices' memory.
+        arenas: of the weights and of the gradients; None before the first batch.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        contexts: Sequence[DeviceContext],
+        options: EngineOptions,
+        optimizer: PackOptimizer | None,
+        record: ModelRecord,
+    ) -> None:
+        self.active: Binding | None = None
+        self.arenas: tuple[HostArena, HostArena] | None = None
+        self._net = net
+        self._contexts = contexts
+        self._options = options
+        self._optimizer = optimizer
+        self._record = record
+        self._paths: dict[Signature, Paths] = {}
+        self._params: dict[str, nn.Parameter] = {}
+        self._stages: dict[int, tuple[HostBuffer, int]] = {}
+        self._machine: Machine | None = None
+        self._update: UpdateCost | None = None
+        self._known_times: KnownTimes = {}
+        self._moving: set[Attribute] = set()
+
+    def __iter__(self) -> Iterator[Binding]:
+        for paths in self._paths.values():
+            yield from paths.bindings
+
+    def paths(self, form: str, call: Call) -> tuple[Paths, int]:
+        """Return what the signature of a call has led to, and its number of samples."""
+        check_own(self._net, self._params)
+        key, minibatch = signature_of(
+            self._net, call, form, _of_form(self._options.batch_dims, form), self._moving
+        )
+        return self._paths.setdefault(key, Paths()), minibatch
+
+    def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
+        """Return a binding that stands for a call, its plan, and the tensors by value.
+
+        Raises:
+            LiveOnlyError: if there is none: the call has to be run live.
+        """
+        paths, minibatch = self.paths(form, call)
+        for _ in range(MAX_PATHS):
+            if paths.live is not None:
+                raise paths.live.again()
+            misfit: tuple[int, int] | None = None
+            for binding in list(paths.bindings):
+                try:
+                    inputs = self.measured(binding, form, minibatch, call)
+                except GuardError as error:
+                    paths.live = LiveOnlyError(OTHER_WAY, error.where)
+                    raise paths.live.again() from error
+                plan = self.plan(binding, minibatch)
+                misfit = binding.misfit(inputs, plan.spec)
+                if misfit is None:
+                    paths.use(binding)
+                    self._record.planned(plan, binding.predicted(plan))
+                    return binding, plan, inputs
+            self._add_path(paths, form, call, misfit)
+            key, _ = signature_of(
+            self._net, call, form, _of_form(self._options.batch_dims, form), self._moving
+        )
+            self._paths[key] = paths  # some attributes may now be known to move by themselves
+        raise LiveOnlyError("the microbatches of a minibatch take different paths", "?")
+
+    def _add_path(
+        self, paths: Paths, form: str, call: Call, misfit: tuple[int, int] | None
+    ) -> None:
+        """Capture the path that a microbatch takes, the whole batch at first."""
+        part = call
+        if misfit is not None:
+            part = paths.bindings[0].captured.part_of_call(call, *misfit)
+            if any(self._stands_for(other, part) for other in paths.bindings):
+                raise LiveOnlyError(
+                    "the microbatches of a minibatch take different paths",
+                    paths.bindings[0].captured.first_guard(),
+                )
+        try:
+            paths.use(self._make(form, part))
+        except LiveOnlyError as error:
+            paths.live = error.again()
+
+    def _stands_for(self, binding: Binding, call: Call) -> bool:
+        """Whether the tape of a binding is what the forward does for all samples of a call."""
+        captured = binding.captured
+        inputs = captured.flatten_inputs(*call)
+        try:
+            captured.check_guards(inputs, captured.count_samples(call))
+        except GuardError:
+            return False
+        return True
+
+    def measured(self, binding: Binding, form: str, minibatch: int, call: Call) -> Values:
+        """Let a binding have the devices, and measure it if that was not done before."""
+        inputs = binding.captured.flatten_inputs(*call)
+        self.activate(binding)
+        if binding.costs is None:
+            sizes = self._sizes_to_measure(minibatch)
+            update = self.update_cost() if form == "step" else None
+            with undisturbed(self._contexts[0].device):
+                binding.measure(inputs, sizes, update, self._known_times)
+        return inputs
+
+    def rung(self) -> str:
+        """How the model is captured, at worst: by a tape, the tape of a real run, or live."""
+        if any(paths.live is not None for paths in self._paths.values()):
+            return "live"
+        real = any(binding.captured.real for binding in self)
+        return "real-run tape" if real else "tape"
+
+    def activate(self, binding: Binding | None) -> None:
+        """Let a binding have the device memory; the others take theirs again when they run."""
+        if binding is not self.active:
+            if self.active is not None:
+                self.active.release()
+            self.active = binding
+
+    def plan(self, binding: Binding, minibatch: int) -> Plan:
+        """Return the plan of a binding for a minibatch."""
+        options = self._options
+        plan = binding.plan(minibatch, options.mode, options.microbatch_size, options.plan)
+        mixing = [layer.name for layer in binding.graph.layers if layer.mixes_samples]
+        size = plan.spec.backward_size
+        if mixing and size < minibatch and options.microbatch_size is None:
+            self._record.warn(
+                f"{mixing[0]} looks at all samples of a microbatch together (as BatchNorm does), "
+                f"so results depend on the size of the microbatches, which is {size} of "
+                f"{minibatch} here: choose it yourself with microbatch_size="
+            )
+        return plan
+
+    def _make(self, form: str, call: Call) -> Binding:
+        options, (args, kwargs, targets) = self._options, call
+        if self.arenas is None:
+            check_values(self._net)
+        captured = capture(
+            self._net,
+            args,
+            kwargs,
+            loss=options.loss_fn if form == "step" else None,
+            targets=targets,
+            output_loss=form == "step" and options.loss_fn is None,
+            batch_dims=_of_form(options.batch_dims, form),
+        )
+        return self.bind(captured, form)
+
+    def bind(self, captured: Captured, form: str) -> Binding:
+        """Make a binding of a capture."""
+        options = self._options
+        if self._machine is None:
+            self._machine = measure_machine(
+                self._contexts, options.device_memory_nbytes, options.host_memory_nbytes
+            )
+        state = 0.0 if form != "step" else self.update_cost().state_nbytes
+        host = self._host_state(captured, self._machine)
+        self._moving.update(a for change in captured.changes.values() for a in change.attributes)
+        self._moving.update((module, name) for module, name, _ in captured.moved)
+        graph = with_state(captured.graph, host.gradients.layout, state)
+        host = replace(host, graph=graph)
+        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
+        return Binding(captured, graph, self._machine, host, self._contexts, phase)
+
+    def _host_state(self, captured: Captured, machine: Machine) -> HostState:
+        """See the arena as this capture of the model does; the first one makes it."""
+        graph = captured.graph
+        stored = [*captured.params, *captured.buffers]
+        sizes = (graph.num_layers, len(graph.shared))
+        weights = ArenaLayout(stored, *sizes)
+        gradients = ArenaLayout([p for p in captured.params if p.requires_grad], *sizes)
+        if self.arenas is None:
+            device = self._contexts[0].device
+            arenas = (
+                HostArena(weights, device, "the weights"),
+                HostArena(gradients, device, "the gradients"),
+            )
+            self._params = arenas[0].adopt(self._net, materialise)
+            self.arenas = arenas  # only now: values may be missing
+        elif set(gradients.places) != set(self.arenas[1].layout.places):
+            raise CaptureError(
+                "other parameters are frozen than in the first call. Freeze or unfreeze before "
+                "the first batch, or make a new Harmony model"
+            )
+        views = ArenaView(self.arenas[0], weights), ArenaView(self.arenas[1], gradients)
+        host = HostState(graph, *views, self._params, self._optimizer, stages=self._stages)
+        state = 0.0 if self._update is None else self._update.state_nbytes
+        self._record.facts.update(facts.of_memory(host, machine, state))
+        return host
+
+    def _sizes_to_measure(self, minibatch: int) -> list[int]:
+        """Microbatch sizes to measure: the one that was asked for, or a few to interpolate."""
+        if self._options.microbatch_size is not None:
+            return [min(self._options.microbatch_size, minibatch)]
+        return sorted({1, max(1, minibatch // 4), minibatch})
+
+    def update_cost(self) -> UpdateCost:
+        """What the optimizer costs; measured once."""
+        options = self._options
+        assert options.optimizer is not None
+        if self._update is None:
+            self._update = measure_update(options.optimizer, options.optimizer_kwargs)
+        return self._update
+
+
+def _of_form(batch_dims: Mapping[str, int | None], form: str) -> dict[str, int | None]:
+    """Return the batch dimensions of the inputs of a form: only the step form has targets."""
+    return {
+        name: dim
+        for name, dim in batch_dims.items()
+        if form == "step" or not name.startswith("targets")
+    }

@@ -1,0 +1,228 @@
+"""Runs what no tape stands for: one microbatch after the other, each captured on its way.
+
+A live microbatch costs one forward more than a planned one: first the forward runs for real, to
+see which path it takes, then the layers of that path run as any other, planned and verified.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from harmony.binding import Binding
+from harmony.bindings import Bindings, EngineOptions, Paths
+from harmony.capture import (
+    Batch,
+    LiveCapture,
+    LiveOnlyError,
+    plain_attributes,
+    same_path,
+    seed_python,
+)
+from harmony.capture.lossweights import LiveWeights, inexact_loss
+from harmony.errors import DoesNotFitError
+from harmony.planner.plan import Plan
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.optimizer import PackOptimizer
+from harmony.runtime.randomness import microbatch_seed
+from harmony.runtime.recall import Recall
+from harmony.runtime.stage import Values
+from harmony.session import ModelRecord
+from harmony.signature import Call
+from harmony.stepresult import RanStep, ReadyStep
+
+
+class Live:
+    """The live runs of one model."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        context: DeviceContext,
+        options: EngineOptions,
+        bindings: Bindings,
+        optimizer: PackOptimizer | None,
+        record: ModelRecord,
+    ) -> None:
+        self._net = net
+        self._context = context
+        self._options = options
+        self._bindings = bindings
+        self._optimizer = optimizer
+        self._record = record
+        self._captures: dict[str, LiveCapture] = {}
+        self._known: dict[str, Paths] = {}
+        self._size: int | None = None
+        self._noticed: set[str] = set()
+
+    def notice(self, reason: LiveOnlyError) -> None:
+        """Say once that, and why, the model runs live."""
+        self._say(
+            f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: each "
+            "microbatch is recorded on its way, which takes one forward more, and microbatches "
+            "run one after the other. To be planned as a whole, let the decision be made inside "
+            "of a layer (a module that is one block), or outside of the model"
+        )
+
+    def _say(self, text: str) -> None:
+        """Warn once."""
+        if text not in self._noticed:
+            self._noticed.add(text)
+            self._record.warn(text)
+            warnings.warn(text, stacklevel=6)
+
+    def ready(self, form: str, call: Call, step: int, index: int) -> ReadyStep:
+        """Capture one microbatch, number ``index`` of the step, and plan for it."""
+        args, kwargs, targets = call
+        self._bindings.activate(None)  # the forward needs the memory
+        seed = microbatch_seed(step, index, self._options.seed)
+
+        def begin() -> None:
+            torch.default_generator.manual_seed(seed)
+            seed_python(seed)
+            self._context.set_random_state(self._context.seeded_state(seed))
+
+        captured = self._capture_of(form).capture(args, kwargs, targets, begin)
+        paths = self._known.setdefault(form, Paths())
+        same = (b for b in paths.bindings if same_path(b.captured, captured))
+        binding = next(same, None) or self._bindings.bind(captured, form)
+        paths.use(binding)
+        inputs = self._bindings.measured(binding, form, captured.num_samples, call)
+        plan = self._plan(binding, captured.num_samples)
+        weights, _ = binding.weights(detached(inputs), plan.spec)
+        return ReadyStep(binding, plan, inputs, weights, index, captured.moved)
+
+    def train(
+        self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
+    ) -> RanStep:
+        """Run forward and backward of every microbatch, then update.
+
+        A step that fails leaves buffers and Python attributes as they were.
+
+        Args:
+            run: runs a microbatch and leaves its gradients as ``grad``.
+        """
+        size = min(self._size or self._options.microbatch_size or minibatch, minibatch)
+        while True:
+            before = _ModuleState(self._net)
+            try:
+                done = self._train(call, minibatch, size, step, run)
+            except BaseException as error:
+                before.restore()
+                asked = self._options.microbatch_size is not None
+                if not isinstance(error, DoesNotFitError) or size == 1 or asked:
+                    raise
+            else:
+                self._size = size
+                self._update()
+                return done
+            size = -(-size // 2)
+
+    def _train(
+        self,
+        call: Call,
+        minibatch: int,
+        size: int,
+        step: int,
+        run: Callable[[ReadyStep], RanStep],
+    ) -> RanStep:
+        batch = Batch.of(*call, self._options.batch_dims)
+        weights = LiveWeights(minibatch)
+        sums: dict[str, torch.Tensor] = {}
+        total = torch.zeros(())
+        for index, low in enumerate(range(0, minibatch, size)):
+            high = min(low + size, minibatch)
+            ready = self.ready("step", batch.part(*call, low, high), step, index)
+            captured, loss = ready.binding.captured, ready.binding.graph.loss
+            assert loss is not None
+            weight = weights.weigh(captured, loss, detached(ready.inputs))
+            ran = run(replace(ready, weights=dict.fromkeys(ready.weights, weight)))
+            total = total + ran.loss
+            self.commit(ready, ran.recall)
+            self._add(sums)
+        if weights.doubt is not None:
+            self._say(inexact_loss(weights.doubt, minibatch))
+        scale = weights.scale()
+        if scale != 1.0:
+            total = total * scale
+            for gradient in sums.values():
+                gradient.mul_(scale)
+        self._publish(sums)
+        return replace(ran, loss=total)
+
+    def _update(self) -> None:
+        optimizer, params = self._optimizer, list(self._net.parameters())
+        assert optimizer is not None, "only the step form trains here"
+        if optimizer.max_norm is not None:
+            optimizer.clip(params)
+        optimizer.update([param for param in params if param.grad is not None])
+
+    def commit(self, ready: ReadyStep, recall: Recall) -> None:
+        """Let the model have what a forward has changed."""
+        recall.states.commit()
+        if not ready.moved:
+            return
+        modules = dict(self._net.named_modules())
+        for module, attribute, held in ready.moved:
+            modules[module].__dict__[attribute] = held
+
+    def _plan(self, binding: Binding, size: int) -> Plan:
+        plan = binding.plan(size, "pp", size, None)
+        self._record.planned(plan, binding.predicted(plan))
+        return plan
+
+    def _capture_of(self, form: str) -> LiveCapture:
+        if form not in self._captures:
+            loss = self._options.loss_fn if form == "step" else None
+            self._captures[form] = LiveCapture(
+                self._net,
+                self._context.device,
+                loss=loss,
+                output_loss=form == "step" and loss is None,
+            )
+        return self._captures[form]
+
+    def _add(self, sums: dict[str, torch.Tensor]) -> None:
+        for name, param in self._net.named_parameters():
+            if param.grad is not None and name in sums:
+                sums[name].add_(param.grad)
+            elif param.grad is not None:
+                sums[name] = param.grad.clone()
+
+    def _publish(self, sums: dict[str, torch.Tensor]) -> None:
+        assert self._bindings.arenas is not None
+        views = self._bindings.arenas[1].views
+        for name, param in self._net.named_parameters():
+            param.grad = None
+            if name in sums:
+                param.grad = views[name].copy_(sums[name])
+
+
+class _ModuleState:
+    """Buffers and plain attributes of a module tree, to go back to."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+        self._attributes = [
+            (module, copy.deepcopy(dict(plain_attributes(module)))) for module in net.modules()
+        ]
+
+    def restore(self) -> None:
+        """Go back."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        for module, attributes in self._attributes:
+            for name in dict(plain_attributes(module)):
+                if name not in attributes:
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def detached(inputs: Values) -> Values:
+    """Return the inputs without their graph."""
+    return {value: tensor.detach() for value, tensor in inputs.items()}
