@@ -54,6 +54,34 @@ def run(
     return run_text
 
 
+VERIFIED = """
+from harmony import session
+from harmony.verification import Difference, Verification
+record = session.register("GPT", {{}})
+gradients = tuple(Difference(f"w{{i}}", 1e-9, {relative} / (1 + i), 1e-5) for i in range(30))
+raise session.Verified(Verification(gradients, (), 2.0, 2.0, 4, "the CPU"))
+"""
+
+
+@pytest.mark.parametrize(("relative", "expected"), [(1e-7, 0), (1e-3, 1)])
+def test_verify_shows_the_worst_parameters_and_its_exit_code_says_whether_it_held(
+    run: RunScript, relative: float, expected: int
+) -> None:
+    code, out, err = run(VERIFIED.format(relative=relative), "--verify")
+    assert code == expected
+    assert out.index("w0") < out.index("w19") < out.index("10 more")
+    assert "w20" not in out
+    assert ("DIFFERENT: largest relative difference 0.001 (w0)" in out) is (expected == 1)
+    assert "30 gradients, 4 microbatches, loss 2 (plain PyTorch 2)" in out
+    assert "--verify: stopped before training" in err
+
+
+def test_verify_of_a_script_that_trains_nothing_fails(run: RunScript) -> None:
+    code, _, err = run("print('hello')", "--verify")
+    assert code == 1
+    assert "nothing was compared" in err
+
+
 def test_the_report_comes_after_what_the_script_prints(run: RunScript) -> None:
     code, out, _ = run(TRAIN)
     assert code == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import copy
 import threading
 from typing import Any
 
@@ -17,29 +16,35 @@ from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_
 from tests.training.plain import params_of
 
 
+class Switch:
+    """Raises in a chosen call; all copies of a module share it, and count together."""
+
+    def __init__(self) -> None:
+        self.calls, self.fail_at = 0, -1
+
+    def __deepcopy__(self, memo: Any) -> Switch:
+        return self
+
+    def __call__(self) -> None:
+        if self.fail_at >= 0:
+            self.calls += 1
+            if self.calls == self.fail_at:
+                raise ValueError("the user's own mistake")
+
+    def set(self, calls: int, fail_at: int) -> None:
+        self.calls, self.fail_at = calls, fail_at
+
+
 class Fails(nn.Module):
     """Raises in a chosen call of its forward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(24, 24) / 5)
-        self.calls: list[int] = [0]
-        self.fail_at = -1
-
-    def __deepcopy__(self, memo: Any) -> Fails:
-        twin = Fails()
-        memo[id(self)] = twin
-        twin.weight = copy.deepcopy(self.weight, memo)
-        twin.calls = self.calls  # shared on purpose: counts the calls on all devices
-        twin.__dict__["owner"] = self.__dict__.get("owner", self)
-        return twin
+        self.switch = Switch()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        owner = self.__dict__.get("owner", self)
-        if owner.fail_at >= 0:
-            self.calls[0] += 1
-            if self.calls[0] == owner.fail_at:
-                raise ValueError("the user's own mistake")
+        self.switch()
         return torch.tanh(x @ self.weight)
 
 
@@ -65,14 +70,14 @@ def test_error_in_a_forward_names_the_task_and_changes_nothing(vgpus: VirtualGPU
     model, bad = failing_model()
     model.train_step(*vector_batch(0))
     before = params_of(model.module)
-    bad.calls[0], bad.fail_at = 0, 2
+    bad.switch.set(0, 2)
     with pytest.raises(harmony.ExecutionError, match="the user's own mistake") as caught:
         model.train_step(*vector_batch(1))
     assert "F[" in caught.value.task
     assert isinstance(caught.value.__cause__, ValueError)
     assert "all are of the step before" in str(caught.value)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    bad.fail_at = -1
+    bad.switch.set(0, -1)
     model.train_step(*vector_batch(1))  # and it goes on
 
 
@@ -80,26 +85,26 @@ def test_error_after_updates_says_so_and_wants_a_checkpoint(vgpus: VirtualGPUs) 
     model, bad = failing_model()
     model.train_step(*vector_batch(0))
     checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    bad.calls[0], bad.fail_at = 0, 8  # the last recompute: later packs are updated by then
+    bad.switch.set(0, 8)  # the last recompute: later packs are updated by then
     with pytest.raises(harmony.ExecutionError) as caught:
         model.train_step(*vector_batch(1))
     assert "B[" in caught.value.task
     if caught.value.torn:
-        bad.fail_at = -1
+        bad.switch.set(0, -1)
         with pytest.raises(harmony.HarmonyError, match="load a checkpoint"):
             model.train_step(*vector_batch(2))
         model.load_state_dict(checkpoint)
-    bad.fail_at = -1
+    bad.switch.set(0, -1)
     model.train_step(*vector_batch(1))
 
 
 def test_first_step_is_all_or_nothing(vgpus: VirtualGPUs) -> None:
     model, bad = failing_model()
     before = params_of(model.module)
-    bad.calls[0], bad.fail_at = -1000, 1  # past capture and measuring
+    bad.switch.set(-1000, 1)  # past capture and measuring
     x, y = vector_batch(0)
-    model._engine._bind("step", (x,), {}, y)
-    bad.calls[0], bad.fail_at = 0, 8
+    model._engine.bindings.find("step", ((x,), {}, y))
+    bad.switch.set(0, 8)
     with pytest.raises(harmony.ExecutionError) as caught:
         model.train_step(x, y)
     assert not caught.value.torn
@@ -143,8 +148,8 @@ def test_interrupt_lets_the_step_end(vgpus: VirtualGPUs) -> None:
         undisturbed.train_step(*vector_batch(step))
     model.train_step(*vector_batch(0))
     vgpus_slow = threading.Event()
-    host = model._engine._host
-    update = host.update
+    (binding,) = model._engine.bindings
+    update = binding.host.update
 
     def interrupting_update(pack: Any) -> None:
         if not vgpus_slow.is_set():
@@ -152,8 +157,7 @@ def test_interrupt_lets_the_step_end(vgpus: VirtualGPUs) -> None:
             _thread.interrupt_main()
         update(pack)
 
-    for binding in model._engine._bindings.values():
-        binding.host.update = interrupting_update
+    binding.host.update = interrupting_update
     with pytest.raises(KeyboardInterrupt):
         model.train_step(*vector_batch(1))
         for _ in range(10**6):  # the interrupt may come as late as here

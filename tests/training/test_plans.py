@@ -41,12 +41,12 @@ def use_plan(
 ) -> StepSpec:
     """Make ``model`` train ``batch`` by a plan of the test's own, verified."""
     engine = model._engine
-    binding, minibatch, _ = engine._bind("step", (batch[0],), {}, batch[1])
+    binding, plan, _ = engine.bindings.find("step", ((batch[0],), {}, batch[1]))
+    minibatch = plan.minibatch
     spec = spec_of(binding.graph.num_layers, minibatch)
     tasks = build_tasks(binding.graph, spec)
     schedule = lower(tasks, binding.machine, policy)
     verify(schedule, binding.graph, binding.costs, Phase.TRAIN, tasks)
-    plan = engine._plan(binding, minibatch)
     binding._plans[minibatch] = replace(
         plan, spec=spec, policy=policy, schedules={Phase.TRAIN: schedule}
     )

@@ -10,9 +10,10 @@ import torch
 
 import harmony
 from harmony.planner.schedule import Instruction, Op, Schedule
-from harmony.planner.tasks import Phase
+from harmony.planner.tasks import Phase, TaskKind
 from harmony.runtime import racecheck, vgpu
 from harmony.runtime.executor import Job
+from harmony.stepresult import ReadyStep
 from tests.training.models import GPT, token_batch, token_loss
 
 
@@ -30,15 +31,19 @@ def ready_model(mode: str, num_devices: int) -> Any:
         device_memory="420KiB",
     )
     model.train_step(*token_batch(0))
-    (binding,) = model._engine._bindings.values()
+    (binding,) = model._engine.bindings
     return model, binding, binding.prepared(model.plan, Phase.TRAIN)
 
 
 def run(model: Any, binding: Any, schedule: Schedule, values: Any) -> None:
     prepared = binding.executor.prepare(schedule, values)
     prepared.num_runs = 1
-    random = model._engine._random(binding, model.plan)
-    binding.executor.run(prepared, Job(random, schedule.minibatch))
+    recall = model._engine._recall(ReadyStep(binding, model.plan, {}, {}))
+    spec = model.plan.spec
+    replicas = range(len(spec.shares))
+    every = [s for replica in replicas for s in spec.microbatches(replica, TaskKind.BACKWARD)]
+    weights = {(binding.graph.loss, (low, high)): (high - low) / 8 for low, high in every}
+    binding.executor.run(prepared, Job(recall, weights))
 
 
 def waits(schedule: Schedule) -> list[tuple[int, int]]:

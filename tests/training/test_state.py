@@ -119,7 +119,7 @@ def test_arena_is_exact_and_replaces_the_old_memory(vgpus: VirtualGPUs) -> None:
     before = {p.data_ptr() for p in net.parameters()}
     model = small(net)
     model.train_step(*vector_batch(0))
-    weights = model._engine._host.weights
+    weights = model._engine.bindings.arenas[0]
     assert not before & {p.data_ptr() for p in net.parameters()}
     nbytes = sum(-(-p.nbytes // 64) * 64 for p in net.parameters())
     assert weights.buffer.tensor.numel() == nbytes
@@ -173,3 +173,28 @@ def test_any_torch_optimizer(vgpus: VirtualGPUs, optimizer: str) -> None:
     losses = [model.train_step(*batch) for batch in batches]
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+
+
+def test_an_input_with_as_many_rows_as_samples_is_named_once(vgpus: VirtualGPUs) -> None:
+    class Mixes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).matmul(table)
+
+    net, table = Mixes(), torch.randn(8, 8)
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=square_loss,
+        devices=1,
+        microbatch_size=2,
+        batch_dims={"args[1]": None},
+    )
+    x, y = vector_batch(0, width=8)
+    loss = model.train_step((x, table), y)
+    assert torch.allclose(loss, square_loss(plain(x, table), y), rtol=1e-6, atol=0)

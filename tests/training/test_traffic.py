@@ -29,7 +29,7 @@ def trained(mode: str, num_devices: int, memory: str = "300KiB", **options: Any)
         **options,
     )
     model.train_step(*token_batch(0))
-    (binding,) = model._engine._bindings.values()
+    (binding,) = model._engine.bindings
     return model, binding.graph
 
 

@@ -1,0 +1,288 @@
+"""Buffers and Python attributes that the forward changes; random numbers that Python draws."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import harmony
+from harmony.errors import CaptureError, ConfigError
+
+from .conftest import VirtualGPUs
+from .models import square_loss, vector_batch
+from .plain import gradients_of
+
+WIDTH = 24
+
+
+class Norms(nn.Module):
+    """Batch norm, with a momentum and as a cumulative mean, behind linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm1 = nn.BatchNorm1d(WIDTH)
+        self.mid = nn.Linear(WIDTH, WIDTH)
+        self.norm2 = nn.BatchNorm1d(WIDTH, momentum=None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.norm1(self.first(x)))
+        return self.last(torch.tanh(self.norm2(self.mid(h))))
+
+
+class Average(nn.Module):
+    """Adds a running mean of what it sees, which it changes in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how, self.calls = nn.Linear(WIDTH, WIDTH), how, 0
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.linear(x))
+        now = h.detach().mean(0)
+        if self.how == "replaced":
+            self.mean = self.mean * 0.9 + now * 0.1
+        elif self.how == "in place":
+            self.mean.mul_(0.9).add_(now, alpha=0.1)
+            self.count += 1
+        elif self.how == "counted":
+            self.calls += 1
+            h = h / self.calls
+        return h + self.mean
+
+
+class Blocks(nn.Module):
+    """Averages inside of layers; in the glue too if asked for."""
+
+    def __init__(self, how: str, glue: str = "") -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Average(how) for _ in range(4))
+        self.glue = glue
+        self.register_buffer("level", torch.ones(WIDTH))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[:2]:
+            x = block(x)
+        if self.glue == "in place":
+            self.level.lerp_(x.detach().abs().mean(0), 0.5)
+        elif self.glue == "replaced":
+            self.level = 0.5 * self.level + 0.5 * x.detach().abs().mean(0)
+        x = x / self.level
+        for block in self.blocks[2:]:
+            x = block(x)
+        return self.out(x)
+
+
+class Draws(nn.Module):
+    """Draws from all generators of the host inside of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DrawingBlock() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class DrawingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = random.random() + np.random.rand() + torch.rand(()).item()
+        return self.drop(torch.tanh(self.linear(x)) * scale)
+
+
+SGD = {"lr": 0.05, "momentum": 0.9, "foreach": False}
+
+
+def train(net: nn.Module, gpus: int, steps: int = 3, **options: Any) -> tuple[Any, list[Any]]:
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs=SGD,
+        loss_fn=square_loss,
+        devices=gpus,
+        microbatch_size=2,
+        **options,
+    )
+    seen = []
+    for step in range(steps):
+        loss = model.train_step(*vector_batch(step, width=WIDTH))
+        seen.append((loss, gradients_of(net)))
+    return model, seen
+
+
+def train_plain(net: nn.Module, steps: int = 3, device: str = "cpu") -> list[Any]:
+    """Accumulate over microbatches of 2, on the CPU or on one virtual GPU."""
+    net.to(device)
+    optimizer = torch.optim.SGD(net.parameters(), **SGD)
+    seen = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        inputs, targets = (x.to(device) for x in vector_batch(step, width=WIDTH))
+        for index in range(4):
+            part = slice(2 * index, 2 * index + 2)
+            harmony.seed_microbatch(step, index)
+            loss = square_loss(net(inputs[part]), targets[part]) * 0.25
+            loss.backward()
+            total = total + loss.detach().cpu()
+        seen.append((total, gradients_of(net)))
+        optimizer.step()
+    return seen
+
+
+def check_same(net: nn.Module, plain: nn.Module, seen: Any, expected: Any) -> None:
+    for (loss, gradients), (wanted_loss, wanted) in zip(seen, expected, strict=True):
+        assert torch.equal(loss, wanted_loss)
+        for name, gradient in gradients.items():
+            other = wanted[name]
+            assert (gradient is None) == (other is None), name
+            assert gradient is None or torch.equal(gradient, other.cpu()), name
+    tensors = plain.state_dict()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, tensors[name].cpu()), name
+    for (name, module), (_, other) in zip(
+        net.named_modules(), plain.named_modules(), strict=True
+    ):
+        assert getattr(module, "calls", 0) == getattr(other, "calls", 0), name
+
+
+MODELS = {
+    "norms": Norms,
+    "in place": lambda: Blocks("in place"),
+    "replaced": lambda: Blocks("replaced"),
+    "counted": lambda: Blocks("counted"),
+    "glue in place": lambda: Blocks("in place", "in place"),
+    "glue replaced": lambda: Blocks("", "replaced"),
+}
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_forward_changes_is_changed_once(
+    name: str, gpus: int, vgpus: VirtualGPUs
+) -> None:
+    torch.manual_seed(0)
+    net = MODELS[name]()
+    plain = copy.deepcopy(net)
+    model, seen = train(net, gpus, device_memory="24KiB")
+    assert len(model.plan.spec.backward_packs) > 1
+    check_same(net, plain, seen, train_plain(plain))
+
+
+@pytest.mark.parametrize("name", ["norms", "in place", "counted"])
+def test_the_drop_in_form_changes_it_once(name: str, vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = MODELS[name]()
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=2, microbatch_size=8, device_memory="32KiB")
+    for step in range(3):
+        inputs, targets = vector_batch(step, width=WIDTH)
+        losses = []
+        for one in (model, plain):
+            one.zero_grad()
+            losses.append(square_loss(one(inputs), targets))
+            losses[-1].backward()
+        assert torch.equal(*losses)
+    check_same(net, plain, [(losses[0], gradients_of(net))], [(losses[1], gradients_of(plain))])
+    with torch.no_grad():
+        assert torch.equal(model(inputs), plain(inputs))
+    check_same(net, plain, [], [])
+    net.eval(), plain.eval()
+    with torch.no_grad():
+        assert torch.equal(model(inputs), plain(inputs))
+    check_same(net, plain, [], [])
+
+
+def test_every_generator_of_the_host_follows_the_microbatch(vgpus: VirtualGPUs) -> None:
+    vgpus(count=3, memory="256MiB")
+    torch.manual_seed(0)
+    net = Draws()
+    plain = copy.deepcopy(net)
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    before = random.random(), np.random.rand(), torch.rand(())
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    _, seen = train(net, 2, mode="pp", device_memory="24KiB")
+    after = random.random(), np.random.rand(), torch.rand(())
+    assert before == after, "training draws from the program's own random streams"
+    # On the CPU one generator serves dropout and rand(); on a device they are two.
+    expected = train_plain(plain, device="vgpu:2")
+    for (loss, gradients), (wanted_loss, wanted) in zip(seen, expected, strict=True):
+        assert torch.equal(loss, wanted_loss)
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, wanted[name].cpu()), name
+
+
+def test_data_parallel_training_is_refused_for_buffers_that_change(vgpus: VirtualGPUs) -> None:
+    with pytest.raises(ConfigError, match=r"norm1 changes its buffers.*mode='pp'"):
+        train(Norms(), 2, mode="dp")
+
+
+def test_a_failed_step_leaves_the_buffers_alone(vgpus: VirtualGPUs) -> None:
+    class Fails(nn.Module):
+        fails = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if Fails.fails:
+                raise ValueError("on purpose")
+            return x * self.weight
+
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), Fails())
+    model, _ = train(net, 2, steps=1)
+    before = copy.deepcopy(net.state_dict())
+    Fails.fails = True
+    with pytest.raises(harmony.ExecutionError, match="on purpose"):
+        model.train_step(*vector_batch(1, width=WIDTH))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(WIDTH, WIDTH), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return self.linear(x)
+
+
+class Clamps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.linear.weight.clamp_(-1, 1)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(Keeps, "adds to its attribute seen"), (Clamps, "changes the parameter .*weight")],
+)
+def test_what_cannot_be_done_twice_is_refused_by_name(
+    layer: Any, message: str, vgpus: VirtualGPUs
+) -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), layer()) for _ in range(3)))
+    with pytest.raises(CaptureError, match=message):
+        train(net, 2)

@@ -1,0 +1,230 @@
+"""Harmony.verify: one step in both ways, and nothing of the model changes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import harmony
+from harmony import cli
+from harmony.engine import Engine
+from harmony.runtime.stage import Stage
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
+
+MODES = [("pp", 1), ("pp", 2), ("dp", 2)]
+
+
+class Normed(nn.Module):
+    """Linear layers with a batch norm, whose statistics change, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 24)
+        self.norm = nn.BatchNorm1d(24)
+        self.second = nn.Linear(24, 24)
+        self.third = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        y = self.third(torch.relu(self.second(self.norm(self.first(x)))))
+        return y if labels is None else {"loss": F.cross_entropy(y, labels), "logits": y}
+
+
+def everything(model: harmony.Harmony) -> list[Any]:
+    """All that verify must leave alone."""
+    net = model.module
+    state = {} if model.optimizer is None else model.optimizer.state_dict()["state"]
+    tensors = [t for held in state.values() for t in held.values()]
+    return [
+        *(p.detach().clone() for p in net.parameters()),
+        *(None if p.grad is None else p.grad.clone() for p in net.parameters()),
+        *(b.clone() for b in net.buffers()),
+        *(t.clone() if isinstance(t, torch.Tensor) else t for t in tensors),
+        model.num_steps,
+        torch.get_rng_state(),
+        random.getstate(),
+    ]
+
+
+def same(one: list[Any], two: list[Any]) -> bool:
+    pairs = zip(one, two, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def step_form(net: nn.Module, loss_fn: Any, mode: str, num_devices: int) -> harmony.Harmony:
+    return harmony.Harmony(
+        net,
+        optimizer=torch.optim.AdamW,
+        optimizer_kwargs={"lr": 1e-2},
+        loss_fn=loss_fn,
+        mode=mode,
+        microbatch_size=2,
+        devices=num_devices,
+        device_memory="300KiB",
+    )
+
+
+@pytest.mark.parametrize(("mode", "num_devices"), MODES)
+def test_the_step_form_is_identical_and_nothing_changes(
+    vgpus: VirtualGPUs, mode: str, num_devices: int
+) -> None:
+    torch.manual_seed(0)
+    model = step_form(GPT(dropout=0.1), token_loss, mode, num_devices)
+    first = model.verify(*token_batch(0))  # before any step, and after one
+    assert first.ok and first.identical, first.summary()
+    model.train_step(*token_batch(0))
+    before = everything(model)
+    found = model.verify(*token_batch(1))
+    assert found.identical, found.summary()
+    assert found.loss == found.plain_loss
+    assert found.num_microbatches == 4
+    assert len(found.gradients) == len(list(model.parameters()))
+    assert same(before, everything(model))
+    assert "bit for bit" in found.summary()
+
+
+@pytest.mark.parametrize("loss_inside", [False, True])
+@pytest.mark.parametrize(("mode", "num_devices"), MODES)
+def test_the_drop_in_form_is_identical_and_nothing_changes(
+    vgpus: VirtualGPUs, mode: str, num_devices: int, loss_inside: bool
+) -> None:
+    torch.manual_seed(0)
+    net = Normed()
+    model = harmony.Harmony(
+        net,
+        loss_fn=None if loss_inside else square_loss,
+        mode="pp",
+        microbatch_size=4,
+        devices=num_devices,
+        device_memory="64KiB",
+    )
+    inputs, targets = vector_batch(0)
+    batch: Any = inputs
+    if loss_inside:
+        labels = torch.arange(8) % 24
+        labels[:3] = -100
+        batch, targets = {"x": inputs, "labels": labels}, None
+    out = model(**batch)["loss"] if loss_inside else square_loss(model(batch), targets)
+    out.backward()
+    before = everything(model)
+    found = model.verify(batch, targets)
+    assert found.ok, found.summary()
+    assert same(before, everything(model))
+    assert {"buffer norm.running_mean", "buffer norm.running_var"} <= {
+        difference.name for difference in found.others
+    }
+    assert model.last_timeline is not None
+    assert model.record.num_steps == 1
+    model(inputs).sum().backward()  # nothing is left of the verification
+
+
+def test_unequal_counts_of_targets_are_verified_with_their_weights(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    inputs, _ = vector_batch(0)
+    targets = torch.arange(8)
+    targets[:3] = -100
+    found = step_form(SkipMLP(), F.cross_entropy, "pp", 2).verify(inputs, targets)
+    assert found.ok, found.summary()
+    assert found.loss == pytest.approx(found.plain_loss, rel=1e-6)
+
+
+def test_a_difference_is_found_and_named(
+    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = SkipMLP()
+    model = step_form(net, square_loss, "pp", 1)
+    run_step = Engine.run_step
+
+    def wrong(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+        step = run_step(engine, *args, **kwargs)
+        (binding,) = engine.bindings
+        binding.host.gradients.views["layers.2.weight"][0, 0] += 1.0
+        return step
+
+    monkeypatch.setattr(Engine, "run_step", wrong)
+    found = model.verify(*vector_batch(0))
+    assert not found.ok
+    assert not found.identical
+    assert found.gradients[0].name == "layers.2.weight"
+    assert found.gradients[0].absolute == pytest.approx(1.0, rel=1e-3)
+    assert "DIFFERENT: largest relative difference" in found.summary()
+    assert all(difference.ok for difference in found.gradients[1:])
+
+
+def test_without_a_loss_there_is_nothing_to_verify(vgpus: VirtualGPUs) -> None:
+    model = harmony.Harmony(SkipMLP(), microbatch_size=2, devices=1)
+    with pytest.raises(harmony.ConfigError, match="verify needs a loss"):
+        model.verify(vector_batch(0)[0])
+    model(vector_batch(0)[0]).sum().backward()
+
+
+def test_the_table_shows_the_worst_and_counts_the_rest(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    found = step_form(GPT(depth=4), token_loss, "pp", 1).verify(*token_batch(0))
+    table = found.table()
+    assert table.row_count == 1 + 20 + 1  # the loss, the parameters, and what is not shown
+    assert list(table.columns[0].cells)[-1] == f"{len(found.gradients) - 20} more"
+
+
+SCRIPT = """
+import torch, harmony
+from tests.training.models import SkipMLP, square_loss, vector_batch
+torch.manual_seed(0)
+net = SkipMLP()
+try:
+    {body}
+except Exception:
+    pass
+print("went on")
+"""
+
+STEP = """model = harmony.Harmony(net, optimizer=torch.optim.SGD, loss_fn=square_loss,
+        microbatch_size=2, devices=2, device_memory="24KiB")
+    model.train_step(*vector_batch(0))"""
+
+DROP_IN = """model = harmony.Harmony(net, microbatch_size=2, devices=2, device_memory="24KiB")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, targets = vector_batch(0)
+    with torch.no_grad():
+        model(inputs)
+    square_loss(model(inputs), targets).backward()"""
+
+WRONG = """from harmony.runtime.stage import Stage
+    backward = Stage.backward
+    def twice(*args):
+        made, gradients = backward(*args)
+        return made, {v: 2 * g for v, g in gradients.items()}
+    Stage.backward = twice
+    """
+
+
+@pytest.mark.parametrize("body", [STEP, DROP_IN], ids=["step", "drop-in"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_harmony_run_verify(
+    vgpus: VirtualGPUs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    body: str,
+    wrong: bool,
+) -> None:
+    monkeypatch.setattr(cli, "_set_up_gpus", lambda options, progress: None)
+    monkeypatch.syspath_prepend("replaced")
+    monkeypatch.setattr(Stage, "backward", Stage.backward)
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(body=WRONG + body if wrong else body))
+    code = cli.main([str(script), "--verify"])
+    out, err = capsys.readouterr()
+    assert code == (1 if wrong else 0), err
+    assert "went on" not in out
+    assert "layers.0.weight" in out
+    assert ("DIFFERENT" in out) is wrong
+    assert "4 microbatches" in out
+    assert "stopped before training" in err
