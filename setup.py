@@ -52,7 +52,15 @@ setup(
         "rich",
     ],
     extras_require={
-        "test": ["hypothesis", "numpy", "pytest", "pytest-timeout", "transformers"],
+        "test": [
+            "expecttest",
+            "hypothesis",
+            "numpy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "transformers",
+        ],
         "dev": ["mypy", "ruff", "types-networkx", "types-psutil"],
     },
     entry_points={"console_scripts": ["harmony-run = harmony.cli:main"]},
