@@ -132,15 +132,6 @@ class HostState:
                 self.settle(ref)
         self.publish(self.gradients.layout.places)
 
-    def add_to_gradient(self, name: str, earlier: torch.Tensor) -> None:
-        """Add a gradient that the parameter had before this backward, as autograd would."""
-        view, param = self.gradients.views[name], self.params[name]
-        if param.grad is None:
-            view.copy_(earlier)
-        else:
-            view.add_(earlier)
-        param.grad = view
-
     def updated_by(self, pack: Pack) -> list[str]:
         """Names of the parameters that U[a:b] updates: the pack's, and shared ones it begins."""
         layout = self.gradients.layout
