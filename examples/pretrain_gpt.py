@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
-from harmony.runtime import vgpu
 
 VOCABULARY = 256
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -144,9 +143,7 @@ def train_reference(args: argparse.Namespace) -> None:
     model = model_of(args)
     if args.device.startswith("vgpu"):
         harmony.virtual_gpus(count=1, memory=args.memory)
-        vgpu.to_device(model, args.device)  # .to() would untie the weights on this device
-    else:
-        model.to(args.device)
+    model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     for step, (inputs, targets) in enumerate(data_of(args)):
         optimizer.zero_grad()

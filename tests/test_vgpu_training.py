@@ -58,7 +58,7 @@ class GPT(nn.Module):
 
 def train(model, device, autocast=False, **options):
     """Return losses and gradients of ten steps, and the parameters after them."""
-    vgpu.to_device(model, device)
+    model.to(device)
     torch.manual_seed(1)
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH)).to(device)
     targets = torch.randint(0, VOCABULARY, (BATCH * LENGTH,)).to(device)
@@ -93,7 +93,7 @@ def test_gpt_trains_to_the_same_bits_as_on_cpu(autocast, options):
 def test_with_parameters_and_optimizer_on_the_host():
     torch.manual_seed(0)
     model = GPT()
-    there = vgpu.to_device(copy.deepcopy(model), "vgpu:0")
+    there = copy.deepcopy(model).to("vgpu:0")
     tokens, targets = torch.arange(16).view(1, 16), torch.arange(16)
     results = []
     for compute, device in ((model, "cpu"), (there, "vgpu:0")):
@@ -146,7 +146,7 @@ def test_attention_with_dropout():
 
 
 def test_tied_parameters_stay_tied():
-    model = vgpu.to_device(GPT(), "vgpu:0")
+    model = GPT().to("vgpu:0")
     assert model.head.weight is model.embedding.weight
     assert model.head.weight.device == torch.device("vgpu:0")
     assert not torch.__future__.get_swap_module_params_on_conversion()

@@ -20,7 +20,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.backend_registration
@@ -45,7 +45,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("link", "h2d", "d2h", "p2p"), str),
 }
 
-_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 _load_lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -244,11 +243,6 @@ def link_traffic(device: int) -> LinkTraffic:
 def reset_link_traffic() -> None:
     """Set the counters of all links to zero."""
     _require().vgpu_reset_link_counters()
-
-
-def to_device(module: _Module, device: torch.device | str) -> _Module:
-    """Move a module in place; ``module.to(device)`` does just the same, ties included."""
-    return module.to(device)
 
 
 @contextlib.contextmanager
