@@ -12,6 +12,10 @@ from torch import nn
 
 import harmony
 
+from .models import square_loss, vector_batch
+
+SGD = {"lr": 0.05, "momentum": 0.9, "foreach": False}
+
 
 @dataclass
 class Run:
@@ -73,3 +77,23 @@ def train_plain(
         run.losses.append(total)
     run.params = params_of(net)
     return run
+
+
+def train_vectors(net: nn.Module, steps: int = 3, device: str = "cpu") -> list[Any]:
+    """Train on `vector_batch`es in four microbatches of 2, on the CPU or on one virtual GPU."""
+    net.to(device)
+    optimizer = torch.optim.SGD(net.parameters(), **SGD)
+    seen = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        inputs, targets = (x.to(device) for x in vector_batch(step))
+        for index in range(4):
+            part = slice(2 * index, 2 * index + 2)
+            harmony.seed_microbatch(step, index)
+            loss = square_loss(net(inputs[part]), targets[part]) * 0.25
+            loss.backward()
+            total = total + loss.detach().cpu()
+        seen.append((total, gradients_of(net)))
+        optimizer.step()
+    return seen

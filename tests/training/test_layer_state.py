@@ -16,7 +16,7 @@ from harmony.errors import CaptureError, ConfigError
 
 from .conftest import VirtualGPUs
 from .models import square_loss, vector_batch
-from .plain import gradients_of
+from .plain import SGD, gradients_of, train_vectors
 
 WIDTH = 24
 
@@ -105,9 +105,6 @@ class DrawingBlock(nn.Module):
         return self.drop(torch.tanh(self.linear(x)) * scale)
 
 
-SGD = {"lr": 0.05, "momentum": 0.9, "foreach": False}
-
-
 def train(net: nn.Module, gpus: int, steps: int = 3, **options: Any) -> tuple[Any, list[Any]]:
     model = harmony.Harmony(
         net,
@@ -123,26 +120,6 @@ def train(net: nn.Module, gpus: int, steps: int = 3, **options: Any) -> tuple[An
         loss = model.train_step(*vector_batch(step, width=WIDTH))
         seen.append((loss, gradients_of(net)))
     return model, seen
-
-
-def train_plain(net: nn.Module, steps: int = 3, device: str = "cpu") -> list[Any]:
-    """Accumulate over microbatches of 2, on the CPU or on one virtual GPU."""
-    net.to(device)
-    optimizer = torch.optim.SGD(net.parameters(), **SGD)
-    seen = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        total = torch.zeros(())
-        inputs, targets = (x.to(device) for x in vector_batch(step, width=WIDTH))
-        for index in range(4):
-            part = slice(2 * index, 2 * index + 2)
-            harmony.seed_microbatch(step, index)
-            loss = square_loss(net(inputs[part]), targets[part]) * 0.25
-            loss.backward()
-            total = total + loss.detach().cpu()
-        seen.append((total, gradients_of(net)))
-        optimizer.step()
-    return seen
 
 
 def check_same(net: nn.Module, plain: nn.Module, seen: Any, expected: Any) -> None:
@@ -181,7 +158,7 @@ def test_what_the_forward_changes_is_changed_once(
     plain = copy.deepcopy(net)
     model, seen = train(net, gpus, device_memory="24KiB")
     assert len(model.plan.spec.backward_packs) > 1
-    check_same(net, plain, seen, train_plain(plain))
+    check_same(net, plain, seen, train_vectors(plain))
 
 
 @pytest.mark.parametrize("name", ["norms", "in place", "counted"])
@@ -220,7 +197,7 @@ def test_every_generator_of_the_host_follows_the_microbatch(vgpus: VirtualGPUs) 
     after = random.random(), np.random.rand(), torch.rand(())
     assert before == after, "training draws from the program's own random streams"
     # On the CPU one generator serves dropout and rand(); on a device they are two.
-    expected = train_plain(plain, device="vgpu:2")
+    expected = train_vectors(plain, device="vgpu:2")
     for (loss, gradients), (wanted_loss, wanted) in zip(seen, expected, strict=True):
         assert torch.equal(loss, wanted_loss)
         for name, gradient in gradients.items():

@@ -15,11 +15,9 @@ import harmony
 
 from .conftest import VirtualGPUs
 from .models import square_loss, vector_batch
-from .plain import gradients_of
+from .plain import SGD, gradients_of, train_vectors
 
 WIDTH = 24
-SGD = {"lr": 0.05, "momentum": 0.9, "foreach": False}
-
 
 class Block(nn.Module):
     def __init__(self, draws: bool = False) -> None:
@@ -84,24 +82,6 @@ def train(net: nn.Module, gpus: int = 2, **options: Any) -> tuple[Any, list[Any]
     return model, seen
 
 
-def train_plain(net: nn.Module) -> list[Any]:
-    optimizer = torch.optim.SGD(net.parameters(), **SGD)
-    seen = []
-    for step in range(3):
-        optimizer.zero_grad()
-        total = torch.zeros(())
-        inputs, targets = vector_batch(step, width=WIDTH)
-        for index in range(4):
-            part = slice(2 * index, 2 * index + 2)
-            harmony.seed_microbatch(step, index)
-            loss = square_loss(net(inputs[part]), targets[part]) * 0.25
-            loss.backward()
-            total = total + loss.detach()
-        seen.append((total, gradients_of(net)))
-        optimizer.step()
-    return seen
-
-
 RUNGS = {
     "nothing": "tape",
     "inputs": "live",  # two microbatches of one batch take different paths
@@ -121,7 +101,7 @@ def test_every_microbatch_takes_its_own_path(by: str, vgpus: VirtualGPUs) -> Non
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, seen = train(net)
-    for (loss, gradients), (wanted_loss, wanted) in zip(seen, train_plain(plain), strict=True):
+    for (loss, gradients), (wanted_loss, wanted) in zip(seen, train_vectors(plain), strict=True):
         assert torch.equal(loss, wanted_loss)
         for name, gradient in gradients.items():
             assert (gradient is None) == (wanted[name] is None), name
