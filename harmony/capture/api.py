@@ -58,7 +58,7 @@ def capture(
     if targets is not None and loss is None:
         raise ConfigError("targets are given without a loss that takes them")
     check_module(module)
-    batch = Batch.of(args, kwargs or {}, targets, batch_dims or {})
+    batch = Batch.of(args, kwargs or {}, targets, batch_dims or {}).detached()
     template = Skeleton(module, torch.device("cpu"))
     _switch_off_caches(template.root)
     program = Program(loss, output_loss)

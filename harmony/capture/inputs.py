@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,19 @@ class Batch:
             for name, leaf in zip(names, leaves, strict=True)
         )
         return Batch(names, leaves, structure, dims, num_samples)
+
+    def detached(self) -> Batch:
+        """Return the batch without the graph of its tensors, to be kept.
+
+        Their graph may lead back to the model, by hooks, through memory that Python cannot search.
+        """
+        leaves = [
+            leaf.detach().requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+            for leaf in self.leaves
+        ]
+        return replace(self, leaves=tuple(leaves))
 
     def count_samples(self, leaves: Sequence[Any]) -> int:
         """Return the number of samples of the leaves of another batch."""

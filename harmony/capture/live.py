@@ -64,7 +64,7 @@ class LiveCapture:
                 is restored afterwards.
         """
         template = Skeleton(self._module, torch.device("cpu"))
-        batch = Batch.of(args, kwargs, targets, {})
+        batch = Batch.of(args, kwargs, targets, {}).detached()
         tracer = _LiveTracer(self._module, template, self._program, batch, self._leaves)
         tracer.device, tracer.begin = self._device, begin
         tape = tracer.trace(batch.num_samples)

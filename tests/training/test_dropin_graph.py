@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -301,6 +302,17 @@ def test_hooks_of_the_wrapper_are_those_of_any_module(vgpus: VirtualGPUs) -> Non
         results.append([leaf.grad, *seen])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     same_gradients(model, net)
+
+
+def test_a_model_with_a_backward_hook_can_be_let_go(vgpus: VirtualGPUs) -> None:
+    model = wrapped(SkipMLP())
+    model.register_full_backward_hook(lambda _, given, came: None)
+    x, y = vector_batch(0)
+    square_loss(model(x.clone().requires_grad_()), y).backward()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_outputs_may_be_changed_in_place(vgpus: VirtualGPUs) -> None:
