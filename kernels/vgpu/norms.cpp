@@ -53,7 +53,7 @@ struct GroupNorm : torch::autograd::Function<GroupNorm> {
                                       const std::array<bool, 3>& wanted) {
     at::AutoGradMode enabled(true);
     const auto &input = saved[0], &weight = saved[1];
-    auto grouped = input.reshape({sizes[0], sizes[3], -1});
+    auto grouped = input.reshape({sizes[0], sizes[3], sizes[1] / sizes[3] * sizes[2]});
     auto mean = grouped.mean(-1);
     auto rstd = (grouped.var(-1, /*unbiased=*/false) + eps).rsqrt();
     auto y = ((grouped - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).reshape(input.sizes());
