@@ -89,6 +89,8 @@ class Layer:
         mixes_samples: whether a sample's result depends on the other samples of its microbatch.
         changes_state: whether its forward changes buffers, so that its microbatches have to run
             one after the other, in order.
+        saved_nbytes_per_sample: bytes that its forward saves for a backward, for a sample, beyond
+            its weights, inputs and outputs.
     """
 
     index: int
@@ -104,6 +106,7 @@ class Layer:
     uses_rng: bool = False
     mixes_samples: bool = False
     changes_state: bool = False
+    saved_nbytes_per_sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,18 @@ class LayerGraph:
         """Bytes of the optimizer state of all layers."""
         own = sum(layer.state_nbytes for layer in self.layers)
         return own + sum(s.state_nbytes for s in self.shared)
+
+    def saved_nbytes(self, first: int, last: int, num_samples: int) -> int:
+        """Bytes that a forward of layers ``first`` to ``last - 1`` leaves for their backward.
+
+        What the layers save, the values that they make, and those that enter, whether or not a
+        layer needs each of them: the most that it can be.
+        """
+        layers = self.layers[first:last]
+        kept = sum(layer.saved_nbytes_per_sample for layer in layers) * num_samples
+        made = [v for layer in layers for v in layer.outputs]
+        values = (self.values[v] for v in (*self.pack_inputs(first, last), *made))
+        return kept + sum(value.nbytes(num_samples) for value in values)
 
     def pack_inputs(self, first: int, last: int) -> tuple[int, ...]:
         """Values made before layer ``first`` that layers ``first`` to ``last - 1`` read."""

@@ -17,6 +17,8 @@ class Device:
         d2h_bytes_per_s: device to host bandwidth.
         p2p_bytes_per_s: bandwidth to another device.
         task_overhead_s: fixed seconds that one Run costs beyond its layers' work.
+        update_bytes_per_s: gradient bytes per second that an update on the device takes in; 0
+            where updates run on the host only.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Device:
     d2h_bytes_per_s: float
     p2p_bytes_per_s: float
     task_overhead_s: float = 0.0
+    update_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True)

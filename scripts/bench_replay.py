@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """What replaying a captured model costs over calling it: a training step of a 12-block GPT.
 
-    scripts/bench_replay.py [--json] [--rounds 9] [--width 768] [--depth 12]
+    scripts/bench_replay.py [--json] [--processes 5] [--rounds 7] [--width 768] [--depth 12]
 
 Both ways run forward and backward of the same batch on the CPU, with one thread and the same
 parameters; first it is checked that loss and gradients are the same bits. They take turns, each
-goes first every other time, and the figure is the ratio of the medians of their processor time.
-Exits 1 if the overhead is more than 3 %.
+goes first every other time. Where memory happens to lie favours one way or the other by some
+percent for as long as a process lives, so several processes measure, and the figure is the median
+of their overheads: each the ratio of the medians of processor time.
+Exits 1 if it is more than 3 %.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,8 +39,28 @@ Step = Callable[[], torch.Tensor]
 
 
 def main() -> int:
-    """Run the rounds, print the figure, and return 1 if it misses the bar."""
+    """Let the processes measure, print the figures, and return 1 if the bar is missed."""
     args = parse_arguments()
+    if args.processes == 0:
+        print(json.dumps(measure(args)))
+        return 0
+    command = [sys.executable, __file__, *sys.argv[1:], "--processes", "0"]
+    found = []
+    for _ in range(args.processes):
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found.append(json.loads(output)["overhead"])
+        if not args.json:
+            print(f"overhead in one process {found[-1]:+.2%}", flush=True)
+    overhead = statistics.median(found)
+    if args.json:
+        print(json.dumps({"overheads": found, "overhead": overhead}))
+    else:
+        print(f"overhead {overhead:+.2%}, the median (bar: {MOST:.0%})")
+    return int(overhead > MOST)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the rounds in this process; return seconds of each way, and the overhead."""
     torch.set_num_threads(1)
     net = make_model(args.width, args.depth, HEADS, CONTEXT)
     inputs, targets = next(batches(1, BATCH, CONTEXT))
@@ -55,15 +79,7 @@ def main() -> int:
                 seconds[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     overhead = medians["replay"] / medians["direct"] - 1
-    if args.json:
-        print(json.dumps({"seconds": seconds, "overhead": overhead}))
-    else:
-        print(
-            f"direct {medians['direct']:.3f} s, replay {medians['replay']:.3f} s a step "
-            f"(processor time, medians of {args.rounds} rounds): overhead {overhead:+.2%} "
-            f"(bar: {MOST:.0%})"
-        )
-    return int(overhead > MOST)
+    return {"seconds": seconds, "overhead": overhead}
 
 
 def replay_step(
@@ -109,7 +125,8 @@ def timed(step: Step, net: nn.Module) -> float:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each way (9)")
+    parser.add_argument("--processes", type=int, default=5, help="0: measure in this one (5)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each way (7)")
     parser.add_argument("--width", type=int, default=768, help="width of the GPT (768)")
     parser.add_argument("--depth", type=int, default=12, help="blocks of the GPT (12)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,12 +81,17 @@ class Plan:
             "spec": {
                 "forward_size": spec.forward_size,
                 "backward_size": spec.backward_size,
-                "forward_packs": [[p.first, p.last] for p in spec.forward_packs],
-                "backward_packs": [[p.first, p.last] for p in spec.backward_packs],
+                "forward_packs": _bounds(spec.forward_packs),
+                "backward_packs": _bounds(spec.backward_packs),
                 "shares": [list(share) for share in spec.shares],
                 "phase": spec.phase.value,
+                "saved": _bounds(spec.saved),
             },
-            "policy": asdict(self.policy),
+            "policy": {
+                **asdict(self.policy),
+                "offload": _bounds(self.policy.offload),
+                "resident": _bounds(self.policy.resident),
+            },
             "machine": self.machine.to_json(),
             "schedules": {phase.value: str(s) for phase, s in self.schedules.items()},
             "step_s": self.step_s,
@@ -111,6 +116,14 @@ class Plan:
             raise PlanError(f"not a plan of this version of Harmony: {error!r}") from None
 
 
+def _bounds(packs: Sequence[Pack]) -> list[list[int]]:
+    return [[pack.first, pack.last] for pack in packs]
+
+
+def _packs(bounds: Sequence[Sequence[int]]) -> tuple[Pack, ...]:
+    return tuple(Pack(*pair) for pair in bounds)
+
+
 def _read(data: Mapping[str, Any]) -> Plan:
     spec = data["spec"]
     return Plan(
@@ -120,12 +133,19 @@ def _read(data: Mapping[str, Any]) -> Plan:
             data["minibatch"],
             spec["forward_size"],
             spec["backward_size"],
-            tuple(Pack(*pack) for pack in spec["forward_packs"]),
-            tuple(Pack(*pack) for pack in spec["backward_packs"]),
+            _packs(spec["forward_packs"]),
+            _packs(spec["backward_packs"]),
             tuple((low, high) for low, high in spec["shares"]),
             Phase(spec["phase"]),
+            _packs(spec["saved"]),
         ),
-        policy=Policy(**data["policy"]),
+        policy=Policy(
+            **{
+                **data["policy"],
+                "offload": _packs(data["policy"]["offload"]),
+                "resident": _packs(data["policy"]["resident"]),
+            }
+        ),
         machine=Machine.from_json(data["machine"]),
         schedules={Phase(p): Schedule.parse(text) for p, text in data["schedules"].items()},
         step_s=data["step_s"],

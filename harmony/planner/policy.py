@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmony.errors import ConfigError
+from harmony.planner.tasks import Pack
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,34 @@ class Policy:
             (``"keep"``) or goes to the host and comes back (``"swap"``). With ``"host"`` one that
             the next pack reads on another device goes through the host too: slower than p2p, but
             what is on its way waits in host memory.
+        hold: per device, how many of its last FORWARD packs leave their weights there until their
+            BACKWARD, in slots beyond ``weight_slots``. Only a pack that is a BACKWARD pack of the
+            same device too can be held.
+        offload: of the packs in ``StepSpec.saved`` those whose saved activations wait for the
+            BACKWARD on the host; those of the others stay on the device.
+        resident: packs whose weights stay on their device between steps. Those that are trained
+            keep their optimizer state there too and are updated there; only the new weights go to
+            the host, where everybody may read them. Such a pack is FORWARD and BACKWARD pack of
+            one device (or the last pack); one share only.
+        mirror: with several devices, BACKWARD of pack i runs where FORWARD of pack i ran, instead
+            of on the next device of the ring.
     """
 
     weight_slots: int = 2
     gradient_slots: int = 2
     lookahead: int = 2
     boundary: Literal["keep", "swap", "host"] = "keep"
+    hold: int = 0
+    offload: tuple[Pack, ...] = ()
+    resident: tuple[Pack, ...] = ()
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight_slots", "gradient_slots", "lookahead"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.hold < 0:
+            raise ConfigError(f"hold must be at least 0, not {self.hold}")
         if self.boundary not in ("keep", "swap", "host"):
             raise ConfigError(f'boundary is "keep", "swap" or "host", not {self.boundary!r}')
 

@@ -48,15 +48,18 @@ class TensorKind(Enum):
     STATE = "K"
     VALUE = "X"
     VALUE_GRADIENT = "dX"
+    SAVED = "S"
 
     # Enum hashes names in Python; members are singletons, and the planner hashes them a lot.
     __hash__ = object.__hash__
 
 
-_BY_LAYER = frozenset({TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE})
-_BY_SAMPLES = frozenset({TensorKind.VALUE, TensorKind.VALUE_GRADIENT})
+_BY_LAYER = frozenset(
+    {TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE, TensorKind.SAVED}
+)
+_BY_SAMPLES = frozenset({TensorKind.VALUE, TensorKind.VALUE_GRADIENT, TensorKind.SAVED})
 _GRADIENTS = frozenset({TensorKind.WEIGHT_GRADIENTS, TensorKind.SHARED_GRADIENTS})
-_REF = re.compile(r"(dW|dT|dX|W|T|K|X)(?:\[(\d+):(\d+)\]|(\d+))(?:@(\d+):(\d+))?(?:%(\d+))?")
+_REF = re.compile(r"(dW|dT|dX|W|T|K|X|S)(?:\[(\d+):(\d+)\]|(\d+))(?:@(\d+):(\d+))?(?:%(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class TensorRef:
 
     Text forms: ``W[4:8]`` and ``K[4:8]`` (weights and optimizer state of a pack), ``dW[4:8]%1``
     (part 1 of its gradients), ``T0`` and ``dT0%1`` (a shared parameter), ``X4@0:8`` and
-    ``dX4@0:8`` (a value and its gradient, for samples 0 to 7).
+    ``dX4@0:8`` (a value and its gradient, for samples 0 to 7), ``S[4:8]@0:8`` (what a pack's
+    forward saves for its backward).
 
     Attributes:
         first, last: the layers, for kinds kept per layer; else ``first`` is the id of the value
@@ -97,7 +101,7 @@ class TensorRef:
 
     @property
     def is_value(self) -> bool:
-        """Whether it is a value or a value's gradient."""
+        """Whether it belongs to a microbatch: a value, its gradient, or what a forward saved."""
         return self.kind in _BY_SAMPLES
 
     @property
@@ -107,6 +111,8 @@ class TensorRef:
 
     def nbytes(self, graph: LayerGraph) -> int:
         """Bytes of this tensor."""
+        if self.kind is TensorKind.SAVED:
+            return graph.saved_nbytes(self.first, self.last, self.num_samples)
         if self.is_value:
             return graph.values[self.first].nbytes(self.num_samples)
         if self.kind is TensorKind.SHARED:
@@ -177,6 +183,11 @@ def value_gradient(index: int, samples: Samples) -> TensorRef:
     return TensorRef(TensorKind.VALUE_GRADIENT, index, index + 1, samples)
 
 
+def saved(pack: Pack, samples: Samples) -> TensorRef:
+    """``S[a:b]@c:d``: what the forward of a pack saves for its backward."""
+    return TensorRef(TensorKind.SAVED, pack.first, pack.last, samples)
+
+
 class TaskKind(Enum):
     """What a task does with its pack; the value is its text form."""
 
@@ -196,7 +207,8 @@ class Task:
     """One unit of work.
 
     ``F[4:8]@0:4`` runs the pack forward, keeping only its outputs. ``B[4:8]@0:4`` recomputes it
-    from its inputs and runs it backward. ``U[4:8]`` updates its parameters from their complete
+    from its inputs and runs it backward; where F writes and B reads ``S[4:8]@0:4``, nothing is
+    recomputed. ``U[4:8]`` updates its parameters from their complete
     gradients, on the host. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the host.
 
     Attributes:
@@ -267,6 +279,8 @@ class StepSpec:
         shares: per replica the samples that it trains on; one share means no replication
             (Harmony-PP), N shares are Harmony-DP.
         phase: which tasks the step has.
+        saved: BACKWARD packs that are FORWARD packs as well and whose BACKWARD uses what their
+            FORWARD saved instead of recomputing it; ``Phase.TRAIN`` with equal sizes only.
     """
 
     minibatch: int
@@ -276,6 +290,7 @@ class StepSpec:
     backward_packs: tuple[Pack, ...]
     shares: tuple[Samples, ...]
     phase: Phase = Phase.TRAIN
+    saved: tuple[Pack, ...] = ()
 
     def microbatches(self, replica: int, kind: TaskKind) -> tuple[Samples, ...]:
         """Microbatches of a replica in order, for FORWARD or BACKWARD tasks."""

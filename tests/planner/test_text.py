@@ -18,10 +18,12 @@ PACKS = st.tuples(st.integers(0, 99), st.integers(1, 9)).map(lambda p: Pack(p[0]
 def refs(draw: st.DrawFn) -> TensorRef:
     kind = draw(st.sampled_from(TensorKind))
     pack = draw(PACKS)
-    samples = draw(SAMPLES) if kind in (TensorKind.VALUE, TensorKind.VALUE_GRADIENT) else None
+    sampled = (TensorKind.VALUE, TensorKind.VALUE_GRADIENT, TensorKind.SAVED)
+    samples = draw(SAMPLES) if kind in sampled else None
     parts = (TensorKind.WEIGHT_GRADIENTS, TensorKind.SHARED_GRADIENTS)
     part = draw(st.integers(0, 5)) if kind in parts else 0
-    ranged = kind in (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE)
+    whole = (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE)
+    ranged = kind in (*whole, TensorKind.SAVED)
     last = pack.last if ranged else pack.first + 1
     return TensorRef(kind, pack.first, last, samples, part)
 
