@@ -17,7 +17,7 @@ from harmony.timeline import Timeline
 LINKS = ("h2d", "d2h", "p2p")
 """Streams that carry bytes: host to device, device to host, device to device."""
 
-KINDS = ("weights", "gradients", "stash", "activations", "inputs", "outputs")
+KINDS = ("weights", "gradients", "stash", "saved", "activations", "inputs", "outputs")
 """What transfers carry, in the order of the report."""
 
 

@@ -14,8 +14,9 @@ class Span:
         lane: the stream, ``"gpu0.compute"``, ``"gpu1.h2d"``, ``"host.update"``.
         label: text of the instruction, ``"Run F[0:2]@0:4"``.
         kind: ``forward``, ``backward``, ``update``, ``accumulate`` for work; for a transfer what
-            it carries: ``weights``, ``gradients``, ``stash``, ``activations``, ``inputs``,
-            ``outputs``.
+            it carries: ``weights``, ``gradients``, ``stash`` (values that a backward
+            recomputes from), ``saved`` (activations that it needs not recompute),
+            ``activations``, ``inputs``, ``outputs``.
         start_s, end_s: seconds since the step began.
         nbytes: bytes moved; 0 for work.
         index: position of the instruction in its program.

@@ -102,11 +102,27 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
     size = draw(st.integers(1, 3))
     factor = draw(st.sampled_from([1, 1, 2])) if phase is Phase.TRAIN else 1
     shares = halves(minibatch, replicas)
-    return StepSpec(minibatch, size * factor, size, forward, backward, shares, phase)
+    saved: tuple[Pack, ...] = ()
+    if phase is Phase.TRAIN and factor == 1 and draw(st.booleans()):
+        forward = draw(st.sampled_from([forward, backward[:-1], backward[:-1]]))
+        both = sorted(set(forward).intersection(backward))
+        saved = tuple(pack for pack in both if draw(st.booleans()))
+    return StepSpec(
+        minibatch, size * factor, size, forward, backward, shares, phase, saved
+    )
 
 
-def policies() -> st.SearchStrategy[Policy]:
-    """All combinations of small numbers of buffers."""
+@st.composite
+def policies(draw: st.DrawFn, spec: StepSpec) -> Policy:
+    """All combinations of small numbers of buffers, and of what a four-tuple may leave behind."""
     slots = st.integers(1, 3)
-    boundary = st.sampled_from(["keep", "swap", "host"])
-    return st.builds(Policy, slots, slots, st.integers(1, 4), boundary)
+    return Policy(
+        draw(slots),
+        draw(slots),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["keep", "swap", "host"])),
+        hold=draw(st.integers(0, 3)),
+        offload=tuple(pack for pack in spec.saved if draw(st.booleans())),
+        # What a FORWARD saves is of use only where its BACKWARD runs.
+        mirror=bool(spec.saved) or draw(st.booleans()),
+    )

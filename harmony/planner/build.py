@@ -26,6 +26,7 @@ from harmony.planner.tasks import (
     TaskKind,
     TensorKind,
     TensorRef,
+    saved,
     shared,
     shared_gradient,
     state,
@@ -171,6 +172,8 @@ def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int]) -> None:
     for task, samples in _microbatches(tasks, TaskKind.FORWARD, pack):
         inputs = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
         outputs = [value(v, samples) for v in sorted(made)]
+        if pack in tasks.spec.saved:
+            outputs.append(saved(pack, samples))
         _add(tasks, task, [*_parameters(graph, pack), *inputs], outputs)
 
 
@@ -231,9 +234,13 @@ def _add_one_backward(
     gradients = [weight_gradients(pack, replica)] if item.own else []
     gradients += [shared_gradient(k, parts[k, replica, pack]) for k in item.shared]
     first = tasks.spec.shares[replica][0] == samples[0]
+    if pack in tasks.spec.saved:
+        found = [saved(pack, samples)]
+    else:
+        found = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
     reads = [
         *_parameters(graph, pack),
-        *(value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)),
+        *found,
         *(value_gradient(v, samples) for v in item.takes),
         *(value_gradient(v, samples) for v in item.adds),
         *([] if first else gradients),

@@ -32,6 +32,8 @@ def span_kind(step: Instruction, graph: LayerGraph, *, for_backward: bool = True
         return "weights"
     if step.ref.is_gradient_part:
         return "gradients"
+    if step.ref.kind is TensorKind.SAVED:
+        return "saved"
     if step.op is Op.SEND or step.ref.kind is TensorKind.VALUE_GRADIENT:
         return "activations"
     value = graph.values[step.ref.first]
@@ -65,7 +67,8 @@ def _kind(
 ) -> str:
     if step.op not in (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND):
         return ""
-    if step.op is Op.SWAP_OUT and step.ref is not None:
+    passed = step.ref is not None and step.ref.kind is not TensorKind.SAVED
+    if step.op is Op.SWAP_OUT and step.ref is not None and passed:
         # What nobody fetches in this step is an output, or kept for a BACKWARD to come.
         if step.ref.is_value and step.ref.first not in stashed:
             is_output = graph.values[step.ref.first].is_output

@@ -7,6 +7,13 @@ three BACKWARD packs, two microbatches, named by their first layers::
     gpu0  F0 F0    B4 B4    B0 B0
     gpu1     F2 F2    B2 B2
 
+With fewer replicas than GPUs each replica has a ring of its own: replica r of R wraps around
+GPUs r * (N // R) and up. *Mirrored*, BACKWARD of a pack runs where its FORWARD ran, so that what
+the forward has left there (weights, activations) can be used::
+
+    gpu0  F0 F0    B4 B4       B0 B0
+    gpu1     F2 F2       B2 B2
+
 The order comes from a list schedule that counts layers and samples instead of seconds. It is a
 topological order of the tasks; since programs are cut out of it, and events only ever point
 forward in it, no set of programs made from it can deadlock.
@@ -53,25 +60,40 @@ class Placement:
         return self.turn[later.kind, later.pack] == self.turn[earlier.kind, earlier.pack] + 1
 
 
-def place(tasks: TaskGraph, machine: Machine) -> Placement:
+def ring_size(num_devices: int, replicas: int, num_stages: int) -> int:
+    """How many devices each replica wraps around; no more than it has packs to run.
+
+    Raises:
+        PlanError: if there are more replicas than devices.
+    """
+    if replicas > num_devices:
+        raise PlanError(f"{replicas} replicas need as many devices; there are {num_devices}")
+    return min(num_devices // replicas, max(1, num_stages))
+
+
+def place(tasks: TaskGraph, machine: Machine, *, mirror: bool = False) -> Placement:
     """Bind every FORWARD and BACKWARD task to a device and order all tasks.
+
+    Args:
+        mirror: whether BACKWARD of a pack runs where its FORWARD ran.
 
     Raises:
         PlanError: if there are more replicas than devices.
     """
     replicas = len(tasks.spec.shares)
-    if replicas > machine.num_devices:
-        have = machine.num_devices
-        raise PlanError(f"{replicas} replicas need as many devices; there are {have}")
     turn: dict[Stage, int] = {}
     for task in tasks.tasks:
         if task.samples is not None:
             turn.setdefault((task.kind, task.pack), len(turn))
-    num_devices = replicas if replicas > 1 else min(machine.num_devices, max(1, len(turn)))
-    device = {
-        task: replica if replicas > 1 else turn[task.kind, task.pack] % num_devices
-        for task, replica in tasks.replica_of.items()
-    }
+    ring = ring_size(machine.num_devices, replicas, len(turn))
+    num_devices = replicas * ring
+
+    def seat(task: Task) -> int:
+        """Place in the ring of its replica."""
+        forward = turn.get((TaskKind.FORWARD, task.pack)) if mirror else None
+        return (turn[task.kind, task.pack] if forward is None else forward) % ring
+
+    device = {task: r * ring + seat(task) for task, r in tasks.replica_of.items()}
     runs: list[list[Task]] = [[] for _ in range(num_devices)]
     position = {}
     for task in tasks.tasks:

@@ -15,7 +15,7 @@ from harmony.planner.place import Placement, Stage
 from harmony.planner.policy import Policy
 from harmony.planner.schedule import Slots
 from harmony.planner.steps import StepList
-from harmony.planner.tasks import Task, TensorRef
+from harmony.planner.tasks import Task, TensorKind, TensorRef
 from harmony.units import aligned
 
 
@@ -77,8 +77,9 @@ class _Holding:
 class SlotWriter:
     """Writes what happens to the weights and gradients of one device.
 
-    A group's weights are fetched when the group that is ``weight_slots - 1`` before it starts:
-    a slot has just been dropped then. Weights that the next group needs too stay. Gradients
+    Weights are fetched in the order of their groups, at the start of a group, as many as there
+    are free slots: with two, those of the next group. Weights that the next group needs too stay;
+    so do, in slots of their own, those that the policy holds from FORWARD to BACKWARD. Gradients
     leave at the end of their group, and their slot is dropped only when it is taken again, so
     that compute does not wait for the copy.
     """
@@ -95,11 +96,13 @@ class SlotWriter:
         self.ends = {group.last: group for group in groups}
         self.held = [group for group in groups if group.weights]
         self.grown = [group for group in groups if group.gradients]
-        self.weight_slots = _slots(policy.weight_slots, [g.weights for g in self.held], graph)
+        self.holdings, held = _holdings(self.held, policy.hold)
+        self.weight_slots = _slots(
+            policy.weight_slots + held, [h.weights for h in self.holdings], graph
+        )
         self.gradient_slots = _slots(
             policy.gradient_slots, [g.gradients for g in self.grown], graph
         )
-        self.holdings = _holdings(self.held)
         self.free = list(range(self.weight_slots.count))
         self.here: set[TensorRef] = set()
         self.fetched = 0
@@ -117,9 +120,9 @@ class SlotWriter:
 
     def prefetch(self, position: int) -> None:
         """Write the fetches for later groups, if the Run at ``position`` opens a group."""
-        group = self.starts.get(position)
-        if group is not None and group.weights:
-            self._fetch_up_to(self.held.index(group) + self.weight_slots.count - 1)
+        if position in self.starts:
+            while self.free and self.fetched < len(self.holdings):
+                self._fetch_next()
 
     def after(self, position: int) -> None:
         """Write what follows the Run at ``position``, if it closes a group."""
@@ -140,11 +143,14 @@ class SlotWriter:
     def _fetch_up_to(self, number: int) -> None:
         """Fetch the weights of the groups up to ``number`` that are not on their way yet."""
         while self.fetched < len(self.holdings) and self.holdings[self.fetched].first <= number:
-            holding = self.holdings[self.fetched]
-            holding.slot = self.free.pop(0)
-            holding.missing = list(holding.weights)
-            self.fetched += 1
-            self._fetch_missing(holding)
+            self._fetch_next()
+
+    def _fetch_next(self) -> None:
+        holding = self.holdings[self.fetched]
+        holding.slot = self.free.pop(0)
+        holding.missing = list(holding.weights)
+        self.fetched += 1
+        self._fetch_missing(holding)
 
     def _fetch_missing(self, holding: _Holding) -> None:
         # What an earlier group still holds comes when that is over: one device cannot tell two
@@ -180,15 +186,33 @@ class SlotWriter:
             self.steps.drop(self.device, ref)
 
 
-def _holdings(held: Sequence[Group]) -> list[_Holding]:
-    """Merge neighbours that share weights, such as the last F and the first B of a device."""
+def _holdings(held: Sequence[Group], hold: int) -> tuple[list[_Holding], int]:
+    """Merge neighbours that share weights, such as the last F and the first B of a device.
+
+    Returns:
+        The holdings by their first group, and how many last beyond other groups' turns: of the
+        packs with a FORWARD and a BACKWARD here the last ``hold``. Their wait is the shortest.
+    """
     holdings: list[_Holding] = []
     for number, group in enumerate(held):
         if holdings and holdings[-1].weights == group.weights:
             holdings[-1].last = number
         else:
             holdings.append(_Holding(group.weights, number, number))
-    return holdings
+    first: dict[tuple[TensorRef, ...], _Holding] = {}
+    pairs: list[tuple[_Holding, _Holding]] = []
+    for holding in holdings:
+        earlier = first.setdefault(holding.weights, holding)
+        # A shared parameter is wanted by other packs meanwhile, in another slot.
+        if earlier is not holding and not any(
+            ref.kind is TensorKind.SHARED for ref in holding.weights
+        ):
+            pairs.append((earlier, holding))
+    pairs.sort(key=lambda pair: -pair[0].first)
+    for earlier, later in pairs[:hold]:
+        earlier.last = later.last
+        holdings.remove(later)
+    return holdings, len(pairs[:hold])
 
 
 class StagePool:

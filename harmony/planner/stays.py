@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from harmony.errors import PlanError
 from harmony.layergraph import MODEL_INPUT
 from harmony.planner.build import covers, kept_values
 from harmony.planner.place import Placement
 from harmony.planner.policy import Policy
-from harmony.planner.tasks import Task, TensorKind, TensorRef
+from harmony.planner.tasks import Pack, Task, TensorKind, TensorRef
 
 
 class Origin(Enum):
@@ -95,6 +96,11 @@ class _Finder:
     def _read(self, task: Task, ref: TensorRef) -> None:
         device, position = self.placement.device[task], self.placement.position[task]
         stay = self.here.get((device, ref))
+        if ref.kind is TensorKind.SAVED and stay is None:
+            raise PlanError(
+                f"{task} runs on gpu{device}, but what its FORWARD saved is on another device."
+                " Use Policy(mirror=True), or leave the pack out of saved="
+            )
         if stay is not None and self._still_here(stay, task, position):
             stay.runs.append(position)
             return
@@ -111,6 +117,8 @@ class _Finder:
     def _still_here(self, stay: Stay, task: Task, position: int) -> bool:
         """Whether the value has not left, or been outdated, since its last use here."""
         writer, newest = self.newest.get(stay.ref, (None, None))
+        if stay.ref.kind is TensorKind.SAVED and not self._is_offloaded(stay.ref):
+            return True
         if writer is not None and newest is not stay:
             # A copy of a value is as good as the value, a copy of a growing gradient is not.
             if stay.ref.kind is TensorKind.VALUE_GRADIENT:
@@ -119,6 +127,9 @@ class _Finder:
             return True
         # If its fetch would be issued before its last use is over, nothing would be saved.
         return position - self.policy.lookahead <= stay.runs[-1]
+
+    def _is_offloaded(self, ref: TensorRef) -> bool:
+        return Pack(ref.first, ref.last) in self.policy.offload
 
     def _from_host(self, ref: TensorRef, device: int, position: int) -> Stay:
         source = ref

@@ -34,6 +34,7 @@ def check_spec(graph: LayerGraph, spec: StepSpec) -> None:
             " microbatch, which has to happen in order. Use mode='pp'"
         )
     _check_sizes(graph, spec)
+    _check_saved(graph, spec)
 
 
 def _check_packs(kind: str, packs: Sequence[Pack], num_layers: int) -> None:
@@ -48,6 +49,23 @@ def _check_cover(what: str, ranges: Sequence[tuple[int, int]], end: int) -> None
         at = high
     if at != end:
         raise PlanError(f"the {what} end at {at}, they must end at {end}")
+
+
+def _check_saved(graph: LayerGraph, spec: StepSpec) -> None:
+    if not spec.saved:
+        return
+    if spec.phase is not Phase.TRAIN or spec.forward_size != spec.backward_size:
+        raise PlanError(
+            "activations are kept for the backward only in a training step whose FORWARD and"
+            f" BACKWARD microbatches are equal, not {spec.forward_size} and"
+            f" {spec.backward_size} samples. Leave saved= out"
+        )
+    both = set(spec.forward_packs).intersection(spec.backward_packs)
+    wrong = [pack for pack in spec.saved if pack not in both]
+    if wrong:
+        raise PlanError(
+            f"{wrong[0]} keeps its activations, but is not both a FORWARD and a BACKWARD pack"
+        )
 
 
 def _check_sizes(graph: LayerGraph, spec: StepSpec) -> None:

@@ -42,6 +42,24 @@ CASES = {
         2,
         Policy(),
     ),
+    "what the forward saved, on the device and on the host": (
+        chain(6),
+        replace(step(3, 1, packs(2, 3, 4), packs(2, 3, 4, 6)), saved=packs(2, 3, 4)),
+        1,
+        Policy(hold=2, offload=packs(2)),
+    ),
+    "mirrored": (
+        chain(6, skips=((0, 4),)),
+        replace(step(3, 1, packs(2, 3, 4), packs(2, 3, 4, 6)), saved=packs(2, 3, 4)[1:]),
+        2,
+        Policy(hold=1, offload=packs(2, 3)[1:], mirror=True),
+    ),
+    "two rings": (
+        chain(6, tied=True),
+        step(4, 1, packs(2, 4), packs(2, 4, 6), replicas=2),
+        4,
+        Policy(),
+    ),
     "forward": (
         chain(4),
         step(3, 1, packs(2, 4), packs(1, 2, 4), phase=Phase.FORWARD),
