@@ -107,6 +107,7 @@ class Binding:
         known: KnownTimes,
     ) -> None:
         nbytes = {size: self.captured.costs_nbytes(size) for size in sizes}
+        self.graph = self.host.graph = with_saved(self.graph, nbytes)
         fitting = [size for size in sizes if self._fits_alone(size, nbytes[size])]
         if not fitting:
             # Nothing can run, so only the bytes are known; the search refuses the model with them.
@@ -279,6 +280,26 @@ class Binding:
     def _is_scalar(self, value: int) -> bool:
         shape, _, dtype = self.captured.value_form(value, self.captured.num_samples)
         return not shape and dtype.is_floating_point
+
+
+def with_saved(
+    graph: LayerGraph, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
+) -> LayerGraph:
+    """Return the graph with the bytes that each layer's forward saves for its backward.
+
+    Args:
+        nbytes: per microbatch size and layer, the bytes of `LayerCost`.
+    """
+    layers = tuple(
+        replace(
+            layer,
+            saved_nbytes_per_sample=max(
+                -(-found[layer.index][1] // size) for size, found in nbytes.items()
+            ),
+        )
+        for layer in graph.layers
+    )
+    return replace(graph, layers=layers)
 
 
 def with_state(graph: LayerGraph, layout: ArenaLayout, bytes_per_element: float) -> LayerGraph:

@@ -148,6 +148,22 @@ def backward_workspace_nbytes(
     inner = _inner_values(graph, layers, written)
     kept = sum(v.nbytes(num_samples) for v in inner)
     kept += sum(costs.layer(i, num_samples).saved_nbytes for i in layers)
+    return kept + transient_nbytes(graph, costs, layers, num_samples)
+
+
+def forward_peak_nbytes(
+    graph: LayerGraph, costs: CostTable, layers: range, num_samples: int
+) -> int:
+    """Most bytes that a FORWARD takes beside what it saves for its backward."""
+    return max(costs.layer(i, num_samples).forward_nbytes for i in layers)
+
+
+def transient_nbytes(graph: LayerGraph, costs: CostTable, layers: range, num_samples: int) -> int:
+    """Most bytes that come and go in a BACKWARD, beside what was saved and what was made::
+
+        max over layers i of   forward_nbytes(i)
+                          or   backward_nbytes(i) + gradients on their way to i or before
+    """
     seen = {v for i in layers for v in (*graph.layers[i].inputs, *graph.layers[i].outputs)}
     touched = [graph.values[v] for v in seen]
     peak = 0
@@ -159,7 +175,7 @@ def backward_workspace_nbytes(
             if v.requires_grad and v.producer <= i and v.consumers and v.consumers[-1] > i
         )
         peak = max(peak, cost.forward_nbytes, cost.backward_nbytes + coming)
-    return kept + peak
+    return peak
 
 
 def _inner_values(graph: LayerGraph, layers: range, written: Container[int]) -> list[Value]:

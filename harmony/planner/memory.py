@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harmony.layergraph import LayerGraph
-from harmony.planner.cost import CostTable, backward_workspace_nbytes, forward_workspace_nbytes
+from harmony.planner.cost import (
+    CostTable,
+    backward_workspace_nbytes,
+    forward_peak_nbytes,
+    forward_workspace_nbytes,
+    transient_nbytes,
+)
 from harmony.planner.schedule import Instruction, Op, Schedule
 from harmony.planner.tasks import Task, TaskKind, TensorKind, TensorRef
 
@@ -42,10 +48,13 @@ class Workspace:
         self.costs = costs
         self.known: dict[tuple[object, ...], int] = {}
 
-    def nbytes(self, task: Task, writes: tuple[TensorRef, ...]) -> int:
-        """Bytes beyond the task's weights, gradients, inputs and outputs; 0 without costs."""
-        if self.costs is None:
+    def nbytes(self, step: Instruction) -> int:
+        """Bytes beyond a Run's weights, gradients, inputs and outputs; 0 without costs."""
+        task, writes = step.task, step.writes
+        if self.costs is None or task is None:
             return 0
+        if any(ref.kind is TensorKind.SAVED for ref in (*step.reads, *writes)):
+            return self._beside_saved(task)
         written = tuple(ref.first for ref in writes if ref.kind is TensorKind.VALUE)
         key = (task.kind, task.pack, task.num_samples, written)
         if key not in self.known:
@@ -54,6 +63,16 @@ class Workspace:
                 of = forward_workspace_nbytes
             layers = range(task.pack.first, task.pack.last)
             self.known[key] = of(self.graph, self.costs, layers, task.num_samples, written)
+        return self.known[key]
+
+    def _beside_saved(self, task: Task) -> int:
+        """What is saved counts as a tensor of its own; what comes and goes is left."""
+        key = (task.kind, task.pack, task.num_samples, "saved")
+        if key not in self.known:
+            assert self.costs is not None
+            layers = range(task.pack.first, task.pack.last)
+            of = transient_nbytes if task.kind is TaskKind.BACKWARD else forward_peak_nbytes
+            self.known[key] = of(self.graph, self.costs, layers, task.num_samples)
         return self.known[key]
 
 
@@ -72,7 +91,7 @@ def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Wo
         if step.op is Op.DROP and step.ref is not None:
             values -= alive.pop(step.ref, 0)
         if step.op is Op.RUN and step.task is not None:
-            extra = workspace.nbytes(step.task, step.writes)
+            extra = workspace.nbytes(step)
         if slots + values + extra > peak.nbytes:
             peak = Peak(slots + values + extra, at, slots, values, extra)
     return peak

@@ -27,8 +27,8 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
     """Return a schedule of the tasks on a machine.
 
     A step with one share of the minibatch is pipelined over all devices (Harmony-PP), a step
-    with several gives each its own device (Harmony-DP), or its own ring of several. The schedule is not checked: see
-    `verify`, which also says whether it fits.
+    with several gives each its own device (Harmony-DP), or its own ring of several. The schedule
+    is not checked: see `verify`, which also says whether it fits.
 
     Raises:
         PlanError: if there are more shares than devices.

@@ -10,11 +10,12 @@ import torch
 from harmony.planner.schedule import Instruction, Op
 from harmony.planner.tasks import Pack, Samples, TaskKind, TensorKind, TensorRef
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.hostmem import ArenaLayout, Piece, Place
+from harmony.runtime.hostmem import ArenaLayout, HostBuffer, Piece, Place
 from harmony.runtime.hoststate import HostState
+from harmony.runtime.hostvalues import saved_buffer
 from harmony.runtime.stage import Stage
 from harmony.runtime.step import HostValues, Step
-from harmony.runtime.taskissue import Env, Issue, TaskIssuer
+from harmony.runtime.taskissue import Env, Issue, SavedForwards, TaskIssuer
 from harmony.timeline import Span
 
 
@@ -27,6 +28,7 @@ class Surroundings:
         events: the torch event of every event that a device records.
         crossing: events that another program waits for.
         place_of: form of a value for a number of samples.
+        saved: host memory for what forwards save and is not to stay on the device.
     """
 
     host: HostState
@@ -35,6 +37,7 @@ class Surroundings:
     events: Mapping[int, torch.Event]
     crossing: frozenset[int]
     place_of: Callable[[int, int], Place]
+    saved: dict[TensorRef, HostBuffer]
 
 
 @dataclass
@@ -73,9 +76,11 @@ class DeviceProgram:
         self._stage = stage
         self._around = around
         self._env = around.envs[index]
-        self._tasks = TaskIssuer(stage, self._env, around.host)
+        self._saved: SavedForwards = {}
+        self._tasks = TaskIssuer(stage, self._env, around.host, self._saved)
         self._slot_of: dict[TensorRef, int] = {}
         self._packs = _packs_of(program)
+        self._moves = [(step.op, step.ref) for step in program]
         self._kinds = kinds
         self._own_events: set[int] = set()
         self._base = context.new_event(timing=True)
@@ -117,6 +122,7 @@ class DeviceProgram:
     def clear(self) -> None:
         """Forget what a step left on the device; only a failed one leaves anything."""
         self._env.clear()
+        self._saved.clear()
 
     def spans(self) -> list[Span]:
         """What the device did in the step that was issued last."""
@@ -155,6 +161,8 @@ class DeviceProgram:
         if instruction.slot is not None:
             self._slot_of[ref] = instruction.slot
             return _nothing
+        if ref.kind is TensorKind.SAVED:
+            return lambda _: self._saved[ref].take_memory()
         env, device = self._env, self._context.device
         place = self._around.place_of(ref.first, ref.num_samples)
 
@@ -167,6 +175,8 @@ class DeviceProgram:
 
     def _swap_in(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
+        if ref.kind is TensorKind.SAVED:
+            return lambda _: self._saved[ref].copy_from(self._around.saved[ref])
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(env[ref], chunk)
@@ -186,6 +196,8 @@ class DeviceProgram:
 
     def _swap_out(self, at: int, instruction: Instruction) -> Issue:
         ref, env, host = _ref(instruction), self._env, self._around.host
+        if ref.kind is TensorKind.SAVED:
+            return lambda _: self._offload(ref)
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(chunk, env[ref])
@@ -213,6 +225,13 @@ class DeviceProgram:
 
         return issue
 
+    def _offload(self, ref: TensorRef) -> None:
+        """Copy what a forward saved to the host, into memory of the size that the plan said."""
+        found, around = self._saved[ref], self._around
+        if around.saved[ref].tensor.numel() < found.nbytes:  # alignment can make it a little more
+            around.saved[ref] = saved_buffer(ref, found.nbytes, self._context.device)
+        found.copy_to(around.saved[ref])
+
     def _send(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
         assert instruction.peer is not None
@@ -221,6 +240,10 @@ class DeviceProgram:
 
     def _drop(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
+        if ref.kind is TensorKind.SAVED:
+            if (Op.SWAP_IN, ref) in self._moves[at:]:
+                return lambda _: self._saved[ref].let_go()
+            return lambda _: self._saved.__delitem__(ref)
         if not ref.is_value:
             return _nothing
 

@@ -22,7 +22,7 @@ from harmony.runtime.deviceprogram import DeviceProgram, Surroundings
 from harmony.runtime.hostmem import Place, Stash
 from harmony.runtime.hostprogram import HostProgram
 from harmony.runtime.hoststate import HostState
-from harmony.runtime.hostvalues import is_input, reserve_values
+from harmony.runtime.hostvalues import is_input, reserve_saved, reserve_values
 from harmony.runtime.recall import Recall
 from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.signals import Signals, Stopped
@@ -125,7 +125,10 @@ class Executor:
             for step in program
             if step.op is Op.WAIT and step.event is not None and recorded_by[step.event] != index
         )
-        around = Surroundings(self._host, values, self._envs, events, crossing, self._place_of)
+        saved = reserve_saved(schedule, graph, device)
+        around = Surroundings(
+            self._host, values, self._envs, events, crossing, self._place_of, saved
+        )
         kinds = span_kinds(schedule, graph)
         programs = [
             DeviceProgram(

@@ -9,7 +9,7 @@ import torch
 from harmony.layergraph import MODEL_INPUT, LayerGraph, Value
 from harmony.planner.schedule import Op, Schedule
 from harmony.planner.tasks import Samples, TensorKind, TensorRef
-from harmony.runtime.hostmem import Place, Stash
+from harmony.runtime.hostmem import HostBuffer, Place, Stash
 from harmony.runtime.step import HostValues
 
 
@@ -31,7 +31,7 @@ def reserve_values(
     for program in schedule.programs:
         for step in program:
             ref = step.ref
-            if step.op in (Op.SWAP_OUT, Op.SWAP_IN) and ref is not None and ref.is_value:
+            if step.op in (Op.SWAP_OUT, Op.SWAP_IN) and ref is not None and _is_value(ref):
                 assert ref.samples is not None
                 if step.op is Op.SWAP_OUT or _from_caller(graph, ref):
                     found.setdefault((ref.kind, ref.first), set()).add(ref.samples)
@@ -42,6 +42,27 @@ def reserve_values(
         places = {s: place_of(index, s[1] - s[0]) for s in sorted(chunks)}
         stash = values[kind, index] = Stash(device)
         stash.reserve(places, value.batch_dim, f"value {value.name}")
+
+
+def reserve_saved(
+    schedule: Schedule, graph: LayerGraph, device: torch.device
+) -> dict[TensorRef, HostBuffer]:
+    """Make room on the host for what forwards save and send there."""
+    return {
+        step.ref: saved_buffer(step.ref, step.ref.nbytes(graph), device)
+        for program in schedule.programs
+        for step in program
+        if step.op is Op.SWAP_OUT and step.ref is not None and step.ref.kind is TensorKind.SAVED
+    }
+
+
+def saved_buffer(ref: TensorRef, nbytes: int, device: torch.device) -> HostBuffer:
+    """Host memory for what one forward saves."""
+    return HostBuffer(nbytes, device, f"the host copy of the activations {ref}")
+
+
+def _is_value(ref: TensorRef) -> bool:
+    return ref.is_value and ref.kind is not TensorKind.SAVED
 
 
 def is_input(value: Value) -> bool:

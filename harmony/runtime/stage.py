@@ -14,6 +14,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import ArenaLayout, view_bytes
 from harmony.runtime.kernelchoice import as_recomputed
 from harmony.runtime.recall import Recall
+from harmony.runtime.savedforward import Root, SavedForward, gradients_of, run_backward
 
 Values = dict[int, torch.Tensor]
 """Tensors by the id of their value."""
@@ -109,6 +110,36 @@ class Stage:
             found = self._run(task, leaves, wanted, recall)
         return self._own({v: tensor.detach() for v, tensor in found.items()})
 
+    def forward_saving(
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], recall: Recall
+    ) -> tuple[Values, SavedForward]:
+        """Run the pack forward, and keep what its backward needs beside the values."""
+        self._bind(task.pack, slot)
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        kept = SavedForward(slot, self.context.device)
+        with kept.saving(self._slot(slot)):
+            found = self._run(task, dict(leaves), wanted, recall)
+        kept.finish(leaves, found)
+        return self._own({v: tensor.detach() for v, tensor in found.items()}), kept
+
+    def backward_saved(
+        self, slot: int, kept: SavedForward, output_gradients: Values
+    ) -> Values:
+        """Run the backward of a forward that was kept; return the gradients of its inputs.
+
+        Args:
+            slot: where the pack's weights are now.
+            output_gradients: as for `backward`.
+        """
+        roots = [(kept.leaves.get(v, kept.roots.get(v)), g) for v, g in output_gradients.items()]
+        pairs = [(root, g) for root, g in roots if root is not None and _is_root(root)]
+        with kept.reading(self._slot(slot)):
+            run_backward(pairs)
+        return gradients_of(kept.leaves)
+
+    def _slot(self, slot: int) -> torch.Tensor | None:
+        return self._weight_slots[slot] if slot >= 0 else None
+
     def _own(self, found: Values) -> Values:
         """Copies of those values that are views of a weight slot, which other packs will fill."""
         slots = {slot.untyped_storage().data_ptr() for slot in self._weight_slots}
@@ -150,11 +181,8 @@ class Stage:
         loss = self.graph.loss
         if loss in found and loss_weight is not None:
             roots.append((found[loss], torch.full_like(found[loss], loss_weight)))
-        pairs = [(t, g) for t, g in roots if t is not None and t.requires_grad]
-        if pairs:
-            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-        gradients = {v: leaf.grad for v, leaf in leaves.items() if leaf.grad is not None}
-        return self._own({v: found[v].detach() for v in outputs}), gradients
+        run_backward([(t, g) for t, g in roots if t is not None and _is_root(t)])
+        return self._own({v: found[v].detach() for v in outputs}), gradients_of(leaves)
 
     def begin_gradients(self, pack: Pack, weight_slot: int, slot: int) -> None:
         """Let the coming microbatches of the pack accumulate in a gradient slot."""
@@ -240,6 +268,10 @@ class Stage:
                 for name, (offset, place) in places.items()
             }
         return self._gradient_views[pack, slot]
+
+
+def _is_root(root: Root) -> bool:
+    return not isinstance(root, torch.Tensor) or root.requires_grad
 
 
 def _samples(task: Task) -> Samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,16 @@ import torch
 from harmony.planner.schedule import Instruction
 from harmony.planner.tasks import TensorKind, TensorRef
 from harmony.runtime.hoststate import HostState
+from harmony.runtime.savedforward import SavedForward
 from harmony.runtime.stage import Stage
 from harmony.runtime.step import Step
 
 Issue = Callable[[Step], None]
 Env = dict[TensorRef, torch.Tensor]
 """The values that are on a device now."""
+
+SavedForwards = dict[TensorRef, SavedForward]
+"""What forwards on a device have left for their backwards."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class TaskIssuer:
     stage: Stage
     env: Env
     host: HostState
+    saved: SavedForwards
 
     def forward(self, instruction: Instruction, slot: int) -> Issue:
         """Prepare the forward of a pack for a microbatch.
@@ -35,12 +40,17 @@ class TaskIssuer:
         task, env, stage = instruction.task, self.env, self.stage
         assert task is not None
         inputs = [ref for ref in instruction.reads if ref.is_value]
-        outputs = [ref for ref in instruction.writes if ref.is_value]
+        outputs = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE]
         wanted = [ref.first for ref in outputs]
+        kept = _saved(instruction.writes)
 
         def issue(step: Step) -> None:
             values = {ref.first: env[ref] for ref in inputs}
-            found = stage.forward(task, slot, values, wanted, step.recall)
+            if kept is None:
+                found = stage.forward(task, slot, values, wanted, step.recall)
+            else:
+                run = stage.forward_saving(task, slot, values, wanted, step.recall)
+                found, self.saved[kept] = run
             for ref in outputs:
                 env[ref] = found[ref.first]
             if step.check is not None:
@@ -55,6 +65,9 @@ class TaskIssuer:
             slot: of the pack's parameters; -1 if it has none.
             gradient_slot: of their gradients, likewise.
         """
+        kept = _saved(instruction.reads)
+        if kept is not None:
+            return self._backward_saved(instruction, slot, gradient_slot, kept)
         task, env, stage = instruction.task, self.env, self.stage
         assert task is not None and task.samples is not None
         samples = task.samples
@@ -84,11 +97,47 @@ class TaskIssuer:
                 step.check.record(task, {v: made[v] for v in again})
             for ref in outputs:
                 env[ref] = made[ref.first]
-            for ref in outgoing:
-                env[ref] = _gradient(below, ref, values)
-                (absent.discard if ref.first in below else absent.add)(ref)
+            self._hand_on(outgoing, below, values)
 
         return issue
+
+    def _backward_saved(
+        self, instruction: Instruction, slot: int, gradient_slot: int, kept: TensorRef
+    ) -> Issue:
+        """Prepare the backward of a pack whose forward was kept: nothing is recomputed."""
+        task, env, stage = instruction.task, self.env, self.stage
+        assert task is not None
+        is_first = not any(ref.is_gradient_part for ref in instruction.reads)
+        incoming = [ref for ref in instruction.reads if ref.kind is TensorKind.VALUE_GRADIENT]
+        outgoing = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE_GRADIENT]
+        absent = self.host.absent
+
+        def issue(step: Step) -> None:
+            found = self.saved[kept]
+            if is_first:
+                stage.begin_gradients(task.pack, found.slot, gradient_slot)
+            came = [ref for ref in incoming if ref in env and ref not in absent]
+            above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
+            self._hand_on(outgoing, stage.backward_saved(slot, found, above), found.leaves)
+
+        return issue
+
+    def _hand_on(
+        self,
+        outgoing: Sequence[TensorRef],
+        gradients: Mapping[int, torch.Tensor],
+        values: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Let the packs below have the gradients of the values that they made."""
+        absent = self.host.absent
+        for ref in outgoing:
+            self.env[ref] = _gradient(gradients, ref, values)
+            (absent.discard if ref.first in gradients else absent.add)(ref)
+
+
+def _saved(refs: Sequence[TensorRef]) -> TensorRef | None:
+    """What a forward keeps, among what a task writes or reads."""
+    return next((ref for ref in refs if ref.kind is TensorKind.SAVED), None)
 
 
 def _gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 
 import harmony
@@ -27,6 +29,7 @@ RANDOM = settings(
     max_examples=25,
     deadline=None,
     derandomize=True,
+    phases=(Phase_.explicit, Phase_.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -46,9 +49,13 @@ def use_plan(
     spec = spec_of(binding.graph.num_layers, minibatch)
     tasks = build_tasks(binding.graph, spec)
     schedule = lower(tasks, binding.machine, policy)
-    verify(schedule, binding.graph, binding.costs, Phase.TRAIN, tasks)
+    checked = verify(schedule, binding.graph, binding.costs, Phase.TRAIN, tasks)
     binding._plans[minibatch] = replace(
-        plan, spec=spec, policy=policy, schedules={Phase.TRAIN: schedule}
+        plan,
+        spec=spec,
+        policy=policy,
+        schedules={Phase.TRAIN: schedule},
+        peak_nbytes=checked.peak_nbytes,
     )
     return spec
 
@@ -111,6 +118,70 @@ def test_gpt_bit_for_bit(
         model = make(twin, token_loss, num_devices, size)
         use_plan(model, token_batch(0), spec_of, policy)
         losses = [model.train_step(*token_batch(step)) for step in range(2)]
+    expected = train_plain(
+        net,
+        [token_batch(step) for step in range(2)],
+        optimizer=torch.optim.SGD,
+        options=SGD,
+        loss_fn=token_loss,
+        microbatch=size,
+        shares=shares,
+    )
+    assert losses == expected.losses
+    assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+
+
+@RANDOM
+@given(
+    cuts=CUTS,
+    kept=st.lists(st.sampled_from(["recompute", "keep", "offload"]), min_size=8, max_size=8),
+    size=st.sampled_from([1, 2, 3, 8]),
+    num_devices=st.integers(1, 4),
+    replicas=st.sampled_from([1, 1, 2, 4]),
+    policy=POLICIES,
+    hold=st.integers(0, 3),
+)
+def test_nothing_changes_with_what_a_forward_leaves_behind(
+    cuts: list[int],
+    kept: list[str],
+    size: int,
+    num_devices: int,
+    replicas: int,
+    policy: Policy,
+    hold: int,
+) -> None:
+    """Activations kept, offloaded or recomputed; weights held; rings of several GPUs."""
+    torch.set_num_threads(1)
+    gc.collect()  # what an earlier example left would count in the peak
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    shares = replicas if num_devices % replicas == 0 else 1
+    chosen: dict[str, tuple[Pack, ...]] = {}
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        last = packs(cuts, num_layers)
+        for what in ("keep", "offload"):
+            chosen[what] = tuple(p for p, k in zip(last[:-1], kept, strict=False) if k == what)
+        saved = (*chosen["keep"], *chosen["offload"])
+        ranges = [(minibatch * i // shares, minibatch * (i + 1) // shares) for i in range(shares)]
+        return StepSpec(minibatch, size, size, last[:-1], last, tuple(ranges), saved=saved)
+
+    twin = copy.deepcopy(net)
+    with racecheck.checked():
+        model = make(twin, token_loss, num_devices, size)
+        binding, _, _ = model._engine.bindings.find(
+            "step", ((token_batch(0)[0],), {}, token_batch(0)[1])
+        )
+        spec_of(binding.graph.num_layers, 8)
+        policy = replace(policy, hold=hold, offload=chosen["offload"], mirror=True)
+        use_plan(model, token_batch(0), spec_of, policy)
+        losses = [model.train_step(*token_batch(step)) for step in range(2)]
+    assert model.plan is not None and model.last_timeline is not None
+    for peak, bound in zip(
+        model.last_timeline.peak_nbytes, model.plan.peak_nbytes, strict=True
+    ):
+        assert peak <= bound
     expected = train_plain(
         net,
         [token_batch(step) for step in range(2)],
