@@ -113,8 +113,9 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
 
 
 @st.composite
-def policies(draw: st.DrawFn, spec: StepSpec) -> Policy:
+def policies(draw: st.DrawFn, graph: LayerGraph, spec: StepSpec) -> Policy:
     """All combinations of small numbers of buffers, and of what a four-tuple may leave behind."""
+    resident = tuple(p for p in _can_stay(graph, spec) if draw(st.integers(0, 2)) == 0)
     slots = st.integers(1, 3)
     return Policy(
         draw(slots),
@@ -123,6 +124,18 @@ def policies(draw: st.DrawFn, spec: StepSpec) -> Policy:
         draw(st.sampled_from(["keep", "swap", "host"])),
         hold=draw(st.integers(0, 3)),
         offload=tuple(pack for pack in spec.saved if draw(st.booleans())),
-        # What a FORWARD saves is of use only where its BACKWARD runs.
-        mirror=bool(spec.saved) or draw(st.booleans()),
+        resident=resident,
+        # What a FORWARD leaves on a device is of use only where its BACKWARD runs.
+        mirror=bool(spec.saved or resident) or draw(st.booleans()),
     )
+
+
+def _can_stay(graph: LayerGraph, spec: StepSpec) -> list[Pack]:
+    """Packs that may be resident."""
+    if len(spec.shares) > 1 or spec.phase not in (Phase.TRAIN, Phase.INFER):
+        return []
+    both = set(spec.forward_packs)
+    if spec.phase is Phase.TRAIN:
+        both &= set(spec.backward_packs)
+        both.add(spec.backward_packs[-1])
+    return sorted(pack for pack in both if not graph.shared_in(pack.first, pack.last))

@@ -52,6 +52,14 @@ class Contents:
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
         self.at = Place(0, 0)
         self.authors = _expected_authors(schedule)
+        self.resident: dict[TensorRef, int] = {}
+        for index, device in enumerate(schedule.devices):
+            for ref in device.resident:
+                if ref in self.resident:
+                    raise ScheduleError(f"{ref} is resident on two devices, or twice on one")
+                self.resident[ref] = index
+                is_gradient = ref.is_gradient_part
+                self.memories[index, ref] = _Memory(NOTHING if is_gradient else START, alive=True)
 
     def do(self, at: Place, step: Instruction) -> None:
         """Follow one instruction."""
@@ -80,16 +88,27 @@ class Contents:
                 the host.
         """
         for cell, memory in self.memories.items():
-            if memory.alive and memory.written is not None:
+            is_resident = isinstance(cell, tuple) and self.resident.get(cell[1]) == cell[0]
+            if memory.alive and memory.written is not None and not is_resident:
                 raise refuse(self.schedule, memory.written[1], f"{_name(cell)} is never dropped")
         for part in self.stages.parts():
             raise ScheduleError(f"{part} is swapped out and never added")
         for ref, author in self.authors.final.items():
+            if ref in self.resident:
+                self._finish_resident(ref, author)
+                continue
             must = ref.kind is TensorKind.VALUE and ref.first in kept
             must = must or (ref.is_gradient_part and ref.part == 0)
             is_gradient = ref.kind is TensorKind.VALUE_GRADIENT
             must = must or (is_gradient and self.graph.values[ref.first].producer == MODEL_INPUT)
             if must and self.memories["host", ref].author != author:
+                raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
+
+    def _finish_resident(self, ref: TensorRef, author: Author) -> None:
+        """New weights of a device are on the host as well; anybody may read them there."""
+        if ref.kind is TensorKind.WEIGHTS:
+            authors = {self.memories[cell].author for cell in self._host_cells(ref)}
+            if authors != {author}:
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
 
     # -- instructions -----------------------------------------------------------------------
@@ -108,6 +127,8 @@ class Contents:
 
     def _drop(self, ref: TensorRef) -> None:
         memory = self._on_device(ref)
+        if self.resident.get(ref) == self.at.program:
+            raise self._refuse(f"{ref} is resident: it is never dropped")
         self._touch((self.at.program, ref), write=True)
         memory.alive, memory.author = False, NOTHING
         if memory.slot is not None:
@@ -120,10 +141,16 @@ class Contents:
         memory.author = self._read_host(ref)
 
     def _swap_out(self, ref: TensorRef, stage: int | None) -> None:
-        if not (ref.is_value or ref.is_gradient_part):
-            raise self._refuse("weights change on the host only")
+        is_resident = self.resident.get(ref) == self.at.program
+        if not (ref.is_value or ref.is_gradient_part or is_resident):
+            raise self._refuse("weights change on the host only, unless they are resident")
         author = self._defined(ref)
         self._touch((self.at.program, ref), write=False)
+        if ref.kind is TensorKind.WEIGHTS:
+            for part in self._host_cells(ref):
+                self._touch(part, write=True)
+                self.memories[part].author = author
+            return
         cell: Cell = ("host", ref)
         if (stage is None) != (ref.part == 0):
             raise self._refuse("part 0 of a gradient goes to the arena, all others to a stage")

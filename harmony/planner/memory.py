@@ -80,6 +80,7 @@ def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Wo
     """The most bytes in use on a device, and when."""
     spec = schedule.devices[index]
     slots = sum(s.count * _blocks(s.nbytes) for s in (spec.weight_slots, spec.gradient_slots))
+    slots += sum(_blocks(ref.nbytes(graph)) for ref in spec.resident)
     alive: dict[TensorRef, int] = {}
     values, peak = 0, Peak(slots, -1, slots)
     for at, step in enumerate(schedule.programs[index]):

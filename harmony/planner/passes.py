@@ -1,6 +1,7 @@
 """Lowers a task graph to a schedule, by small passes.
 
     place    which device runs what, and one order that every program keeps
+    resident which weights stay on their device between steps, and are updated there
     stays    how long each value stays on a device, how it comes and where it goes
     slots    which slot holds the weights and gradients of each group of Runs
     values   the copies and drops of values around each Run
@@ -13,11 +14,12 @@ from harmony.machine import Machine
 from harmony.planner.events import add_events
 from harmony.planner.place import Placement, place
 from harmony.planner.policy import Policy
+from harmony.planner.resident import Residents, find_resident
 from harmony.planner.schedule import DeviceSpec, Schedule
 from harmony.planner.slots import SlotWriter
 from harmony.planner.stays import find_stays
 from harmony.planner.steps import StepList
-from harmony.planner.tasks import TaskGraph
+from harmony.planner.tasks import TaskGraph, weights
 from harmony.planner.values import ValueWriter
 
 __all__ = ["Policy", "lower"]
@@ -36,8 +38,12 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
     policy = policy or Policy()
     placement = place(tasks, machine, mirror=policy.mirror)
     steps = StepList()
-    slots = [SlotWriter(steps, placement, d, policy) for d in range(placement.num_devices)]
-    _write(placement, steps, slots, policy)
+    resident = find_resident(placement, policy)
+    slots = [
+        SlotWriter(steps, placement, d, policy, resident.refs_on(d))
+        for d in range(placement.num_devices)
+    ]
+    _write(placement, steps, slots, policy, resident)
     *programs, host = add_events(steps.steps, placement.num_devices)
     devices = tuple(
         DeviceSpec(
@@ -45,6 +51,7 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
             item.weight_slots,
             item.gradient_slots,
             item.stages.slots,
+            resident.refs_on(index),
         )
         for index, item in enumerate(slots)
     )
@@ -52,7 +59,11 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
 
 
 def _write(
-    placement: Placement, steps: StepList, slots: list[SlotWriter], policy: Policy
+    placement: Placement,
+    steps: StepList,
+    slots: list[SlotWriter],
+    policy: Policy,
+    resident: Residents,
 ) -> None:
     """Write all instructions but events, in the one order that every program keeps.
 
@@ -65,12 +76,18 @@ def _write(
         d2h     SwapOut, p2p Send of what it made and others need
         compute Drop of values whose last use is over
         d2h     SwapOut dW; compute Drop W, after the last Run of a group
+        compute Run U, d2h SwapOut W, of weights that stay on their device
     """
     stays = find_stays(placement, policy)
     values = ValueWriter(steps, stays, placement.num_devices, policy.lookahead)
     reads, writes = placement.tasks.reads, placement.tasks.writes
     for task in placement.order:
         device = placement.device.get(task)
+        owner = resident.device_of(task)
+        if owner is not None:
+            steps.run(owner, task, reads[task], writes[task])
+            steps.swap_out(owner, weights(task.pack))
+            continue
         if device is None:
             steps.run_on_host(task, reads[task], writes[task])
             if task.addend is not None:

@@ -16,6 +16,10 @@ one stream. A stream runs its instructions in order; different streams are order
     Drop X8@0:4                  gives the memory back, in the order of the compute stream
     Record e7 / Wait e7          an event; each is recorded once a step
 
+Tensors that a device's ``resident=`` names (weights, their gradients, optimizer state) have memory
+of their own there from step to step: they are neither taken nor dropped. Their UPDATE is a Run of
+that device, and a SwapOut writes the new weights to the host.
+
 Memory of a device changes hands only in the order of its compute stream: Alloc and Drop are
 compute instructions, and a copy on another stream must be ordered after the Alloc and before the
 Drop by events. So the bytes in use are a property of the program, not of timing, and no allocator
@@ -124,12 +128,21 @@ class DeviceSpec:
         memory_nbytes: its limit.
         weight_slots, gradient_slots: buffers that exist during the whole step.
         stages: host staging buffers, for gradient parts that are added on the host.
+        resident: tensors that are on the device when a step begins and when it ends.
     """
 
     memory_nbytes: int
     weight_slots: Slots = Slots()
     gradient_slots: Slots = Slots()
     stages: Slots = Slots()
+    resident: tuple[TensorRef, ...] = ()
+
+    def __str__(self) -> str:
+        resident = f" resident={','.join(map(str, self.resident))}" if self.resident else ""
+        return (
+            f"memory={self.memory_nbytes} weight_slots={self.weight_slots}"
+            f" gradient_slots={self.gradient_slots} stages={self.stages}{resident}"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,11 +168,7 @@ class Schedule:
     def __str__(self) -> str:
         lines = [f"schedule minibatch={self.minibatch}"]
         for index, device in enumerate(self.devices):
-            lines.append(
-                f"device gpu{index} memory={device.memory_nbytes}"
-                f" weight_slots={device.weight_slots} gradient_slots={device.gradient_slots}"
-                f" stages={device.stages}"
-            )
+            lines.append(f"device gpu{index} {device}")
         for name, program in self.all_programs():
             lines.append(f"program {name}")
             lines.extend(f"  {step.stream:<7} {step}" for step in program)
@@ -178,7 +187,7 @@ class Schedule:
 _HEADER = re.compile(r"schedule minibatch=(\d+)")
 _DEVICE = re.compile(
     r"device gpu(\d+) memory=(\d+) weight_slots=(\d+)x(\d+) gradient_slots=(\d+)x(\d+)"
-    r" stages=(\d+)x(\d+)"
+    r" stages=(\d+)x(\d+)(?: resident=(\S+))?"
 )
 _RUN = re.compile(r"Run (\S+) \((.*?)\) ->\s*(.*)")
 _EVENT = re.compile(r"(Record|Wait) e(\d+)")
@@ -213,9 +222,11 @@ class _Parser:
         if match := _HEADER.fullmatch(line):
             self.minibatch = int(match[1])
         elif match := _DEVICE.fullmatch(line):
-            n = [int(group) for group in match.groups()]
+            n = [int(group) for group in match.groups()[:8]]
             slots = (Slots(n[2], n[3]), Slots(n[4], n[5]), Slots(n[6], n[7]))
-            self.devices.append(DeviceSpec(n[1], *slots))
+            refs = match[9].split(",") if match[9] else []
+            resident = tuple(TensorRef.parse(ref) for ref in refs)
+            self.devices.append(DeviceSpec(n[1], *slots, resident))
         elif line.startswith("program "):
             self.current = self.programs.setdefault(line.split()[1], [])
         elif self.current is None:

@@ -7,7 +7,7 @@ arrive meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from harmony.layergraph import LayerGraph
@@ -35,12 +35,16 @@ class Group:
     gradients: tuple[TensorRef, ...]
 
 
-def group_runs(placement: Placement, device: int) -> list[Group]:
-    """Split the Runs of a device where the pack changes."""
-    return list(_groups(placement, placement.runs[device]))
+def group_runs(
+    placement: Placement, device: int, resident: Collection[TensorRef] = ()
+) -> list[Group]:
+    """Split the Runs of a device where the pack changes; what is resident needs no slot."""
+    return list(_groups(placement, placement.runs[device], frozenset(resident)))
 
 
-def _groups(placement: Placement, runs: Sequence[Task]) -> Iterator[Group]:
+def _groups(
+    placement: Placement, runs: Sequence[Task], resident: frozenset[TensorRef]
+) -> Iterator[Group]:
     tasks, first = placement.tasks, 0
     for at, task in enumerate(runs):
         if at + 1 < len(runs) and _stage(runs[at + 1]) == _stage(task):
@@ -48,8 +52,10 @@ def _groups(placement: Placement, runs: Sequence[Task]) -> Iterator[Group]:
         yield Group(
             first,
             at,
-            weights=tuple(ref for ref in tasks.reads[task] if ref.is_parameter),
-            gradients=tuple(ref for ref in tasks.writes[task] if ref.is_gradient_part),
+            weights=tuple(r for r in tasks.reads[task] if r.is_parameter and r not in resident),
+            gradients=tuple(
+                r for r in tasks.writes[task] if r.is_gradient_part and r not in resident
+            ),
         )
         first = at + 1
 
@@ -85,13 +91,18 @@ class SlotWriter:
     """
 
     def __init__(
-        self, steps: StepList, placement: Placement, device: int, policy: Policy
+        self,
+        steps: StepList,
+        placement: Placement,
+        device: int,
+        policy: Policy,
+        resident: Collection[TensorRef] = (),
     ) -> None:
         graph = placement.tasks.layers
         self.graph = graph
         self.steps = steps
         self.device = device
-        groups = group_runs(placement, device)
+        groups = group_runs(placement, device, resident)
         self.starts = {group.first: group for group in groups}
         self.ends = {group.last: group for group in groups}
         self.held = [group for group in groups if group.weights]

@@ -28,7 +28,7 @@ from harmony.planner.cost import CostTable
 from harmony.planner.issue import Place, excerpt, issue_order, program_name, refuse
 from harmony.planner.memory import Peak, Workspace, device_peak, stash_nbytes
 from harmony.planner.schedule import Instruction, Op, Schedule
-from harmony.planner.tasks import Phase, Task, TaskGraph, TaskKind
+from harmony.planner.tasks import Phase, Task, TaskGraph, TaskKind, state
 from harmony.units import format_bytes
 
 
@@ -95,6 +95,8 @@ def _check_runs(
             if step.task in runs:
                 raise refuse(schedule, at, f"{step.task} runs twice")
             is_host_task = step.task.kind in (TaskKind.UPDATE, TaskKind.ACCUMULATE)
+            if step.task.kind is TaskKind.UPDATE and not on_host:
+                is_host_task = state(step.task.pack) not in schedule.devices[number].resident
             if is_host_task is not on_host or step.stream not in ("compute", "update"):
                 raise refuse(schedule, at, f"{step.task} cannot run here")
             runs[step.task] = at

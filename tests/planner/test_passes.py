@@ -169,7 +169,7 @@ def test_every_schedule_of_every_model_is_verified(data: st.DataObject) -> None:
     replicas = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     spec = data.draw(specs(graph, data.draw(st.sampled_from(replicas))))
     tasks = build_tasks(graph, spec)
-    schedule = lower(tasks, server(num_devices), data.draw(policies(spec)))
+    schedule = lower(tasks, server(num_devices), data.draw(policies(graph, spec)))
     costs = uniform_costs(graph)
     checked = verify(schedule, graph, costs, spec.phase, tasks)
     assert Schedule.parse(str(schedule)) == schedule

@@ -54,6 +54,18 @@ CASES = {
         2,
         Policy(hold=1, offload=packs(2, 3)[1:], mirror=True),
     ),
+    "resident, one pack of three": (
+        chain(6, frozen=(0, 1)),
+        step(3, 1, packs(2, 4), packs(2, 4, 6)),
+        1,
+        Policy(resident=packs(2, 4)[1:]),
+    ),
+    "resident, all, one frozen": (
+        chain(6, frozen=(0, 1)),
+        replace(step(3, 1, packs(2, 4), packs(2, 4, 6)), saved=packs(2, 4)),
+        2,
+        Policy(resident=packs(2, 4, 6), mirror=True),
+    ),
     "two rings": (
         chain(6, tied=True),
         step(4, 1, packs(2, 4), packs(2, 4, 6), replicas=2),
