@@ -13,6 +13,8 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import ArenaLayout, HostBuffer, Piece, Place
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.hostvalues import saved_buffer
+from harmony.runtime.packsof import packs_of
+from harmony.runtime.residents import Residents
 from harmony.runtime.stage import Stage
 from harmony.runtime.step import HostValues, Step
 from harmony.runtime.taskissue import Env, Issue, SavedForwards, TaskIssuer
@@ -29,6 +31,7 @@ class Surroundings:
         crossing: events that another program waits for.
         place_of: form of a value for a number of samples.
         saved: host memory for what forwards save and is not to stay on the device.
+        residents: per device, the weights that stay there.
     """
 
     host: HostState
@@ -38,11 +41,16 @@ class Surroundings:
     crossing: frozenset[int]
     place_of: Callable[[int, int], Place]
     saved: dict[TensorRef, HostBuffer]
+    residents: Sequence[Residents]
 
 
 @dataclass
 class Prepared:
-    """An instruction ready to be issued, with the events that time it if it takes time."""
+    """An instruction ready to be issued, with the events that time it if it takes time.
+
+    Attributes:
+        is_update: whether it updates resident weights, or copies the new ones to the host.
+    """
 
     instruction: Instruction
     label: str
@@ -52,6 +60,7 @@ class Prepared:
     end: torch.Event | None = None
     kind: str = ""
     nbytes: int = 0
+    is_update: bool = False
 
 
 class DeviceProgram:
@@ -69,7 +78,9 @@ class DeviceProgram:
         stage: Stage,
         around: Surroundings,
         kinds: Sequence[str],
+        slots: Mapping[TensorRef, int],
     ) -> None:
+        """Prepare a program; ``slots`` says where what is resident lies."""
         self.name = f"gpu{index}"
         self._index = index
         self._context = context
@@ -78,13 +89,15 @@ class DeviceProgram:
         self._env = around.envs[index]
         self._saved: SavedForwards = {}
         self._tasks = TaskIssuer(stage, self._env, around.host, self._saved)
-        self._slot_of: dict[TensorRef, int] = {}
-        self._packs = _packs_of(program)
+        self._residents = around.residents[index]
+        self._slot_of = dict(slots)
+        self._packs = packs_of(program)
         self._moves = [(step.op, step.ref) for step in program]
         self._kinds = kinds
         self._own_events: set[int] = set()
         self._base = context.new_event(timing=True)
         self._base_s = 0.0
+        self._updates = True
         makers = {
             Op.RUN: self._run,
             Op.ALLOC: self._alloc,
@@ -101,23 +114,56 @@ class DeviceProgram:
         ]
 
     def issue(self, step: Step, peers: Sequence[torch.device]) -> None:
-        """Issue the whole program and wait until the device has run it."""
+        """Issue the whole program and wait until the device has run it.
+
+        Updates on the device that the step holds back are left for `finish`.
+        """
         context = self._context
         context.enter(peers)
+        self._updates = step.apply_updates
         self._base_s = step.now_s()
-        context.use("compute").record_event(self._base)
+        compute = context.use("compute")
+        self._residents.refresh()
+        compute.record_event(self._base)
         for prepared in self._prepared:
-            step.signals.check()
-            step.running[self.name] = prepared.label
-            stream = context.use(prepared.instruction.stream)
-            if prepared.begin is not None and prepared.end is not None:
-                stream.record_event(prepared.begin)
-                prepared.issue(step)
-                stream.record_event(prepared.end)
-            else:
-                prepared.issue(step)
+            if prepared.is_update and step.holds_updates:
+                continue
+            self._issue(prepared, step)
         step.running[self.name] = "the end of the step"
         context.synchronize()
+
+    def finish(self, step: Step) -> None:
+        """Run the updates that were held back; without updates, let the host have gradients."""
+        late = [prepared for prepared in self._prepared if prepared.is_update]
+        if not late or not step.holds_updates:
+            return
+        if step.apply_updates:
+            step.signals.wait(step.approval)
+            for prepared in late:
+                self._issue(prepared, step)
+                self._context.synchronize()  # events between them were recorded long ago
+        else:
+            self._context.use("d2h")
+            for ref in self._residents.gradients:
+                self._give_gradients(ref)
+            self._context.synchronize()
+
+    def _issue(self, prepared: Prepared, step: Step) -> None:
+        step.signals.check()
+        step.running[self.name] = prepared.label
+        stream = self._context.use(prepared.instruction.stream)
+        if prepared.begin is not None and prepared.end is not None:
+            stream.record_event(prepared.begin)
+            prepared.issue(step)
+            stream.record_event(prepared.end)
+        else:
+            prepared.issue(step)
+
+    def _give_gradients(self, ref: TensorRef) -> None:
+        host, pack = self._around.host, Pack(ref.first, ref.last)
+        host.touched[ref] = frozenset(self._stage.touched_by.get(pack, ()))
+        memory = self._residents.gradients[ref]
+        _copy_all([(piece.data, _part(memory, piece)) for piece in host.gradient_pieces(ref)])
 
     def clear(self) -> None:
         """Forget what a step left on the device; only a failed one leaves anything."""
@@ -128,7 +174,7 @@ class DeviceProgram:
         """What the device did in the step that was issued last."""
         found = []
         for p in self._prepared:
-            if p.begin is None or p.end is None:
+            if p.begin is None or p.end is None or (p.is_update and not self._updates):
                 continue
             start_s = self._base_s + self._base.elapsed_time(p.begin) / 1e3
             end_s = self._base_s + self._base.elapsed_time(p.end) / 1e3
@@ -138,6 +184,10 @@ class DeviceProgram:
 
     def _prepare(self, at: int, instruction: Instruction, issue: Issue) -> Prepared:
         prepared = Prepared(instruction, str(instruction), at, issue)
+        ref, task = instruction.ref, instruction.task
+        prepared.is_update = task is not None and task.kind is TaskKind.UPDATE
+        if instruction.op is Op.SWAP_OUT and ref is not None and ref.is_parameter:
+            prepared.is_update = True
         if instruction.op in (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND):
             graph = self._around.host.graph
             prepared.begin = self._context.new_event(timing=True)
@@ -151,6 +201,8 @@ class DeviceProgram:
     def _run(self, at: int, instruction: Instruction) -> Issue:
         assert instruction.task is not None
         slot = self._slot(instruction.reads, parameters=True)
+        if instruction.task.kind is TaskKind.UPDATE:
+            return self._tasks.update(instruction, slot)
         if instruction.task.kind is TaskKind.FORWARD:
             return self._tasks.forward(instruction, slot)
         gradient_slot = self._slot(instruction.writes, parameters=False)
@@ -189,8 +241,7 @@ class DeviceProgram:
         ]
 
         def issue(_: Step) -> None:
-            for target, source in pairs:
-                _copy(target, source)
+            _copy_all(pairs)
 
         return issue
 
@@ -201,6 +252,10 @@ class DeviceProgram:
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(chunk, env[ref])
+        if ref.is_parameter:
+            memory = self._residents.weights[ref]
+            out = [(piece.data, _part(memory, piece)) for piece in host.parameter_pieces(ref)]
+            return lambda _: _copy_all(out)
         low, high = self._in_slot(at, ref, host.gradients.layout)
         slot, stage = self._slot_of[ref], self._stage
         pieces = host.gradient_pieces(ref)
@@ -220,8 +275,7 @@ class DeviceProgram:
             host.touched[ref] = frozenset(touched_by.get(pack, ()))
             if is_staged:  # here, not when it is prepared: another schedule may have its own
                 host.staged[ref] = staged
-            for target, source in pairs:
-                _copy(target, source)
+            _copy_all(pairs)
 
         return issue
 
@@ -297,30 +351,17 @@ class DeviceProgram:
         return start, start + layout.shared[ref.first].nbytes
 
 
-def _packs_of(program: Sequence[Instruction]) -> list[Pack | None]:
-    """Per instruction that moves parameters or gradients, the pack that it moves them for.
-
-    Parameters come in for the next task that reads them, gradients go out for the last one that
-    wrote them. It matters for shared parameters: where they lie in a slot depends on the pack.
-    """
-    packs: list[Pack | None] = [None] * len(program)
-    writer: dict[TensorRef, Pack] = {}
-    for at, step in enumerate(program):
-        if step.task is not None:
-            writer.update({ref: step.task.pack for ref in step.writes if ref.is_gradient_part})
-        elif step.op is Op.SWAP_OUT and step.ref in writer:
-            packs[at] = writer[step.ref]
-    reader: dict[TensorRef, Pack] = {}
-    for at, step in reversed(list(enumerate(program))):
-        if step.task is not None:
-            reader.update({ref: step.task.pack for ref in step.reads if ref.is_parameter})
-        elif step.op is Op.SWAP_IN and step.ref in reader:
-            packs[at] = reader[step.ref]
-    return packs
-
-
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source, non_blocking=True)
+
+
+def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for target, source in pairs:
+        _copy(target, source)
+
+
+def _part(memory: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return memory[piece.offset : piece.offset + piece.data.numel()]
 
 
 def _nothing(_: Step) -> None:

@@ -7,15 +7,15 @@ schedule; an instruction is looked up once, when the schedule is prepared, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from harmony.capture import Captured
-from harmony.errors import ExecutionError, HarmonyError
+from harmony.errors import ExecutionError, HarmonyError, PlanError
 from harmony.planner.kinds import span_kinds
-from harmony.planner.schedule import HOST, Op, Schedule
-from harmony.planner.tasks import TaskKind, TensorKind
+from harmony.planner.schedule import HOST, DeviceSpec, Op, Schedule, Slots
+from harmony.planner.tasks import Pack, TaskKind, TensorKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.deviceprogram import DeviceProgram, Surroundings
@@ -24,6 +24,7 @@ from harmony.runtime.hostprogram import HostProgram
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.hostvalues import is_input, reserve_saved, reserve_values
 from harmony.runtime.recall import Recall
+from harmony.runtime.residents import Residents
 from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.signals import Signals, Stopped
 from harmony.runtime.stage import Stage
@@ -90,7 +91,8 @@ class Executor:
             Stage(context, code, host.graph, *layouts) for context in self.contexts
         ]
         self._envs: list[Env] = [{} for _ in contexts]
-        self._slot_sizes: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(contexts)
+        self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
+        self._residents = [Residents(context, host, ()) for context in self.contexts]
         self._workers = [Worker(f"harmony-gpu{i}") for i in range(len(contexts))]
         self._update_worker = Worker("harmony-update")
         self._next_token = 1
@@ -104,6 +106,7 @@ class Executor:
             values: host copies of values that exist already (of an earlier phase of the same
                 batch); new ones are added to it.
         """
+        self._check_clipping(schedule)
         with streams_restored(self.contexts):
             self._reserve_slots(schedule)
         graph, device = self._host.graph, self.contexts[0].device
@@ -127,12 +130,25 @@ class Executor:
         )
         saved = reserve_saved(schedule, graph, device)
         around = Surroundings(
-            self._host, values, self._envs, events, crossing, self._place_of, saved
+            self._host,
+            values,
+            self._envs,
+            events,
+            crossing,
+            self._place_of,
+            saved,
+            list(self._residents),
         )
         kinds = span_kinds(schedule, graph)
         programs = [
             DeviceProgram(
-                i, program, self.contexts[i], self._stages[i], around, kinds[f"gpu{i}"]
+                i,
+                program,
+                self.contexts[i],
+                self._stages[i],
+                around,
+                kinds[f"gpu{i}"],
+                _resident_slots(schedule.devices[i]),
             )
             for i, program in enumerate(schedule.programs)
         ]
@@ -156,10 +172,11 @@ class Executor:
 
     def release(self) -> None:
         """Give all device memory back; what was prepared must be prepared anew."""
-        self._slot_sizes = [(0, 0, 0, 0)] * len(self.contexts)
-        for stage, env in zip(self._stages, self._envs, strict=True):
+        self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
+        for index, (stage, env) in enumerate(zip(self._stages, self._envs, strict=True)):
             stage.set_slots([], [])
             env.clear()
+            self._reserve_residents(index, ())
 
     def _reserve_slots(self, schedule: Schedule) -> None:
         for index, spec in enumerate(schedule.devices):
@@ -172,11 +189,31 @@ class Executor:
             device = self.contexts[index].device
             self.contexts[index].enter()
             self.contexts[index].use("compute")
+            resident = self._reserve_residents(index, spec.resident)
             slots = [
                 [torch.empty(s.nbytes, dtype=torch.uint8, device=device) for _ in range(s.count)]
                 for s in (spec.weight_slots, spec.gradient_slots)
             ]
-            self._stages[index].set_slots(slots[0], slots[1])
+            weights = [*slots[0], *resident.weights.values()]
+            self._stages[index].set_slots(weights, [*slots[1], *resident.gradients.values()])
+
+    def _check_clipping(self, schedule: Schedule) -> None:
+        optimizer = self._host.optimizer
+        updated = [r for spec in schedule.devices for r in spec.resident if r.is_gradient_part]
+        if updated and optimizer is not None and optimizer.max_norm is not None:
+            raise PlanError(
+                f"max_grad_norm={optimizer.max_norm} needs all gradients on the host before the "
+                f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
+                "its device. Leave max_grad_norm out, or plan again"
+            )
+
+    def _reserve_residents(self, index: int, refs: Sequence[TensorRef]) -> Residents:
+        """Return what is resident on a device; what was, and is no longer, leaves first."""
+        if self._residents[index].refs != tuple(refs):
+            self._residents[index].leave()
+            for wanted in ((), refs):
+                self._residents[index] = Residents(self.contexts[index], self._host, wanted)
+        return self._residents[index]
 
     # Running
 
@@ -198,10 +235,10 @@ class Executor:
     def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
         token = self._next_token
         num_programs = len(prepared.programs) + 1
-        num_signals = prepared.num_events + len(prepared.programs)
+        num_signals = prepared.num_events + len(prepared.programs) + 1
         self._next_token += num_signals + 2 * num_programs
         signals = Signals(token)
-        ends = range(prepared.num_events, num_signals)
+        ends = range(prepared.num_events, num_signals - 1)
         first_time = prepared.num_runs == 0
         check = job.check
         if check is None and first_time:
@@ -213,6 +250,7 @@ class Executor:
             job.recall,
             job.weights,
             before_updates=tuple(ends) if first_time or clips or check else (),
+            approval=num_signals - 1,
             clips=clips,
             apply_updates=job.apply_updates,
             check=check,
@@ -259,6 +297,7 @@ class Executor:
                 if isinstance(program, DeviceProgram):
                     program.issue(step, devices)
                     step.signals.issue(end)
+                    program.finish(step)
                 else:
                     program.issue(step)
             except Stopped:
@@ -293,6 +332,7 @@ class Executor:
         if isinstance(error, (HarmonyError, KeyboardInterrupt)):
             raise error
         done = [span.label.split()[1] for span in step.spans if span.kind == "update"]
+        done += step.updated
         raise ExecutionError(_explain(where, error, done), where, torn=bool(done)) from error
 
     def _timeline(self, prepared: PreparedSchedule, step: Step) -> Timeline:
@@ -303,10 +343,21 @@ class Executor:
         return timeline
 
 
-def _slot_sizes(schedule: Schedule, index: int) -> tuple[int, int, int, int]:
-    spec = schedule.devices[index]
-    weights, gradients = spec.weight_slots, spec.gradient_slots
-    return weights.count, weights.nbytes, gradients.count, gradients.nbytes
+_NO_SLOTS = DeviceSpec(0)
+
+
+def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
+    """What a schedule wants to have on a device from step to step."""
+    return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
+
+
+def _resident_slots(spec: DeviceSpec) -> dict[TensorRef, int]:
+    """Where what is resident lies: behind the slots."""
+    weights = [ref for ref in spec.resident if ref.kind is TensorKind.WEIGHTS]
+    gradients = [ref for ref in spec.resident if ref.is_gradient_part]
+    found = {ref: spec.weight_slots.count + i for i, ref in enumerate(weights)}
+    found.update({ref: spec.gradient_slots.count + i for i, ref in enumerate(gradients)})
+    return found
 
 
 def _drain(context: DeviceContext) -> None:

@@ -201,7 +201,11 @@ class ArenaLayout:
 
 
 class HostArena:
-    """All tensors of one kind (weights, or gradients) in one pinned buffer."""
+    """All tensors of one kind (weights, or gradients) in one pinned buffer.
+
+    Attributes:
+        tensors: of the module, those that live here, by name.
+    """
 
     def __init__(self, layout: ArenaLayout, device: torch.device | None, purpose: str) -> None:
         self.layout = layout
@@ -209,6 +213,7 @@ class HostArena:
         self.views = {
             name: self.buffer.view(place.offset, place) for name, place in layout.places.items()
         }
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def adopt(
         self, module: nn.Module, materialise: Callable[[nn.Module, Views], object] | None = None
@@ -232,6 +237,7 @@ class HostArena:
                 if tensor.data_ptr() != view.data_ptr():
                     view.copy_(tensor)
                     tensor.data = view
+                self.tensors[name] = tensor
         return params
 
 

@@ -36,7 +36,7 @@ class HostProgram:
         late: list[tuple[int, Instruction]] = []
         for index, instruction in enumerate(self._program):
             step.signals.check()
-            if _is_update(instruction) and (step.before_updates or not step.apply_updates):
+            if _is_update(instruction) and step.holds_updates:
                 late += [(index, instruction)] if step.apply_updates else []
                 continue
             step.running[self.name] = str(instruction)
@@ -54,6 +54,7 @@ class HostProgram:
             step.check.compare()
         if late and step.clips:
             self._clip(step)
+        step.signals.issue(step.approval)
         for index, instruction in late:
             self._timed(index, instruction, step)
 

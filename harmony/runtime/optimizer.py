@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -170,15 +171,58 @@ class PackOptimizer:
         for part in filter(None, (known, new)):
             self._update(part)
 
-    def _update(self, params: list[nn.Parameter]) -> None:
-        chosen = {id(p) for p in params}
+    def update_elsewhere(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Take the step for copies of parameters on a device, where their state then is, too.
+
+        Args:
+            pairs: parameters of the optimizer, and what stands for each on the device, with its
+                gradient.
+        """
+        known = [pair for pair in pairs if self.full.state.get(pair[0])]
+        new = [pair for pair in pairs if not self.full.state.get(pair[0])]
+        for part in filter(None, (known, new)):
+            self._update([param for param, _ in part], [copy for _, copy in part])
+
+    def bring_home(self, params: Iterable[nn.Parameter]) -> None:
+        """Let the state of these parameters be on their own device again."""
+        wanted = {id(param) for param in params}
+        for group in self.full.param_groups:
+            for param in group["params"]:
+                if id(param) in wanted and self.full.state.get(param):
+                    _moved(self.full.state[param], param.device, group)
+
+    def _update(
+        self, params: list[nn.Parameter], copies: list[nn.Parameter] | None = None
+    ) -> None:
+        stand_ins = dict(zip(map(id, params), copies or params, strict=True))
         part = object.__new__(type(self.full))
-        part.__dict__.update(self.full.__dict__)  # the state is shared: it is kept per parameter
-        groups = [
-            {**group, "params": [p for p in group["params"] if id(p) in chosen]}
-            for group in self.full.param_groups
-        ]
-        part.param_groups = [group for group in groups if group["params"]]
+        part.__dict__.update(self.full.__dict__)
+        state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
+        part.state = state
+        part.param_groups = []
+        for group in self.full.param_groups:
+            chosen = [p for p in group["params"] if id(p) in stand_ins]
+            for param in chosen:
+                if self.full.state.get(param):
+                    stand_in = stand_ins[id(param)]
+                    state[stand_in] = _moved(self.full.state[param], stand_in.device, group)
+            if chosen:
+                stand_in_group = {**group, "params": [stand_ins[id(p)] for p in chosen]}
+                part.param_groups.append(stand_in_group)
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
         type(self.full).step(part)
+        for param in params:
+            if stand_ins[id(param)] in state:
+                self.full.state[param] = state[stand_ins[id(param)]]
         self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note
+
+
+def _moved(
+    state: dict[str, Any], device: torch.device, group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Move the state of a parameter to a device; scalars as well only where kernels want that."""
+    scalars_too = bool(group.get("fused") or group.get("capturable"))
+    for key, held in state.items():
+        if isinstance(held, torch.Tensor) and (held.dim() or scalars_too):
+            state[key] = held if held.device == device else held.to(device)
+    return state

@@ -200,6 +200,10 @@ class Stage:
         """Bytes ``low`` to ``high - 1`` of a gradient slot."""
         return self._gradient_slots[slot][low:high]
 
+    def parameters(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:
+        """The pack's tensors in a slot; ``grad`` is there for those that got one."""
+        return self._tensors[pack, slot]
+
     def unbind(self) -> None:
         """Let go of the parameters of the pack that ran last."""
         if self._bound is not None:

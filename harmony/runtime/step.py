@@ -28,24 +28,34 @@ class Step:
         recall: the microbatches' random states, and what layers change.
         weights: how much the scalars of each microbatch count.
         before_updates: events that the host waits for before its first update.
+        approval: the event by which the host says that updates may begin, where they were held
+            back.
         clips: whether the gradients are clipped before the first update.
         apply_updates: whether there are updates at all.
         check: takes the figures of what is made twice, in the first run of a schedule.
         started_s: host clock when the step began; spans count from it.
         spans: what the host programs did; devices add theirs when the step is over.
         running: per program, the text of the instruction that it issues now, for errors.
+        updated: packs that a device has begun to update.
     """
 
     signals: Signals
     recall: Recall
     weights: Weights
     before_updates: tuple[int, ...] = ()
+    approval: int = -1
     clips: bool = False
     apply_updates: bool = True
     check: SelfCheck | None = None
     started_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
     running: dict[str, str] = field(default_factory=dict)
+    updated: list[str] = field(default_factory=list)
+
+    @property
+    def holds_updates(self) -> bool:
+        """Whether updates run only after all gradients are there, or not at all."""
+        return bool(self.before_updates) or not self.apply_updates
 
     def now_s(self) -> float:
         """Seconds since the step began."""

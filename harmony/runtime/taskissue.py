@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from harmony.planner.schedule import Instruction
 from harmony.planner.tasks import TensorKind, TensorRef
@@ -119,6 +120,26 @@ class TaskIssuer:
             came = [ref for ref in incoming if ref in env and ref not in absent]
             above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
             self._hand_on(outgoing, stage.backward_saved(slot, found, above), found.leaves)
+
+        return issue
+
+    def update(self, instruction: Instruction, slot: int) -> Issue:
+        """Prepare the update of a pack on the device."""
+        task, host, stage = instruction.task, self.host, self.stage
+        assert task is not None and host.optimizer is not None
+        names, optimizer = host.updated_by(task.pack), host.optimizer
+
+        def issue(step: Step) -> None:
+            step.updated.append(str(task))
+            found = stage.parameters(task.pack, slot)
+            pairs = []
+            for name in names:
+                stand_in = found[name]
+                host.params[name].grad = None
+                if isinstance(stand_in, nn.Parameter) and stand_in.grad is not None:
+                    pairs.append((host.params[name], stand_in))
+            if pairs:
+                optimizer.update_elsewhere(pairs)
 
         return issue
 

@@ -140,6 +140,7 @@ def test_gpt_bit_for_bit(
     replicas=st.sampled_from([1, 1, 2, 4]),
     policy=POLICIES,
     hold=st.integers(0, 3),
+    stays=st.lists(st.booleans(), min_size=8, max_size=8),
 )
 def test_nothing_changes_with_what_a_forward_leaves_behind(
     cuts: list[int],
@@ -149,8 +150,9 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     replicas: int,
     policy: Policy,
     hold: int,
+    stays: list[bool],
 ) -> None:
-    """Activations kept, offloaded or recomputed; weights held; rings of several GPUs."""
+    """Activations kept, offloaded or recomputed; weights held or resident; rings of GPUs."""
     torch.set_num_threads(1)
     gc.collect()  # what an earlier example left would count in the peak
     vgpu.virtual_gpus(count=4, memory="64MiB")
@@ -163,6 +165,8 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
         last = packs(cuts, num_layers)
         for what in ("keep", "offload"):
             chosen[what] = tuple(p for p, k in zip(last[:-1], kept, strict=False) if k == what)
+        resident = tuple(p for p, stay in zip(last, stays, strict=False) if stay)
+        chosen["resident"] = resident if shares == 1 else ()
         saved = (*chosen["keep"], *chosen["offload"])
         ranges = [(minibatch * i // shares, minibatch * (i + 1) // shares) for i in range(shares)]
         return StepSpec(minibatch, size, size, last[:-1], last, tuple(ranges), saved=saved)
@@ -174,7 +178,8 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
             "step", ((token_batch(0)[0],), {}, token_batch(0)[1])
         )
         spec_of(binding.graph.num_layers, 8)
-        policy = replace(policy, hold=hold, offload=chosen["offload"], mirror=True)
+        left = {name: chosen[name] for name in ("offload", "resident")}
+        policy = replace(policy, hold=hold, mirror=True, **left)
         use_plan(model, token_batch(0), spec_of, policy)
         losses = [model.train_step(*token_batch(step)) for step in range(2)]
     assert model.plan is not None and model.last_timeline is not None

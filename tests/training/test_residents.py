@@ -1,0 +1,185 @@
+"""Weights that stay on a device: updated there, read on the host, changed by anybody."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harmony
+from harmony.planner.policy import Policy
+from harmony.planner.schedule import Op
+from harmony.planner.tasks import Pack, Phase, StepSpec
+
+from .conftest import VirtualGPUs
+from .models import GPT, token_batch, token_loss
+from .plain import train_plain
+from .test_plans import packs, use_plan
+
+ADAM = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
+Make = Callable[..., harmony.Harmony]
+
+
+def resident_model(
+    net: nn.Module,
+    resident: Callable[[tuple[Pack, ...]], tuple[Pack, ...]] = lambda all_packs: all_packs,
+    optimizer: Any = torch.optim.AdamW,
+    options: Any = ADAM,
+) -> harmony.Harmony:
+    """A model on two GPUs in four packs, some or all of them resident."""
+    model = harmony.Harmony(
+        net,
+        optimizer=optimizer,
+        optimizer_kwargs=options,
+        loss_fn=token_loss,
+        microbatch_size=2,
+        devices=2,
+    )
+    cuts = [2, 4, 6]
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        last = packs(cuts, num_layers)
+        return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),), saved=last[1:2])
+
+    call = ((token_batch(0)[0],), {}, token_batch(0)[1])
+    binding, _, _ = model._engine.bindings.find("step", call)
+    stay = resident(packs(cuts, binding.graph.num_layers))
+    use_plan(model, token_batch(0), spec_of, Policy(resident=stay, mirror=True))
+    return model
+
+
+def plain(net: nn.Module, steps: int, optimizer: Any = torch.optim.AdamW, options: Any = ADAM):  # type: ignore[no-untyped-def]
+    return train_plain(
+        net,
+        [token_batch(step) for step in range(steps)],
+        optimizer=optimizer,
+        options=options,
+        loss_fn=token_loss,
+        microbatch=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.AdamW, ADAM),
+        (torch.optim.AdamW, {"lr": 1e-2, "foreach": False}),
+        (torch.optim.SGD, {"lr": 0.1, "fused": True}),
+        (torch.optim.RMSprop, {"lr": 1e-3, "momentum": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("which", ["all", "every other"])
+def test_updates_on_the_device_are_plain_pytorchs(
+    vgpus: VirtualGPUs, optimizer: Any, options: Any, which: str
+) -> None:
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    chosen = slice(None, None, 1 if which == "all" else 2)
+    model = resident_model(copy.deepcopy(net), lambda p: p[chosen], optimizer, options)
+    losses = [model.train_step(*token_batch(step)) for step in range(3)]
+    expected = plain(net, 3, optimizer, options)
+    assert losses == expected.losses
+    # Read on the host, without asking anybody: every step leaves the new weights there.
+    assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+
+
+def test_what_is_resident_never_comes_in_again(vgpus: VirtualGPUs) -> None:
+    model = resident_model(GPT())
+    for step in range(2):
+        model.train_step(*token_batch(step))
+    assert model.plan is not None and model.last_timeline is not None
+    moved = model.last_timeline.bytes_by()
+    assert ("h2d", "weights") not in moved and ("d2h", "gradients") not in moved
+    arena = model._engine.bindings.active
+    assert arena is not None
+    assert moved["d2h", "weights"] == arena.graph.weight_nbytes()
+    updates = [s for s in model.last_timeline.spans if s.kind == "update"]
+    assert {span.lane for span in updates} == {"gpu0.compute", "gpu1.compute"}
+
+
+def test_weights_that_somebody_changes_between_steps_are_seen(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = GPT(dropout=0.0)
+    model = resident_model(copy.deepcopy(net))
+    first = model.train_step(*token_batch(0))
+    model.load_state_dict(net.state_dict())
+    assert model.train_step(*token_batch(0)) == first
+    with torch.no_grad():
+        for param, value in zip(model.parameters(), net.parameters(), strict=True):
+            param.copy_(value)
+    assert model.train_step(*token_batch(0)) == first
+
+
+def test_gradients_without_an_update_are_on_the_host(vgpus: VirtualGPUs) -> None:
+    """As `verify` asks for them."""
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    model = resident_model(copy.deepcopy(net), lambda p: p[1:3])
+    engine = model._engine
+    inputs, targets = token_batch(0)
+    engine._run_gradients(engine.ready("step", (inputs,), {}, targets))
+    expected = plain(net, 1)
+    for name, param in model.named_parameters():
+        found, wanted = param.grad, expected.gradients[0][name]
+        assert found is not None and wanted is not None and torch.equal(found, wanted), name
+    pairs = zip(net.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_optimizer_state_is_saved_and_restored_wherever_it_is(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = GPT(dropout=0.0)
+    model = resident_model(copy.deepcopy(net))
+    losses = [model.train_step(*token_batch(step)) for step in range(4)]
+    again = resident_model(copy.deepcopy(net))
+    for step in range(2):
+        again.train_step(*token_batch(step))
+    weights, state = copy.deepcopy(again.state_dict()), again.optimizer.state_dict()
+    fresh = resident_model(copy.deepcopy(net))
+    fresh.load_state_dict(weights)
+    fresh.optimizer.load_state_dict(copy.deepcopy(state))
+    # From two steps later it is the same training: nothing of it was drawn at random.
+    assert [fresh.train_step(*token_batch(step)) for step in (2, 3)] == losses[2:]
+
+
+def test_inference_between_steps_uses_what_is_there(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = GPT(dropout=0.0)
+    model = resident_model(copy.deepcopy(net))
+    model.train_step(*token_batch(0))
+    inputs, _ = token_batch(0)
+    model.eval()
+    with torch.no_grad():
+        found = model(inputs)
+    net.load_state_dict(model.state_dict())
+    net.eval()
+    with torch.no_grad():
+        assert torch.equal(found, net(inputs))
+
+
+def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
+    from harmony.planner.build import build_tasks
+    from harmony.planner.passes import lower
+    from harmony.planner.verify import verify
+
+    model = resident_model(GPT())
+    binding = model._engine.bindings.active
+    assert binding is not None and binding.costs is not None
+    whole = packs([2, 4, 6], binding.graph.num_layers)
+    spec = StepSpec(8, 2, 2, whole, whole, ((0, 8),), Phase.INFER)
+    tasks = build_tasks(binding.graph, spec)
+    schedule = lower(tasks, binding.machine, Policy(resident=whole, mirror=True))
+    verify(schedule, binding.graph, binding.costs, Phase.INFER, tasks)
+    copied = [s.ref for p in schedule.programs for s in p if s.op is Op.SWAP_IN]
+    assert not any(ref is not None and ref.is_parameter for ref in copied)
+
+
+def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> None:
+    model = resident_model(GPT())
+    model._engine._optimizer.max_norm = 1.0  # type: ignore[union-attr]
+    with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0 needs all gradients"):
+        model.train_step(*token_batch(0))
