@@ -40,8 +40,8 @@ class Clocks:
         if step.op is Op.RECORD:
             self.events[step.event] = list(clock)
         else:
-            for stream, tick in enumerate(self.events[step.event]):
-                clock[stream] = max(clock[stream], tick)
+            known = self.events[step.event]
+            clock[: len(known)] = map(max, clock, known)
 
     def advance(self, program: int, step: Instruction) -> None:
         """Start an instruction: it becomes the current one."""

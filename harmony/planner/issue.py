@@ -9,20 +9,20 @@ for itself either.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from harmony.errors import ScheduleError
 from harmony.planner.schedule import DEVICE_STREAMS, HOST, HOST_STREAM, Op, Schedule
 
 _CONTEXT = 3
+_ORDER = "_issue_order"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an instruction stands: its program, ``num_devices`` for the host, and position."""
 
     program: int
-    index: int
+    index: int  # type: ignore[assignment]  # instead of tuple.index, which nobody needs here
 
 
 def refuse(schedule: Schedule, at: Place, why: str) -> ScheduleError:
@@ -44,10 +44,20 @@ def excerpt(schedule: Schedule, at: Place) -> str:
 def issue_order(schedule: Schedule) -> list[Place]:
     """Return all instructions in an order in which the threads can issue them.
 
+    It is found once for each schedule, which never changes.
+
     Raises:
         ScheduleError: if an event is recorded twice or never, if an instruction is on a stream
             that its program does not have, or if the threads wait for each other.
     """
+    known: list[Place] | None = schedule.__dict__.get(_ORDER)
+    if known is None:
+        known = _find_order(schedule)
+        schedule.__dict__[_ORDER] = known
+    return known
+
+
+def _find_order(schedule: Schedule) -> list[Place]:
     programs = [program for _, program in schedule.all_programs()]
     recorded: dict[int, Place] = {}
     for number, program in enumerate(programs):
@@ -55,10 +65,11 @@ def issue_order(schedule: Schedule) -> list[Place]:
         if number == schedule.num_devices:
             streams = (HOST_STREAM,)
         for index, step in enumerate(program):
-            at = Place(number, index)
             if step.stream not in streams:
-                raise refuse(schedule, at, f"a program without stream {step.stream!r}")
+                why = f"a program without stream {step.stream!r}"
+                raise refuse(schedule, Place(number, index), why)
             if step.op is Op.RECORD and step.event is not None:
+                at = Place(number, index)
                 if step.event in recorded:
                     raise refuse(schedule, at, f"event e{step.event} is recorded twice")
                 recorded[step.event] = at
@@ -75,19 +86,23 @@ def _issue(schedule: Schedule, recorded: dict[int, Place]) -> list[Place]:
     asleep: dict[int, list[int]] = {}
     while ready:
         number = ready.pop()
-        while next_at[number] < len(programs[number]):
-            at = Place(number, next_at[number])
-            step = programs[number][at.index]
-            if step.op is Op.WAIT and step.event is not None and step.event not in issued:
-                if step.event not in recorded:
-                    raise refuse(schedule, at, f"event e{step.event} is never recorded")
-                asleep.setdefault(step.event, []).append(number)
-                break
-            if step.op is Op.RECORD and step.event is not None:
-                issued.add(step.event)
-                ready.extend(reversed(asleep.pop(step.event, [])))
-            order.append(at)
-            next_at[number] += 1
+        program = programs[number]
+        for index in range(next_at[number], len(program)):
+            step = program[index]
+            if step.event is not None:
+                if step.op is Op.WAIT and step.event not in issued:
+                    if step.event not in recorded:
+                        why = f"event e{step.event} is never recorded"
+                        raise refuse(schedule, Place(number, index), why)
+                    asleep.setdefault(step.event, []).append(number)
+                    next_at[number] = index
+                    break
+                if step.op is Op.RECORD:
+                    issued.add(step.event)
+                    ready.extend(reversed(asleep.pop(step.event, [])))
+            order.append(Place(number, index))
+        else:
+            next_at[number] = len(program)
     stuck = [Place(n, next_at[n]) for n, p in enumerate(programs) if next_at[n] < len(p)]
     if stuck:
         shown = "\n".join(excerpt(schedule, at) for at in stuck)

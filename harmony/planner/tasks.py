@@ -21,12 +21,34 @@ Samples = tuple[int, int]
 """A microbatch: the half-open range of samples of the minibatch that it holds."""
 
 
+class _Hashed:
+    """Names of tasks and tensors are looked up by the million: their hash is computed once."""
+
+    _hash: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        # Hashes of members of an Enum differ from process to process.
+        return {name: held for name, held in self.__dict__.items() if name != "_hash"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(tuple(self.__dict__.values())))
+
+
 @dataclass(frozen=True, order=True)
-class Pack:
+class Pack(_Hashed):
     """Layers ``first`` to ``last - 1``; text form ``[first:last]``."""
 
     first: int
     last: int
+
+    __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
         return f"[{self.first}:{self.last}]"
@@ -63,7 +85,7 @@ _REF = re.compile(r"(dW|dT|dX|W|T|K|X|S)(?:\[(\d+):(\d+)\]|(\d+))(?:@(\d+):(\d+)
 
 
 @dataclass(frozen=True)
-class TensorRef:
+class TensorRef(_Hashed):
     """A tensor of the step, wherever it lives.
 
     Text forms: ``W[4:8]`` and ``K[4:8]`` (weights and optimizer state of a pack), ``dW[4:8]%1``
@@ -82,6 +104,8 @@ class TensorRef:
     last: int
     samples: Samples | None = None
     part: int = 0
+
+    __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
         index = f"[{self.first}:{self.last}]" if self.kind in _BY_LAYER else str(self.first)
@@ -203,7 +227,7 @@ _TASK = re.compile(r"([FBU])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(_Hashed):
     """One unit of work.
 
     ``F[4:8]@0:4`` runs the pack forward, keeping only its outputs. ``B[4:8]@0:4`` recomputes it
@@ -220,6 +244,8 @@ class Task:
     pack: Pack
     samples: Samples | None = None
     addend: TensorRef | None = None
+
+    __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
         if self.addend is not None:
