@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
 from harmony.planner.policy import Policy
+from harmony.planner.resident import can_stay
 from harmony.planner.tasks import Pack, Phase, StepSpec
 from tests.toys import halves, packs
 
@@ -138,4 +139,4 @@ def _can_stay(graph: LayerGraph, spec: StepSpec) -> list[Pack]:
     if spec.phase is Phase.TRAIN:
         both &= set(spec.backward_packs)
         both.add(spec.backward_packs[-1])
-    return sorted(pack for pack in both if not graph.shared_in(pack.first, pack.last))
+    return sorted(pack for pack in both if can_stay(graph, pack) is None)

@@ -172,7 +172,7 @@ def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int]) -> None:
     for task, samples in _microbatches(tasks, TaskKind.FORWARD, pack):
         inputs = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
         outputs = [value(v, samples) for v in sorted(made)]
-        if pack in tasks.spec.saved:
+        if tasks.spec.saves(pack, tasks.replica_of[task], samples):
             outputs.append(saved(pack, samples))
         _add(tasks, task, [*_parameters(graph, pack), *inputs], outputs)
 
@@ -234,7 +234,7 @@ def _add_one_backward(
     gradients = [weight_gradients(pack, replica)] if item.own else []
     gradients += [shared_gradient(k, parts[k, replica, pack]) for k in item.shared]
     first = tasks.spec.shares[replica][0] == samples[0]
-    if pack in tasks.spec.saved:
+    if tasks.spec.saves(pack, replica, samples):
         found = [saved(pack, samples)]
     else:
         found = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]

@@ -106,7 +106,7 @@ class Contents:
 
     def _finish_resident(self, ref: TensorRef, author: Author) -> None:
         """New weights of a device are on the host as well; anybody may read them there."""
-        if ref.kind is TensorKind.WEIGHTS:
+        if ref.is_parameter:
             authors = {self.memories[cell].author for cell in self._host_cells(ref)}
             if authors != {author}:
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
@@ -146,7 +146,7 @@ class Contents:
             raise self._refuse("weights change on the host only, unless they are resident")
         author = self._defined(ref)
         self._touch((self.at.program, ref), write=False)
-        if ref.kind is TensorKind.WEIGHTS:
+        if ref.is_parameter:
             for part in self._host_cells(ref):
                 self._touch(part, write=True)
                 self.memories[part].author = author

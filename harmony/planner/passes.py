@@ -19,7 +19,7 @@ from harmony.planner.schedule import DeviceSpec, Schedule
 from harmony.planner.slots import SlotWriter
 from harmony.planner.stays import find_stays
 from harmony.planner.steps import StepList
-from harmony.planner.tasks import TaskGraph, weights
+from harmony.planner.tasks import TaskGraph
 from harmony.planner.values import ValueWriter
 
 __all__ = ["Policy", "lower"]
@@ -86,7 +86,9 @@ def _write(
         owner = resident.device_of(task)
         if owner is not None:
             steps.run(owner, task, reads[task], writes[task])
-            steps.swap_out(owner, weights(task.pack))
+            for ref in writes[task]:
+                if ref.is_parameter:
+                    steps.swap_out(owner, ref)
             continue
         if device is None:
             steps.run_on_host(task, reads[task], writes[task])

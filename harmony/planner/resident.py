@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harmony.errors import PlanError
+from harmony.layergraph import LayerGraph
 from harmony.planner.place import Placement
 from harmony.planner.policy import Policy
 from harmony.planner.tasks import (
@@ -18,6 +19,8 @@ from harmony.planner.tasks import (
     Task,
     TaskKind,
     TensorRef,
+    shared,
+    shared_gradient,
     state,
     weight_gradients,
     weights,
@@ -82,15 +85,36 @@ def find_resident(placement: Placement, policy: Policy) -> Residents:
                 f"{pack} is to stay on one device, but runs on {sorted(found)}. Use"
                 " Policy(mirror=True), or leave it out of resident="
             )
-        if graph.shared_in(pack.first, pack.last):
-            raise PlanError(f"{pack} shares parameters with other packs: it cannot be resident")
-        if any(graph.layers[i].changes_state for i in pack):
-            raise PlanError(f"the forward of {pack} changes buffers: it cannot be resident")
-        own = [weights(pack)]
-        if graph.gradient_nbytes(range(pack.first, pack.last)):
-            own += [weight_gradients(pack), state(pack)]
-            if spec.phase is Phase.TRAIN:
-                trained.add(pack)
+        refs[pack] = _refs(graph, pack)
+        if state(pack) in refs[pack] and spec.phase is Phase.TRAIN:
+            trained.add(pack)
         devices[pack] = found.pop()
-        refs[pack] = tuple(ref for ref in own if ref.nbytes(graph) or ref == state(pack))
     return Residents(devices, refs, frozenset(trained))
+
+
+def can_stay(graph: LayerGraph, pack: Pack) -> str | None:
+    """Why a pack cannot be resident; None if it can."""
+    for k in graph.shared_in(pack.first, pack.last):
+        if not all(layer in pack for layer in graph.shared[k].layers):
+            return f"{pack} shares {graph.shared[k].name} with other packs"
+    if any(graph.layers[i].changes_state for i in pack):
+        return f"the forward of {pack} changes buffers"
+    return None
+
+
+def _refs(graph: LayerGraph, pack: Pack) -> tuple[TensorRef, ...]:
+    """What a pack keeps, its weights first; gradients and state if any of them are trained.
+
+    Raises:
+        PlanError: if it cannot be resident.
+    """
+    why = can_stay(graph, pack)
+    if why is not None:
+        raise PlanError(f"{why}: it cannot stay on a device. Leave it out of resident=")
+    tied = graph.shared_in(pack.first, pack.last)
+    own = [weights(pack), *(shared(k) for k in tied)]
+    if graph.gradient_nbytes(range(pack.first, pack.last)):
+        own.append(weight_gradients(pack))
+        own += [shared_gradient(k, 0) for k in tied if graph.shared[k].gradient_nbytes]
+        own.append(state(pack))
+    return tuple(own)

@@ -42,12 +42,12 @@ Text form, one instruction a line, stream first::
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from harmony.errors import PlanError
-from harmony.planner.tasks import Task, TensorRef
+from harmony.planner.tasks import Task, TensorKind, TensorRef
 
 HOST = "host"
 DEVICE_STREAMS = ("compute", "h2d", "d2h", "p2p")
@@ -143,6 +143,16 @@ class DeviceSpec:
             f"memory={self.memory_nbytes} weight_slots={self.weight_slots}"
             f" gradient_slots={self.gradient_slots} stages={self.stages}{resident}"
         )
+
+
+def resident_groups(refs: Sequence[TensorRef]) -> list[tuple[TensorRef, ...]]:
+    """Split what is resident on a device by pack: each pack's weights come first."""
+    groups: list[list[TensorRef]] = []
+    for ref in refs:
+        if ref.kind is TensorKind.WEIGHTS or not groups:
+            groups.append([])
+        groups[-1].append(ref)
+    return [tuple(group) for group in groups]
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,8 @@ class StepSpec:
         phase: which tasks the step has.
         saved: BACKWARD packs that are FORWARD packs as well and whose BACKWARD uses what their
             FORWARD saved instead of recomputing it; ``Phase.TRAIN`` with equal sizes only.
+        saved_runs: of how many microbatches a replica saves that, of each of those packs, spread
+            evenly; 0 for all of them. So a link, or memory, that is too small for all can be used.
     """
 
     minibatch: int
@@ -317,6 +319,16 @@ class StepSpec:
     shares: tuple[Samples, ...]
     phase: Phase = Phase.TRAIN
     saved: tuple[Pack, ...] = ()
+    saved_runs: int = 0
+
+    def saves(self, pack: Pack, replica: int, samples: Samples) -> bool:
+        """Whether the BACKWARD of a pack uses what its FORWARD of a microbatch saved."""
+        if pack not in self.saved:
+            return False
+        low, high = self.shares[replica]
+        count = -(-(high - low) // self.forward_size)
+        index, wanted = (samples[0] - low) // self.forward_size, self.saved_runs or count
+        return (index + 1) * wanted // count > index * wanted // count
 
     def microbatches(self, replica: int, kind: TaskKind) -> tuple[Samples, ...]:
         """Microbatches of a replica in order, for FORWARD or BACKWARD tasks."""

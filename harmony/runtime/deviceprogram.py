@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from harmony.planner.schedule import Instruction, Op
-from harmony.planner.tasks import Pack, Samples, TaskKind, TensorKind, TensorRef
+from harmony.planner.schedule import DeviceSpec, Instruction, Op
+from harmony.planner.tasks import Samples, TaskKind, TensorKind, TensorRef
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import ArenaLayout, HostBuffer, Piece, Place
 from harmony.runtime.hoststate import HostState
@@ -78,9 +78,8 @@ class DeviceProgram:
         stage: Stage,
         around: Surroundings,
         kinds: Sequence[str],
-        slots: Mapping[TensorRef, int],
+        spec: DeviceSpec,
     ) -> None:
-        """Prepare a program; ``slots`` says where what is resident lies."""
         self.name = f"gpu{index}"
         self._index = index
         self._context = context
@@ -90,8 +89,14 @@ class DeviceProgram:
         self._saved: SavedForwards = {}
         self._tasks = TaskIssuer(stage, self._env, around.host, self._saved)
         self._residents = around.residents[index]
-        self._slot_of = dict(slots)
+        self._slot_of = self._residents.slots(spec)
         self._packs = packs_of(program)
+        self._packs_of_gradients = {
+            ref: step.task.pack
+            for step in program
+            if step.task is not None and step.task.kind is TaskKind.BACKWARD
+            for ref in step.writes
+        }
         self._moves = [(step.op, step.ref) for step in program]
         self._kinds = kinds
         self._own_events: set[int] = set()
@@ -144,7 +149,7 @@ class DeviceProgram:
                 self._context.synchronize()  # events between them were recorded long ago
         else:
             self._context.use("d2h")
-            for ref in self._residents.gradients:
+            for ref in self._residents.trained:
                 self._give_gradients(ref)
             self._context.synchronize()
 
@@ -160,10 +165,9 @@ class DeviceProgram:
             prepared.issue(step)
 
     def _give_gradients(self, ref: TensorRef) -> None:
-        host, pack = self._around.host, Pack(ref.first, ref.last)
-        host.touched[ref] = frozenset(self._stage.touched_by.get(pack, ()))
-        memory = self._residents.gradients[ref]
-        _copy_all([(piece.data, _part(memory, piece)) for piece in host.gradient_pieces(ref)])
+        pack = self._packs_of_gradients[ref]
+        self._around.host.touched[ref] = frozenset(self._stage.touched_by.get(pack, ()))
+        _copy_all([(target, memory) for memory, target in self._residents.pairs(ref)])
 
     def clear(self) -> None:
         """Forget what a step left on the device; only a failed one leaves anything."""
@@ -253,8 +257,7 @@ class DeviceProgram:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(chunk, env[ref])
         if ref.is_parameter:
-            memory = self._residents.weights[ref]
-            out = [(piece.data, _part(memory, piece)) for piece in host.parameter_pieces(ref)]
+            out = [(source, memory) for memory, source in self._residents.pairs(ref)]
             return lambda _: _copy_all(out)
         low, high = self._in_slot(at, ref, host.gradients.layout)
         slot, stage = self._slot_of[ref], self._stage
@@ -358,10 +361,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for target, source in pairs:
         _copy(target, source)
-
-
-def _part(memory: torch.Tensor, piece: Piece) -> torch.Tensor:
-    return memory[piece.offset : piece.offset + piece.data.numel()]
 
 
 def _nothing(_: Step) -> None:

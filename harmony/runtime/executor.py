@@ -148,7 +148,7 @@ class Executor:
                 self._stages[i],
                 around,
                 kinds[f"gpu{i}"],
-                _resident_slots(schedule.devices[i]),
+                schedule.devices[i],
             )
             for i, program in enumerate(schedule.programs)
         ]
@@ -194,8 +194,8 @@ class Executor:
                 [torch.empty(s.nbytes, dtype=torch.uint8, device=device) for _ in range(s.count)]
                 for s in (spec.weight_slots, spec.gradient_slots)
             ]
-            weights = [*slots[0], *resident.weights.values()]
-            self._stages[index].set_slots(weights, [*slots[1], *resident.gradients.values()])
+            weights = [*slots[0], *resident.weights]
+            self._stages[index].set_slots(weights, [*slots[1], *resident.gradients])
 
     def _check_clipping(self, schedule: Schedule) -> None:
         optimizer = self._host.optimizer
@@ -349,15 +349,6 @@ _NO_SLOTS = DeviceSpec(0)
 def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
     """What a schedule wants to have on a device from step to step."""
     return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
-
-
-def _resident_slots(spec: DeviceSpec) -> dict[TensorRef, int]:
-    """Where what is resident lies: behind the slots."""
-    weights = [ref for ref in spec.resident if ref.kind is TensorKind.WEIGHTS]
-    gradients = [ref for ref in spec.resident if ref.is_gradient_part]
-    found = {ref: spec.weight_slots.count + i for i, ref in enumerate(weights)}
-    found.update({ref: spec.gradient_slots.count + i for i, ref in enumerate(gradients)})
-    return found
 
 
 def _drain(context: DeviceContext) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from harmony.planner.schedule import DeviceSpec, resident_groups
 from harmony.planner.tasks import TensorKind, TensorRef
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hoststate import HostState
+from harmony.units import aligned
 
 
 class Residents:
@@ -20,8 +22,8 @@ class Residents:
 
     Attributes:
         refs: what is resident, as the schedule names it.
-        weights: memory of each W, in the order of ``refs``.
-        gradients: memory of each dW, likewise.
+        weights: memory of each pack's weights, in the order of ``refs``.
+        gradients: memory of each pack's gradients, likewise; empty for packs without.
     """
 
     def __init__(
@@ -29,42 +31,72 @@ class Residents:
     ) -> None:
         """Take memory on the device, in the order of its current stream."""
         self.refs = tuple(refs)
-        self._context = context
         self._host = host
-        self.weights = self._room(TensorKind.WEIGHTS)
-        self.gradients = self._room(TensorKind.WEIGHT_GRADIENTS)
         self._seen: dict[str, int] = {}
+        self._places: dict[TensorRef, tuple[torch.Tensor, int]] = {}
+        self._slots: dict[TensorRef, int] = {}
+        self.weights: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
+        for slot, group in enumerate(resident_groups(self.refs)):
+            params = [ref for ref in group if ref.is_parameter]
+            grads = [ref for ref in group if ref.is_gradient_part]
+            self.weights.append(self._room(context, params, slot))
+            self.gradients.append(self._room(context, grads, slot))
 
-    def _room(self, kind: TensorKind) -> dict[TensorRef, torch.Tensor]:
-        device, graph = self._context.device, self._host.graph
-        return {
-            ref: torch.empty(ref.nbytes(graph), dtype=torch.uint8, device=device)
-            for ref in self.refs
-            if ref.kind is kind
-        }
+    def _room(
+        self, context: DeviceContext, refs: Sequence[TensorRef], slot: int
+    ) -> torch.Tensor:
+        """Memory for tensors side by side, as in a slot."""
+        sizes = [aligned(ref.nbytes(self._host.graph)) for ref in refs]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=context.device)
+        offset = 0
+        for ref, size in zip(refs, sizes, strict=True):
+            self._places[ref] = memory, offset
+            self._slots[ref] = slot
+            offset += size
+        return memory
+
+    def slots(self, spec: DeviceSpec) -> dict[TensorRef, int]:
+        """Number of the slot that each tensor is in, behind those that a schedule has."""
+        first = {True: spec.weight_slots.count, False: spec.gradient_slots.count}
+        return {ref: first[ref.is_parameter] + slot for ref, slot in self._slots.items()}
+
+    @property
+    def trained(self) -> list[TensorRef]:
+        """The gradients."""
+        return [ref for ref in self._places if ref.is_gradient_part]
 
     def refresh(self) -> None:
         """Copy weights that others have changed, on the current stream."""
-        for ref, memory in self.weights.items():
-            names = self._names(ref)
-            now = {name: self._version(name) for name in names}
-            if all(self._seen.get(name) == version for name, version in now.items()):
+        for ref in self._places:
+            if not ref.is_parameter:
                 continue
-            for piece in self._host.parameter_pieces(ref):
-                target = memory[piece.offset : piece.offset + piece.data.numel()]
-                target.copy_(piece.data, non_blocking=True)
-            self._seen.update(now)
+            now = {name: self._version(name) for name in self._names(ref)}
+            if any(self._seen.get(name) != version for name, version in now.items()):
+                for target, source in self.pairs(ref):
+                    target.copy_(source, non_blocking=True)
+                self._seen.update(now)
+
+    def pairs(self, ref: TensorRef) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The bytes of a tensor on the device, and on the host."""
+        memory, base = self._places[ref]
+        host = self._host
+        of = host.parameter_pieces if ref.is_parameter else host.gradient_pieces
+        return [
+            (memory[base + p.offset : base + p.offset + p.data.numel()], p.data) for p in of(ref)
+        ]
 
     def leave(self) -> None:
         """Let the optimizer state be on the host again; the memory is given back elsewhere."""
         optimizer = self._host.optimizer
-        names = [n for ref in self.gradients for n in self._host.names(ref)]
+        names = [n for ref in self.trained for n in self._host.names(ref)]
         if optimizer is not None and names:
             optimizer.bring_home([self._host.params[name] for name in names])
 
     def _names(self, ref: TensorRef) -> list[str]:
-        layers = self._host.weights.layout.layers[ref.first : ref.last]
-        return [name for region in layers for name in region.places]
+        layout = self._host.weights.layout
+        regions = layout.layers if ref.kind is TensorKind.WEIGHTS else layout.shared
+        return [name for region in regions[ref.first : ref.last] for name in region.places]
 
     def _version(self, name: str) -> int:
         return self._host.weights.arena.tensors[name]._version

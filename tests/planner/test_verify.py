@@ -66,6 +66,12 @@ CASES = {
         2,
         Policy(resident=packs(2, 4, 6), mirror=True),
     ),
+    "resident, tied within the pack": (
+        chain(6, tied=True),
+        step(3, 1, (), packs(6)),
+        1,
+        Policy(resident=packs(6)),
+    ),
     "two rings": (
         chain(6, tied=True),
         step(4, 1, packs(2, 4), packs(2, 4, 6), replicas=2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ def resident_model(
     resident: Callable[[tuple[Pack, ...]], tuple[Pack, ...]] = lambda all_packs: all_packs,
     optimizer: Any = torch.optim.AdamW,
     options: Any = ADAM,
+    cuts: Sequence[int] = (2, 4, 6),
 ) -> harmony.Harmony:
     """A model on two GPUs in four packs, some or all of them resident."""
     model = harmony.Harmony(
@@ -39,15 +40,15 @@ def resident_model(
         microbatch_size=2,
         devices=2,
     )
-    cuts = [2, 4, 6]
 
     def spec_of(num_layers: int, minibatch: int) -> StepSpec:
-        last = packs(cuts, num_layers)
-        return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),), saved=last[1:2])
+        last = packs([*cuts], num_layers)
+        saved = last[1:2] if len(last) > 2 else ()
+        return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),), saved=saved)
 
     call = ((token_batch(0)[0],), {}, token_batch(0)[1])
     binding, _, _ = model._engine.bindings.find("step", call)
-    stay = resident(packs(cuts, binding.graph.num_layers))
+    stay = resident(packs([*cuts], binding.graph.num_layers))
     use_plan(model, token_batch(0), spec_of, Policy(resident=stay, mirror=True))
     return model
 
@@ -85,6 +86,20 @@ def test_updates_on_the_device_are_plain_pytorchs(
     assert losses == expected.losses
     # Read on the host, without asking anybody: every step leaves the new weights there.
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+
+
+def test_tied_weights_stay_with_all_that_use_them(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1, tied=True)
+    model = resident_model(copy.deepcopy(net), cuts=[])
+    losses = [model.train_step(*token_batch(step)) for step in range(3)]
+    expected = plain(net, 3)
+    assert losses == expected.losses
+    assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+    engine = model._engine
+    inputs, targets = token_batch(3)
+    engine._run_gradients(engine.ready("step", (inputs,), {}, targets))
+    assert all(param.grad is not None for param in model.parameters())
 
 
 def test_what_is_resident_never_comes_in_again(vgpus: VirtualGPUs) -> None:
