@@ -23,6 +23,10 @@ BLOCK_NBYTES = 512
 """Device allocators hand out multiples of this."""
 
 
+STATE_TENSORS = 4
+"""An optimizer keeps at most so many tensors a parameter: AMSGrad's three, and the step."""
+
+
 @dataclass(frozen=True)
 class Peak:
     """The most bytes in use on a device.
@@ -80,7 +84,7 @@ def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Wo
     """The most bytes in use on a device, and when."""
     spec = schedule.devices[index]
     slots = sum(s.count * _blocks(s.nbytes) for s in (spec.weight_slots, spec.gradient_slots))
-    slots += sum(_blocks(ref.nbytes(graph)) for ref in spec.resident)
+    slots += sum(resident_nbytes(ref, graph) for ref in spec.resident)
     alive: dict[TensorRef, int] = {}
     values, peak = 0, Peak(slots, -1, slots)
     for at, step in enumerate(schedule.programs[index]):
@@ -96,6 +100,20 @@ def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Wo
         if slots + values + extra > peak.nbytes:
             peak = Peak(slots + values + extra, at, slots, values, extra)
     return peak
+
+
+def resident_nbytes(ref: TensorRef, graph: LayerGraph) -> int:
+    """Bytes that something resident takes on its device.
+
+    An optimizer takes memory for each tensor of a parameter's state by itself.
+    """
+    nbytes = _blocks(ref.nbytes(graph))
+    if ref.kind is TensorKind.STATE:
+        tied = graph.shared_in(ref.first, ref.last)
+        params = sum(len(layer.params) for layer in graph.layers[ref.first : ref.last])
+        nbytes += (params + len(tied)) * STATE_TENSORS * BLOCK_NBYTES
+        nbytes += sum(_blocks(graph.shared[k].state_nbytes) for k in tied)
+    return nbytes
 
 
 def _taken(step: Instruction) -> tuple[TensorRef, ...]:

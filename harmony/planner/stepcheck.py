@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from harmony.errors import PlanError
 from harmony.layergraph import LayerGraph
-from harmony.planner.tasks import Pack, Phase, StepSpec
+from harmony.planner.tasks import Pack, Phase, StepSpec, TaskKind
 
 
 def check_spec(graph: LayerGraph, spec: StepSpec) -> None:
@@ -54,6 +54,12 @@ def _check_cover(what: str, ranges: Sequence[tuple[int, int]], end: int) -> None
 def _check_saved(graph: LayerGraph, spec: StepSpec) -> None:
     if not spec.saved:
         return
+    most = min(len(spec.microbatches(r, TaskKind.FORWARD)) for r in range(len(spec.shares)))
+    if not 0 <= spec.saved_runs <= most:
+        raise PlanError(
+            f"saved_runs is between 0 (all) and {most}, the microbatches of a replica, not"
+            f" {spec.saved_runs}"
+        )
     if spec.phase is not Phase.TRAIN or spec.forward_size != spec.backward_size:
         raise PlanError(
             "activations are kept for the backward only in a training step whose FORWARD and"

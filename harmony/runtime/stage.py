@@ -87,6 +87,7 @@ class Stage:
         self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._sink = GradientSink()
+        self._accumulating: tuple[Pack, int] | None = None
         self.touched_by: dict[Pack, set[str]] = {}
 
     def set_slots(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
@@ -95,6 +96,7 @@ class Stage:
         self._tensors.clear()
         self._gradient_views.clear()
         self._sink.views = {}
+        self._accumulating = None
         self._weight_slots, self._gradient_slots = weights, gradients
 
     def forward(
@@ -123,9 +125,9 @@ class Stage:
         return self._own({v: tensor.detach() for v, tensor in found.items()}), kept
 
     def backward_saved(
-        self, slot: int, kept: SavedForward, output_gradients: Values
+        self, pack: Pack, slot: int, kept: SavedForward, output_gradients: Values
     ) -> Values:
-        """Run the backward of a forward that was kept; return the gradients of its inputs.
+        """Run the backward of a pack's forward that was kept; return its inputs' gradients.
 
         Args:
             slot: where the pack's weights are now.
@@ -133,6 +135,7 @@ class Stage:
         """
         roots = [(kept.leaves.get(v, kept.roots.get(v)), g) for v, g in output_gradients.items()]
         pairs = [(root, g) for root, g in roots if root is not None and _is_root(root)]
+        self._accumulate_in(pack, kept.slot)
         with kept.reading(self._slot(slot)):
             run_backward(pairs)
         return gradients_of(kept.leaves)
@@ -170,6 +173,7 @@ class Stage:
             The outputs, and the gradient of each input that requires one.
         """
         self._bind(task.pack, slot)
+        self._accumulate_in(task.pack, slot)
         leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
         made = [v for v in output_gradients if v not in leaves]
         outputs = tuple(outputs)
@@ -189,8 +193,20 @@ class Stage:
         self._bind(pack, weight_slot)
         self._sink.views = self._views_of_gradients(pack, slot)
         self._sink.touched = self.touched_by[pack] = set()
-        for name in self._sink.views:
-            self._tensors[pack, weight_slot][name].grad = None
+        self._accumulate_in(pack, weight_slot)
+
+    def _accumulate_in(self, pack: Pack, weight_slot: int) -> None:
+        """Let the next backward add to what the pack's earlier ones have left.
+
+        The forward of one microbatch may have been kept from when the pack was in another slot,
+        with other parameters, than where the next one is recomputed.
+        """
+        if self._accumulating == (pack, weight_slot) and self._sink.touched:
+            return
+        self._accumulating = (pack, weight_slot)
+        for name, view in self._sink.views.items():
+            touched = name in self._sink.touched
+            self._tensors[pack, weight_slot][name].grad = view if touched else None
 
     def weight_range(self, slot: int, low: int, high: int) -> torch.Tensor:
         """Bytes ``low`` to ``high - 1`` of a weight slot."""

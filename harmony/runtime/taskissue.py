@@ -119,7 +119,8 @@ class TaskIssuer:
                 stage.begin_gradients(task.pack, found.slot, gradient_slot)
             came = [ref for ref in incoming if ref in env and ref not in absent]
             above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
-            self._hand_on(outgoing, stage.backward_saved(slot, found, above), found.leaves)
+            below = stage.backward_saved(task.pack, slot, found, above)
+            self._hand_on(outgoing, below, found.leaves)
 
         return issue
 

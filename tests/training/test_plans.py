@@ -141,6 +141,7 @@ def test_gpt_bit_for_bit(
     policy=POLICIES,
     hold=st.integers(0, 3),
     stays=st.lists(st.booleans(), min_size=8, max_size=8),
+    saved_runs=st.integers(0, 4),
 )
 def test_nothing_changes_with_what_a_forward_leaves_behind(
     cuts: list[int],
@@ -151,6 +152,7 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     policy: Policy,
     hold: int,
     stays: list[bool],
+    saved_runs: int,
 ) -> None:
     """Activations kept, offloaded or recomputed; weights held or resident; rings of GPUs."""
     torch.set_num_threads(1)
@@ -169,7 +171,16 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
         chosen["resident"] = resident if shares == 1 else ()
         saved = (*chosen["keep"], *chosen["offload"])
         ranges = [(minibatch * i // shares, minibatch * (i + 1) // shares) for i in range(shares)]
-        return StepSpec(minibatch, size, size, last[:-1], last, tuple(ranges), saved=saved)
+        return StepSpec(
+            minibatch,
+            size,
+            size,
+            last[:-1],
+            last,
+            tuple(ranges),
+            saved=saved,
+            saved_runs=min(saved_runs, -(-(minibatch // shares) // size)) if saved else 0,
+        )
 
     twin = copy.deepcopy(net)
     with racecheck.checked():
