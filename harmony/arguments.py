@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harmony import __version__
+from harmony.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
 from harmony.errors import ConfigError
+from harmony.planarguments import MODES, Parser, count, in_folder, rate, size
 from harmony.session import Options
-from harmony.units import parse_bytes, parse_rate
-
-MODES = ("auto", "pp", "dp")
 
 _EPILOG = """\
 Options may stand before SCRIPT or after it. Everything else after SCRIPT goes to the script;
@@ -27,6 +26,11 @@ Options may stand before SCRIPT or after it. Everything else after SCRIPT goes t
 
   harmony-run train.py --gpus 4 --epochs 3
   harmony-run train.py --gpus 2 --virtual --gpu-memory 64MiB -- --mode fast
+  harmony-run --plan-only train.py --gpus 4 --explain
+  harmony-run --plan-only train.py --gpu "RTX 4090" --gpus 4 --host-memory 256GiB
+
+  harmony-run plan --help     plans a saved model on any machine; compares saved plans
+A script that is called "plan" is run by: harmony-run ./plan
 """
 
 
@@ -63,9 +67,14 @@ def parse(argv: Sequence[str]) -> Command:
     if path.is_dir():
         raise ConfigError(f"{script} is a folder. Name the script in it")
     if not path.is_file():
-        raise ConfigError(f"no such script: {script}{_similar_file(path)}")
+        hint = _similar_file(path)
+        if script == "plan":
+            hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
+        raise ConfigError(f"no such script: {script}{hint}")
     if args.report is not None and not args.report.parent.is_dir():
         raise ConfigError(f"--report {args.report}: there is no folder {args.report.parent}")
+    if args.plan is not None and not args.plan.is_file():
+        raise ConfigError(f"no such plan: {args.plan}")
     return Command(path, tuple(rest), _options(args), debug=args.debug)
 
 
@@ -78,15 +87,8 @@ def mistyped(script_arguments: Sequence[str]) -> str | None:
     return None
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting with a usage text."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(message)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="harmony-run",
         usage="harmony-run SCRIPT --gpus N [OPTIONS] [SCRIPT ARGUMENTS]",
         description="Train a PyTorch script's model although it is larger than the GPUs.",
@@ -102,6 +104,16 @@ def _parser() -> _Parser:
     add("--link", metavar="RATE", help="bandwidth of a virtual GPU's link, e.g. 8GB/s")
     add("--host-memory", metavar="SIZE", help="host memory to use (default: what is available)")
     add("--plan-only", action="store_true", help="show the plan and stop before training")
+    add("--gpu", metavar="NAME", help='with --plan-only: for GPUs not there, e.g. "RTX 4090"')
+    add("--host", metavar="KIND", help=f"of --gpu: {', '.join(kind.name for kind in HOSTS)}")
+    add("--topology", choices=tuple(TOPOLOGIES), help="of --gpu: how the GPUs hang on the host")
+    add("--explain", action="store_true", help="why everything was decided as it was")
+    add("--json", action="store_true", help="with --plan-only: all figures as JSON")
+    add("--plan", metavar="FILE", type=Path, help="train by this saved plan, or refuse it")
+    add("--save-plan", metavar="FILE", type=Path, help="keep the plan of the first batch")
+    add("--save-profile", metavar="FILE", type=Path, help="keep layers and costs, for plan")
+    add("--no-replan", action="store_true", help="keep the first plan, whatever steps take")
+    add("--no-cache", action="store_true", help="measure again what earlier runs measured")
     add("--verify", action="store_true", help="compare the first step with plain PyTorch and stop")
     add(
         "--report",
@@ -149,19 +161,10 @@ def _split(
 
 
 def _options(args: argparse.Namespace) -> Options:
-    def size(name: str, text: str | None) -> int | None:
-        try:
-            return None if text is None else parse_bytes(text)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
-
-    if args.link is not None:
-        try:
-            parse_rate(args.link)
-        except ConfigError as error:
-            raise ConfigError(f"--link: {error}") from None
+    rate("--link", args.link)
+    _check_elsewhere(args)
     return Options(
-        gpus=None if args.gpus is None else _count(args.gpus),
+        gpus=None if args.gpus is None else count("--gpus", args.gpus),
         gpu_memory_nbytes=size("--gpu-memory", args.gpu_memory),
         mode=args.mode,
         virtual=args.virtual,
@@ -171,13 +174,46 @@ def _options(args: argparse.Namespace) -> Options:
         link=args.link,
         host_memory_nbytes=size("--host-memory", args.host_memory),
         active=True,
+        gpu=args.gpu,
+        host=args.host,
+        topology=args.topology,
+        explain=args.explain,
+        as_json=args.json,
+        plan=args.plan,
+        save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
+        save_profile=(
+            None
+            if args.save_profile is None
+            else in_folder("--save-profile", args.save_profile)
+        ),
+        cache=not args.no_cache,
+        replan=not args.no_replan,
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--gpus {text}: it takes a whole number, at least 1")
-    return int(text)
+def _check_elsewhere(args: argparse.Namespace) -> None:
+    """Refuse options that go together only to plan for GPUs that are not there."""
+    if args.json and not args.plan_only:
+        raise ConfigError("--json shows a plan: add --plan-only (or see --report FILE.json)")
+    if args.gpu is None:
+        for name in ("host", "topology"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name} describes the machine of --gpu NAME: add that")
+        return
+    if not args.plan_only:
+        raise ConfigError(
+            f"--gpu {args.gpu}: planning for GPUs by name goes with --plan-only. How many GPUs to"
+            " use here is --gpus N"
+        )
+    find_gpu(args.gpu)
+    if args.host is not None:
+        find_host(args.host)
+    if args.host_memory is None:
+        raise ConfigError(
+            "--host-memory: how much memory has the host of that machine? E.g. 256GiB"
+        )
+    if args.virtual or args.plan is not None:
+        raise ConfigError("--gpu plans for GPUs not there: leave --virtual and --plan out")
 
 
 def _near(word: str) -> str | None:

@@ -9,10 +9,12 @@ import torch
 
 from harmony.capture import Captured, GuardError
 from harmony.capture.lossweights import LossWeigher
-from harmony.errors import PlanError
+from harmony.figures import forward_seconds
 from harmony.lanes import Lane, Reached, backward_schedule, differentiable_outputs
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
+from harmony.machineprofile import UpdateCost
+from harmony.planfile import check_plan
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
@@ -21,7 +23,7 @@ from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind
 from harmony.planner.verify import verify
-from harmony.profiler import KnownTimes, UpdateCost, measure_layers
+from harmony.profiler import KnownTimes, measure_layers
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout, Place
@@ -77,6 +79,16 @@ class Binding:
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._weigher = LossWeigher(captured)
         self._checked: set[int] = set()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that its layers are measured on: the first."""
+        return self._contexts[0].device
+
+    @property
+    def form(self) -> Phase:
+        """``TRAIN`` for whole steps, ``BACKWARD`` for a loop of the caller's own."""
+        return self._form
 
     def place_of(self, index: int, num_samples: int) -> Place:
         """Form of a value for a number of samples."""
@@ -165,6 +177,11 @@ class Binding:
         self._plans[minibatch] = plan
         return plan
 
+    def learn(self, costs: CostTable, machine: Machine, plan: Plan) -> None:
+        """Go on with a plan that was made from better figures; later plans are made from them."""
+        self.costs, self.machine = costs, machine
+        self._plans[plan.minibatch] = plan
+
     def predicted(self, plan: Plan) -> Timeline:
         """Return what a plan is expected to do."""
         assert self.costs is not None, "measure comes before plan"
@@ -173,6 +190,11 @@ class Binding:
             timeline = simulate(plan.schedule, self.graph, self.costs, self.machine)
             known = self._predicted[plan.minibatch] = (plan, timeline)
         return known[1]
+
+    def forward_s(self, plan: Plan) -> float:
+        """Predicted seconds of the forward where it has a schedule of its own; else 0."""
+        assert self.costs is not None, "measure comes before plan"
+        return forward_seconds(plan, self.graph, self.costs, self.machine)
 
     def misfit(self, inputs: Values, spec: StepSpec) -> Samples | None:
         """Return the first microbatch for which the forward takes another path, if any."""
@@ -184,16 +206,7 @@ class Binding:
         return None
 
     def _check_pinned(self, plan: Plan) -> Plan:
-        if plan.spec.backward_packs[-1].last != self.graph.num_layers:
-            raise PlanError(
-                f"the plan is for a model of {plan.spec.backward_packs[-1].last} layers, this one "
-                f"has {self.graph.num_layers}: plan again, or leave plan= out"
-            )
-        if plan.schedule.num_devices > len(self._contexts):
-            raise PlanError(
-                f"the plan needs {plan.schedule.num_devices} devices, there are "
-                f"{len(self._contexts)}: plan again, or leave plan= out"
-            )
+        check_plan(plan, self.graph, self.machine, self._form)
         tasks = build_tasks(self.graph, plan.spec)
         verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
         return plan

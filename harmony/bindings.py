@@ -5,6 +5,7 @@ They share one arena of parameters, and take turns in having the memory of the d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,16 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony import facts
+from harmony import facts, session
 from harmony.bigmodel import check_values, materialise
 from harmony.binding import Binding, with_state
 from harmony.capture import Captured, GuardError, LiveOnlyError, capture, undisturbed
+from harmony.elsewhere import (
+    only_captured,
+    plan_elsewhere,
+    profile_of,
+    unmeasured_profile,
+)
 from harmony.errors import CaptureError
 from harmony.lending import check_own
 from harmony.machine import Machine
+from harmony.machineprofile import UpdateCost, with_device_updates
+from harmony.measured import Measurements
+from harmony.modelprofile import ModelProfile
+from harmony.planfile import check_minibatch
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
-from harmony.profiler import KnownTimes, UpdateCost, measure_machine, measure_update
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import ArenaLayout, ArenaView, HostArena, HostBuffer
 from harmony.runtime.hoststate import HostState
@@ -51,6 +61,7 @@ class EngineOptions:
     host_memory_nbytes: int | None = None
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     plan: Plan | None = None
+    replan: bool = True
     seed: int = 0
 
 
@@ -98,9 +109,9 @@ class Bindings:
         self._paths: dict[Signature, Paths] = {}
         self._params: dict[str, nn.Parameter] = {}
         self._stages: dict[int, tuple[HostBuffer, int]] = {}
-        self._machine: Machine | None = None
-        self._update: UpdateCost | None = None
-        self._known_times: KnownTimes = {}
+        limits = options.device_memory_nbytes, options.host_memory_nbytes
+        self._measured = Measurements(net, contexts, limits, record.warn)
+        self._pinned_seen = False
         self._moving: set[Attribute] = set()
 
     def __iter__(self) -> Iterator[Binding]:
@@ -122,6 +133,9 @@ class Bindings:
             LiveOnlyError: if there is none: the call has to be run live.
         """
         paths, minibatch = self.paths(form, call)
+        if session.options().gpu is not None:
+            self._plan_elsewhere(form, call, minibatch)
+        self._check_pinned(form, minibatch)
         for _ in range(MAX_PATHS):
             if paths.live is not None:
                 raise paths.live.again()
@@ -136,6 +150,9 @@ class Bindings:
                 misfit = binding.misfit(inputs, plan.spec)
                 if misfit is None:
                     paths.use(binding)
+                    self._record.profile = self._profile_of(binding, minibatch)
+                    if session.options().plan_only:
+                        self._record.forward_s = binding.forward_s(plan)
                     self._record.planned(plan, binding.predicted(plan))
                     return binding, plan, inputs
             self._add_path(paths, form, call, misfit)
@@ -179,8 +196,10 @@ class Bindings:
         if binding.costs is None:
             sizes = self._sizes_to_measure(minibatch)
             update = self.update_cost() if form == "step" else None
+            known = self._measured.times()
             with undisturbed(self._contexts[0].device):
-                binding.measure(inputs, sizes, update, self._known_times)
+                binding.measure(inputs, sizes, update, known)
+            self._measured.keep()
         return inputs
 
     def rung(self) -> str:
@@ -212,10 +231,13 @@ class Bindings:
         return plan
 
     def _make(self, form: str, call: Call) -> Binding:
-        options, (args, kwargs, targets) = self._options, call
         if self.arenas is None:
             check_values(self._net)
-        captured = capture(
+        return self.bind(self._capture(form, call), form)
+
+    def _capture(self, form: str, call: Call) -> Captured:
+        options, (args, kwargs, targets) = self._options, call
+        return capture(
             self._net,
             args,
             kwargs,
@@ -224,23 +246,21 @@ class Bindings:
             output_loss=form == "step" and options.loss_fn is None,
             batch_dims=_of_form(options.batch_dims, form),
         )
-        return self.bind(captured, form)
 
     def bind(self, captured: Captured, form: str) -> Binding:
         """Make a binding of a capture."""
-        options = self._options
-        if self._machine is None:
-            self._machine = measure_machine(
-                self._contexts, options.device_memory_nbytes, options.host_memory_nbytes
-            )
+        machine = self._measured.machine()
         state = 0.0 if form != "step" else self.update_cost().state_nbytes
-        host = self._host_state(captured, self._machine)
+        if form == "step" and self._options.max_grad_norm is None:
+            # Clipping wants all gradients on the host before the first update.
+            machine = with_device_updates(machine, self.update_cost())
+        host = self._host_state(captured, machine)
         self._moving.update(a for change in captured.changes.values() for a in change.attributes)
         self._moving.update((module, name) for module, name, _ in captured.moved)
         graph = with_state(captured.graph, host.gradients.layout, state)
         host = replace(host, graph=graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
-        return Binding(captured, graph, self._machine, host, self._contexts, phase)
+        return Binding(captured, graph, machine, host, self._contexts, phase)
 
     def _host_state(self, captured: Captured, machine: Machine) -> HostState:
         """See the arena as this capture of the model does; the first one makes it."""
@@ -264,7 +284,8 @@ class Bindings:
             )
         views = ArenaView(self.arenas[0], weights), ArenaView(self.arenas[1], gradients)
         host = HostState(graph, *views, self._params, self._optimizer, stages=self._stages)
-        state = 0.0 if self._update is None else self._update.state_nbytes
+        update = self._measured.known_update
+        state = 0.0 if update is None else update.state_nbytes
         self._record.facts.update(facts.of_memory(host, machine, state))
         return host
 
@@ -278,9 +299,39 @@ class Bindings:
         """What the optimizer costs; measured once."""
         options = self._options
         assert options.optimizer is not None
-        if self._update is None:
-            self._update = measure_update(options.optimizer, options.optimizer_kwargs)
-        return self._update
+        return self._measured.update(options.optimizer, options.optimizer_kwargs)
+
+    def _check_pinned(self, form: str, minibatch: int) -> None:
+        """Refuse a plan of the caller's that is not for the batches that are trained first."""
+        plan = self._options.plan
+        trains = form == "step" or (self._options.optimizer is None and torch.is_grad_enabled())
+        if plan is None or self._pinned_seen or not trains:
+            return
+        self._pinned_seen = True
+        check_minibatch(plan, minibatch)
+
+    def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
+        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
+        clips = self._options.max_grad_norm is not None
+        return functools.cache(lambda: profile_of(name, binding, sizes, minibatch, clips=clips))
+
+    def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
+        """Plan for the machine that the command line describes, and end the script.
+
+        Raises:
+            CaptureError: if the layers cannot be known without running them.
+        """
+        with only_captured():
+            captured = self._capture(form, call)
+        state = self.update_cost().state_nbytes if form == "step" else 0.0
+        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
+        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
+        options = self._options
+        clips = options.max_grad_norm is not None
+        profile = unmeasured_profile(
+            name, captured, sizes, minibatch, state, phase, clips=clips
+        )
+        plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)
 
 
 def _of_form(batch_dims: Mapping[str, int | None], form: str) -> dict[str, int | None]:

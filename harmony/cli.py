@@ -1,7 +1,10 @@
 """The console command `harmony-run`: runs a training script with Harmony configured.
 
-Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, or if
-``--verify`` found a difference; 2 for a command line that makes no sense; 130 for Ctrl-C.
+`harmony-run plan` plans a saved model instead (see `harmony.plancommand`).
+
+Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, if
+``--verify`` found a difference, or if nothing fits; 2 for a command line that makes no sense;
+130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from harmony import session
+from harmony import plancommand, session
 from harmony.arguments import Command, mistyped, parse
 from harmony.errors import ConfigError, HarmonyError
+from harmony.keeper import Keeper, plan_view
+from harmony.planarguments import parse_plan
+from harmony.planfile import load_plan
+from harmony.planview import explanation
 from harmony.progress import Progress
 from harmony.report import print_report, write_report
 from harmony.session import Options
@@ -42,22 +49,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``harmony-run``; default: those of this process.
     """
     progress = Progress(sys.stderr)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["plan"]:
+        return _plan(words[1:], progress)
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
+        command = parse(words)
     except ConfigError as error:
         progress.say(f"error: {error}")
         return EXIT_USAGE
     with session.running(command.options):
         session.observe(progress)
+        session.observe(Keeper(command.options, progress.say))
         try:
+            if command.options.plan is not None:
+                load_plan(command.options.plan)  # refused before the script has done anything
             _set_up_gpus(command.options, progress)
         except HarmonyError as error:
-            if command.debug:
-                traceback.print_exc()
-            progress.say(f"error: {error}")
-            return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
+            return _refuse(error, progress, debug=command.debug)
         code = _run(command, progress)
         return _finish(command, progress, code)
+
+
+def _plan(words: Sequence[str], progress: Progress) -> int:
+    """Run ``harmony-run plan`` and return the exit code."""
+    debug = "--debug" in words
+    try:
+        plancommand.run(parse_plan(words), sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_has_gone()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except HarmonyError as error:
+        return _refuse(error, progress, debug=debug)
+    return 0
+
+
+def _refuse(error: HarmonyError, progress: Progress, *, debug: bool) -> int:
+    """Say why nothing was started; the exit code says whether the command line is to blame."""
+    if debug:
+        traceback.print_exc()
+    progress.say(f"error: {error}")
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
 
 
 def _set_up_gpus(options: Options, progress: Progress) -> None:
@@ -70,6 +103,8 @@ def _set_up_gpus(options: Options, progress: Progress) -> None:
     import torch  # late: a wrong command line is refused without waiting for torch
 
     if torch.cuda.is_available() and not options.virtual:
+        if options.gpu is not None:  # what is planned for is not here
+            return
         present = torch.cuda.device_count()
         if options.gpus is not None and options.gpus > present:
             raise ConfigError(
@@ -81,6 +116,9 @@ def _set_up_gpus(options: Options, progress: Progress) -> None:
         return
     from harmony.runtime.vgpu import MAX_COUNT, virtual_gpus
 
+    if options.gpu is not None:  # only the model is looked at
+        virtual_gpus(count=1)
+        return
     count = options.gpus or 1
     if count > MAX_COUNT:
         raise ConfigError(f"--gpus {count}: there are at most {MAX_COUNT} virtual GPUs")
@@ -150,11 +188,10 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
     if not records:
         return code
     try:
-        print_report(records)
+        _show_runs(records, command.options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone (`| head`). Python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_has_gone()
     if command.options.report is None:
         return code
     try:
@@ -164,6 +201,23 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
         return code or EXIT_ERROR
     progress.say(f"report written to {command.options.report}")
     return code
+
+
+def _show_runs(records: Sequence[session.ModelRecord], options: Options) -> None:
+    """Print what was planned, or the report of what ran."""
+    if options.plan_only:
+        for record in records:
+            plancommand.show(plan_view(record), sys.stdout, options.as_json, options.explain)
+        return
+    print_report(records)
+    for record in records:
+        if options.explain and record.run is not None:
+            plancommand.write_lines(["", *explanation(record.run.plan)], sys.stdout)
+
+
+def _reader_has_gone() -> None:
+    """Stop writing (`| head`). Python would complain once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

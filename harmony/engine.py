@@ -30,6 +30,7 @@ from harmony.dropin import (
     input_gradients,
 )
 from harmony.errors import ConfigError, ExecutionError, HarmonyError
+from harmony.feedback import Feedback
 from harmony.generation import generate
 from harmony.lanes import parameters_read
 from harmony.lending import LentGradients, check_unchanged
@@ -102,6 +103,8 @@ class Engine:
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
         )
+        watched = options.replan and options.plan is None
+        self._feedback = Feedback(self.record) if watched else None
         self.bindings = Bindings(net, self._contexts, options, self._optimizer, self.record)
         self._live = Live(
             net, self._contexts[0], options, self.bindings, self._optimizer, self.record
@@ -130,6 +133,8 @@ class Engine:
             step = self.run_step(ready)
             step.recall.states.commit()
             minibatch = ready.plan.minibatch
+            if self._feedback is not None:
+                self._feedback.stepped(ready.binding, ready.plan, step.timeline)
         except (LiveOnlyError, GuardError) as reason:
             self._goes_live("step", call, reason)
             _, minibatch = self.bindings.paths("step", call)

@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harmony.layergraph import LayerGraph
+from harmony.machine import Machine
 from harmony.planner.bound import binding
+from harmony.planner.cost import CostTable
+from harmony.planner.plan import Plan
 from harmony.planner.schedule import HOST, HOST_STREAM, Instruction, Op
-from harmony.planner.simulate import stall_causes
-from harmony.planner.tasks import TaskKind
+from harmony.planner.simulate import simulate, stall_causes
+from harmony.planner.tasks import Phase, TaskKind
 from harmony.session import ModelRecord, PlanRun
 from harmony.timeline import Timeline
 
@@ -137,6 +141,15 @@ def figures_of(record: ModelRecord) -> Figures:
         bound=bound,
         advice=advice,
     )
+
+
+def forward_seconds(
+    plan: Plan, graph: LayerGraph, costs: CostTable, machine: Machine
+) -> float:
+    """Seconds of the forward where it has a schedule of its own; else 0."""
+    if plan.spec.phase is not Phase.BACKWARD:
+        return 0.0
+    return simulate(plan.schedules[Phase.FORWARD], graph, costs, machine).step_s
 
 
 def packs_of(program: Iterable[Instruction]) -> str:

@@ -29,6 +29,8 @@ def choose_devices(devices: Devices, device_memory: str | int | None) -> list[to
     """
     options = session.options()
     wanted = devices if options.gpus is None else options.gpus
+    if options.gpu is not None:  # for GPUs that are not there; here nothing is computed
+        wanted = 1
     if not isinstance(wanted, (int, NoneType)):
         return _named_devices([wanted] if isinstance(wanted, str) else wanted, device_memory)
     if wanted is not None and wanted < 1:

@@ -8,6 +8,7 @@ layer ``l``; a skip connection is a value with a late last consumer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,6 +128,33 @@ class LayerGraph:
     def num_layers(self) -> int:
         """How many layers the model has."""
         return len(self.layers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Text that is equal for models that the same plans fit, whatever ran or measured them.
+
+        It covers what layers and values there are, their bytes, and what a plan has to respect of
+        them; not names, weights, the optimizer, or versions of anything.
+        """
+        layers = [
+            (
+                layer.signature.partition(":")[0],
+                layer.weight_nbytes,
+                layer.gradient_nbytes,
+                layer.shared,
+                layer.inputs,
+                layer.outputs,
+                (layer.uses_rng, layer.mixes_samples, layer.changes_state),
+            )
+            for layer in self.layers
+        ]
+        values = [
+            (v.producer, v.consumers, v.nbytes_per_sample, v.nbytes_fixed, v.requires_grad)
+            for v in self.values
+        ]
+        shared = [(s.layers, s.nbytes, s.gradient_nbytes) for s in self.shared]
+        text = repr((layers, values, self.output_ids, shared, self.loss))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
     def input_ids(self) -> tuple[int, ...]:

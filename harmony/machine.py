@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Device:
         memory_nbytes: bytes that Harmony may use on it.
         h2d_bytes_per_s: host to device bandwidth of its link.
         d2h_bytes_per_s: device to host bandwidth.
-        p2p_bytes_per_s: bandwidth to another device.
+        p2p_bytes_per_s: bandwidth to another device, whichever way (see `Machine.peer_links`).
         task_overhead_s: fixed seconds that one Run costs beyond its layers' work.
         update_bytes_per_s: gradient bytes per second that an update on the device takes in; 0
             where updates run on the host only.
@@ -38,11 +38,34 @@ class Host:
         memory_nbytes: bytes of host memory that Harmony may use.
         accumulate_bytes_per_s: gradient bytes per second when one part is added to another.
         num_cores: CPU cores.
+        memory_bytes_per_s: bytes per second that the memory carries, reads and writes together:
+            every copy from or to a device takes its bytes of it, an accumulation three times
+            those of the part, an update ``update_memory_factor`` times those of the gradients.
+            0 where it is no limit.
+        update_memory_factor: bytes that an update reads and writes per byte of the gradients: 7
+            for AdamW in fp32, which reads gradient, weight and two states and writes the latter
+            three.
     """
 
     memory_nbytes: int
     accumulate_bytes_per_s: float = 4e9
     num_cores: int = 1
+    memory_bytes_per_s: float = 0.0
+    update_memory_factor: float = 7.0
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Devices behind one link to the host, which they share; each direction is on its own.
+
+    Attributes:
+        devices: indices of the devices.
+        h2d_bytes_per_s, d2h_bytes_per_s: what all of them together get from and to the host.
+    """
+
+    devices: tuple[int, ...]
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -53,11 +76,17 @@ class Machine:
         cpu_share: how much of a host core a device wants while it computes: 0 for real GPUs,
             about 1 for virtual ones, more where busy cores slow each other down (shared caches,
             hyper-threads). Devices that together want more cores than there are run slower.
+        switches: links to the host that several devices share; a device may be behind several.
+        peer_links: how a copy goes from device to device: over a link of its own (``"direct"``:
+            NVLink) or over the sender's link to the host, the receiver's, and the switches that
+            they do not share (``"host"``: PCIe).
     """
 
     devices: tuple[Device, ...]
     host: Host
     cpu_share: float = 0.0
+    switches: tuple[Switch, ...] = ()
+    peer_links: Literal["direct", "host"] = "direct"
 
     @property
     def num_devices(self) -> int:
@@ -71,5 +100,14 @@ class Machine:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Machine:
         """Read what ``to_json`` wrote."""
-        devices = tuple(Device(**device) for device in data["devices"])
-        return Machine(devices, Host(**data["host"]), data.get("cpu_share", 0.0))
+        switches = (
+            Switch(tuple(switch["devices"]), switch["h2d_bytes_per_s"], switch["d2h_bytes_per_s"])
+            for switch in data.get("switches", ())
+        )
+        return Machine(
+            tuple(Device(**device) for device in data["devices"]),
+            Host(**data["host"]),
+            data.get("cpu_share", 0.0),
+            tuple(switches),
+            data.get("peer_links", "direct"),
+        )

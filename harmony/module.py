@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from harmony.dropin import needs_graph
 from harmony.engine import Engine
 from harmony.errors import ConfigError
 from harmony.hardware import Devices, choose_devices, memory_limit
+from harmony.planfile import load_plan
 from harmony.planner.plan import Plan
 from harmony.report import print_report
 from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
@@ -70,11 +72,16 @@ class Harmony(Wrapper):
         batch_dims: the dimension that counts samples, for inputs where it is not dimension 0, or
             None for inputs that have none but happen to have as many rows: by name, as in
             ``{"kwargs['mask']": None, "args[1]": 1, "targets": 0}``.
-        plan: a `Plan` to use instead of searching for one.
+        plan: a `Plan`, or a file that holds one, to use instead of searching for one. It is
+            refused if it is for another model, another first batch, or more memory than there is.
+        replan: whether the plan may change between two steps, once the steps have shown what they
+            take and another plan is predicted to be more than 5 % faster with that. It computes
+            the same, bit for bit: microbatches and replicas stay what they are.
         seed: the run's seed, for `harmony.microbatch_seed`.
 
     Raises:
         ConfigError: for an option that makes no sense.
+        PlanError: if the file of a plan cannot be read.
     """
 
     def __init__(
@@ -91,7 +98,8 @@ class Harmony(Wrapper):
         devices: Devices = None,
         device_memory: str | int | None = None,
         batch_dims: Mapping[str, int | None] | None = None,
-        plan: Plan | None = None,
+        plan: Plan | str | Path | None = None,
+        replan: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -113,7 +121,8 @@ class Harmony(Wrapper):
                 device_memory_nbytes=memory_limit(device_memory),
                 host_memory_nbytes=options.host_memory_nbytes,
                 batch_dims=dict(batch_dims or {}),
-                plan=plan,
+                plan=_pinned_plan(plan),
+                replan=replan and options.replan,
                 seed=seed,
             ),
         )
@@ -246,6 +255,12 @@ class Harmony(Wrapper):
     def report(self) -> None:
         """Print the profiler report of the training so far."""
         print_report([self.record])
+
+
+def _pinned_plan(plan: Plan | str | Path | None) -> Plan | None:
+    """The plan to train by; what the command line says comes before what the script says."""
+    chosen = session.options().plan or plan
+    return load_plan(Path(chosen)) if isinstance(chosen, (str, Path)) else chosen
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Measures what the planner needs: seconds of layers, bandwidth of links, speed of the update.
+"""Measures seconds of layers, alone on a device.
 
 Each distinct layer runs once or twice on real inputs; layers that do the same work share the
 figure. Bytes are not measured but counted, on tensors without memory (`harmony.capture`).
@@ -6,134 +6,36 @@ figure. Bytes are not measured but counted, on tensors without memory (`harmony.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from harmony.capture import Captured, GuardError
 from harmony.layergraph import Layer, LayerGraph
-from harmony.machine import Device, Host, Machine
+from harmony.machineprofile import UpdateCost, best_of
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.tasks import Pack, Task, TaskKind
-from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
-from harmony.runtime.hostmem import ArenaView, HostBuffer, available_host_nbytes
-from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
+from harmony.runtime.hostmem import ArenaView
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Stage, Values
 from harmony.units import aligned
 
-_LINK_SAMPLE_NBYTES = 16 * 2**20
-_UPDATE_SAMPLE = 1 << 20
-_CONTENTION_WIDTH = 64
-_CONTENTION_NBYTES = 8 * 2**20
-_CONTENTION_PRODUCTS = 20
-_REPEATS = 3
-_ENOUGH_S = 0.2
-"""A measurement that took this long is not repeated."""
 
-
-KnownTimes = dict[tuple[str, int], tuple[float, float]]
-"""Seconds of forward and backward by signature of the layer and number of samples."""
-
-
-@dataclass(frozen=True)
-class UpdateCost:
-    """What the optimizer costs per element of a parameter.
+@dataclass
+class KnownTimes:
+    """What was measured of layers, of this run's captures or kept from an earlier one.
 
     Attributes:
-        seconds: of one update on the host.
-        state_nbytes: bytes of its state.
+        seconds: of forward and backward, by signature of the layer and number of samples.
+        cpu_share: share of a host core that the device kept busy in the first measurement; None
+            before that.
     """
 
-    seconds: float
-    state_nbytes: float
-
-
-def measure_update(factory: OptimizerFactory, options: Mapping[str, Any]) -> UpdateCost:
-    """Time the optimizer on a parameter of a million elements and count its state."""
-    param = nn.Parameter(torch.zeros(_UPDATE_SAMPLE))
-    optimizer = PackOptimizer({"sample": param}, factory, options)
-    param.grad = torch.zeros_like(param)
-    optimizer.update([param])  # makes the state
-    seconds = _best(lambda: optimizer.update([param]))
-    held = [v for v in optimizer.full.state[param].values() if isinstance(v, torch.Tensor)]
-    nbytes = sum(tensor.nbytes for tensor in held if tensor.numel() == param.numel())
-    return UpdateCost(seconds / _UPDATE_SAMPLE, nbytes / _UPDATE_SAMPLE)
-
-
-def measure_machine(
-    contexts: Sequence[DeviceContext],
-    memory_nbytes: int | None = None,
-    host_memory_nbytes: int | None = None,
-) -> Machine:
-    """Measure the links of these devices and the memory of the host.
-
-    Args:
-        memory_nbytes: what Harmony may use of each device; all of it by default.
-        host_memory_nbytes: what it may use of the host; what is free by default.
-    """
-    with streams_restored(contexts):
-        return _measure_machine(contexts, memory_nbytes, host_memory_nbytes)
-
-
-def _measure_machine(
-    contexts: Sequence[DeviceContext], memory_nbytes: int | None, host_memory_nbytes: int | None
-) -> Machine:
-    devices = []
-    for index, context in enumerate(contexts):
-        peer = contexts[(index + 1) % len(contexts)]
-        free, total = native.memory_info(context.device)
-        usable = free - native.reserve_nbytes(context.device)
-        if memory_nbytes is not None:
-            usable = min(memory_nbytes, total)
-        size = max(1 << 16, min(_LINK_SAMPLE_NBYTES, usable // 4))
-        h2d, d2h, p2p = _measure_links(context, peer, size)
-        name = str(context.device)
-        devices.append(Device(name, usable, h2d, d2h, p2p))
-    host_nbytes = host_memory_nbytes or available_host_nbytes()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    host = Host(host_nbytes, _measure_host_add(), cores or 1)
-    is_virtual = native.is_virtual(contexts[0].device)
-    share = _measure_contention(contexts, host.num_cores) if is_virtual else 0.0
-    return Machine(tuple(devices), host, share)
-
-
-def _measure_contention(contexts: Sequence[DeviceContext], num_cores: int) -> float:
-    """Cores' worth of work that a virtual GPU wants, by how all of them slow each other down."""
-
-    width = _CONTENTION_WIDTH
-    memory = min(native.memory_info(context.device)[0] for context in contexts)
-    columns = max(width, min(_CONTENTION_NBYTES, memory // 8) // (4 * width))
-
-    def seconds(chosen: Sequence[DeviceContext]) -> float:
-        pairs = []
-        for context in chosen:
-            context.enter()
-            stream = context.use("compute")
-            # As in a layer: few rows times weights too many for a core's own cache.
-            w = torch.ones(width, columns, device=context.device)
-            x = torch.ones(width, width, device=context.device)
-            pair = context.new_event(timing=True), context.new_event(timing=True)
-            stream.record_event(pair[0])
-            for _ in range(_CONTENTION_PRODUCTS):
-                torch.mm(x, w)
-            stream.record_event(pair[1])
-            pairs.append(pair)
-        for context in chosen:
-            context.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in pairs) / len(pairs)
-
-    if len(contexts) < num_cores:
-        return 1.0
-    seconds(contexts[:1])  # warm up
-    slowdown = seconds(contexts) / max(seconds(contexts[:1]), 1e-9)
-    return max(1.0, slowdown * num_cores / len(contexts))
+    seconds: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    cpu_share: float | None = None
 
 
 def measure_layers(
@@ -150,8 +52,8 @@ def measure_layers(
     """Measure every distinct layer at every microbatch size.
 
     Returns:
-        The costs, and the share of a host core that the device kept busy meanwhile, which is what
-        `Machine.cpu_share` says of virtual GPUs.
+        The costs, and how many host cores the device kept busy meanwhile, with the thread that
+        issues: `Machine.cpu_share` of virtual GPUs.
 
     Args:
         batches: per microbatch size, the model's inputs for it, on the host.
@@ -168,14 +70,15 @@ def measure_layers(
         for layer in graph.layers:
             key = (layer.signature, num_samples)
             twin = twins.setdefault(layer.signature, layer)
-            if twin is layer and key in known:  # another capture has measured it
-                forward_s, backward_s = known[key]
+            if twin is layer and key in known.seconds:  # another capture, or run, has measured it
+                forward_s, backward_s = known.seconds[key]
                 env.update(_stand_ins(code, layer, num_samples))
             elif twin is layer:
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
                 with streams_restored([context]):
                     try:
-                        forward_s, backward_s = known[key] = run.measure(weights, env)
+                        measured = run.measure(weights, env)
+                        forward_s, backward_s = known.seconds[key] = measured
                     except GuardError:  # it does not run on these values: its time is not known
                         forward_s = backward_s = 0.0
                         env.update(_stand_ins(code, layer, num_samples))
@@ -188,7 +91,9 @@ def measure_layers(
                 forward_s, backward_s, update_s, *nbytes[num_samples][layer.index]
             )
     stage.set_slots([], [])
-    return CostTable(tuple(table)), meter.share
+    if known.cpu_share is None:  # what is known already took no time of the meter's
+        known.cpu_share = meter.share
+    return CostTable(tuple(table)), known.cpu_share
 
 
 def _stand_ins(code: Captured, layer: Layer, num_samples: int) -> Values:
@@ -209,8 +114,11 @@ class _CpuMeter:
 
     @property
     def share(self) -> float:
-        """Cores in use on average, at most one."""
-        return min(1.0, self.cpu_s / self.wall_s) if self.wall_s else 0.0
+        """Cores in use on average.
+
+        More than one, since the thread that issues takes some of a core beside the device's.
+        """
+        return self.cpu_s / self.wall_s if self.wall_s else 0.0
 
     def measure(self, run: Callable[[], object]) -> None:
         """Run something and add it to the account."""
@@ -309,7 +217,7 @@ class _LayerRun:
             self._meter.measure(timed)
             return begin.elapsed_time(end) / 1e3
 
-        return _best_of(once)
+        return best_of(once)
 
 
 def _update_seconds(layer: Layer, gradients: ArenaView, update: UpdateCost | None) -> float:
@@ -317,53 +225,3 @@ def _update_seconds(layer: Layer, gradients: ArenaView, update: UpdateCost | Non
         return 0.0
     region = gradients.layout.layers[layer.index]
     return update.seconds * sum(torch.Size(p.shape).numel() for p in region.places.values())
-
-
-def _measure_links(
-    context: DeviceContext, peer: DeviceContext, nbytes: int
-) -> tuple[float, float, float]:
-    """Bytes per second host to device, device to host, and to a peer."""
-    host = HostBuffer(nbytes, context.device, "the measurement of the links").tensor
-    context.enter([peer.device])
-    context.use("compute")
-    here = torch.empty(nbytes, dtype=torch.uint8, device=context.device)
-    there = torch.empty(nbytes, dtype=torch.uint8, device=peer.device)
-    context.synchronize()
-
-    def rate(stream: str, target: torch.Tensor, source: torch.Tensor) -> float:
-        def once() -> float:
-            begin = context.new_event(timing=True)
-            end = context.new_event(timing=True)
-            queue = context.use(stream)
-            queue.record_event(begin)
-            target.copy_(source, non_blocking=True)
-            queue.record_event(end)
-            queue.synchronize()
-            return begin.elapsed_time(end) / 1e3
-
-        return nbytes / max(_best_of(once), 1e-9)
-
-    return rate("h2d", here, host), rate("d2h", host, here), rate("p2p", there, here)
-
-
-def _measure_host_add() -> float:
-    """Gradient bytes per second that the host adds to others."""
-    a, b = torch.zeros(_UPDATE_SAMPLE), torch.zeros(_UPDATE_SAMPLE)
-    return a.nbytes / max(_best(lambda: a.add_(b)), 1e-9)
-
-
-def _best(run: Callable[[], object]) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return _best_of(once)
-
-
-def _best_of(once: Callable[[], float]) -> float:
-    """Shortest of a few tries after one that warms up; a long one is believed at once."""
-    first = once()
-    if first > _ENOUGH_S:
-        return first
-    return min(once() for _ in range(_REPEATS))

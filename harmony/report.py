@@ -39,6 +39,8 @@ LINK_NAMES = {"h2d": "host to GPU", "d2h": "GPU to host", "p2p": "GPU to GPU"}
 STALL_NAMES = {
     "weights": "weights coming in",
     "gradients": "gradients going out",
+    "new weights": "new weights going out",
+    "saved": "offloaded activations",
     "peer": "another GPU",
     "update": "the update on the host",
     "host": "the host issuing work",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from harmony.timeline import Timeline
 
 if TYPE_CHECKING:
+    from harmony.modelprofile import ModelProfile
     from harmony.planner.plan import Plan
     from harmony.planner.schedule import Schedule
     from harmony.verification import Verification
@@ -44,6 +45,13 @@ class Options:
         link: bandwidth of a virtual GPU's link, as text, e.g. ``"8GB/s"``.
         host_memory_nbytes: bytes of host memory that Harmony may use.
         active: whether `harmony-run` runs the script.
+        gpu, host, topology: plan for a machine of the catalog instead of this one.
+        explain: show why everything was decided as it was.
+        as_json: show the plan as JSON.
+        plan: a file with the plan to train by.
+        save_plan, save_profile: files that get the first plan, and the layers and their costs.
+        replan: whether the plan may change between two steps.
+        cache: whether measurements of earlier runs may be used, and kept.
     """
 
     gpus: int | None = None
@@ -56,6 +64,16 @@ class Options:
     link: str | None = None
     host_memory_nbytes: int | None = None
     active: bool = False
+    gpu: str | None = None
+    host: str | None = None
+    topology: str | None = None
+    explain: bool = False
+    as_json: bool = False
+    plan: Path | None = None
+    save_plan: Path | None = None
+    save_profile: Path | None = None
+    cache: bool = True
+    replan: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,10 @@ class ModelRecord:
         facts: what to show in the header, label to text, e.g. ``"parameters": "50.4 M"``.
         runs: the plans that were used.
         warnings: what the user should know, in the order it was found; each once.
+        profile: returns the layers and costs that the plan in use was made from; None before
+            there is one.
+        planned_for: in words what the plan is for and from, where it is not for this machine.
+        forward_s: under ``--plan-only``, predicted seconds of a forward of its own.
     """
 
     name: str
@@ -159,6 +181,9 @@ class ModelRecord:
     num_steps: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    profile: Callable[[], ModelProfile] | None = None
+    planned_for: tuple[str, ...] = ()
+    forward_s: float = 0.0
     _current: PlanRun | None = None
 
     @property

@@ -29,7 +29,8 @@ def test_options_before_the_script_or_after_it_mean_the_same(script: str) -> Non
 def test_all_options(script: str) -> None:
     words = (
         f"{script} --gpus 2 --gpu-memory 64MiB --mode dp --virtual --link 8GB/s"
-        " --host-memory 100GiB --plan-only --report out.json --debug"
+        " --host-memory 100GiB --plan-only --report out.json --debug --explain --json --no-cache"
+        " --save-plan plan.json --save-profile profile.json --plan train.py"
     )
     command = parse(words.split())
     assert command.debug
@@ -43,7 +44,19 @@ def test_all_options(script: str) -> None:
         link="8GB/s",
         host_memory_nbytes=100 * 2**30,
         active=True,
+        explain=True,
+        as_json=True,
+        plan=Path("train.py"),
+        save_plan=Path("plan.json"),
+        save_profile=Path("profile.json"),
+        cache=False,
     )
+
+
+def test_a_machine_that_is_not_there_is_described_for_its_plan_only(script: str) -> None:
+    words = f"{script} --plan-only --gpus 4 --host-memory 256GiB --host server-ddr5 --topology x8"
+    options = parse([*words.split(), "--gpu", "RTX 4090"]).options
+    assert (options.gpu, options.host, options.topology) == ("RTX 4090", "server-ddr5", "x8")
 
 
 def test_a_double_dash_leaves_the_rest_to_the_script(script: str) -> None:
@@ -81,7 +94,17 @@ def test_help_after_the_script_is_the_scripts(
         ("train.py --mode fast", "invalid choice"),
         ("train.py --virtual=yes", "ignored explicit argument"),
         ("train.py --report nowhere/out.txt", "no folder nowhere"),
-        ("--gpu 4 train.py", "no such option: --gpu; did you mean --gpus?"),
+        ("--gpuss 4 train.py", "no such option: --gpuss; did you mean --gpus?"),
+        ("--gpu 4 train.py", "How many GPUs to use here is --gpus N"),
+        ("train.py --gpu T4 --plan-only", "--host-memory: how much memory"),
+        ("train.py --gpu T5 --plan-only --host-memory 1GiB", "did you mean T4"),
+        ("train.py --gpu T4 --plan-only --host-memory 1GiB --virtual", "leave --virtual"),
+        ("train.py --host server-ddr4 --plan-only", "--host describes the machine of --gpu NAME"),
+        ("train.py --json", "--json shows a plan: add --plan-only"),
+        ("train.py --plan missing.json", "no such plan: missing.json"),
+        ("train.py --save-plan nowhere/p.json", "--save-plan nowhere/p.json: there is no folder"),
+        ("train.py --save-profile .", "--save-profile .: that is a folder"),
+        ("--gpus 2 plan", "The command comes first: harmony-run plan"),
         ("--frobnicate train.py", "see harmony-run --help"),
     ],
 )

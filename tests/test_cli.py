@@ -17,6 +17,7 @@ import torch
 
 from harmony import cli, session
 from harmony.errors import ConfigError
+from harmony.planfile import load_plan
 from harmony.progress import Progress
 from harmony.session import Options
 
@@ -174,8 +175,39 @@ def test_plan_only_shows_the_plan_and_trains_nothing(run: RunScript) -> None:
     code, out, err = run(TRAIN, "--plan-only")
     assert code == 0
     assert "step 0" not in out
-    assert "none has run" in out
+    assert out.startswith("Plan · GPT on vgpu:0, vgpu:1, minibatch 8\n")
+    assert "gpu1  compute" in out
     assert "stopped before training" in err
+
+
+def test_plan_only_has_a_form_for_programs(run: RunScript) -> None:
+    code, out, _ = run(TRAIN, "--plan-only", "--json")
+    assert code == 0
+    assert json.loads(out)["minibatch"] == 8
+
+
+def test_why_the_plan_was_chosen_is_explained_before_or_after_training(run: RunScript) -> None:
+    for words in (("--explain",), ("--explain", "--plan-only")):
+        _, out, _ = run(TRAIN, *words)
+        assert "What was decided, and what else there was:" in out
+
+
+def test_the_first_plan_is_kept_in_a_file(run: RunScript, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code, _, err = run(TRAIN, "--save-plan", str(path))
+    assert code == 0
+    assert f"plan written to {path}" in err
+    assert load_plan(path).minibatch == 8
+
+
+def test_a_plan_that_cannot_be_read_is_refused_before_the_script_runs(
+    run: RunScript, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("{}")
+    code, out, err = run(TRAIN, "--plan", str(path))
+    assert (code, out) == (1, "")
+    assert "not a plan of Harmony" in err
 
 
 def test_the_report_goes_to_a_file_too(run: RunScript, tmp_path: Path) -> None:
@@ -221,6 +253,19 @@ def test_more_real_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatc
         cli._set_up_gpus(Options(gpus=4), progress)
     with pytest.raises(ConfigError, match="--virtual"):
         cli._set_up_gpus(Options(link="8GB/s"), progress)
+
+
+def test_for_gpus_that_are_not_there_it_does_not_matter_how_many_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[dict[str, object]] = []
+    fake = SimpleNamespace(virtual_gpus=lambda **options: made.append(options), MAX_COUNT=16)
+    monkeypatch.setitem(sys.modules, "harmony.runtime.vgpu", fake)  # type: ignore[arg-type]
+    for present in (2, 0):
+        real_gpus(monkeypatch, present)
+        cli._set_up_gpus(Options(gpu="H100", gpus=64, plan_only=True), Progress(sys.stderr))
+    assert made == [{"count": 1}]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("present", "virtual"), [(0, False), (2, True)])

@@ -20,6 +20,7 @@ LAYERS = {
     "planner": 1,
     "capture": 2,
     "profiler": 2,
+    "machineprofile": 2,
     "ops": 2,
     "runtime": 2,
 }

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
-from harmony.capture.footprint import Footprint, bindable, measure, pretending, stand_in
+import torch
+
+from harmony.capture.footprint import (
+    Footprint,
+    RunLayer,
+    bindable,
+    measure,
+    pretending,
+    stand_in,
+)
 from harmony.capture.replay import GuardError, Values
 from harmony.capture.trace import NEEDS_VALUES
 
 if TYPE_CHECKING:
     from harmony.capture.captured import Captured
+
+T = TypeVar("T")
 
 
 def footprint_of(captured: Captured, layer: int, num_samples: int) -> Footprint:
@@ -34,6 +46,21 @@ def _estimate(captured: Captured, layer: int, num_samples: int) -> Footprint:
 
 
 def _measure(captured: Captured, layer: int, num_samples: int, real: bool) -> Footprint:
+    return on_stand_ins(captured, layer, num_samples, real, measure)
+
+
+def on_stand_ins(
+    captured: Captured,
+    layer: int,
+    num_samples: int,
+    real: bool,
+    use: Callable[[RunLayer, Values, dict[str, torch.Tensor], frozenset[int]], T],
+) -> T:
+    """Return what ``use`` makes of one layer: how to run it, its inputs, its parameters, outputs.
+
+    Args:
+        real: with tensors that have memory, for layers that look at values.
+    """
     graph, device = captured.graph, captured.tape_for(num_samples).device
     described = graph.layers[layer]
     skeleton = captured.make_skeleton(device)
@@ -54,4 +81,4 @@ def _measure(captured: Captured, layer: int, num_samples: int, real: bool) -> Fo
             shape, _, dtype = captured.value_form(value, num_samples)
             needs_gradient = graph.values[value].requires_grad
             inputs[value] = stand_in(shape, dtype, device, needs_gradient)
-        return measure(run, inputs, tensors, frozenset(described.outputs))
+        return use(run, inputs, tensors, frozenset(described.outputs))

@@ -30,6 +30,25 @@ def is_virtual(device: torch.device) -> bool:
     return device.type == "vgpu"
 
 
+def identity(device: torch.device) -> str:
+    """Text that is equal for devices of equal speed, as far as software can tell."""
+    if is_virtual(device):
+        vgpu = _vgpu()
+        settings = {} if vgpu is None else vgpu.current_settings()
+        return f"vgpu {sorted(settings.items())}"
+    total = memory_info(device)[1]
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {total} bytes, driver {driver}, CUDA {torch.version.cuda}"
+
+
+def product_name(device: torch.device) -> str:
+    """What the device is sold as: ``"NVIDIA GeForce RTX 4090"``; of a virtual GPU, that it is."""
+    if is_virtual(device):
+        return "virtual GPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def memory_info(device: torch.device) -> tuple[int, int]:
     """Free and total bytes of a device."""
     free, total = torch.accelerator.get_memory_info(device)

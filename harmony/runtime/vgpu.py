@@ -48,6 +48,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 
 _load_lock = threading.Lock()
 _library: ctypes.CDLL | None = None
+_current: dict[str, Any] = {}
 
 
 def virtual_gpus(
@@ -100,6 +101,13 @@ def virtual_gpus(
     timing = (chosen[key] for key in ("delay_us", "slowdown", "jitter_us", "jitter_seed"))
     library.vgpu_set_timing(*timing)
     library.vgpu_set_num_threads(chosen["num_threads"])
+    _current.clear()
+    _current.update(chosen, memory=nbytes)
+
+
+def current_settings() -> dict[str, Any]:
+    """What the virtual GPUs of this process are set to, as `virtual_gpus` names it."""
+    return dict(_current)
 
 
 def ensure_available() -> None:

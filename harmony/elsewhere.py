@@ -1,0 +1,159 @@
+"""Profiles of captured models, and plans for machines that are not there.
+
+`harmony-run --save-profile` and ``--plan-only --gpu NAME``: the layers of a model with the FLOPs
+and bytes of each, counted on tensors without memory. Nothing of the model is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+
+from harmony import session
+from harmony.analytic import LayerWork, Work, WorkTable
+from harmony.binding import Binding, with_saved, with_state
+from harmony.capture import Captured, LiveOnlyError
+from harmony.capture.work import work_of
+from harmony.errors import CaptureError
+from harmony.figures import forward_seconds
+from harmony.layergraph import LayerGraph
+from harmony.modelprofile import ModelProfile
+from harmony.planarguments import PlanRequest
+from harmony.plancommand import chosen, machine_and_costs
+from harmony.planner.cost import CostTable, LayerCost
+from harmony.planner.simulate import simulate
+from harmony.planner.tasks import Phase
+from harmony.runtime import native
+from harmony.runtime.hostmem import ArenaLayout
+from harmony.session import ModelRecord
+
+
+def profile_of(
+    name: str, binding: Binding, sizes: Sequence[int], minibatch: int, *, clips: bool
+) -> ModelProfile:
+    """The profile of a model that was measured here.
+
+    Args:
+        sizes: microbatch sizes to count FLOPs and bytes at.
+        clips: see `ModelProfile`.
+    """
+    assert binding.costs is not None, "measure comes before the profile"
+    return ModelProfile(
+        name=name,
+        graph=binding.graph,
+        costs=binding.costs,
+        device=native.product_name(binding.device),
+        work=count_work(binding.captured, sizes),
+        machine=binding.machine,
+        minibatch=minibatch,
+        torch_version=torch.__version__,
+        phase=binding.form,
+        clips=clips,
+        num_params=_num_params(binding.captured),
+    )
+
+
+def count_work(captured: Captured, sizes: Sequence[int]) -> WorkTable:
+    """FLOPs, bytes and kernels of every layer at these microbatch sizes."""
+    table: list[dict[int, LayerWork]] = [{} for _ in captured.graph.layers]
+    for size in sizes:
+        for row, counts in zip(table, work_of(captured, size), strict=True):
+            row[size] = LayerWork(Work(*counts.forward), Work(*counts.backward))
+    return WorkTable(tuple(table))
+
+
+def unmeasured_profile(
+    name: str,
+    captured: Captured,
+    sizes: Sequence[int],
+    minibatch: int,
+    state_nbytes: float,
+    phase: Phase,
+    *,
+    clips: bool,
+) -> ModelProfile:
+    """The profile of a model that nothing has run.
+
+    Args:
+        state_nbytes: bytes of optimizer state of each trained element.
+    """
+    nbytes: Mapping[int, Sequence[tuple[int, int, int]]] = {
+        size: captured.costs_nbytes(size) for size in sizes
+    }
+    rows = [
+        {size: LayerCost(0.0, 0.0, 0.0, *nbytes[size][index]) for size in sizes}
+        for index in range(captured.graph.num_layers)
+    ]
+    return ModelProfile(
+        name=name,
+        graph=with_saved(_with_state(captured, state_nbytes), nbytes),
+        costs=CostTable(tuple(rows)),
+        work=count_work(captured, sizes),
+        minibatch=minibatch,
+        torch_version=torch.__version__,
+        phase=phase,
+        clips=clips,
+        num_params=_num_params(captured),
+    )
+
+
+def _num_params(captured: Captured) -> int:
+    return sum(torch.Size(param.shape).numel() for param in captured.params)
+
+
+def _with_state(captured: Captured, bytes_per_element: float) -> LayerGraph:
+    graph = captured.graph
+    trained = [param for param in captured.params if param.requires_grad]
+    layout = ArenaLayout(trained, graph.num_layers, len(graph.shared))
+    return with_state(graph, layout, bytes_per_element)
+
+
+@contextmanager
+def only_captured() -> Iterator[None]:
+    """Refuse, in the block, models whose layers cannot be known without running them.
+
+    Raises:
+        CaptureError: with the reason.
+    """
+    try:
+        yield
+    except LiveOnlyError as reason:
+        raise CaptureError(
+            f"{reason.reason} ({reason.where}), so the layers are known only where the model"
+            " runs: plan for this machine, without --gpu"
+        ) from reason
+
+
+def plan_elsewhere(
+    profile: ModelProfile, record: ModelRecord, mode: str, microbatch_size: int | None
+) -> NoReturn:
+    """Plan for the machine that the command line describes, and end the script.
+
+    Raises:
+        PlanOnly: with the plan in the record.
+        DoesNotFitError: if nothing fits there.
+    """
+    options = session.options()
+    request = PlanRequest(
+        gpu=options.gpu,
+        gpus=options.gpus,
+        host_memory_nbytes=options.host_memory_nbytes,
+        gpu_memory_nbytes=options.gpu_memory_nbytes,
+        host=options.host,
+        topology=options.topology,
+        mode=mode,
+        microbatch_size=microbatch_size,
+        tf32=torch.get_float32_matmul_precision() != "highest",
+    )
+    assert profile.minibatch is not None
+    task = machine_and_costs(request, profile, profile.minibatch)
+    plan = chosen(request, task)
+    record.profile = lambda: profile
+    record.planned_for = (*task.notes, task.costs_from)
+    model = profile.graph, task.costs, task.machine
+    record.forward_s = forward_seconds(plan, *model)
+    record.planned(plan, simulate(plan.schedule, *model))
+    raise session.PlanOnly(record)

@@ -1,0 +1,119 @@
+"""After some steps: what they really took, and whether another plan would now be better.
+
+Only plans that compute the same bits are considered: the same microbatches, in the same shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harmony.binding import Binding
+from harmony.errors import PlanError
+from harmony.planner.plan import Plan
+from harmony.planner.refine import Refined, refine
+from harmony.planner.search import choose
+from harmony.planner.simulate import predict_s
+from harmony.planner.tasks import StepSpec
+from harmony.session import ModelRecord
+from harmony.timeline import Timeline
+from harmony.units import format_seconds
+
+WARM_UP = 1
+"""Steps that are not looked at: the first allocates, and holds its updates back."""
+
+NUM_STEPS = 4
+"""Steps that are."""
+
+WORTHWHILE = 0.95
+"""Another plan has to be this much faster: a switch allocates and prepares everything anew."""
+
+MOST_SWITCHES = 2
+"""How often the plan for a minibatch is changed; figures that still differ then are noise."""
+
+
+@dataclass
+class _Watched:
+    """The steps of one plan so far."""
+
+    plan: Plan
+    num_steps: int = 0
+    timelines: list[Timeline] = field(default_factory=list)
+
+
+class Feedback:
+    """Watches the steps of a model and changes plans between two of them."""
+
+    def __init__(self, record: ModelRecord) -> None:
+        self._record = record
+        self._watched: dict[tuple[int, int], _Watched] = {}
+        self._switches: dict[tuple[int, int], int] = {}
+
+    def stepped(self, binding: Binding, plan: Plan, timeline: Timeline) -> None:
+        """Note a step; after a few, plan again with what they took."""
+        key = id(binding), plan.minibatch
+        watched = self._watched.get(key)
+        if watched is None or watched.plan is not plan:
+            watched = self._watched[key] = _Watched(plan)
+        watched.num_steps += 1
+        if not WARM_UP < watched.num_steps <= WARM_UP + NUM_STEPS:
+            return
+        watched.timelines.append(timeline)
+        if len(watched.timelines) == NUM_STEPS:
+            self._reconsider(key, binding, plan, watched.timelines)
+            watched.timelines.clear()
+
+    def _reconsider(
+        self, key: tuple[int, int], binding: Binding, plan: Plan, timelines: list[Timeline]
+    ) -> None:
+        assert binding.costs is not None, "a plan that ran was made from costs"
+        found = refine(
+            plan.schedule, binding.costs, binding.machine, binding.predicted(plan), timelines
+        )
+        if found.worst * WORTHWHILE < 1 or self._switches.get(key, 0) >= MOST_SWITCHES:
+            return
+        now_s = predict_s(plan.schedule, binding.graph, found.costs, found.machine)
+        better = better_plan(binding, plan, found, now_s)
+        if better is None:
+            return
+        self._switches[key] = self._switches.get(key, 0) + 1
+        binding.learn(found.costs, found.machine, better)
+        self._record.facts["plan changed"] = (
+            f"after {WARM_UP + NUM_STEPS} steps: the costs measured in them predict "
+            f"{format_seconds(now_s)} a step for the plan until then, "
+            f"{format_seconds(better.step_s)} for this one"
+        )
+
+
+def better_plan(binding: Binding, plan: Plan, found: Refined, now_s: float) -> Plan | None:
+    """Return a plan that computes the same and is clearly faster; None if there is none.
+
+    Args:
+        now_s: what ``plan`` takes by the same costs.
+    """
+    spec = plan.spec
+    if spec.forward_size != spec.backward_size:
+        return None  # the search would have to be asked for both sizes
+    try:
+        other = choose(
+            binding.graph,
+            found.costs,
+            found.machine,
+            plan.minibatch,
+            replicas=len(spec.shares),
+            microbatch_size=spec.backward_size,
+            phase=spec.phase,
+        )
+    except PlanError:  # by these figures nothing fits: what runs does
+        return None
+    slow = other.step_s > WORTHWHILE * now_s
+    return None if slow or _bits(other.spec, binding) != _bits(spec, binding) else other
+
+
+def _bits(spec: StepSpec, binding: Binding) -> list[object]:
+    """What the bits of a step depend on: microbatches, shares, which uses of a tied parameter are
+    added up in one pack."""
+    found: list[object] = [spec.shares, spec.forward_size, spec.backward_size]
+    for param in binding.graph.shared:
+        packs = [p for layer in param.layers for p in spec.backward_packs if layer in p]
+        found.append([packs.index(pack) for pack in packs])
+    return found

@@ -1,0 +1,96 @@
+"""What is measured once for all captures of a model: the machine, the optimizer, its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from harmony.machine import Machine
+from harmony.machineprofile import UpdateCost, measure_machine, measure_update
+from harmony.measurecache import MeasureCache, open_cache
+from harmony.profiler import KnownTimes
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.optimizer import OptimizerFactory
+
+
+class Measurements:
+    """Measures at first use, or takes what an earlier run has measured.
+
+    Args:
+        net: the model, by whose code the seconds of its layers are kept.
+        limits: bytes to use of each device and of the host; None for what is free.
+        warn: hears of measurements of earlier runs that cannot be used.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        contexts: Sequence[DeviceContext],
+        limits: tuple[int | None, int | None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._net = net
+        self._contexts = contexts
+        self._limits = limits
+        self._warn = warn
+        self._cache: MeasureCache | None = None
+        self._is_open = False
+        self._machine: Machine | None = None
+        self._update: UpdateCost | None = None
+        self._times: KnownTimes | None = None
+        self._num_kept = 0
+
+    def machine(self) -> Machine:
+        """Links and memory of the devices and the host."""
+        if self._machine is None:
+            cache, limits = self._opened(), self._limits
+            if cache is None:
+                self._machine = measure_machine(self._contexts, *limits)
+            else:
+                self._machine = cache.machine(
+                    self._contexts, *limits, lambda: measure_machine(self._contexts, *limits)
+                )
+        return self._machine
+
+    def update(self, factory: OptimizerFactory, options: Mapping[str, Any]) -> UpdateCost:
+        """What the optimizer costs."""
+        if self._update is None:
+            cache = self._opened()
+            if cache is None:
+                self._update = measure_update(factory, options, self._contexts[0])
+            else:
+                self._update = cache.update(
+                    factory,
+                    options,
+                    lambda: measure_update(factory, options, self._contexts[0]),
+                )
+        return self._update
+
+    @property
+    def known_update(self) -> UpdateCost | None:
+        """What the optimizer costs, if that has been asked for."""
+        return self._update
+
+    def times(self) -> KnownTimes:
+        """Seconds of layers; who measures others adds them and calls `keep`."""
+        if self._times is None:
+            cache = self._opened()
+            self._times = KnownTimes() if cache is None else cache.times(self._net)
+            self._num_kept = len(self._times.seconds)
+        return self._times
+
+    def keep(self) -> None:
+        """Keep the seconds of layers for the next run, if there are new ones."""
+        times = self.times()
+        if self._cache is not None and len(times.seconds) > self._num_kept:
+            self._cache.keep_times(self._net, times)
+            self._num_kept = len(times.seconds)
+
+    def _opened(self) -> MeasureCache | None:
+        """What earlier runs measured; None where nothing is kept."""
+        if not self._is_open:
+            self._is_open = True
+            self._cache = open_cache(self._contexts, self._warn)
+        return self._cache
