@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harmony import __version__
-from harmony.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
 from harmony.errors import ConfigError
-from harmony.planarguments import MODES, Parser, count, in_folder, rate, size
+from harmony.plans.arguments import MODES, Parser, count, in_folder, rate, size
+from harmony.profiles.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
 from harmony.session import Options
 
 _EPILOG = """\

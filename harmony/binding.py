@@ -14,7 +14,6 @@ from harmony.lanes import Lane, Reached, backward_schedule, differentiable_outpu
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.machineprofile import UpdateCost
-from harmony.planfile import check_plan
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
@@ -23,6 +22,7 @@ from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind
 from harmony.planner.verify import verify
+from harmony.plans.file import check_plan
 from harmony.profiler import KnownTimes, measure_layers
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule

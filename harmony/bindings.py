@@ -17,21 +17,21 @@ from harmony import facts, session
 from harmony.bigmodel import check_values, materialise
 from harmony.binding import Binding, with_state
 from harmony.capture import Captured, GuardError, LiveOnlyError, capture, undisturbed
-from harmony.elsewhere import (
+from harmony.errors import CaptureError
+from harmony.lending import check_own
+from harmony.machine import Machine
+from harmony.machineprofile import UpdateCost, with_device_updates
+from harmony.planner.plan import Plan
+from harmony.planner.tasks import Phase
+from harmony.plans.elsewhere import (
     only_captured,
     plan_elsewhere,
     profile_of,
     unmeasured_profile,
 )
-from harmony.errors import CaptureError
-from harmony.lending import check_own
-from harmony.machine import Machine
-from harmony.machineprofile import UpdateCost, with_device_updates
-from harmony.measured import Measurements
-from harmony.modelprofile import ModelProfile
-from harmony.planfile import check_minibatch
-from harmony.planner.plan import Plan
-from harmony.planner.tasks import Phase
+from harmony.plans.file import check_minibatch
+from harmony.profiles.measured import Measurements
+from harmony.profiles.model import ModelProfile
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import ArenaLayout, ArenaView, HostArena, HostBuffer
 from harmony.runtime.hoststate import HostState

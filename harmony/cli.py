@@ -1,6 +1,6 @@
 """The console command `harmony-run`: runs a training script with Harmony configured.
 
-`harmony-run plan` plans a saved model instead (see `harmony.plancommand`).
+`harmony-run plan` plans a saved model instead (see `harmony.plans.command`).
 
 Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, if
 ``--verify`` found a difference, or if nothing fits; 2 for a command line that makes no sense;
@@ -19,13 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from harmony import plancommand, session
+from harmony import session
 from harmony.arguments import Command, mistyped, parse
 from harmony.errors import ConfigError, HarmonyError
-from harmony.keeper import Keeper, plan_view
-from harmony.planarguments import parse_plan
-from harmony.planfile import load_plan
-from harmony.planview import explanation
+from harmony.plans import command as plan_command
+from harmony.plans.arguments import parse_plan
+from harmony.plans.file import load_plan
+from harmony.plans.keeper import Keeper, plan_view
+from harmony.plans.view import explanation
 from harmony.progress import Progress
 from harmony.report import print_report, write_report
 from harmony.session import Options
@@ -74,7 +75,7 @@ def _plan(words: Sequence[str], progress: Progress) -> int:
     """Run ``harmony-run plan`` and return the exit code."""
     debug = "--debug" in words
     try:
-        plancommand.run(parse_plan(words), sys.stdout)
+        plan_command.run(parse_plan(words), sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:
         _reader_has_gone()
@@ -207,12 +208,12 @@ def _show_runs(records: Sequence[session.ModelRecord], options: Options) -> None
     """Print what was planned, or the report of what ran."""
     if options.plan_only:
         for record in records:
-            plancommand.show(plan_view(record), sys.stdout, options.as_json, options.explain)
+            plan_command.show(plan_view(record), sys.stdout, options.as_json, options.explain)
         return
     print_report(records)
     for record in records:
         if options.explain and record.run is not None:
-            plancommand.write_lines(["", *explanation(record.run.plan)], sys.stdout)
+            plan_command.write_lines(["", *explanation(record.run.plan)], sys.stdout)
 
 
 def _reader_has_gone() -> None:

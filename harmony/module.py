@@ -16,8 +16,8 @@ from harmony.dropin import needs_graph
 from harmony.engine import Engine
 from harmony.errors import ConfigError
 from harmony.hardware import Devices, choose_devices, memory_limit
-from harmony.planfile import load_plan
 from harmony.planner.plan import Plan
+from harmony.plans.file import load_plan
 from harmony.report import print_report
 from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
 from harmony.session import ModelRecord, StepStats

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 from harmony.timeline import Timeline
 
 if TYPE_CHECKING:
-    from harmony.modelprofile import ModelProfile
     from harmony.planner.plan import Plan
     from harmony.planner.schedule import Schedule
+    from harmony.profiles.model import ModelProfile
     from harmony.verification import Verification
 
 KEPT_STEPS = 1000

@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from harmony.analytic import (
+from harmony.capture import capture
+from harmony.capture.work import work_of
+from harmony.errors import PlanError
+from harmony.planner.cost import CostTable
+from harmony.profiles.analytic import (
     LayerWork,
     Work,
     WorkTable,
@@ -20,11 +24,7 @@ from harmony.analytic import (
     step_flops,
     work_seconds,
 )
-from harmony.capture import capture
-from harmony.capture.work import work_of
-from harmony.catalog import LAUNCH_S, MEMORY_SHARE, find_gpu
-from harmony.errors import PlanError
-from harmony.planner.cost import CostTable
+from harmony.profiles.catalog import LAUNCH_S, MEMORY_SHARE, find_gpu
 from tests.toys import chain, uniform_costs
 
 A100 = find_gpu("A100")

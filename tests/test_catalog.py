@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from harmony.catalog import GPUS, HOSTS, find_gpu, find_host, known_gpu, machine_of, usual_host
 from harmony.errors import ConfigError
+from harmony.profiles.catalog import (
+    GPUS,
+    HOSTS,
+    find_gpu,
+    find_host,
+    known_gpu,
+    machine_of,
+    usual_host,
+)
 
 GIB = 2**30
 

@@ -17,7 +17,7 @@ import torch
 
 from harmony import cli, session
 from harmony.errors import ConfigError
-from harmony.planfile import load_plan
+from harmony.plans.file import load_plan
 from harmony.progress import Progress
 from harmony.session import Options
 

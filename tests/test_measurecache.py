@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import harmony
-from harmony import measured, profiler, session
+from harmony import profiler, session
 from harmony.errors import ConfigError
 from harmony.machineprofile import UpdateCost, usable_nbytes
-from harmony.measurecache import (
+from harmony.profiler import KnownTimes
+from harmony.profiles import measured
+from harmony.profiles.cache import (
     MeasureCache,
     cache_folder,
     code_identity,
@@ -23,7 +25,6 @@ from harmony.measurecache import (
     open_cache,
     optimizer_identity,
 )
-from harmony.profiler import KnownTimes
 from harmony.runtime import vgpu
 from harmony.runtime.device import DeviceContext
 from harmony.session import Options

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from harmony.analytic import LayerWork, Work, WorkTable
-from harmony.catalog import find_gpu
 from harmony.errors import ConfigError, PlanError
-from harmony.modelprofile import ModelProfile, load_profile, save_profile
+from harmony.profiles.analytic import LayerWork, Work, WorkTable
+from harmony.profiles.catalog import find_gpu
+from harmony.profiles.model import ModelProfile, load_profile, save_profile
 from tests.toys import chain, server, uniform_costs
 
 GRAPH = chain(6, tied=True, skips=((1, 4),), random_layer=2)

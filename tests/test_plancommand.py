@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from harmony import cli
-from harmony.analytic import LayerWork, Work, WorkTable
-from harmony.modelprofile import ModelProfile, save_profile
-from harmony.plancommand import write_lines
-from harmony.planfile import load_plan
+from harmony.plans.command import write_lines
+from harmony.plans.file import load_plan
+from harmony.profiles.analytic import LayerWork, Work, WorkTable
+from harmony.profiles.model import ModelProfile, save_profile
 from tests.toys import MIB, chain, server, uniform_costs
 
 GRAPH = chain(12, weight=64 * MIB, per_sample=MIB)

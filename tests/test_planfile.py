@@ -11,8 +11,8 @@ import pytest
 
 from harmony.errors import ConfigError, PlanError
 from harmony.machine import Host, Machine
-from harmony.planfile import check_minibatch, check_plan, compare_plans, load_plan, save_plan
 from harmony.planner.tasks import Phase
+from harmony.plans.file import check_minibatch, check_plan, compare_plans, load_plan, save_plan
 from tests.synthetic import MIB, PACKS, make_plan
 from tests.toys import chain
 

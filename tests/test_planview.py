@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from harmony.analytic import LayerWork, Work, WorkTable
 from harmony.machine import Device, Machine
 from harmony.planner.decisions import Decision
 from harmony.planner.plan import describe_spec
-from harmony.planpicture import COLUMNS, WIDTH, picture
-from harmony.planview import PlanView, ascii_only, explanation, peak_share, view_json, view_text
+from harmony.plans.picture import COLUMNS, WIDTH, picture
+from harmony.plans.view import PlanView, ascii_only, explanation, peak_share, view_json, view_text
+from harmony.profiles.analytic import LayerWork, Work, WorkTable
 from harmony.timeline import Span, Timeline
 from tests.synthetic import make_plan, make_timeline
 

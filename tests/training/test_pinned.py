@@ -14,10 +14,10 @@ import torch
 import harmony
 from harmony import session
 from harmony.errors import CaptureError, ConfigError, PlanError
-from harmony.keeper import Keeper, plan_view
-from harmony.modelprofile import load_profile
-from harmony.planfile import load_plan, save_plan
 from harmony.planner.search import choose
+from harmony.plans.file import load_plan, save_plan
+from harmony.plans.keeper import Keeper, plan_view
+from harmony.profiles.model import load_profile
 from harmony.runtime import vgpu
 from harmony.session import Options
 from tests.training.models import GPT, token_batch, token_loss

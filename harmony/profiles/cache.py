@@ -30,8 +30,8 @@ from harmony import session
 from harmony.errors import ConfigError, HarmonyError
 from harmony.machine import Machine
 from harmony.machineprofile import UpdateCost, usable_nbytes
-from harmony.modelprofile import write_json
 from harmony.profiler import KnownTimes
+from harmony.profiles.model import write_json
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import available_host_nbytes

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harmony.analytic import WorkTable, analytic_costs, scaled_costs
-from harmony.catalog import Gpu, known_gpu
 from harmony.errors import ConfigError, PlanError
 from harmony.layergraph import Layer, LayerGraph, SharedParam, Value
 from harmony.machine import Machine
 from harmony.planner.cost import CostTable
 from harmony.planner.tasks import Phase
+from harmony.profiles.analytic import WorkTable, analytic_costs, scaled_costs
+from harmony.profiles.catalog import Gpu, known_gpu
 
 FORMAT = "harmony-model-profile"
 VERSION = 1

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harmony.catalog import LAUNCH_S, MEMORY_SHARE, Gpu
 from harmony.errors import PlanError
 from harmony.layergraph import LayerGraph
 from harmony.planner.cost import CostTable
+from harmony.profiles.catalog import LAUNCH_S, MEMORY_SHARE, Gpu
 
 MAX_SIZES = 12
 """Microbatch sizes at which the roofline is evaluated; between them costs are interpolated."""

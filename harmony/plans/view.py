@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harmony.analytic import WorkTable, step_flops
-from harmony.catalog import Gpu, known_gpu
 from harmony.figures import KINDS, LINKS, Figures, figures_of
 from harmony.planner.plan import Plan, describe_spec
 from harmony.planner.tasks import TaskKind
-from harmony.planpicture import picture
+from harmony.plans.picture import picture
+from harmony.profiles.analytic import WorkTable, step_flops
+from harmony.profiles.catalog import Gpu, known_gpu
 from harmony.session import ModelRecord, PlanRun
 from harmony.timeline import Timeline
 from harmony.units import format_bytes, format_seconds

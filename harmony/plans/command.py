@@ -15,7 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from harmony.catalog import (
+from harmony.errors import ConfigError, DoesNotFitError
+from harmony.figures import forward_seconds
+from harmony.machine import Machine
+from harmony.planner.build import build_tasks
+from harmony.planner.cost import CostTable
+from harmony.planner.plan import Plan
+from harmony.planner.questions import largest_model, smallest_minibatch
+from harmony.planner.search import choose
+from harmony.planner.simulate import simulate
+from harmony.planner.verify import verify
+from harmony.plans.arguments import PlanRequest
+from harmony.plans.file import check_minibatch, check_plan, compare_plans, load_plan, save_plan
+from harmony.plans.view import Answered, PlanView, ascii_only, view_json, view_text
+from harmony.profiles.catalog import (
     GPUS,
     TOPOLOGIES,
     Gpu,
@@ -26,20 +39,7 @@ from harmony.catalog import (
     machine_of,
     usual_host,
 )
-from harmony.errors import ConfigError, DoesNotFitError
-from harmony.figures import forward_seconds
-from harmony.machine import Machine
-from harmony.modelprofile import ModelProfile, load_profile
-from harmony.planarguments import PlanRequest
-from harmony.planfile import check_minibatch, check_plan, compare_plans, load_plan, save_plan
-from harmony.planner.build import build_tasks
-from harmony.planner.cost import CostTable
-from harmony.planner.plan import Plan
-from harmony.planner.questions import largest_model, smallest_minibatch
-from harmony.planner.search import choose
-from harmony.planner.simulate import simulate
-from harmony.planner.verify import verify
-from harmony.planview import Answered, PlanView, ascii_only, view_json, view_text
+from harmony.profiles.model import ModelProfile, load_profile
 from harmony.units import format_bytes, format_rate, format_seconds
 
 

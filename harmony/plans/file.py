@@ -8,9 +8,9 @@ from pathlib import Path
 from harmony.errors import PlanError
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
-from harmony.modelprofile import read_json, write_json
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Pack, Phase
+from harmony.profiles.model import read_json, write_json
 from harmony.units import format_bytes, format_seconds
 
 FORMAT = "harmony-plan"

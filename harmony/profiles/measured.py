@@ -9,8 +9,8 @@ from torch import nn
 
 from harmony.machine import Machine
 from harmony.machineprofile import UpdateCost, measure_machine, measure_update
-from harmony.measurecache import MeasureCache, open_cache
 from harmony.profiler import KnownTimes
+from harmony.profiles.cache import MeasureCache, open_cache
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.optimizer import OptimizerFactory
 

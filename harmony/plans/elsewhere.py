@@ -13,19 +13,19 @@ from typing import NoReturn
 import torch
 
 from harmony import session
-from harmony.analytic import LayerWork, Work, WorkTable
 from harmony.binding import Binding, with_saved, with_state
 from harmony.capture import Captured, LiveOnlyError
 from harmony.capture.work import work_of
 from harmony.errors import CaptureError
 from harmony.figures import forward_seconds
 from harmony.layergraph import LayerGraph
-from harmony.modelprofile import ModelProfile
-from harmony.planarguments import PlanRequest
-from harmony.plancommand import chosen, machine_and_costs
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase
+from harmony.plans.arguments import PlanRequest
+from harmony.plans.command import chosen, machine_and_costs
+from harmony.profiles.analytic import LayerWork, Work, WorkTable
+from harmony.profiles.model import ModelProfile
 from harmony.runtime import native
 from harmony.runtime.hostmem import ArenaLayout
 from harmony.session import ModelRecord

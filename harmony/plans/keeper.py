@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harmony.catalog import known_gpu
-from harmony.modelprofile import ModelProfile, save_profile
-from harmony.planfile import save_plan
-from harmony.planview import PlanView
+from harmony.plans.file import save_plan
+from harmony.plans.view import PlanView
+from harmony.profiles.catalog import known_gpu
+from harmony.profiles.model import ModelProfile, save_profile
 from harmony.session import ModelRecord, Options, StepStats
 
 

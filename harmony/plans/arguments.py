@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmony.catalog import HOSTS, TOPOLOGIES
 from harmony.errors import ConfigError
+from harmony.profiles.catalog import HOSTS, TOPOLOGIES
 from harmony.units import parse_bytes, parse_rate
 
 MODES = ("auto", "pp", "dp")
