@@ -10,7 +10,13 @@ from harmony.timeline import Timeline
 COMPUTE_BOUND = 0.85
 """A GPU that computes this share of the step leaves little to gain elsewhere."""
 
-_LINK_OF = {"weights": "h2d", "inputs": "h2d", "gradients": "d2h", "outputs": "d2h"}
+_LINK_OF = {
+    "weights": "h2d",
+    "inputs": "h2d",
+    "gradients": "d2h",
+    "outputs": "d2h",
+    "new weights": "d2h",
+}
 
 
 def binding(timeline: Timeline, schedule: Schedule, spec: StepSpec) -> tuple[str, str]:
@@ -27,7 +33,7 @@ def binding(timeline: Timeline, schedule: Schedule, spec: StepSpec) -> tuple[str
     cause = max(sorted(total), key=lambda name: total[name])
     lost = total[cause] / (timeline.step_s * len(names))
     bound = _LINK_OF.get(cause, cause)
-    if cause in ("stash", "activations"):
+    if cause in ("stash", "saved", "activations"):
         bound = max(("h2d", "d2h"), key=lambda link: _busy(timeline, names, link))
     return bound, f"{lost:.0%} of the GPUs' time goes into waiting for {_advice(cause, spec)}"
 
@@ -45,6 +51,6 @@ def _advice(cause: str, spec: StepSpec) -> str:
         return f"the update on the host ({HOST}.{HOST_STREAM}): a larger minibatch needs fewer."
     if cause == "host":
         return "the host to issue work: larger microbatches need fewer tasks."
-    if cause in ("weights", "gradients"):
+    if cause in ("weights", "gradients", "new weights"):
         return f"{cause}: a larger minibatch does more work each time they move."
     return f"{cause}: a faster link, or fewer and larger packs, would help."

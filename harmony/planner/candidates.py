@@ -1,24 +1,34 @@
-"""What the search may choose from: microbatch sizes, packings, DP or PP, policies.
+"""What the search may choose from: replicas, microbatch sizes, packings, policies.
 
-A candidate is a four-tuple (U_F, P_F, U_B, P_B) with a policy. Packings are tried at a few
-numbers of packs only: the fewest that fit, one more, and multiples of the number of GPUs, since a
-wrap-around pipeline is balanced when every GPU has equally many packs.
+A candidate is a four-tuple (U_F, P_F, U_B, P_B) with a policy. With N GPUs there are R replicas,
+R a divisor of N: 1 is Harmony-PP, N is Harmony-DP, between them each replica has a ring of N / R
+GPUs. Packings are tried at a few numbers of packs only: the fewest that fit, one more, and
+multiples of the ring, since a wrap-around pipeline is balanced when every GPU has equally many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from harmony.machine import Machine
-from harmony.planner.packing import Budget, Packer, PackingTable
+from harmony.planner.footprint import parked
+from harmony.planner.packing import Budget, Packer
+from harmony.planner.partition import PackingTable
 from harmony.planner.policy import Policy
 from harmony.planner.tasks import Pack, Phase, Samples, StepSpec, TaskKind
 
 MAX_SIZES = 7
 MAX_RUNS = 4096
+MAX_FINER = 16
+"""How many times more packs than the fewest that fit are tried, to leave room on the devices."""
+
 POLICIES = (Policy(2, 2, 2), Policy(2, 2, 4), Policy(1, 1, 1))
 """Double buffering, the same for slow links and short tasks, and as little memory as possible."""
+
+MANY = 128
+"""More packs than this are only tried where fewer than half as many do not fit."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,57 @@ class Candidate:
     spec: StepSpec
     policy: Policy
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.policy))
+
+    def __hash__(self) -> int:
+        # A search looks candidates up again and again, and each has hundreds of packs.
+        return self._hash
+
+    @cached_property
+    def num_runs(self) -> int:
+        """FORWARD and BACKWARD tasks of all replicas; what lowering takes grows with it."""
+        spec = self.spec
+        kinds = (
+            (TaskKind.FORWARD, spec.forward_packs),
+            (TaskKind.BACKWARD, spec.backward_packs),
+        )
+        each = sum(len(packs) * len(spec.microbatches(0, kind)) for kind, packs in kinds)
+        return each * len(spec.shares)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who does what share of the minibatch.
+
+    Attributes:
+        shares: per replica its samples.
+        ring: how many devices a replica wraps around.
+    """
+
+    shares: tuple[Samples, ...]
+    ring: int
+
+    @property
+    def mode(self) -> str:
+        """``"pp"``, ``"dp"`` or ``"dp+pp"``."""
+        if len(self.shares) == 1:
+            return "pp"
+        return "dp" if self.ring == 1 else "dp+pp"
+
+    @property
+    def share(self) -> int:
+        """Samples of the largest share."""
+        return max(high - low for low, high in self.shares)
+
 
 @dataclass(frozen=True)
 class Question:
     """What is to be planned.
 
     Attributes:
-        modes: ``"pp"``, ``"dp"`` or both.
+        replicas: how many replicas there may be.
         sizes: microbatch sizes to try; None for all that make sense.
         num_packs: of BACKWARD packs; None for any.
     """
@@ -44,18 +98,35 @@ class Question:
     machine: Machine
     minibatch: int
     phase: Phase
-    modes: tuple[str, ...]
+    replicas: tuple[int, ...]
     sizes: tuple[int, ...] | None = None
     num_packs: int | None = None
 
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of the smallest device."""
+        return min(device.memory_nbytes for device in self.machine.devices)
 
-def shares_of(question: Question, mode: str) -> tuple[Samples, ...]:
-    """Per replica its samples: all of them for PP, equal parts for DP."""
-    count = 1
+
+def replicas_of(mode: str, num_devices: int, minibatch: int, *, ordered: bool) -> tuple[int, ...]:
+    """Numbers of replicas that a mode may have: one share is the same step in all of them.
+
+    Args:
+        ordered: whether microbatches have to run one after the other, on one device each.
+    """
+    most = min(num_devices, minibatch)
+    if ordered or most == 1 or mode == "pp":
+        return (1,)
     if mode == "dp":
-        count = min(question.machine.num_devices, question.minibatch)
-    cuts = [question.minibatch * r // count for r in range(count + 1)]
-    return tuple((cuts[r], cuts[r + 1]) for r in range(count))
+        return (most,)
+    return tuple(r for r in range(1, most + 1) if num_devices % r == 0 or r == most)
+
+
+def layout(question: Question, replicas: int) -> Layout:
+    """The shares of a number of replicas: as equal as can be."""
+    cuts = [question.minibatch * r // replicas for r in range(replicas + 1)]
+    shares = tuple((cuts[r], cuts[r + 1]) for r in range(replicas))
+    return Layout(shares, question.machine.num_devices // replicas)
 
 
 def microbatch_sizes(question: Question, share: int) -> tuple[int, ...]:
@@ -68,50 +139,119 @@ def microbatch_sizes(question: Question, share: int) -> tuple[int, ...]:
     others = sorted((powers | divisors).difference(sizes), reverse=True)
     # Sizes that divide the share leave no small last microbatch; 1 is the last resort.
     chosen = (sizes + others)[: MAX_SIZES - 1]
-    return tuple(sorted({*chosen, 1}, reverse=True))
+    found = sorted({*chosen, 1}, reverse=True)
+    return tuple(size for size in found if share // size * 4 <= MAX_RUNS)
 
 
-def candidates(question: Question) -> Iterator[Candidate]:
-    """All candidates that the packing finds room for, in no particular order."""
-    for mode in question.modes:
-        shares = shares_of(question, mode)
-        share = max(high - low for low, high in shares)
-        for size in microbatch_sizes(question, share):
-            if share // size * 4 > MAX_RUNS and question.sizes is None:
-                continue
-            for policy in _policies(question, mode):
-                yield from _packed(question, mode, shares, size, policy)
-
-
-def _policies(question: Question, mode: str) -> Iterator[Policy]:
+def policies(question: Question, ring: int, *, few: bool = False) -> Iterator[Policy]:
     """Each policy, keeping boundary values on the devices or not."""
     # With several devices "swap" changes nothing in a pipeline, but "host" does.
-    is_ring = mode == "pp" and question.machine.num_devices > 1
-    for policy in POLICIES:
+    elsewhere = replace(Policy(), boundary="host" if ring > 1 else "swap").boundary
+    for policy in (POLICIES[0], POLICIES[-1]) if few else POLICIES:
         yield policy
-        yield replace(policy, boundary="host" if is_ring else "swap")
+        yield replace(policy, boundary=elsewhere)
 
 
-def _packed(
-    question: Question, mode: str, shares: tuple[Samples, ...], size: int, policy: Policy
+def packed(
+    question: Question, where: Layout, size: int, policy: Policy, *, few: bool = False
 ) -> Iterator[Candidate]:
-    budget = _budget(question, shares, size, policy)
-    packer, end = question.packer, question.packer.graph.num_layers
-    devices = 1 if mode == "dp" else question.machine.num_devices
-    most = question.num_packs or 4 * devices + 16
-    backward = packer.table(TaskKind.BACKWARD, size, budget, min(most, len(packer.cuts)))
+    """Candidates of one layout, microbatch size and policy, for any packing worth trying."""
+    budget = _budget(question, where, size, policy)
+    backward = question.packer.table(TaskKind.BACKWARD, size, budget)
     # The drop-in form and inference run the same packs forward as backward.
-    for count in _counts(backward, end, devices, question.num_packs):
-        packs = backward.packs(end, count)
-        if packs is None:
+    for packs in _backward_packs(question, backward, where.ring, few=few):
+        for first in _forward_packs(question, packs, size, budget, where.ring, few=few):
+            yield Candidate(where.mode, _spec(question, where, size, first, packs), policy)
+
+
+def _backward_packs(
+    question: Question, table: PackingTable, ring: int, *, few: bool
+) -> Iterator[tuple[Pack, ...]]:
+    """BACKWARD packs: balanced, and behind the largest last pack that fits.
+
+    The forward of the last pack is not repeated, so the larger it is, the less is computed; in a
+    ring balance is worth more.
+    """
+    end = question.packer.graph.num_layers
+    counts = _counts(table, end, ring, question.num_packs, few=few)
+    for count in counts:
+        packs = table.packs(end, count)
+        if packs is not None:
+            yield packs
+    last = table.largest_last(end)
+    if question.phase is not Phase.TRAIN or ring > 1 or not last:
+        return
+    for count in counts:
+        head = table.packs(last, count - 1) if count > 1 else None
+        if head is not None:
+            yield (*head, Pack(last, end))
+
+
+def coinciding(
+    question: Question,
+    where: Layout,
+    size: int,
+    policy: Policy,
+    counts: Iterable[int] | None = None,
+) -> Iterator[Candidate]:
+    """Candidates whose FORWARD packs are BACKWARD packs and leave room for what is kept.
+
+    Mirrored, so that what a FORWARD leaves on its device is where the BACKWARD runs.
+
+    Args:
+        counts: numbers of packs to try; None for a ladder of them.
+    """
+    end, ring = question.packer.graph.num_layers, where.ring
+    mirrored = replace(policy, mirror=ring > 1)
+    table = question.packer.table(
+        TaskKind.BACKWARD, size, _budget(question, where, size, mirrored)
+    )
+    fewest, most = table.fewest(end), table.most(end)
+    if fewest is None or most is None:
+        return
+    if question.num_packs is not None:
+        counts = (question.num_packs,)
+    for count in sorted({*(_ladder(fewest, ring, most) if counts is None else counts)}):
+        if not fewest <= count <= most:
             continue
-        for first in _forward_packs(question, packs, size, budget, devices):
-            spec = StepSpec(question.minibatch, size, size, first, packs, shares, question.phase)
-            yield Candidate(mode, spec, policy)
+        packs = table.packs(end, count)
+        if packs is not None:
+            spec = _spec(question, where, size, packs[:-1], packs)
+            yield Candidate(where.mode, spec, mirrored)
+
+
+def _ladder(fewest: int, ring: int, most: int) -> Iterator[int]:
+    """Numbers of packs: the same whatever the memory, as long as they fit, and the fewest."""
+    even = -(-fewest // ring) * ring
+    yield from (fewest, even)
+    count = ring
+    while count < min(most, MAX_FINER * even):
+        if even < count <= max(MANY, 2 * even):
+            yield count
+        count *= 2
+    if most <= MANY:
+        yield most
+
+
+def _spec(
+    question: Question,
+    where: Layout,
+    size: int,
+    forward: tuple[Pack, ...],
+    backward: tuple[Pack, ...],
+) -> StepSpec:
+    phase = question.phase
+    return StepSpec(question.minibatch, size, size, forward, backward, where.shares, phase)
 
 
 def _forward_packs(
-    question: Question, packs: tuple[Pack, ...], size: int, budget: Budget, devices: int
+    question: Question,
+    packs: tuple[Pack, ...],
+    size: int,
+    budget: Budget,
+    ring: int,
+    *,
+    few: bool,
 ) -> Iterator[tuple[Pack, ...]]:
     """FORWARD packs that go with some BACKWARD packs."""
     if question.phase is not Phase.TRAIN:
@@ -127,49 +267,46 @@ def _forward_packs(
         weight_nbytes=max(weights for weights, _ in slots),
         gradient_nbytes=max(gradients for _, gradients in slots),
     )
-    most = max(len(packs), 4 * devices)
-    table = question.packer.table(TaskKind.FORWARD, size, shared, most)
+    table = question.packer.table(TaskKind.FORWARD, size, shared)
     seen = {packs[:-1]}
     yield packs[:-1]
-    for count in _counts(table, end, devices, None):
+    for count in _counts(table, end, ring, None, few=few):
         found = table.packs(end, count)
         if found is not None and found not in seen:
             seen.add(found)
             yield found
 
 
-def _counts(table: PackingTable, end: int, devices: int, wanted: int | None) -> list[int]:
+def _counts(
+    table: PackingTable, end: int, ring: int, wanted: int | None, *, few: bool
+) -> list[int]:
     """Numbers of packs worth trying."""
     fewest = table.fewest(end)
     if fewest is None:
         return []
     if wanted is not None:
         return [wanted] if wanted >= fewest else []
-    even = -(-fewest // devices) * devices
-    return sorted({fewest, fewest + 1, 2 * fewest, even, even + devices, even + 1})
+    even = -(-fewest // ring) * ring
+    if few:
+        return sorted({fewest, even})
+    return sorted({fewest, fewest + 1, 2 * fewest, even, even + ring, even + 1})
 
 
-def _budget(
-    question: Question, shares: tuple[Samples, ...], size: int, policy: Policy
-) -> Budget:
-    share = max(high - low for low, high in shares)
-    microbatches = -(-share // size)
-    parked = 0
-    if policy.boundary == "keep":
-        # What a pipeline of N devices has in flight when the first comes round again.
-        ring = 1 if len(shares) > 1 else question.machine.num_devices
-        parked = max(0, microbatches - ring + 1)
-    memory = min(device.memory_nbytes for device in question.machine.devices)
-    return Budget(memory, policy, microbatches, parked)
+def _budget(question: Question, where: Layout, size: int, policy: Policy) -> Budget:
+    microbatches = -(-where.share // size)
+    waiting = parked(policy, where.ring, microbatches)
+    return Budget(question.memory_nbytes, policy, microbatches, waiting)
 
 
 def larger_forward(question: Question, found: Candidate) -> Iterator[Candidate]:
     """The candidate with FORWARD microbatches that are larger than the BACKWARD's (U_F > U_B).
 
-    None where a layer pins the size, since the recompute must see what the forward saw.
+    None where a layer pins the size, since the recompute must see what the forward saw, or where
+    nothing is recomputed.
     """
     spec = found.spec
-    if question.phase is not Phase.TRAIN or question.packer.graph.pins_microbatch():
+    pinned = question.packer.graph.pins_microbatch()
+    if question.phase is not Phase.TRAIN or pinned or spec.saved:
         return
     share = min(high - low for low, high in spec.shares)
     for factor in (2, 4):

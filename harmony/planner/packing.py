@@ -8,22 +8,21 @@ fastest; where that leaves a choice, boundaries that carry few bytes are preferr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
-from typing import TypeVar
+from typing import NamedTuple
 
 from harmony.errors import DoesNotFitError
 from harmony.layergraph import LayerGraph
-from harmony.planner.cost import CostTable, LayerCost
+from harmony.planner.cost import CostTable, update_s
+from harmony.planner.memory import arena_nbytes, resident_nbytes
+from harmony.planner.partition import PackingTable, Window
 from harmony.planner.policy import LEAN, Policy
-from harmony.planner.tasks import Pack, TaskKind
-from harmony.units import aligned, format_bytes
+from harmony.planner.ranges import Ranges, SizedCosts, slot_nbytes
+from harmony.planner.tasks import Pack, TaskKind, state
+from harmony.units import format_bytes
 
-Number = TypeVar("Number", int, float)
-
-MAX_CUTS = 64
+MAX_CUTS = 512
 """A model of more layers is cut only at this many places, those where the fewest bytes cross."""
 
 
@@ -46,17 +45,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class _Range:
-    """Bytes of the layers of a range, for any microbatch size."""
-
-    weights: int
-    gradients: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    made: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Need:
     """Bytes that one pack needs on a device while its tasks run."""
 
@@ -76,188 +64,198 @@ class Need:
         )
 
 
+class PackFacts(NamedTuple):
+    """What a search asks about a pack at one microbatch size: seconds and bytes.
+
+    ``backward_s`` is without the recompute of the forward; ``saved`` is what a FORWARD leaves for
+    its BACKWARD, ``update_s`` is the update on the host; ``shares`` says whether other packs use
+    some of its parameters too. ``transient`` is the workspace of a BACKWARD beside what was saved,
+    ``resident`` what stays on the device of a pack whose weights stay between steps.
+    """
+
+    forward_s: float
+    backward_s: float
+    update_s: float
+    weights: int
+    gradients: int
+    inputs: int
+    outputs: int
+    saved: int
+    shares: bool
+    forward_workspace: int
+    backward_workspace: int
+    transient: int
+    resident: int
+
+
 class Packer:
     """Packs the layers of one model, for any kind of task, microbatch size and budget."""
 
     def __init__(self, graph: LayerGraph, costs: CostTable) -> None:
         self.graph = graph
         self.costs = costs
-        self._ranges: dict[tuple[int, int], _Range] = {}
-        self._layers: dict[int, _Layers] = {}
+        self.ranges = Ranges(graph)
+        self._sizes: dict[int, SizedCosts] = {}
+        self._facts: dict[tuple[int, int, int], PackFacts] = {}
+        self._tables: dict[tuple[object, ...], PackingTable] = {}
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
         """Places where a pack may begin or end."""
-        return _choose_cuts(self.graph)
+        return _choose_cuts(self.ranges)
+
+    @cached_property
+    def arena_nbytes(self) -> int:
+        """Bytes of host memory for parameters, gradients and optimizer state."""
+        return arena_nbytes(self.graph)
 
     def need(self, kind: TaskKind, pack: Pack, num_samples: int, budget: Budget) -> Need:
         """Bytes that a pack's tasks need on a device, estimated from above.
 
         The checker has the last word, since it knows what else is on the device at that moment.
         """
-        found = self._range(pack.first, pack.last)
-        layers = self._sized(num_samples)
-        policy = budget.policy
-        gradients = found.gradients if kind is TaskKind.BACKWARD else 0
-        slots = policy.weight_slots * max(aligned(found.weights), budget.weight_nbytes)
-        slots += policy.gradient_slots * max(aligned(gradients), budget.gradient_nbytes)
-        inputs, outputs = layers.nbytes(found.inputs), layers.nbytes(found.outputs)
-        ahead = 1 + min(policy.lookahead, budget.microbatches - 1)
-        if kind is TaskKind.FORWARD:
-            values = ahead * (inputs + outputs)
-            workspace = max(layers.forward[pack.first : pack.last])
-        else:
-            # The gradients of inputs and outputs are as large as they are.
-            values = ahead * 2 * inputs + ahead * outputs
-            saved = layers.saved[pack.last] - layers.saved[pack.first]
-            workspace = saved + layers.nbytes(found.made)
-            workspace += max(layers.backward[pack.first : pack.last])
+        first, last = pack.first, pack.last
+        inputs, outputs = self.boundary_nbytes(pack, num_samples)
+        slots, workspace = self._growing(kind, first, last, num_samples, budget)
+        ahead = 1 + min(budget.policy.lookahead, budget.microbatches - 1)
+        # The gradients of inputs and outputs are as large as they are.
+        in_, out = (1, 1) if kind is TaskKind.FORWARD else (2, 1)
+        values = ahead * (in_ * inputs + out * outputs)
         values += budget.parked * max(inputs, outputs)
         return Need(slots, values, workspace)
 
+    def _growing(
+        self, kind: TaskKind, first: int, last: int, num_samples: int, budget: Budget
+    ) -> tuple[int, int]:
+        """Bytes of slots and workspace: never less for a larger range."""
+        policy = budget.policy
+        weights, gradients = slot_nbytes(self.ranges, first, last)
+        if kind is TaskKind.FORWARD:
+            gradients = 0
+        workspace = self._workspace(kind, first, last, num_samples)
+        slots = policy.weight_slots * max(weights, budget.weight_nbytes)
+        slots += policy.gradient_slots * max(gradients, budget.gradient_nbytes)
+        return slots, workspace
+
+    def _workspace(self, kind: TaskKind, first: int, last: int, num_samples: int) -> int:
+        sized = self.sized(num_samples)
+        if kind is TaskKind.FORWARD:
+            return max(sized.forward[first:last])
+        found = sized.saved[last] - sized.saved[first]
+        found += sized.nbytes(self.ranges.made(first, last))
+        return found + max(sized.backward[first:last])
+
     def seconds(self, kind: TaskKind, pack: Pack, num_samples: int) -> float:
-        """Seconds of one task of the pack."""
-        layers = self._sized(num_samples)
-        sums = layers.forward_s if kind is TaskKind.FORWARD else layers.backward_s
-        return sums[pack.last] - sums[pack.first]
+        """Seconds of one task of the pack; a BACKWARD recomputes its forward."""
+        sized = self.sized(num_samples)
+        found = sized.forward_s[pack.last] - sized.forward_s[pack.first]
+        if kind is TaskKind.BACKWARD:
+            found += sized.backward_s[pack.last] - sized.backward_s[pack.first]
+        return found
 
     def slot_nbytes(self, pack: Pack) -> tuple[int, int]:
         """Bytes of the pack's weights and of its gradients, shared parameters included."""
-        found = self._range(pack.first, pack.last)
-        return aligned(found.weights), aligned(found.gradients)
+        return slot_nbytes(self.ranges, pack.first, pack.last)
 
     def boundary_nbytes(self, pack: Pack, num_samples: int) -> tuple[int, int]:
         """Bytes of the values that enter the pack and of those that leave it."""
-        found, layers = self._range(pack.first, pack.last), self._sized(num_samples)
-        return layers.nbytes(found.inputs), layers.nbytes(found.outputs)
+        sized, ranges = self.sized(num_samples), self.ranges
+        inputs = ranges.inputs(pack.first, pack.last)
+        return sized.nbytes(inputs), sized.nbytes(ranges.outputs(pack.first, pack.last))
 
-    def table(
-        self, kind: TaskKind, num_samples: int, budget: Budget, max_packs: int
-    ) -> PackingTable:
-        """Solve for every end and every number of packs up to ``max_packs``."""
-        cuts = self.cuts
-        best: list[list[_Best | None]] = [[_Best(0.0, 0, -1)] + [None] * (len(cuts) - 1)]
-        choices = [self._fitting(kind, j, num_samples, budget) for j in range(len(cuts))]
-        for _ in range(max_packs):
-            before, row = best[-1], [None] * len(cuts)
-            best.append([_extend(before, choices[j]) for j, _ in enumerate(row)])
-        return PackingTable(cuts, best)
-
-    def _fitting(
-        self, kind: TaskKind, end: int, num_samples: int, budget: Budget
-    ) -> list[tuple[int, float, int]]:
-        """Packs that end at cut ``end`` and fit: first cut, seconds, bytes of their inputs."""
-        found = []
-        layers = self._sized(num_samples)
-        for first in range(end - 1, -1, -1):
-            pack = Pack(self.cuts[first], self.cuts[end])
-            need = self.need(kind, pack, num_samples, budget)
-            if need.slots > budget.memory_nbytes:
-                break  # slots only grow with the pack
-            if need.nbytes <= budget.memory_nbytes:
-                inputs = layers.nbytes(self._range(pack.first, pack.last).inputs)
-                found.append((first, self.seconds(kind, pack, num_samples), inputs))
+    def facts(self, pack: Pack, num_samples: int) -> PackFacts:
+        """All of it at once, remembered: a search asks for the same packs many times."""
+        key = (pack.first, pack.last, num_samples)
+        found = self._facts.get(key)
+        if found is None:
+            sized = self.sized(num_samples)
+            found = self._facts[key] = PackFacts(
+                sized.forward_s[pack.last] - sized.forward_s[pack.first],
+                sized.backward_s[pack.last] - sized.backward_s[pack.first],
+                update_s(self.costs, pack),
+                *self.slot_nbytes(pack),
+                *self.boundary_nbytes(pack, num_samples),
+                self.saved_nbytes(pack, num_samples),
+                self.ranges.uses_shared(pack.first, pack.last),
+                self._workspace(TaskKind.FORWARD, pack.first, pack.last, num_samples),
+                self._workspace(TaskKind.BACKWARD, pack.first, pack.last, num_samples),
+                max(sized.backward[pack.first : pack.last]),
+                self._resident_nbytes(pack),
+            )
         return found
 
-    def _range(self, first: int, last: int) -> _Range:
-        if (first, last) not in self._ranges:
-            graph = self.graph
-            made = [v for i in range(first, last) for v in graph.layers[i].outputs]
-            self._ranges[first, last] = _Range(
-                graph.weight_nbytes(range(first, last)),
-                graph.gradient_nbytes(range(first, last)),
-                self._bytes(graph.pack_inputs(first, last)),
-                self._bytes(graph.pack_outputs(first, last)),
-                self._bytes(made),
-            )
-        return self._ranges[first, last]
+    def _resident_nbytes(self, pack: Pack) -> int:
+        weights, gradients = self.slot_nbytes(pack)
+        return weights + gradients + (gradients and resident_nbytes(state(pack), self.graph))
 
-    def _bytes(self, values: Sequence[int]) -> tuple[int, int]:
-        chosen = [self.graph.values[v] for v in values]
-        return sum(v.nbytes_fixed for v in chosen), sum(v.nbytes_per_sample for v in chosen)
+    def saved_nbytes(self, pack: Pack, num_samples: int) -> int:
+        """Bytes that a FORWARD of the pack leaves for its BACKWARD: `LayerGraph.saved_nbytes`."""
+        sized, ranges = self.sized(num_samples), self.ranges
+        found = sized.kept[pack.last] - sized.kept[pack.first]
+        found += sized.nbytes(ranges.made(pack.first, pack.last))
+        return found + sized.nbytes(ranges.inputs(pack.first, pack.last))
 
-    def _sized(self, num_samples: int) -> _Layers:
-        if num_samples not in self._layers:
-            self._layers[num_samples] = _Layers(self.graph, self.costs, num_samples)
-        return self._layers[num_samples]
+    def sized(self, num_samples: int) -> SizedCosts:
+        """Costs of the layers at one microbatch size."""
+        if num_samples not in self._sizes:
+            self._sizes[num_samples] = SizedCosts(self.ranges, self.costs, num_samples)
+        return self._sizes[num_samples]
 
+    def table(self, kind: TaskKind, num_samples: int, budget: Budget) -> PackingTable:
+        """The best partitions, for every end and every number of packs."""
+        windows = self._windows(kind, num_samples, budget)
+        key = (kind, num_samples, tuple(windows))
+        # Budgets that differ a little mostly allow the same packs.
+        if key not in self._tables:
+            sized = self.sized(num_samples)
+            seconds = [sized.forward_s[cut] for cut in self.cuts]
+            if kind is TaskKind.BACKWARD:
+                seconds = [sized.forward_s[cut] + sized.backward_s[cut] for cut in self.cuts]
 
-class _Layers:
-    """Costs of all layers at one microbatch size, summed up from the first layer on.
+            def entering(pack: Pack) -> int:
+                return sized.nbytes(self.ranges.inputs(pack.first, pack.last))
 
-    Attributes:
-        forward_s, backward_s, saved: sums over the layers before each place.
-        forward, backward: per layer the bytes beyond what its pack keeps anyway; the values
-            that cross the layer count in full.
-    """
+            self._tables[key] = PackingTable(self.cuts, seconds, windows, entering)
+        return self._tables[key]
 
-    def __init__(self, graph: LayerGraph, costs: CostTable, num_samples: int) -> None:
-        self.num_samples = num_samples
-        table = [costs.layer(i, num_samples) for i in range(graph.num_layers)]
-        self.forward_s = _sums([c.forward_s for c in table])
-        self.backward_s = _sums([c.forward_s + c.backward_s for c in table])
-        self.saved = _sums([c.saved_nbytes for c in table])
-        crossing = [self.nbytes(pair) for pair in _crossing(graph)]
-        self.forward = [self._forward(c, crossing, i) for i, c in enumerate(table)]
-        self.backward = [
-            max(c.forward_nbytes, c.backward_nbytes + crossing[i + 1])
-            for i, c in enumerate(table)
-        ]
+    def _windows(self, kind: TaskKind, num_samples: int, budget: Budget) -> list[Window]:
+        """Per cut the packs that end there and fit.
 
-    @staticmethod
-    def _forward(cost: LayerCost, crossing: Sequence[int], layer: int) -> int:
-        return cost.forward_nbytes + crossing[layer] + crossing[layer + 1]
+        Slots and workspace only grow with a pack, what enters it may shrink. So below some first
+        cut no pack fits, above another one every pack does, and those between are tried.
+        """
+        cuts, memory, never, always = self.cuts, budget.memory_nbytes, 0, 0
+        sized = self.sized(num_samples)
+        crossing = sized.crossing
+        ahead = 1 + min(budget.policy.lookahead, budget.microbatches - 1)
+        times = ahead * (2 if kind is TaskKind.FORWARD else 3) + budget.parked
+        windows = [Window(0, ())]
+        for end in range(1, len(cuts)):
+            last = cuts[end]
 
-    def nbytes(self, pair: tuple[int, ...]) -> int:
-        """Bytes of values given as fixed bytes and bytes per sample."""
-        return pair[0] + pair[1] * self.num_samples
+            def growing(first: int, last: int = last) -> int:
+                return sum(self._growing(kind, cuts[first], last, num_samples, budget))
 
-
-@dataclass(frozen=True)
-class _Best:
-    """The best partition up to a cut: its slowest pack, bytes on its boundaries, last cut."""
-
-    slowest_s: float
-    crossing: int
-    previous: int
-
-
-def _extend(
-    before: Sequence[_Best | None], choices: Sequence[tuple[int, float, int]]
-) -> _Best | None:
-    best: tuple[float, int, int] | None = None
-    for first, seconds, inputs in choices:
-        head = before[first]
-        if head is None:
-            continue
-        found = (max(head.slowest_s, seconds), head.crossing + inputs, first)
-        if best is None or found < best:
-            best = found
-    return None if best is None else _Best(*best)
-
-
-@dataclass(frozen=True)
-class PackingTable:
-    """The best partitions of all beginnings of the model."""
-
-    cuts: tuple[int, ...]
-    best: list[list[_Best | None]]
-
-    def fewest(self, end: int) -> int | None:
-        """The fewest packs that cover layers 0 to ``end - 1``; None if none do."""
-        at = self.cuts.index(end)
-        return next((k for k, row in enumerate(self.best) if row[at] is not None), None)
-
-    def packs(self, end: int, num_packs: int) -> tuple[Pack, ...] | None:
-        """The best partition of layers 0 to ``end - 1`` into that many packs; None if none."""
-        at, packs = self.cuts.index(end), list[Pack]()
-        for k in range(num_packs, 0, -1):
-            item = self.best[k][at] if k < len(self.best) else None
-            if item is None:
-                return None
-            packs.append(Pack(self.cuts[item.previous], self.cuts[at]))
-            at = item.previous
-        return tuple(reversed(packs)) if at == 0 else None
+            while never < end and growing(never) > memory:
+                never += 1
+            most = max(crossing[cuts[never] : last + 1])
+            most += sized.nbytes(self.ranges.returned(last))
+            room = memory - times * most
+            # Both move little from one end to the next.
+            always = max(never, min(always, end))
+            while always < end and growing(always) > room:
+                always += 1
+            while always > never and growing(always - 1) <= room:
+                always -= 1
+            odd = [
+                first
+                for first in range(always - 1, never - 1, -1)
+                if self.need(kind, Pack(cuts[first], last), num_samples, budget).nbytes <= memory
+            ]
+            while odd and odd[0] == always - 1:
+                always = odd.pop(0)
+            windows.append(Window(always, tuple(odd)))
+        return windows
 
 
 def pack_layers(
@@ -274,7 +272,7 @@ def pack_layers(
         DoesNotFitError: if a layer does not fit even alone, or not into that many packs.
     """
     packer = Packer(graph, costs)
-    table = packer.table(kind, num_samples, budget, num_packs or len(packer.cuts))
+    table = packer.table(kind, num_samples, budget)
     count = num_packs or table.fewest(graph.num_layers)
     packs = None if count is None else table.packs(graph.num_layers, count)
     if packs is None:
@@ -314,28 +312,12 @@ def suggest_memory(nbytes: int) -> str:
     return f"{-(-mib // step) * step}MiB"
 
 
-def _sums(items: Sequence[Number]) -> list[Number]:
-    """Sums of the items before each place, and of all."""
-    return list(accumulate(items, initial=type(items[0])(0)))
-
-
-def _crossing(graph: LayerGraph) -> list[tuple[int, int]]:
-    """Per place between layers the values that cross it: fixed bytes, bytes per sample."""
-    fixed, per_sample = [0] * (graph.num_layers + 1), [0] * (graph.num_layers + 1)
-    for value in graph.values:
-        last = value.consumers[-1] if value.consumers else value.producer + 1
-        for place in range(value.producer + 1, last + 1):
-            fixed[place] += value.nbytes_fixed
-            per_sample[place] += value.nbytes_per_sample
-    return list(zip(fixed, per_sample, strict=True))
-
-
-def _choose_cuts(graph: LayerGraph) -> tuple[int, ...]:
+def _choose_cuts(ranges: Ranges) -> tuple[int, ...]:
     """All places of a small model; of a large one the cheapest place of each stretch."""
-    num_layers = graph.num_layers
+    num_layers = ranges.graph.num_layers
     if num_layers <= MAX_CUTS:
         return tuple(range(num_layers + 1))
-    crossing = [fixed + per_sample for fixed, per_sample in _crossing(graph)]
+    crossing = [sum(ranges.crossing(place)) for place in range(num_layers + 1)]
     cuts = [0]
     for stretch in range(1, MAX_CUTS):
         low = max(cuts[-1] + 1, (stretch * num_layers - num_layers // 2) // MAX_CUTS)

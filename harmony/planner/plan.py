@@ -8,6 +8,7 @@ from typing import Any
 
 from harmony.errors import PlanError
 from harmony.machine import Machine
+from harmony.planner.decisions import Decision
 from harmony.planner.policy import Policy
 from harmony.planner.schedule import Schedule
 from harmony.planner.tasks import Pack, Phase, StepSpec, TaskKind
@@ -19,7 +20,8 @@ class Plan:
     """How one minibatch is trained, and what that is predicted to cost.
 
     Attributes:
-        mode: ``"pp"`` (packs wrap around the GPUs) or ``"dp"`` (each GPU has a share).
+        mode: ``"pp"`` (packs wrap around the GPUs), ``"dp"`` (each GPU has a share) or
+            ``"dp+pp"`` (packs of each share wrap around some of the GPUs).
         spec: packs, microbatch sizes and shares; its phase is the one that was planned.
         schedules: per phase its schedule; ``schedule`` is that of ``spec.phase``.
         step_s: predicted seconds of the planned phase.
@@ -32,6 +34,10 @@ class Plan:
         advice: what to change to be faster, in a sentence.
         alternatives: the other candidates that were looked at, best first: what they are, and
             the seconds of a step or why they were refused.
+        model: fingerprint of the model that it was made for; empty if unknown.
+        bound_s: seconds that a step takes at least, whatever the plan; 0 if unknown.
+        bound_reason: what takes them, in words.
+        decisions: what was chosen automatically, and the alternatives.
     """
 
     mode: str
@@ -47,6 +53,10 @@ class Plan:
     bound: str
     advice: str
     alternatives: tuple[tuple[str, float | str], ...] = field(default=(), repr=False)
+    model: str = ""
+    bound_s: float = 0.0
+    bound_reason: str = ""
+    decisions: tuple[Decision, ...] = field(default=(), repr=False)
 
     @property
     def schedule(self) -> Schedule:
@@ -86,6 +96,7 @@ class Plan:
                 "shares": [list(share) for share in spec.shares],
                 "phase": spec.phase.value,
                 "saved": _bounds(spec.saved),
+                "saved_runs": spec.saved_runs,
             },
             "policy": {
                 **asdict(self.policy),
@@ -101,6 +112,10 @@ class Plan:
             "bound": self.bound,
             "advice": self.advice,
             "alternatives": [list(item) for item in self.alternatives],
+            "model": self.model,
+            "bound_s": self.bound_s,
+            "bound_reason": self.bound_reason,
+            "decisions": [asdict(decision) for decision in self.decisions],
         }
 
     @staticmethod
@@ -138,6 +153,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
             tuple((low, high) for low, high in spec["shares"]),
             Phase(spec["phase"]),
             _packs(spec["saved"]),
+            spec.get("saved_runs", 0),
         ),
         policy=Policy(
             **{
@@ -155,13 +171,22 @@ def _read(data: Mapping[str, Any]) -> Plan:
         bound=data["bound"],
         advice=data["advice"],
         alternatives=tuple((what, outcome) for what, outcome in data["alternatives"]),
+        model=data.get("model", ""),
+        bound_s=data.get("bound_s", 0.0),
+        bound_reason=data.get("bound_reason", ""),
+        decisions=tuple(_decision(item) for item in data.get("decisions", ())),
     )
 
 
+def _decision(data: Mapping[str, Any]) -> Decision:
+    others = tuple((what, outcome) for what, outcome in data["alternatives"])
+    return Decision(data["name"], data["chosen"], data["why"], others)
+
+
 def describe_spec(spec: StepSpec, policy: Policy) -> str:
-    """One line: mode, microbatches, packs, policy."""
+    """One line: mode, microbatches, packs, what is kept, policy."""
     replicas = len(spec.shares)
-    mode = f"dp over {replicas} GPUs" if replicas > 1 else "pp"
+    mode = f"dp over {replicas} replicas" if replicas > 1 else "pp"
     forward = len(spec.microbatches(0, TaskKind.FORWARD))
     sizes = f"{forward} x {spec.forward_size}"
     if spec.backward_size != spec.forward_size:
@@ -169,10 +194,23 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
         sizes += f" forward, {backward} x {spec.backward_size} backward"
     packs = f"{len(spec.forward_packs)} FORWARD and {len(spec.backward_packs)} BACKWARD packs"
     return (
-        f"{mode}, microbatches {sizes}, {packs}, {policy.weight_slots} weight slots,"
+        f"{mode}, microbatches {sizes}, {packs}, {_kept(spec, policy)}"
+        f"{policy.weight_slots} weight slots,"
         f" {policy.gradient_slots} gradient slots, lookahead {policy.lookahead},"
-        f" boundaries {policy.boundary}"
+        f" boundaries {policy.boundary}{', mirrored' if policy.mirror else ''}"
     )
+
+
+def _kept(spec: StepSpec, policy: Policy) -> str:
+    runs = len(spec.microbatches(0, TaskKind.FORWARD))
+    some = f" of {spec.saved_runs}/{runs} microbatches" if spec.saved and spec.saved_runs else ""
+    counts = (
+        (len(spec.saved) - len(policy.offload), f"keep activations{some}"),
+        (len(policy.offload), f"offload activations{some}"),
+        (len(policy.resident), "stay resident"),
+        (policy.hold, "a GPU hold weights"),
+    )
+    return "".join(f"{count} {what}, " for count, what in counts if count > 0)
 
 
 def plan_phase(plan: Plan, phase: Phase) -> Schedule:

@@ -7,76 +7,56 @@ figures are those of the very schedule that will run.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.bound import binding
-from harmony.planner.build import build_tasks
 from harmony.planner.candidates import (
     POLICIES,
     Candidate,
     Question,
-    candidates,
     larger_forward,
+    replicas_of,
 )
 from harmony.planner.cost import CostTable
-from harmony.planner.memory import arena_nbytes, host_nbytes, stash_nbytes
+from harmony.planner.decisions import decide
+from harmony.planner.lowerbound import lower_bound
+from harmony.planner.memory import arena_nbytes
 from harmony.planner.packing import Budget, Packer, check_layers, suggest_memory
-from harmony.planner.passes import lower
 from harmony.planner.plan import Plan, describe_spec, plan_phase
-from harmony.planner.policy import LEAN, Policy
-from harmony.planner.schedule import Schedule
-from harmony.planner.simulate import simulate
-from harmony.planner.sketch import estimate_step_s
-from harmony.planner.tasks import Phase, StepSpec, TaskGraph, TaskKind
-from harmony.planner.verify import verify
-from harmony.timeline import Timeline
+from harmony.planner.policy import Policy
+from harmony.planner.ranking import Ranking, handicap
+from harmony.planner.tasks import Phase
+from harmony.planner.trial import Fitting, TooLarge, Trial, Tried
 from harmony.units import format_bytes
 
 __all__ = ["Plan", "Policy", "choose", "plan_phase"]
 
 Mode = Literal["auto", "pp", "dp"]
-MAX_LOWERED = 6
-MAX_REFUSED = 24
+MAX_LOWERED = 4
+MAX_REFUSED = 12
 """How many candidates are lowered and fit, and how many are lowered and do not."""
 
-MAX_RUNS_LOWERED = 2500
-"""How many Runs all those may have; it bounds the time of a search for a large model."""
+RUNS_LOWERED = 2000
+RUNS_PER_LAYER = 10
+"""How many Runs all those have together, about; it bounds the time of a search."""
+
+SURPRISED = 3
+"""How many times as many they may have while something is estimated to be clearly faster."""
+
+UNEQUAL = 3
+"""Of how many candidates that recompute everything unequal microbatch sizes are tried."""
 
 CLOSE = 1.03
 """The estimate is about this exact: nothing estimated slower than this is worth lowering."""
 
 WORTHWHILE = 0.97
 """Unequal microbatch sizes must be this much faster: they recompute with other batch sizes."""
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """A candidate that was simulated.
-
-    Attributes:
-        lowered: tasks and schedule of the phases that make up a step.
-        timeline: of the planned phase.
-        total_s: seconds of a whole step.
-    """
-
-    candidate: Candidate
-    lowered: dict[Phase, tuple[TaskGraph, Schedule]]
-    timeline: Timeline
-    total_s: float
-
-
-@dataclass(frozen=True)
-class _Fitting:
-    """A candidate whose schedules, of all phases, were verified."""
-
-    tried: _Tried
-    schedules: dict[Phase, Schedule]
-    host_nbytes: int
 
 
 def choose(
@@ -88,11 +68,15 @@ def choose(
     mode: Mode | str = "auto",
     microbatch_size: int | Literal["auto"] | str = "auto",
     num_packs: int | None = None,
+    replicas: int | None = None,
     phase: Phase = Phase.TRAIN,
 ) -> Plan:
     """Return the fastest plan that fits; the same question always gets the same answer.
 
     Args:
+        mode: ``"pp"``: one pipeline; ``"dp"``: a replica on each device; ``"auto"``: either, or
+            several replicas with a pipeline each.
+        replicas: so many, whatever ``mode`` says.
         phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for the drop-in form, where
             the plan then has schedules for both; ``INFER`` for inference alone.
 
@@ -100,23 +84,58 @@ def choose(
         ConfigError: if an option makes no sense.
         DoesNotFitError: if no plan fits; it says what does not, by how much, and what to change.
     """
-    question = _question(graph, costs, machine, minibatch, mode, microbatch_size, num_packs, phase)
+    question = ask(
+        graph,
+        costs,
+        machine,
+        minibatch,
+        mode=mode,
+        microbatch_size=microbatch_size,
+        num_packs=num_packs,
+        replicas=replicas,
+        phase=phase,
+    )
     _check_host(graph, machine)
     search = _Search(question)
-    best = search.run()
-    return search.plan_of(best)
+    with _no_collection():
+        best = search.run()
+        return search.plan_of(best)
 
 
-def _question(
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking, again and again, at all that a search makes.
+
+    Schedules are hundreds of thousands of objects without a cycle; walking them for some takes a
+    quarter of the time of a search.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def ask(
     graph: LayerGraph,
     costs: CostTable,
     machine: Machine,
     minibatch: int,
-    mode: str,
-    size: int | str,
-    num_packs: int | None,
-    phase: Phase,
+    *,
+    mode: str = "auto",
+    microbatch_size: int | str = "auto",
+    num_packs: int | None = None,
+    replicas: int | None = None,
+    phase: Phase = Phase.TRAIN,
 ) -> Question:
+    """Return what `choose` is asked, its options checked.
+
+    Raises:
+        ConfigError: if an option makes no sense.
+    """
+    size = microbatch_size
     if minibatch < 1:
         raise ConfigError(f"a minibatch needs at least 1 sample, not {minibatch}")
     if mode not in ("auto", "pp", "dp"):
@@ -133,11 +152,11 @@ def _question(
             f"mode='dp': {names[0]} changes its buffers from microbatch to microbatch, which has "
             "to happen in order. Use mode='pp' or 'auto'"
         )
-    # One share is the same step in both modes.
-    both = several and not ordered
-    modes = ("pp",) if not both else ("pp", "dp") if mode == "auto" else (mode,)
+    counts = replicas_of(mode, machine.num_devices, minibatch, ordered=ordered)
+    if replicas is not None:
+        counts = (replicas,)
     sizes = (size,) if isinstance(size, int) else None
-    return Question(Packer(graph, costs), machine, minibatch, phase, modes, sizes, num_packs)
+    return Question(Packer(graph, costs), machine, minibatch, phase, counts, sizes, num_packs)
 
 
 class _Search:
@@ -146,37 +165,51 @@ class _Search:
     def __init__(self, question: Question) -> None:
         self.question = question
         self.graph = question.packer.graph
-        self.costs = question.packer.costs
+        self.trial = Trial(question)
+        self.ranking = Ranking(question)
         self.outcomes: dict[str, float | str] = {}
+        self.simulated: dict[Candidate, float] = {}
         self.closest: tuple[int, str] | None = None
+        self.max_runs = RUNS_LOWERED + RUNS_PER_LAYER * self.graph.num_layers
 
-    def run(self) -> _Fitting:
+    def run(self) -> Fitting:
         """Return the fastest candidate that fits.
 
         Raises:
             DoesNotFitError: if none does.
         """
+        self.ranking.fill()
         found = self._most_promising()
         found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
-        for tried in sorted(found, key=lambda tried: tried.total_s):
+        for tried in sorted(found, key=_counted_s):
             fitting = self._verified(tried)
+            if fitting is not None:
+                return fitting
+        # What was promising did not fit the host, or nothing fitted a device.
+        for _, candidate in self.ranking.rest(self.max_runs):
+            tried_ = self._simulated(candidate)
+            fitting = None if tried_ is None else self._verified(tried_)
             if fitting is not None:
                 return fitting
         raise self._explain()
 
-    def plan_of(self, best: _Fitting) -> Plan:
+    def plan_of(self, best: Fitting) -> Plan:
         """The plan of a candidate, with everything that people want to know."""
-        candidate, timeline = best.tried.candidate, best.tried.timeline
-        bound, advice = binding(timeline, best.schedules[candidate.spec.phase], candidate.spec)
-        chosen = describe_spec(candidate.spec, candidate.policy)
+        candidate, timeline = best.tried.candidate, best.timeline
+        spec, question = candidate.spec, self.question
+        bound, advice = binding(timeline, best.schedules[spec.phase], spec)
+        chosen = describe_spec(spec, candidate.policy)
         others = [item for item in self.outcomes.items() if item[0] != chosen]
         others.sort(key=lambda item: (isinstance(item[1], str), item[1]))
+        bounds = lower_bound(
+            self.graph, question.packer.costs, question.machine, question.minibatch, spec.phase
+        )
         return Plan(
             mode=candidate.mode,
-            minibatch=candidate.spec.minibatch,
-            spec=candidate.spec,
+            minibatch=spec.minibatch,
+            spec=spec,
             policy=candidate.policy,
-            machine=self.question.machine,
+            machine=question.machine,
             schedules=best.schedules,
             step_s=timeline.step_s,
             peak_nbytes=tuple(timeline.peak_nbytes),
@@ -185,34 +218,45 @@ class _Search:
             bound=bound,
             advice=advice,
             alternatives=tuple(others),
+            model=self.graph.fingerprint,
+            bound_s=bounds.step_s,
+            bound_reason=bounds.reason,
+            decisions=decide(
+                candidate,
+                best.tried.total_s,
+                self.ranking.estimates(),
+                self.simulated,
+                self.ranking.refused,
+            ),
         )
 
-    def _most_promising(self) -> list[_Tried]:
+    def _most_promising(self) -> list[Tried]:
         """Simulate candidates by estimated time, until the estimates are clearly worse."""
-        found: list[_Tried] = []
-        refused, lowered, best_s = 0, 0, float("inf")
-        for step_s, candidate in self._ranked():
-            if len(found) >= MAX_LOWERED or step_s > CLOSE * best_s:
+        found: list[Tried] = []
+        lowered, refused, best_s = 0, 0, float("inf")
+        for step_s, candidate in self.ranking.promising(self.max_runs):
+            if len(found) >= MAX_LOWERED or step_s > CLOSE * best_s or refused >= MAX_REFUSED:
                 break
-            if found and (refused >= MAX_REFUSED or lowered >= MAX_RUNS_LOWERED):
+            # An estimate that turned out far too low must not be what the search ends with.
+            more = SURPRISED if step_s < WORTHWHILE * best_s else 1
+            if found and lowered + candidate.num_runs > more * self.max_runs:
                 break
-            if refused >= 4 * MAX_REFUSED:
-                break
-            lowered += _runs(candidate)
             tried = self._simulated(candidate)
             if tried is None:
                 refused += 1
-            else:
-                found.append(tried)
-                best_s = min(best_s, tried.total_s)
-        return sorted(found, key=lambda tried: tried.total_s)
+                continue
+            lowered += candidate.num_runs
+            found.append(tried)
+            best_s = min(best_s, _counted_s(tried))
+        return sorted(found, key=_counted_s)
 
-    def _unequal(self, best: _Tried) -> list[_Tried]:
-        """Variants of the best with U_F > U_B that are clearly faster."""
+    def _unequal(self, best: Tried) -> list[Tried]:
+        """Variants with U_F > U_B, of the best and of those that recompute, clearly faster."""
         found = []
-        limit_s = WORTHWHILE * self._estimate_s(best.candidate)
-        for candidate in larger_forward(self.question, best.candidate):
-            if self._estimate_s(candidate) > CLOSE * limit_s:
+        limit_s = WORTHWHILE * self.ranking.estimate_s(best.candidate)
+        bases = dict.fromkeys([best.candidate, *self.ranking.recomputing(UNEQUAL)])
+        for candidate in (c for base in bases for c in larger_forward(self.question, base)):
+            if self.ranking.estimate_s(candidate) > CLOSE * limit_s:
                 continue
             tried = self._simulated(candidate)
             if tried is not None and tried.total_s < WORTHWHILE * best.total_s:
@@ -222,89 +266,28 @@ class _Search:
                 self.outcomes[what] = "hardly faster, and it recomputes with other batch sizes"
         return found
 
-    def _ranked(self) -> list[tuple[float, Candidate]]:
-        """Candidates by estimated time; of those within a percent, the one with fewest Runs."""
-        found = [(self._estimate_s(c), c) for c in candidates(self.question)]
-        return sorted(found, key=lambda item: (round(100 * math.log(item[0])), _runs(item[1])))
-
-    def _estimate_s(self, candidate: Candidate) -> float:
-        packer, machine = self.question.packer, self.question.machine
-        phases = _timed_phases(candidate.spec.phase)
-        specs = [_for_phase(candidate.spec, phase) for phase in phases]
-        parts = [estimate_step_s(packer, machine, spec, candidate.policy) for spec in specs]
-        return max(sum(parts), 1e-9)
-
-    def _simulated(self, candidate: Candidate) -> _Tried | None:
+    def _simulated(self, candidate: Candidate) -> Tried | None:
         """Lower and simulate a candidate; None if it needs more memory than a GPU has."""
         what = describe_spec(candidate.spec, candidate.policy)
-        machine = self.question.machine
-        limit = min(device.memory_nbytes for device in machine.devices)
-        lowered, timelines = {}, {}
-        for phase in _timed_phases(candidate.spec.phase):
-            tasks = build_tasks(self.graph, _for_phase(candidate.spec, phase))
-            schedule = lower(tasks, machine, candidate.policy)
-            lowered[phase] = (tasks, schedule)
-            timelines[phase] = simulate(schedule, self.graph, self.costs, machine)
-            needed = max(timelines[phase].peak_nbytes)
-            if needed > limit:
-                self.outcomes[what] = f"needs {format_bytes(needed)} of {format_bytes(limit)}"
-                self._note_need(needed, what)
-                return None
-        total_s = sum(timeline.step_s for timeline in timelines.values())
-        self.outcomes[what] = total_s
-        return _Tried(candidate, lowered, timelines[candidate.spec.phase], total_s)
+        tried = self.trial.tried(candidate)
+        if isinstance(tried, TooLarge):
+            limit = format_bytes(self.question.memory_nbytes)
+            self.outcomes[what] = f"needs {format_bytes(tried.nbytes)} of {limit}"
+            if self.closest is None or tried.nbytes < self.closest[0]:
+                self.closest = (tried.nbytes, what)
+            self.ranking.shrink(candidate, tried.nbytes)
+            return None
+        self.outcomes[what] = self.simulated[candidate] = tried.total_s
+        self.ranking.learn(candidate, tried.total_s)
+        return tried
 
-    def _verified(self, tried: _Tried) -> _Fitting | None:
-        """Check the schedules of all phases of a candidate; None if one does not fit."""
-        spec = tried.candidate.spec
-        schedules: dict[Phase, Schedule] = {}
+    def _verified(self, tried: Tried) -> Fitting | None:
         try:
-            for phase in _phases(spec.phase):
-                if phase in tried.lowered:
-                    tasks, schedules[phase] = tried.lowered[phase]
-                    verify(schedules[phase], self.graph, self.costs, phase, tasks)
-                else:
-                    schedules[phase] = self._checked(tried.candidate, phase)
-            needed = self._host_nbytes(schedules, spec.phase)
+            return self.trial.verified(tried)
         except DoesNotFitError as error:
-            what = describe_spec(spec, tried.candidate.policy)
+            what = describe_spec(tried.candidate.spec, tried.candidate.policy)
             self.outcomes[what] = str(error).splitlines()[0]
             return None
-        return _Fitting(tried, schedules, needed)
-
-    def _checked(self, candidate: Candidate, phase: Phase) -> Schedule:
-        """Lower and verify one phase."""
-        tasks = build_tasks(self.graph, _for_phase(candidate.spec, phase))
-        schedule = lower(tasks, self.question.machine, candidate.policy)
-        try:
-            verify(schedule, self.graph, self.costs, phase, tasks)
-            return schedule
-        except DoesNotFitError:
-            if phase is not Phase.INFER or candidate.policy == LEAN:
-                raise
-        # A training plan is not given up because inference wants more room: it can do with less.
-        return self._checked(replace(candidate, policy=LEAN), phase)
-
-    def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
-        """Bytes of host memory that all phases together need."""
-        needed = host_nbytes(schedules[phase], self.graph)
-        if Phase.FORWARD in schedules and Phase.BACKWARD in schedules:
-            # What the one stashes stays while the other runs.
-            needed -= stash_nbytes(schedules[phase], self.graph)
-            both = (schedules[Phase.FORWARD], schedules[Phase.BACKWARD])
-            needed += sum(stash_nbytes(schedule, self.graph) for schedule in both)
-        limit = self.question.machine.host.memory_nbytes
-        if needed > limit:
-            raise DoesNotFitError(
-                f"needs {format_bytes(needed)} of host memory; the limit is {format_bytes(limit)}."
-                " Use a smaller minibatch"
-            )
-        return needed
-
-    def _note_need(self, needed: int, what: str) -> None:
-        """Remember the candidate that needs the least GPU memory."""
-        if self.closest is None or needed < self.closest[0]:
-            self.closest = (needed, what)
 
     def _explain(self) -> DoesNotFitError:
         """Say why nothing fits, and what would."""
@@ -316,8 +299,10 @@ class _Search:
         smaller = "" if size == 1 else "Use a smaller microbatch, or give it"
         remedy = smaller or "Give it"
         refusals = [text for text in self.outcomes.values() if isinstance(text, str)]
-        if refusals and self.closest is None:
-            return DoesNotFitError(f"no plan fits: {refusals[0]}")
+        # One that fits the devices says more than the many that do not.
+        hosts = [text for text in refusals if not text.startswith("needs") or "host" in text]
+        if hosts:
+            return DoesNotFitError(f"no plan fits: {hosts[0]}")
         if self.closest is not None:
             needed, what = self.closest
             return DoesNotFitError(
@@ -332,36 +317,9 @@ class _Search:
         return DoesNotFitError(f"no plan fits: {limit}. {remedy} more GPU memory")
 
 
-def _runs(candidate: Candidate) -> int:
-    spec = candidate.spec
-    forward = len(spec.forward_packs) * len(spec.microbatches(0, TaskKind.FORWARD))
-    return forward + len(spec.backward_packs) * len(spec.microbatches(0, TaskKind.BACKWARD))
-
-
-def _phases(phase: Phase) -> tuple[Phase, ...]:
-    """The phases that a plan for one has schedules for."""
-    if phase is Phase.TRAIN:
-        return Phase.TRAIN, Phase.INFER
-    if phase is Phase.INFER:
-        return (Phase.INFER,)
-    return Phase.FORWARD, Phase.BACKWARD, Phase.INFER
-
-
-def _timed_phases(phase: Phase) -> tuple[Phase, ...]:
-    """The phases that make up a step: the drop-in form runs its two one after the other."""
-    if phase in (Phase.TRAIN, Phase.INFER):
-        return (phase,)
-    return Phase.FORWARD, Phase.BACKWARD
-
-
-def _for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
-    """The same packs and microbatches for another phase."""
-    if spec.phase is not Phase.TRAIN or phase is Phase.TRAIN:
-        return replace(spec, phase=phase)
-    # The last pack of a training step has no FORWARD; here it needs one.
-    packs = (*spec.forward_packs, spec.backward_packs[-1])
-    size = min(spec.forward_size, spec.backward_size)
-    return replace(spec, phase=phase, forward_packs=packs, forward_size=size)
+def _counted_s(tried: Tried) -> float:
+    """Seconds of a step, and more where weights stream that need not."""
+    return tried.total_s * handicap(tried.candidate)
 
 
 def _check_host(graph: LayerGraph, machine: Machine) -> None:

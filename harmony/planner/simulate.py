@@ -1,172 +1,295 @@
 """Predicts what a schedule does on a machine: a schedule and costs to a timeline.
 
 The model of a device is the executor's: one thread issues the program from top to bottom, in no
-time, and is held by a Wait whose event has not been recorded yet; each stream is a queue; each
-link carries one copy at a time in each direction. The host's thread does its work itself, so a
-Wait of its own holds it until what was recorded is over. A wrap-around pipeline gives each
-device one sender, so two Sends never meet at their receiver.
+time, and is held by a Wait whose event has not been recorded yet; each stream is a queue. The
+host's thread does its work itself, so a Wait of its own holds it until what was recorded is over.
+What copies, updates and virtual GPUs share, and how (`harmony.planner.flows`), is the machine's.
 
     start of an instruction = max(its stream is free, its thread issues it, what it waits for)
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.cost import CostTable, backward_s, forward_s, update_s
-from harmony.planner.issue import issue_order, program_name
+from harmony.planner.flows import Activities, Model, Times
+from harmony.planner.issue import issue_order
 from harmony.planner.kinds import span_kinds
+from harmony.planner.links import Links, Path
 from harmony.planner.memory import Workspace, device_peak, host_nbytes
-from harmony.planner.schedule import Instruction, Op, Schedule
+from harmony.planner.schedule import HOST_STREAM, Instruction, Op, Schedule
 from harmony.planner.stalls import stall_causes
-from harmony.planner.tasks import Task, TaskKind
+from harmony.planner.tasks import TaskKind, TensorKind, TensorRef
 from harmony.timeline import Span, Timeline
 
-__all__ = ["simulate", "stall_causes"]
+__all__ = ["predict_s", "simulate", "stall_causes"]
 
 
 def simulate(
-    schedule: Schedule, graph: LayerGraph, costs: CostTable, machine: Machine
+    schedule: Schedule,
+    graph: LayerGraph,
+    costs: CostTable,
+    machine: Machine,
+    model: Model = "fair",
 ) -> Timeline:
     """Return the predicted timeline of one step.
+
+    Args:
+        model: how what is shared is divided; see `harmony.planner.flows`.
 
     Raises:
         ScheduleError: if the schedule deadlocks.
     """
-    kinds = list(span_kinds(schedule, graph).values())
-    programs = [program for _, program in schedule.all_programs()]
-    clock = _Clock(schedule, _Durations(graph, costs, machine))
-    for at in issue_order(schedule):
-        step = programs[at.program][at.index]
-        clock.issue(at.program, at.index, step, kinds[at.program][at.index])
+    work = _Work(schedule, graph, costs, machine)
+    times = work.run(model)
+    kinds = span_kinds(schedule, graph)
+    programs = list(schedule.all_programs())
+    spans = []
+    for number, program, index in work.made:
+        name, steps = programs[program]
+        step = steps[index]
+        nbytes = 0 if step.ref is None else work.nbytes(step.ref)
+        spans.append(
+            Span(
+                f"{name}.{step.stream}",
+                str(step),
+                kinds[name][index],
+                times.starts[number],
+                times.ends[number],
+                nbytes,
+                index,
+            )
+        )
     workspace = Workspace(graph, costs)
     devices = range(schedule.num_devices)
-    spans = share_cores(clock.spans, machine)
     return Timeline(
         spans=spans,
-        step_s=max((span.end_s for span in spans), default=0.0),
+        step_s=times.makespan_s,
         peak_nbytes=[device_peak(schedule, i, graph, workspace).nbytes for i in devices],
         host_nbytes=host_nbytes(schedule, graph),
     )
 
 
-def share_cores(spans: list[Span], machine: Machine) -> list[Span]:
-    """Return the spans as they are when virtual GPUs have to share the host's cores.
+def predict_s(
+    schedule: Schedule,
+    graph: LayerGraph,
+    costs: CostTable,
+    machine: Machine,
+    model: Model = "fair",
+) -> float:
+    """Return the predicted seconds of one step: ``simulate(...).step_s``, and nothing else.
 
-    While devices and the update thread together want more cores than there are, everything takes
-    longer by that factor: time is stretched there.
+    A search asks this of many schedules, and wants the timeline of one.
+
+    Raises:
+        ScheduleError: as `simulate`.
     """
-    cores = max(1, machine.host.num_cores)
-    work = [span for span in spans if span.lane.endswith((".compute", ".update"))]
-    if machine.cpu_share == 0.0 or not work:
-        return spans
-    changes: dict[float, float] = {}
-    for span in work:
-        wanted = machine.cpu_share if span.lane.endswith(".compute") else 1.0
-        changes[span.start_s] = changes.get(span.start_s, 0.0) + wanted
-        changes[span.end_s] = changes.get(span.end_s, 0.0) - wanted
-    times, stretched = [0.0], [0.0]
-    wanted = 0.0
-    for at, change in sorted(changes.items()):
-        factor = max(1.0, wanted / cores)
-        stretched.append(stretched[-1] + (at - times[-1]) * factor)
-        times.append(at)
-        wanted += change
-
-    def later(at: float) -> float:
-        index = bisect_right(times, at) - 1
-        end = min(index + 1, len(times) - 1)
-        if end == index or times[end] == times[index]:
-            return stretched[index] + at - times[index]
-        share = (at - times[index]) / (times[end] - times[index])
-        return stretched[index] + share * (stretched[end] - stretched[index])
-
-    return [replace(span, start_s=later(span.start_s), end_s=later(span.end_s)) for span in spans]
+    return _Work(schedule, graph, costs, machine).run(model).makespan_s
 
 
-class _Durations:
-    """Seconds and bytes of single instructions."""
-
-    def __init__(self, graph: LayerGraph, costs: CostTable, machine: Machine) -> None:
-        self.graph = graph
-        self.costs = costs
-        self.machine = machine
-        self.known: dict[tuple[TaskKind, range, int], float] = {}
-
-    def nbytes(self, step: Instruction) -> int:
-        """Bytes that a copy moves."""
-        return 0 if step.ref is None else step.ref.nbytes(self.graph)
-
-    def seconds(self, program: int, step: Instruction) -> float:
-        """Seconds of a Run or a copy on the device of its program, or on the host."""
-        if step.task is not None:
-            on_device = program < self.machine.num_devices and step.stream == "compute"
-            overhead = self.machine.devices[program].task_overhead_s if on_device else 0.0
-            return overhead + self._work(step.task)
-        device = self.machine.devices[program]
-        rate = {
-            Op.SWAP_IN: device.h2d_bytes_per_s,
-            Op.SWAP_OUT: device.d2h_bytes_per_s,
-            Op.SEND: device.p2p_bytes_per_s,
-        }[step.op]
-        return self.nbytes(step) / rate
-
-    def _work(self, task: Task) -> float:
-        if task.addend is not None:
-            nbytes = task.addend.nbytes(self.graph)
-            return nbytes / self.machine.host.accumulate_bytes_per_s
-        layers = range(task.pack.first, task.pack.last)
-        key = (task.kind, layers, task.num_samples)
-        if key not in self.known:
-            if task.kind is TaskKind.UPDATE:
-                self.known[key] = update_s(self.costs, layers)
-            else:
-                of = forward_s if task.kind is TaskKind.FORWARD else backward_s
-                self.known[key] = of(self.costs, layers, task.num_samples)
-        return self.known[key]
+_MAX_WAITS = 3
+"""More activities than this that an event stands for become one."""
 
 
 @dataclass
+class _Thread:
+    """A program while it is issued.
+
+    Attributes:
+        next: its next instruction.
+        held: the host's activity that its thread was held by last, -1 if by none.
+        last: per stream, its last activity.
+        waits: per stream, what the next activity waits for besides the last one.
+        saw: per stream, what ``held`` was for the last one; later ones follow that anyway.
+    """
+
+    next: int = 0
+    held: int = -1
+    last: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, list[int]] = field(default_factory=dict)
+    saw: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Event:
-    """When an event was recorded by its thread, and when what it stands for is over."""
+    """What has to be over for the event, and the host's activity before it was recorded."""
 
-    issued_s: float
-    over_s: float
+    over: tuple[int, ...]
+    held: int
 
 
-class _Clock:
-    """Follows threads, streams and events through time."""
+class _Work:
+    """The activities of a schedule.
 
-    def __init__(self, schedule: Schedule, durations: _Durations) -> None:
+    Attributes:
+        made: number, program and position of every activity that is a span.
+    """
+
+    def __init__(
+        self, schedule: Schedule, graph: LayerGraph, costs: CostTable, machine: Machine
+    ) -> None:
         self.schedule = schedule
-        self.durations = durations
-        self.spans: list[Span] = []
-        self.threads = [0.0] * (schedule.num_devices + 1)
-        self.streams: dict[tuple[int, str], float] = {}
-        self.events: dict[int, _Event] = {}
+        self.graph = graph
+        self.costs = costs
+        self.machine = machine
+        self.links = Links(machine, schedule.num_devices)
+        self.activities = Activities()
+        self.made: list[tuple[int, int, int]] = []
+        self._threads = [_Thread() for _ in range(schedule.num_devices + 1)]
+        self._events: dict[int, _Event] = {}
+        self._sizes: dict[tuple[object, ...], int] = {}
+        self._seconds: dict[tuple[object, ...], float] = {}
+        self._issue_all()
 
-    def issue(self, program: int, index: int, step: Instruction, kind: str) -> None:
-        """Issue one instruction."""
-        stream = (program, step.stream)
-        free_s = max(self.streams.get(stream, 0.0), self.threads[program])
-        if step.op is Op.RECORD and step.event is not None:
-            self.events[step.event] = _Event(self.threads[program], free_s)
-        elif step.op is Op.WAIT and step.event is not None:
-            event = self.events[step.event]
-            self.streams[stream] = max(free_s, event.over_s)
-            held_s = event.over_s if self._is_host(program) else event.issued_s
-            self.threads[program] = max(self.threads[program], held_s)
-        elif kind:
-            end_s = free_s + self.durations.seconds(program, step)
-            self.streams[stream] = end_s
-            if self._is_host(program):
-                self.threads[program] = end_s
-            lane = f"{program_name(self.schedule, program)}.{step.stream}"
-            nbytes = self.durations.nbytes(step)
-            self.spans.append(Span(lane, str(step), kind, free_s, end_s, nbytes, index))
+    def run(self, model: Model) -> Times:
+        """When everything happens."""
+        return self.activities.run(self.links.resources, model)
 
-    def _is_host(self, program: int) -> bool:
-        return program == self.schedule.num_devices
+    def nbytes(self, ref: TensorRef) -> int:
+        """Bytes of a tensor."""
+        samples = ref.samples
+        num_samples = 0 if samples is None else samples[1] - samples[0]
+        key = (ref.kind, ref.first, ref.last, num_samples)
+        if key not in self._sizes:
+            self._sizes[key] = ref.nbytes(self.graph)
+        return self._sizes[key]
+
+    # Issuing: every thread goes on until it meets an event that is not recorded yet.
+
+    def _issue_all(self) -> None:
+        programs = [program for _, program in self.schedule.all_programs()]
+        awake = list(range(len(programs)))[::-1]
+        asleep: dict[int, list[int]] = {}
+        while awake:
+            number = awake.pop()
+            missing = self._issue(number, programs[number], awake, asleep)
+            if missing is not None:
+                asleep.setdefault(missing, []).append(number)
+        for thread, program in zip(self._threads, programs, strict=True):
+            if thread.next < len(program):
+                issue_order(self.schedule)  # says which wait for each other
+
+    def _issue(
+        self,
+        number: int,
+        program: tuple[Instruction, ...],
+        awake: list[int],
+        asleep: dict[int, list[int]],
+    ) -> int | None:
+        """Issue until the end, or return the event that is missing."""
+        thread, events = self._threads[number], self._events
+        for index in range(thread.next, len(program)):
+            step = program[index]
+            op = step.op
+            if op is Op.ALLOC or op is Op.DROP:
+                continue
+            if op is Op.WAIT:
+                assert step.event is not None
+                event = events.get(step.event)
+                if event is None:
+                    thread.next = index
+                    return step.event
+                thread.waits.setdefault(step.stream, []).extend(event.over)
+                # A later activity of the host has the higher number, and ends later.
+                if event.held > thread.held:
+                    thread.held = event.held
+            elif op is Op.RECORD:
+                assert step.event is not None
+                events[step.event] = self._record(thread, number, step.stream)
+                awake.extend(reversed(asleep.pop(step.event, [])))
+            else:
+                self._start(thread, number, index, step)
+        thread.next = len(program)
+        return None
+
+    def _record(self, thread: _Thread, program: int, stream: str) -> _Event:
+        waits = thread.waits.get(stream, [])
+        is_host = program == self.schedule.num_devices
+        if len(waits) > _MAX_WAITS or (is_host and waits):
+            # It waited and did nothing yet. One activity stands for that: the host's thread is
+            # held by it, and on a device every event would carry the whole list on.
+            lane = (HOST_STREAM,) if is_host else ((program, stream),)
+            thread.last[stream] = self.activities.add(lane, waits)
+            thread.waits[stream] = waits = []
+        last = thread.last.get(stream, -1)
+        if is_host:
+            return _Event((last,) if last >= 0 else (), last)
+        over = (*waits, last) if last >= 0 else tuple(waits)
+        if thread.held != thread.saw.get(stream, -1):
+            over = (*over, thread.held)
+        return _Event(over, thread.held)
+
+    def _start(self, thread: _Thread, program: int, index: int, step: Instruction) -> None:
+        stream = step.stream
+        after = thread.waits.get(stream, [])
+        if program == self.schedule.num_devices:
+            lane: tuple[object, ...] = (HOST_STREAM,)
+        else:
+            lane = ((program, stream),)
+            if thread.held != thread.saw.get(stream, -1):
+                after.append(thread.held)
+                thread.saw[stream] = thread.held
+        seconds, units, path = self._costs(program, step)
+        number = self.activities.add(
+            lane, after, seconds=seconds, units=units, resources=path
+        )
+        thread.last[stream] = number
+        thread.waits[stream] = []
+        self.made.append((number, program, index))
+
+    # What an instruction takes: seconds at least, units, and of what.
+
+    def _costs(self, program: int, step: Instruction) -> tuple[float, float, Path]:
+        if step.task is None:
+            assert step.ref is not None
+            return 0.0, self.nbytes(step.ref), self.links.path(step.op, program, step.peer)
+        if step.stream == HOST_STREAM:
+            return self._on_host(step)
+        key = (step.task.kind, step.task.pack, step.task.num_samples, _is_saved(step))
+        seconds = self._seconds.get(key)
+        if seconds is None:
+            seconds = self._seconds[key] = self._work_s(step)
+        if step.task.kind is TaskKind.UPDATE:
+            seconds += self._update_s(program, step)
+        seconds += self.machine.devices[program].task_overhead_s
+        return (seconds, *self.links.compute_units(seconds))
+
+    def _on_host(self, step: Instruction) -> tuple[float, float, Path]:
+        task = step.task
+        assert task is not None
+        if task.addend is not None:
+            nbytes = self.nbytes(task.addend)
+            seconds = nbytes / self.machine.host.accumulate_bytes_per_s
+            return (seconds, *self.links.accumulate_units(seconds, nbytes))
+        seconds = update_s(self.costs, task.pack)
+        return (seconds, *self.links.update_units(seconds, self._gradient_nbytes(step)))
+
+    def _work_s(self, step: Instruction) -> float:
+        task = step.task
+        assert task is not None
+        if task.kind is TaskKind.UPDATE:
+            return 0.0
+        of = forward_s if task.kind is TaskKind.FORWARD else backward_s
+        seconds = of(self.costs, task.pack, task.num_samples)
+        if task.kind is TaskKind.BACKWARD and _is_saved(step):
+            seconds -= forward_s(self.costs, task.pack, task.num_samples)
+        return seconds
+
+    def _update_s(self, program: int, step: Instruction) -> float:
+        rate = self.machine.devices[program].update_bytes_per_s
+        if not rate:
+            # A plan of somebody's own may do what no search would choose: it gets the host's time.
+            return update_s(self.costs, step.task.pack) if step.task else 0.0
+        return self._gradient_nbytes(step) / rate
+
+    def _gradient_nbytes(self, step: Instruction) -> int:
+        refs = {ref for ref in step.reads if ref.is_gradient_part and not ref.part}
+        return sum(self.nbytes(ref) for ref in refs)
+
+
+def _is_saved(step: Instruction) -> bool:
+    """Whether a BACKWARD has what its FORWARD saved."""
+    return any(ref.kind is TensorKind.SAVED for ref in step.reads)

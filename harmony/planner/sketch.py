@@ -1,160 +1,260 @@
 """A quick estimate of a step's time, to tell which candidates are worth lowering.
 
-It follows the same queues as `simulate`, but pack by pack from a few figures of each, without
-instructions or events: a hundred times faster and a few percent off.
+It follows the same queues as `simulate`, but stage by stage: of the microbatches of a stage only
+when the first and the last one start and end. Between the two everything is as regular as the
+slower of what feeds it and what it does itself, so that a stage takes microseconds however many
+microbatches it has.
+
+Links that several devices share, host memory and cores are met on the average: one that is busy
+for a share of the step slows the others down by that share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-from harmony.machine import Device, Machine
-from harmony.planner.cost import update_s
+from harmony.machine import Machine
+from harmony.planner.outline import Outline, Stage, outline
 from harmony.planner.packing import Packer
 from harmony.planner.policy import Policy
-from harmony.planner.tasks import Pack, Phase, StepSpec, TaskKind
+from harmony.planner.tasks import StepSpec, TaskKind
+
+PASSES = 2
+"""How often an estimate is made with what the one before says about shared resources."""
+
+
+@dataclass
+class _Rates:
+    """What a device of the ring gets, per second; ``least`` while all others want it too."""
+
+    h2d: float
+    d2h: float
+    p2p: float
+    overhead_s: float
+    update: float
+    slowdown: float = 1.0
+    least_h2d: float = math.inf
+    least_d2h: float = math.inf
+
+
+@dataclass
+class _Lane:
+    """Queues of one device, and what its stages have done so far.
+
+    Attributes:
+        compute, h2d, d2h, p2p: when each is free.
+        coming: its stages whose weights come in, and the next one to fetch.
+        arrived: when those weights are there.
+        opened: when each stage that wants weights began to wait for them.
+        gradients: when each pack's gradients have left.
+        last_run_s: of the stage before.
+        busy: seconds of compute, h2d and d2h.
+    """
+
+    rates: _Rates
+    coming: list[Stage]
+    compute: float = 0.0
+    h2d: float = 0.0
+    d2h: float = 0.0
+    p2p: float = 0.0
+    arrived: list[float] = field(default_factory=list)
+    number: int = 0
+    gradients: list[float] = field(default_factory=list)
+    last_run_s: float = 0.0
+    busy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    def fetch(self, now: float) -> None:
+        """Queue the weights of the next stage that needs some."""
+        seconds = self.coming[len(self.arrived)].weights / self.rates.h2d
+        self.h2d = max(self.h2d, now) + seconds
+        self.busy[1] += seconds
+        self.arrived.append(self.h2d)
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """All microbatches of one task on one device."""
+class Sketch:
+    """What a step is estimated to take.
 
-    kind: TaskKind
-    run_s: float
-    num_runs: int
-    weights: int
-    gradients: int
-    inputs: int
-    outputs: int
-    stashes: bool
-    update_s: float
+    Attributes:
+        busy_s: per device of a ring the seconds that it computes, and its h2d and d2h links copy.
+        host_s: seconds that updates and accumulations take on the host.
+    """
 
-
-class _Lane:
-    """Queues of one device, and what its groups have done so far."""
-
-    def __init__(self, device: Device, stages: Sequence[_Stage]) -> None:
-        self.device = device
-        self.stages = stages
-        self.compute = self.h2d = self.d2h = self.p2p = 0.0
-        self.started: list[float] = []
-        self.weights: list[float] = []
-        self.gradients: list[float] = []
-
-    def open_group(self, policy: Policy, now: float) -> float:
-        """Start the next group; return when its weights and its gradient slot are there."""
-        number = len(self.started)
-        if len(self.weights) <= number:
-            self._fetch(now)
-        ready = max(self.compute, self.weights[number])
-        if self.stages[number].gradients and len(self.gradients) >= policy.gradient_slots:
-            ready = max(ready, self.gradients[-policy.gradient_slots])
-        self.started.append(self.compute)
-        while len(self.weights) < min(number + policy.weight_slots, len(self.stages)):
-            self._fetch(self.compute)
-        return ready
-
-    def _fetch(self, now: float) -> None:
-        nbytes = self.stages[len(self.weights)].weights
-        self.h2d = max(self.h2d, now) + nbytes / self.device.h2d_bytes_per_s
-        self.weights.append(self.h2d)
+    step_s: float
+    busy_s: tuple[tuple[float, float, float], ...]
+    host_s: float
 
 
 def estimate_step_s(
     packer: Packer, machine: Machine, spec: StepSpec, policy: Policy
 ) -> float:
     """Estimate the seconds of a step."""
-    replicas = len(spec.shares)
-    stages = _stages(packer, spec)
-    count = 1 if replicas > 1 else min(machine.num_devices, len(stages))
-    lanes = [_Lane(machine.devices[i], stages[i::count]) for i in range(count)]
-    host_s = 0.0
-    arrived: list[float] = []
-    for turn, stage in enumerate(stages):
-        lane = lanes[turn % count]
-        ends = _run_group(lane, stage, arrived, policy)
-        arrived = _hand_on(lane, stage, ends, policy, is_direct=count > 1)
-        if stage.gradients:
-            lane.d2h = max(lane.d2h, lane.compute)
-            lane.d2h += stage.gradients / lane.device.d2h_bytes_per_s
-            lane.gradients.append(lane.d2h)
-            added = (replicas - 1) * stage.gradients / machine.host.accumulate_bytes_per_s
-            host_s = max(host_s, lane.d2h) + added + stage.update_s
-    return max(host_s, *(max(lane.compute, lane.d2h) for lane in lanes))
+    return sketch(outline(packer, machine, spec, policy), machine, policy).step_s
 
 
-def _run_group(
-    lane: _Lane, stage: _Stage, arrived: Sequence[float], policy: Policy
-) -> list[float]:
-    """Run all microbatches of a stage; return when each ended."""
-    ready = lane.open_group(policy, lane.compute)
-    starts: list[float] = []
-    ends = []
-    for index in range(stage.num_runs):
-        at = max(ready, lane.compute)
-        if stage.stashes:
-            ahead = index - policy.lookahead
-            issued = starts[ahead] if ahead >= 0 else 0.0
-            lane.h2d = max(lane.h2d, issued) + stage.inputs / lane.device.h2d_bytes_per_s
-            at = max(at, lane.h2d)
-        if index < len(arrived):
-            at = max(at, arrived[index])
-        starts.append(at)
-        lane.compute = at + stage.run_s + lane.device.task_overhead_s
-        ends.append(lane.compute)
-    return ends
-
-
-def _hand_on(
-    lane: _Lane, stage: _Stage, ends: Sequence[float], policy: Policy, *, is_direct: bool
-) -> list[float]:
-    """When what each microbatch made is where the next stage reads it."""
-    device = lane.device
-    backward = stage.kind is TaskKind.BACKWARD
-    nbytes = stage.inputs if backward else stage.outputs
-    found = []
-    for end in ends:
-        if not backward or policy.boundary == "host":
-            # FORWARD boundaries are stashed on the host, wherever else they go.
-            lane.d2h = max(lane.d2h, end) + nbytes / device.d2h_bytes_per_s
-        if policy.boundary == "host" or (policy.boundary == "swap" and not is_direct):
-            found.append(lane.d2h + nbytes / device.h2d_bytes_per_s)
-        elif is_direct:
-            lane.p2p = max(lane.p2p, end) + nbytes / device.p2p_bytes_per_s
-            found.append(lane.p2p)
-        else:
-            found.append(end)
+def sketch(shape: Outline, machine: Machine, policy: Policy) -> Sketch:
+    """Estimate the seconds of a step given in outline."""
+    rates = [_rates(machine, seat) for seat in range(shape.ring)]
+    found = _run(shape, machine, policy, rates)
+    if machine.cpu_share or machine.switches or machine.host.memory_bytes_per_s:
+        for _ in range(PASSES - 1):
+            rates = [_contended(machine, shape, found, seat) for seat in range(shape.ring)]
+            found = _run(shape, machine, policy, rates)
     return found
 
 
-def _stages(packer: Packer, spec: StepSpec) -> list[_Stage]:
-    """The packs in the order of the paper's sequence."""
-    stages = []
-    if spec.phase is not Phase.BACKWARD:
-        stages += [_stage(packer, spec, TaskKind.FORWARD, p) for p in spec.forward_packs]
-    if spec.phase in (Phase.TRAIN, Phase.BACKWARD):
-        packs = reversed(spec.backward_packs)
-        stages += [_stage(packer, spec, TaskKind.BACKWARD, p) for p in packs]
-    return stages
-
-
-def _stage(packer: Packer, spec: StepSpec, kind: TaskKind, pack: Pack) -> _Stage:
-    is_backward = kind is TaskKind.BACKWARD
-    size = spec.backward_size if is_backward else spec.forward_size
-    size = min(size, spec.shares[0][1] - spec.shares[0][0])
-    weights, gradients = packer.slot_nbytes(pack)
-    inputs, outputs = packer.boundary_nbytes(pack, size)
-    fused = spec.phase is Phase.TRAIN and pack == spec.backward_packs[-1]
-    updates = is_backward and spec.phase is Phase.TRAIN
-    return _Stage(
-        kind,
-        packer.seconds(kind, pack, size),
-        len(spec.microbatches(0, kind)),
-        weights,
-        gradients if is_backward else 0,
-        inputs,
-        outputs,
-        stashes=pack.first == 0 or (is_backward and not fused),
-        update_s=update_s(packer.costs, pack) if updates else 0.0,
+def _rates(machine: Machine, seat: int) -> _Rates:
+    device = machine.devices[seat]
+    return _Rates(
+        device.h2d_bytes_per_s,
+        device.d2h_bytes_per_s,
+        device.p2p_bytes_per_s,
+        device.task_overhead_s,
+        device.update_bytes_per_s,
     )
+
+
+def _contended(machine: Machine, shape: Outline, found: Sketch, seat: int) -> _Rates:
+    """Rates of a device while the others are as busy as an estimate says."""
+    rates = _rates(machine, seat)
+    span = max(found.step_s, 1e-12)
+
+    def wanting(device: int, queue: int) -> float:
+        """How likely another device uses a queue while this one uses its own.
+
+        Replicas do the same at the same time.
+        """
+        other = device % shape.ring
+        return 1.0 if other == seat else found.busy_s[other][queue] / span
+
+    used = range(shape.ring * shape.replicas)
+    h2d, d2h = rates.h2d, rates.d2h
+    for switch in machine.switches:
+        if seat in switch.devices:
+            behind = [device for device in switch.devices if device in used]
+            rates.least_h2d = min(rates.least_h2d, switch.h2d_bytes_per_s / len(behind))
+            rates.least_d2h = min(rates.least_d2h, switch.d2h_bytes_per_s / len(behind))
+            rates.h2d = min(rates.h2d, switch.h2d_bytes_per_s / sum(wanting(d, 1) for d in behind))
+            rates.d2h = min(rates.d2h, switch.d2h_bytes_per_s / sum(wanting(d, 2) for d in behind))
+    host, memory = min(1.0, found.host_s / span), machine.host.memory_bytes_per_s
+    if memory:
+        copies = sum(wanting(d, 1) * rates.h2d + wanting(d, 2) * rates.d2h for d in used)
+        share = max(1.0, copies / max(1e-12, memory * (1.0 - 0.5 * host)))
+        rates.h2d, rates.d2h = min(rates.h2d, h2d / share), min(rates.d2h, d2h / share)
+    if machine.cpu_share:
+        wanted = machine.cpu_share * sum(wanting(d, 0) for d in used) + host
+        rates.slowdown = max(1.0, wanted / max(1, machine.host.num_cores))
+    return rates
+
+
+def _run(shape: Outline, machine: Machine, policy: Policy, rates: list[_Rates]) -> Sketch:
+    lanes = [
+        _Lane(rates[seat], [s for s in shape.stages if s.seat == seat and s.weights])
+        for seat in range(shape.ring)
+    ]
+    host_s = worked_s = 0.0
+    arrival = (0.0, 0.0)
+    for stage in shape.stages:
+        lane = lanes[stage.seat]
+        ends = _run_stage(lane, stage, arrival, policy)
+        arrival = _hand_on(lane, stage, ends, direct=machine.peer_links == "direct")
+        if stage.kind is TaskKind.BACKWARD and stage.gradients:
+            ready_s = _finish(lane, stage)
+            work_s = (shape.replicas - 1) * stage.gradients / machine.host.accumulate_bytes_per_s
+            work_s += stage.update_s * lane.rates.slowdown
+            if work_s:
+                host_s = max(host_s, ready_s) + work_s
+                worked_s += work_s
+    over = max(host_s, *(max(lane.compute, lane.d2h, lane.p2p) for lane in lanes))
+    busy = tuple((lane.busy[0], lane.busy[1], lane.busy[2]) for lane in lanes)
+    return Sketch(over, busy, worked_s)
+
+
+def _run_stage(
+    lane: _Lane, stage: Stage, arrival: tuple[float, float], policy: Policy
+) -> tuple[float, float]:
+    """Run all microbatches of a stage; return when the first and the last ended."""
+    rates, count = lane.rates, stage.num_runs
+    ahead = min(policy.lookahead, count - 1)
+    run_s = stage.run_s * rates.slowdown + rates.overhead_s
+    opened, ready = lane.compute, lane.compute
+    if stage.weights:
+        while len(lane.arrived) <= lane.number:
+            lane.fetch(opened)
+        ready = max(ready, lane.arrived[lane.number])
+        lane.number += 1
+    leaves = stage.gradients and not stage.updates_here
+    if leaves and len(lane.gradients) >= policy.gradient_slots:
+        ready = max(ready, lane.gradients[-policy.gradient_slots])
+    input_s = stage.inputs / rates.h2d
+    if stage.inputs:
+        issued = max(0.0, opened - ahead * lane.last_run_s)
+        lane.h2d = max(lane.h2d, issued) + input_s
+        ready = max(ready, lane.h2d)
+        lane.h2d += ahead * input_s
+    start = max(ready, arrival[0])
+    # The next weights go in front of the inputs that are not fetched yet.
+    limit = lane.number + policy.weight_slots - (1 if stage.weights else 0)
+    while len(lane.arrived) < min(limit, len(lane.coming)):
+        lane.fetch(opened)
+    rest = count - 1 - ahead
+    end = max(start + count * run_s, arrival[1] + run_s)
+    if stage.inputs and rest > 0:
+        lane.h2d = max(lane.h2d, start)
+        end = max(end, lane.h2d + input_s + rest * run_s, lane.h2d + rest * input_s + run_s)
+        lane.h2d = max(lane.h2d + rest * input_s, end - (ahead + 1) * run_s)
+    output_s = stage.outputs / rates.d2h
+    if output_s > run_s and rest > 0:
+        # What is on its way out holds its memory: compute waits for it.
+        end = max(end, max(lane.d2h, start + run_s) + rest * output_s + run_s)
+    if stage.burst:
+        # One copy has as long as the Runs that lie between it and the saved one. The other
+        # devices of a ring run the same microbatch a little before and after.
+        forward = stage.kind is TaskKind.FORWARD
+        rate = min(rates.d2h, rates.least_d2h) if forward else min(rates.h2d, rates.least_h2d)
+        late_s = stage.burst / rate - min(policy.lookahead, count - 1) * run_s
+        end += stage.saved_runs * max(0.0, late_s)
+    lane.busy[0] += count * run_s
+    lane.busy[1] += count * input_s
+    lane.compute, lane.last_run_s = end, run_s
+    return start + run_s, end
+
+
+def _hand_on(
+    lane: _Lane, stage: Stage, ends: tuple[float, float], *, direct: bool
+) -> tuple[float, float]:
+    """When what the first and the last microbatch made is where the next stage reads it."""
+    rates, rest = lane.rates, stage.num_runs - 1
+    first, last = ends
+    if stage.outputs:
+        seconds = stage.outputs / rates.d2h
+        first_out = max(lane.d2h, first) + seconds
+        lane.d2h = max(first_out + rest * seconds, last + seconds)
+        lane.busy[2] += stage.num_runs * seconds
+        if stage.way == "host":
+            back = stage.passed / rates.h2d
+            return first_out + back, lane.d2h + back
+    if stage.way == "peer" and stage.passed:
+        seconds = stage.passed / rates.p2p
+        if not direct:
+            lane.d2h = max(lane.d2h + stage.num_runs * seconds, last + seconds)
+            lane.busy[2] += stage.num_runs * seconds
+        first = max(lane.p2p, first) + seconds
+        lane.p2p = max(first + rest * seconds, last + seconds)
+        return first, lane.p2p
+    return first, last
+
+
+def _finish(lane: _Lane, stage: Stage) -> float:
+    """Update a pack, or send its gradients off; return when the host has what it needs."""
+    moved = stage.gradients
+    if stage.updates_here:
+        lane.compute += stage.gradients / max(1.0, lane.rates.update)
+        moved = stage.slot
+    seconds = moved / lane.rates.d2h
+    lane.d2h = max(lane.d2h, lane.compute) + seconds
+    lane.busy[2] += seconds
+    if not stage.updates_here:
+        lane.gradients.append(lane.d2h)
+    return lane.d2h

@@ -18,6 +18,7 @@ _WORK = (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND)
 HOST_CAUSE = "host"
 PEER_CAUSE = "peer"
 UPDATE_CAUSE = "update"
+NEW_WEIGHTS_CAUSE = "new weights"
 
 Where = tuple[str, int]
 
@@ -26,9 +27,9 @@ def stall_causes(timeline: Timeline, schedule: Schedule) -> list[dict[str, float
     """Return per device the seconds without a Run in the step, by cause.
 
     Causes are the kinds of copies that compute waited for (``weights``, ``gradients``,
-    ``stash``, ``activations``, ``inputs``, ``outputs``), ``peer`` for another device, ``update``
-    for the end of the step when only the host still works, and ``host`` for what nothing else
-    explains.
+    ``stash``, ``saved``, ``activations``, ``inputs``, ``outputs``; ``new weights`` for those that
+    a device has updated on their way out), ``peer`` for another device, ``update`` for the end of
+    the step when only the host still works, and ``host`` for what nothing else explains.
     """
     record = _Record(timeline)
     sources = _sources(schedule)
@@ -68,6 +69,8 @@ class _Record:
 
 
 def _cause(span: Span) -> str:
+    if span.kind == "weights" and span.lane.endswith("d2h"):
+        return NEW_WEIGHTS_CAUSE
     return span.kind if span.lane.endswith(("h2d", "d2h")) else PEER_CAUSE
 
 
@@ -126,10 +129,13 @@ def _explain(
 
 
 def _explain_end(stalls: dict[str, float], free_s: float, name: str, record: _Record) -> None:
-    """After its last Run a device waits for its gradients to leave, then for the others."""
+    """After its last Run a device waits for what is leaving it, then for the others."""
+    leaving = record.lanes.get(f"{name}.d2h", [])
+    if leaving and leaving[-1].end_s > free_s:
+        record.add_busy(stalls, leaving[-1], free_s, leaving[-1].end_s)
+        free_s = leaving[-1].end_s
     peers_s = max((record.end_s(lane) for lane in record.ends if "compute" in lane), default=0.0)
     ends = (
-        ("gradients", record.end_s(f"{name}.d2h")),
         # While another device computes, that is what the update waits for too.
         (PEER_CAUSE, peers_s),
         (UPDATE_CAUSE, record.end_s(f"{HOST}.{HOST_STREAM}")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -90,7 +91,7 @@ def test_too_few_packs_are_refused() -> None:
 
 def test_large_models_are_cut_where_little_crosses() -> None:
     # Within each pair of layers a wide skip crosses; between the pairs it does not.
-    count = 300
+    count = 1600
     graph = chain(count, skips=tuple((i, i + 2) for i in range(0, count - 2, 2)))
     packer = Packer(graph, uniform_costs(graph))
     assert len(packer.cuts) <= MAX_CUTS + 1
@@ -102,3 +103,66 @@ def test_large_models_are_cut_where_little_crosses() -> None:
 def test_suggested_sizes_can_be_typed_and_suffice(nbytes: int) -> None:
     suggested = parse_bytes(suggest_memory(nbytes))
     assert nbytes <= suggested <= max(2**20, 1.25 * nbytes + 2**20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=2, max_size=7),
+    st.integers(1, 7),
+    st.integers(10, 60),
+)
+def test_under_a_memory_limit_too_no_partition_that_fits_is_faster(
+    layers: list[tuple[int, int]], num_packs: int, limit: int
+) -> None:
+    # Values of any size: what enters a pack may shrink as the pack grows.
+    graph, count = chain(len(layers), weight=MIB), len(layers)
+    values = tuple(
+        replace(v, nbytes_per_sample=layers[v.id % count][1] * MIB) for v in graph.values
+    )
+    graph, costs = replace(graph, values=values), uneven([seconds for seconds, _ in layers])
+    packer, budget = Packer(graph, costs), Budget(limit * MIB, POLICY)
+    table = packer.table(TaskKind.BACKWARD, 1, budget)
+    num_packs = min(num_packs, count)
+
+    def fits(pack: Pack) -> bool:
+        return packer.need(TaskKind.BACKWARD, pack, 1, budget).nbytes <= budget.memory_nbytes
+
+    def slowest(partition: tuple[Pack, ...]) -> float:
+        return max(packer.seconds(TaskKind.BACKWARD, pack, 1) for pack in partition)
+
+    def every(number: int) -> list[tuple[Pack, ...]]:
+        found = (packs(*cut, count) for cut in combinations(range(1, count), number - 1))
+        return [partition for partition in found if all(map(fits, partition))]
+
+    found = table.packs(count, num_packs)
+    if not every(num_packs):
+        assert found is None
+    else:
+        assert found in every(num_packs)
+        assert slowest(found) == pytest.approx(min(map(slowest, every(num_packs))))
+    numbers = [number for number in range(1, count + 1) if every(number)]
+    assert table.fewest(count) == (numbers[0] if numbers else None)
+    assert table.most(count) == (numbers[-1] if numbers else None)
+
+
+@given(st.integers(0, 7), st.integers(1, 8), st.integers(1, 4))
+def test_bytes_of_ranges_are_those_of_the_graph(first: int, length: int, size: int) -> None:
+    graph = chain(8, tied=True, skips=((0, 3), (2, 6)), frozen=(1, 4))
+    layers = tuple(replace(x, saved_nbytes_per_sample=100 + x.index) for x in graph.layers)
+    graph = replace(graph, layers=layers)
+    pack = Pack(first, min(8, first + length))
+    packer, each = Packer(graph, uniform_costs(graph)), range(pack.first, pack.last)
+    assert packer.ranges.weights(pack.first, pack.last) == graph.weight_nbytes(each)
+    assert packer.ranges.gradients(pack.first, pack.last) == graph.gradient_nbytes(each)
+    assert packer.saved_nbytes(pack, size) == graph.saved_nbytes(pack.first, pack.last, size)
+
+    def nbytes(values: tuple[int, ...]) -> int:
+        return sum(graph.values[v].nbytes(size) for v in values)
+
+    assert packer.boundary_nbytes(pack, size) == (
+        nbytes(graph.pack_inputs(pack.first, pack.last)),
+        nbytes(graph.pack_outputs(pack.first, pack.last)),
+    )
+    facts = packer.facts(pack, size)
+    assert (facts.inputs, facts.outputs) == packer.boundary_nbytes(pack, size)
+    assert facts.forward_s + facts.backward_s == packer.seconds(TaskKind.BACKWARD, pack, size)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from harmony.errors import ConfigError, DoesNotFitError, PlanError
+from harmony.layergraph import LayerGraph
 from harmony.machine import Host
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
@@ -23,6 +24,12 @@ from tests.toys import MIB, chain, server, uniform_costs
 
 MODEL = chain(12, weight=2 * MIB, per_sample=64 * 1024)
 COSTS = uniform_costs(MODEL)
+
+
+def saving(graph: LayerGraph, nbytes: int) -> LayerGraph:
+    """The same model whose layers save that much of each sample for their backward."""
+    layers = tuple(replace(layer, saved_nbytes_per_sample=nbytes) for layer in graph.layers)
+    return replace(graph, layers=layers)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
@@ -80,14 +87,15 @@ def test_what_was_asked_for_is_obeyed() -> None:
 
 
 def test_microbatches_are_equal_where_a_layer_draws_random_numbers() -> None:
-    # Forwards of two samples cost hardly more than of one: unequal sizes would be faster.
+    # Forwards of two samples cost hardly more than of one: unequal sizes would be faster, where
+    # what a forward saves is too much to keep or to offload.
     cheap = {
         1: LayerCost(1e-3, 2e-3, 0.0, 512, 2048, 1024),
         4: LayerCost(1.1e-3, 8e-3, 0.0, 512, 8192, 4096),
     }
     sizes = {}
     for name, layer in (("free", None), ("pinned", 3)):
-        graph = chain(12, weight=2 * MIB, random_layer=layer)
+        graph = saving(chain(12, weight=2 * MIB, random_layer=layer), 8 * MIB)
         plan = choose(
             graph, CostTable((cheap,) * 12), server(1, memory=24 * MIB), 8, microbatch_size=1
         )

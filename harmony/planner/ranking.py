@@ -1,0 +1,306 @@
+"""Ranks candidates by estimated time, coarse first: what could not win is not looked at closely.
+
+For every number of replicas and microbatch size a few packings are estimated, bare and with what
+their room can keep. The finer choices (more packings, prefetch depth) are only tried where the
+coarse ones came close to the best. A pair of replicas and size is skipped where computing alone,
+nothing recomputed, takes longer than something that was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from harmony.planner.candidates import (
+    POLICIES,
+    Candidate,
+    Layout,
+    Question,
+    coinciding,
+    layout,
+    microbatch_sizes,
+    packed,
+    policies,
+)
+from harmony.planner.footprint import host_nbytes, peaks_nbytes
+from harmony.planner.keeping import filled, offloading
+from harmony.planner.lowerbound import lower_bound
+from harmony.planner.outline import outline
+from harmony.planner.policy import LEAN, Policy
+from harmony.planner.sketch import estimate_step_s, sketch
+from harmony.planner.tasks import Phase
+from harmony.planner.trial import for_phase, policy_for, timed_phases
+
+NEAR = 1.06
+"""The finer choices are tried where the coarse ones took at most this times the best."""
+
+ENOUGH = 1.01
+"""Nothing finer is tried where the best is as near as this to what no plan can beat."""
+
+KEEPING = (
+    POLICIES[0],
+    POLICIES[1],
+    Policy(2, 2, 1),
+    Policy(1, 2, 1),
+    replace(LEAN, boundary="keep"),
+)
+"""Policies of candidates that keep something, with less and less room for what moves."""
+
+REFINED = 2
+"""How many pairs of replicas and size get the finer choices."""
+
+MANY_RUNS = 0.05
+"""A schedule of very many Runs must be faster by this share for each time that they are twice as
+many as that: lowering them takes seconds."""
+
+STREAMS = 1.03
+"""What streams weights that could all stay on the devices must be this much faster than that."""
+
+HEAVY = 1000.0
+"""Candidates that the host seems to have no room for come last."""
+
+MAX_SHRUNK = 6
+"""How often candidates that turned out too large are made again with less room."""
+
+
+class Ranking:
+    """All candidates that were estimated.
+
+    Attributes:
+        refused: aspect, value and reason of what has no candidate.
+    """
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.refused: list[tuple[str, str, str]] = []
+        self._known: dict[Candidate, float] = {}
+        self._base: dict[Candidate, tuple[Candidate, int]] = {}
+        self._done: set[Candidate] = set()
+        self._heavy: set[Candidate] = set()
+        self._off: dict[tuple[bool, ...], float] = {}
+        self._shrunk = 0
+        self._best_s = float("inf")
+
+    def estimates(self) -> list[tuple[float, Candidate]]:
+        """Everything that was estimated, with its seconds."""
+        return [(seconds, candidate) for candidate, seconds in self._known.items()]
+
+    def estimate_s(self, candidate: Candidate) -> float:
+        """Estimated seconds of a whole step."""
+        packer, machine = self.question.packer, self.question.machine
+        total = 0.0
+        for phase in timed_phases(candidate.spec.phase):
+            spec = for_phase(candidate.spec, phase)
+            total += estimate_step_s(packer, machine, spec, policy_for(candidate.policy, phase))
+        return max(total, 1e-9)
+
+    def any_fits(self) -> bool:
+        """Whether any candidate fits, devices and host, as far as an outline tells."""
+        question = self.question
+        for replicas in question.replicas:
+            where = layout(question, replicas)
+            for size in reversed(microbatch_sizes(question, where.share)):
+                for policy in policies(question, where.ring, few=True):
+                    for candidate in packed(question, where, size, policy, few=True):
+                        if self._fits_host(candidate):
+                            return True
+        return False
+
+    def _fits_host(self, candidate: Candidate) -> bool:
+        question = self.question
+        shape = outline(question.packer, question.machine, candidate.spec, candidate.policy)
+        needed = host_nbytes(question.packer, shape, candidate.spec)
+        return needed <= question.machine.host.memory_nbytes
+
+    def fill(self) -> None:
+        """Estimate candidates."""
+        coarse: list[tuple[float, Layout, int, float]] = []
+        for replicas in self.question.replicas:
+            where = layout(self.question, replicas)
+            for size in microbatch_sizes(self.question, where.share):
+                if self._least_s(where, size) < self._best_s:
+                    bare_s, best_s = self._coarse(where, size)
+                    if best_s < math.inf:
+                        coarse.append((best_s, where, size, bare_s))
+                    else:
+                        value = f"microbatches of {size}"
+                        self.refused.append(("microbatch size", value, "no packing fits"))
+        if self._best_s <= ENOUGH * self._bound_s():
+            return
+        coarse.sort(key=lambda item: (item[0], len(item[1].shares), -item[2]))
+        for best_s, where, size, bare_s in coarse[:REFINED]:
+            if bare_s <= NEAR * self._best_s:
+                self._refine_bare(where, size)
+            if best_s <= NEAR * self._best_s:
+                self._refine_kept(where, size)
+
+    def _bound_s(self) -> float:
+        question = self.question
+        found = lower_bound(
+            question.packer.graph,
+            question.packer.costs,
+            question.machine,
+            question.minibatch,
+            question.phase,
+        )
+        return found.step_s
+
+    def recomputing(self, count: int) -> list[Candidate]:
+        """The best candidates that recompute everything."""
+        found = [(s, c.num_runs, i, c) for i, (c, s) in enumerate(self._known.items())]
+        return [c for *_, c in sorted(found) if not c.spec.saved][:count]
+
+    def promising(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
+        """Candidates that were not handed out yet, best first, also those that `shrink` adds.
+
+        Of those within half a percent the one with fewest Runs comes first.
+        """
+        while True:
+            left = [c for c in self._known if c not in self._done]
+            if not left:
+                return
+            found = min(left, key=lambda c: self._rank(c, max_runs))
+            self._done.add(found)
+            yield self._known[found] * self._factor(found), found
+
+    def learn(self, candidate: Candidate, simulated_s: float) -> None:
+        """Note how far off the estimate of a candidate was: that of its likes is as far off."""
+        ratio, family = simulated_s / self.estimate_s(candidate), _family(candidate)
+        self._off[family] = max(self._off.get(family, 0.0), ratio)
+
+    def rest(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
+        """Those that are left, most frugal policies first: for when memory is what is short."""
+        left = [c for c in self._known if c not in self._done]
+        left.sort(key=lambda c: (c.policy.weight_slots, self._rank(c, max_runs)))
+        for candidate in left[: 2 * MAX_SHRUNK]:
+            self._done.add(candidate)
+            yield self._known[candidate], candidate
+
+    def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
+        """Make a candidate that is too large again, with as much less room as it lacks."""
+        if candidate not in self._base or self._shrunk >= MAX_SHRUNK:
+            return
+        self._shrunk += 1
+        base, memory = self._base[candidate]
+        lacking = needed_nbytes - self.question.memory_nbytes
+        self._keep(base, memory - lacking - lacking // 8)
+
+    def _rank(self, candidate: Candidate, max_runs: int) -> tuple[int, int]:
+        factor = 1.0 + MANY_RUNS * max(0.0, math.log2(candidate.num_runs / max_runs))
+        factor *= self._factor(candidate)
+        return round(200 * math.log(factor * self._known[candidate])), candidate.num_runs
+
+    def _factor(self, candidate: Candidate) -> float:
+        """What an estimate counts for: more if its likes took longer, or the host is too small."""
+        factor = self._off.get(_family(candidate), 1.0) * handicap(candidate)
+        return factor * HEAVY if candidate in self._heavy else factor
+
+    def _least_s(self, where: Layout, size: int) -> float:
+        """Seconds that computing takes at least, nothing recomputed."""
+        sized = self.question.packer.sized(min(size, where.share))
+        whole = sized.forward_s[-1]
+        if self.question.phase in (Phase.TRAIN, Phase.BACKWARD):
+            whole += sized.backward_s[-1]
+        return where.share // size * whole / where.ring
+
+    def _coarse(self, where: Layout, size: int) -> tuple[float, float]:
+        """Estimate few candidates of a layout and size.
+
+        Returns:
+            The best seconds of those that keep nothing, and of all.
+        """
+        best_s = math.inf
+        for policy in policies(self.question, where.ring, few=True):
+            if policy.weight_slots == LEAN.weight_slots and best_s < math.inf:
+                break
+            for candidate in packed(self.question, where, size, policy, few=True):
+                best_s = min(best_s, self._add(candidate))
+        bare_s = best_s
+        if self.question.phase is Phase.TRAIN:
+            for base in coinciding(self.question, where, size, POLICIES[0]):
+                best_s = min(best_s, self._keep(base, self._memory()))
+        return bare_s, best_s
+
+    def _refine_bare(self, where: Layout, size: int) -> None:
+        for policy in policies(self.question, where.ring):
+            for candidate in packed(self.question, where, size, policy):
+                self._add(candidate)
+
+    def _refine_kept(self, where: Layout, size: int) -> None:
+        if self.question.phase is not Phase.TRAIN:
+            return
+        counts = self._good_counts(where, size)
+        for policy in KEEPING:
+            for base in coinciding(self.question, where, size, policy, counts):
+                self._keep(base, self._memory())
+
+    def _good_counts(self, where: Layout, size: int) -> set[int]:
+        """Numbers of packs around the best that a layout and size was tried with."""
+        tried = [
+            (seconds, len(c.spec.backward_packs))
+            for c, seconds in self._known.items()
+            if c.spec.shares == where.shares and c.spec.backward_size == size
+        ]
+        best = min(tried)[1]
+        step = max(where.ring, best // 4 // where.ring * where.ring)
+        return {best, best - step, best + step, best + 2 * step}
+
+    def _memory(self) -> int:
+        return self.question.memory_nbytes
+
+    def _keep(self, base: Candidate, memory_nbytes: int) -> float:
+        """Estimate what a candidate can keep; return the best seconds."""
+        best_s, best = self._add(base), base
+        for candidate in filled(self.question, base, memory_nbytes):
+            seconds = self._fitting(candidate, base, memory_nbytes)
+            if seconds < best_s:
+                best_s, best = seconds, candidate
+        for kept in dict.fromkeys((best, base)):
+            for candidate in offloading(self.question, kept):
+                best_s = min(best_s, self._fitting(candidate, base, memory_nbytes))
+        return best_s
+
+    def _fitting(self, candidate: Candidate, base: Candidate, memory_nbytes: int) -> float:
+        """Estimate a candidate if it fits; infinity if not."""
+        question, spec, policy = self.question, candidate.spec, candidate.policy
+        if candidate not in self._known:
+            shape = outline(question.packer, question.machine, spec, policy)
+            if host_nbytes(question.packer, shape, spec) > question.machine.host.memory_nbytes:
+                return math.inf
+            if max(peaks_nbytes(question.packer, shape, spec, policy)) > memory_nbytes:
+                return math.inf
+            self._note(candidate, sketch(shape, question.machine, policy).step_s)
+        self._base[candidate] = (base, memory_nbytes)
+        return self._known[candidate]
+
+    def _add(self, candidate: Candidate) -> float:
+        if candidate not in self._known:
+            if self.question.phase is Phase.TRAIN and not self._fits_host(candidate):
+                # The estimate is close, but the plan has the last word, and words for the error.
+                self._heavy.add(candidate)
+            self._note(candidate, self.estimate_s(candidate))
+        return math.inf if candidate in self._heavy else self._known[candidate]
+
+    def _note(self, candidate: Candidate, seconds: float) -> None:
+        self._known[candidate] = seconds
+        if candidate not in self._heavy:
+            self._best_s = min(self._best_s, seconds)
+
+
+def handicap(candidate: Candidate) -> float:
+    """How much longer a candidate counts for than it takes, where it streams weights."""
+    return 1.0 if len(candidate.policy.resident) == len(candidate.spec.backward_packs) else STREAMS
+
+
+def _family(candidate: Candidate) -> tuple[bool, ...]:
+    """Candidates that are estimated too low or too high together."""
+    spec, policy = candidate.spec, candidate.policy
+    return (
+        len(spec.shares) > 1,
+        bool(spec.saved),
+        bool(spec.saved_runs),
+        bool(policy.offload),
+        bool(policy.resident),
+        policy.mirror,
+    )
