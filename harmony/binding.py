@@ -157,7 +157,12 @@ class Binding:
         return parameters + 2 * values + sum(nbytes)
 
     def plan(
-        self, minibatch: int, mode: str, microbatch_size: int | None, pinned: Plan | None
+        self,
+        minibatch: int,
+        mode: str,
+        microbatch_size: int | None,
+        activations: str,
+        pinned: Plan | None,
     ) -> Plan:
         """Return the plan for a minibatch."""
         assert self.costs is not None, "measure comes before plan"
@@ -172,6 +177,7 @@ class Binding:
                 minibatch,
                 mode=mode,
                 microbatch_size=microbatch_size or "auto",
+                activations=activations,
                 phase=self._form,
             )
         self._plans[minibatch] = plan

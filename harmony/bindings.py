@@ -61,6 +61,8 @@ class EngineOptions:
     host_memory_nbytes: int | None = None
     batch_dims: Mapping[str, int | None] = field(default_factory=dict)
     plan: Plan | None = None
+    activations: str = "auto"
+    updates: str = "auto"
     replan: bool = True
     seed: int = 0
 
@@ -219,7 +221,9 @@ class Bindings:
     def plan(self, binding: Binding, minibatch: int) -> Plan:
         """Return the plan of a binding for a minibatch."""
         options = self._options
-        plan = binding.plan(minibatch, options.mode, options.microbatch_size, options.plan)
+        plan = binding.plan(
+            minibatch, options.mode, options.microbatch_size, options.activations, options.plan
+        )
         mixing = [layer.name for layer in binding.graph.layers if layer.mixes_samples]
         size = plan.spec.backward_size
         if mixing and size < minibatch and options.microbatch_size is None:
@@ -251,7 +255,8 @@ class Bindings:
         """Make a binding of a capture."""
         machine = self._measured.machine()
         state = 0.0 if form != "step" else self.update_cost().state_nbytes
-        if form == "step" and self._options.max_grad_norm is None:
+        options = self._options
+        if form == "step" and options.updates == "auto" and options.max_grad_norm is None:
             # Clipping wants all gradients on the host before the first update.
             machine = with_device_updates(machine, self.update_cost())
         host = self._host_state(captured, machine)

@@ -104,7 +104,7 @@ class Engine:
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
         )
         watched = options.replan and options.plan is None
-        self._feedback = Feedback(self.record) if watched else None
+        self._feedback = Feedback(self.record, options.activations) if watched else None
         self.bindings = Bindings(net, self._contexts, options, self._optimizer, self.record)
         self._live = Live(
             net, self._contexts[0], options, self.bindings, self._optimizer, self.record

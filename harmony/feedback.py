@@ -43,8 +43,9 @@ class _Watched:
 class Feedback:
     """Watches the steps of a model and changes plans between two of them."""
 
-    def __init__(self, record: ModelRecord) -> None:
+    def __init__(self, record: ModelRecord, activations: str = "auto") -> None:
         self._record = record
+        self._activations = activations
         self._watched: dict[tuple[int, int], _Watched] = {}
         self._switches: dict[tuple[int, int], int] = {}
 
@@ -72,7 +73,7 @@ class Feedback:
         if found.worst * WORTHWHILE < 1 or self._switches.get(key, 0) >= MOST_SWITCHES:
             return
         now_s = predict_s(plan.schedule, binding.graph, found.costs, found.machine)
-        better = better_plan(binding, plan, found, now_s)
+        better = better_plan(binding, plan, found, now_s, self._activations)
         if better is None:
             return
         self._switches[key] = self._switches.get(key, 0) + 1
@@ -84,11 +85,14 @@ class Feedback:
         )
 
 
-def better_plan(binding: Binding, plan: Plan, found: Refined, now_s: float) -> Plan | None:
+def better_plan(
+    binding: Binding, plan: Plan, found: Refined, now_s: float, activations: str
+) -> Plan | None:
     """Return a plan that computes the same and is clearly faster; None if there is none.
 
     Args:
         now_s: what ``plan`` takes by the same costs.
+        activations: as for `choose`.
     """
     spec = plan.spec
     if spec.forward_size != spec.backward_size:
@@ -101,6 +105,7 @@ def better_plan(binding: Binding, plan: Plan, found: Refined, now_s: float) -> P
             plan.minibatch,
             replicas=len(spec.shares),
             microbatch_size=spec.backward_size,
+            activations=activations,
             phase=spec.phase,
         )
     except PlanError:  # by these figures nothing fits: what runs does

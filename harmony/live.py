@@ -172,7 +172,7 @@ class Live:
             modules[module].__dict__[attribute] = held
 
     def _plan(self, binding: Binding, size: int) -> Plan:
-        plan = binding.plan(size, "pp", size, None)
+        plan = binding.plan(size, "pp", size, "recompute", None)
         self._record.planned(plan, binding.predicted(plan))
         return plan
 

@@ -74,6 +74,11 @@ class Harmony(Wrapper):
             ``{"kwargs['mask']": None, "args[1]": 1, "targets": 0}``.
         plan: a `Plan`, or a file that holds one, to use instead of searching for one. It is
             refused if it is for another model, another first batch, or more memory than there is.
+        activations: ``"auto"``: what the backward needs is kept on the GPU, offloaded to the host
+            or recomputed, pack by pack, whichever is faster. ``"recompute"``: always recomputed.
+        updates: ``"auto"``: packs whose weights can stay on a GPU are updated there, and their
+            gradients never leave it. ``"host"``: every update runs on the CPU, and after each step
+            ``param.grad`` holds the gradient of every parameter.
         replan: whether the plan may change between two steps, once the steps have shown what they
             take and another plan is predicted to be more than 5 % faster with that. It computes
             the same, bit for bit: microbatches and replicas stay what they are.
@@ -99,11 +104,13 @@ class Harmony(Wrapper):
         device_memory: str | int | None = None,
         batch_dims: Mapping[str, int | None] | None = None,
         plan: Plan | str | Path | None = None,
+        activations: str = "auto",
+        updates: str = "auto",
         replan: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_options(module, mode, microbatch_size)
+        _check_options(module, mode, microbatch_size, activations, updates)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = session.options()
         chosen = choose_devices(devices, device_memory)
@@ -122,6 +129,8 @@ class Harmony(Wrapper):
                 host_memory_nbytes=options.host_memory_nbytes,
                 batch_dims=dict(batch_dims or {}),
                 plan=_pinned_plan(plan),
+                activations=activations,
+                updates=updates,
                 replan=replan and options.replan,
                 seed=seed,
             ),
@@ -272,9 +281,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _check_options(
-    module: nn.Module,
-    mode: str,
-    microbatch_size: int | str,
+    module: nn.Module, mode: str, microbatch_size: int | str, activations: str, updates: str
 ) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
@@ -286,3 +293,7 @@ def _check_options(
         not isinstance(microbatch_size, int) or microbatch_size < 1
     ):
         raise ConfigError(f"microbatch_size={microbatch_size!r}: a positive number or 'auto'")
+    if activations not in ("auto", "recompute"):
+        raise ConfigError(f"activations={activations!r}: choose 'auto' or 'recompute'")
+    if updates not in ("auto", "host"):
+        raise ConfigError(f"updates={updates!r}: choose 'auto' or 'host'")

@@ -92,6 +92,7 @@ class Question:
         replicas: how many replicas there may be.
         sizes: microbatch sizes to try; None for all that make sense.
         num_packs: of BACKWARD packs; None for any.
+        recompute: whether all activations are recomputed, none kept or offloaded.
     """
 
     packer: Packer
@@ -101,6 +102,7 @@ class Question:
     replicas: tuple[int, ...]
     sizes: tuple[int, ...] | None = None
     num_packs: int | None = None
+    recompute: bool = False
 
     @property
     def memory_nbytes(self) -> int:

@@ -79,7 +79,7 @@ def filled(question: Question, base: Candidate, memory_nbytes: int) -> Iterator[
     for order in ORDERS:
         if "resident" in order and not _may_reside(room):
             continue
-        found = _fill(room, order)
+        found = _fill(room, [w for w in order if w != "saved" or not question.recompute])
         if found not in seen:
             seen.add(found)
             yield found
@@ -87,7 +87,7 @@ def filled(question: Question, base: Candidate, memory_nbytes: int) -> Iterator[
 
 def offloading(question: Question, found: Candidate) -> Iterator[Candidate]:
     """Variants of a candidate that offload the activations of packs that recompute."""
-    if not can_keep(question, found):
+    if question.recompute or not can_keep(question, found):
         return
     spec, both = found.spec, set(found.spec.backward_packs)
     left = [p for p in spec.forward_packs if p in both and p not in spec.saved]

@@ -69,6 +69,7 @@ def choose(
     microbatch_size: int | Literal["auto"] | str = "auto",
     num_packs: int | None = None,
     replicas: int | None = None,
+    activations: str = "auto",
     phase: Phase = Phase.TRAIN,
 ) -> Plan:
     """Return the fastest plan that fits; the same question always gets the same answer.
@@ -77,6 +78,7 @@ def choose(
         mode: ``"pp"``: one pipeline; ``"dp"``: a replica on each device; ``"auto"``: either, or
             several replicas with a pipeline each.
         replicas: so many, whatever ``mode`` says.
+        activations: ``"auto"``, or ``"recompute"`` to keep and offload none.
         phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for the drop-in form, where
             the plan then has schedules for both; ``INFER`` for inference alone.
 
@@ -93,6 +95,7 @@ def choose(
         microbatch_size=microbatch_size,
         num_packs=num_packs,
         replicas=replicas,
+        activations=activations,
         phase=phase,
     )
     _check_host(graph, machine)
@@ -128,6 +131,7 @@ def ask(
     microbatch_size: int | str = "auto",
     num_packs: int | None = None,
     replicas: int | None = None,
+    activations: str = "auto",
     phase: Phase = Phase.TRAIN,
 ) -> Question:
     """Return what `choose` is asked, its options checked.
@@ -142,6 +146,8 @@ def ask(
         raise ConfigError(f'mode is "auto", "pp" or "dp", not {mode!r}')
     if size != "auto" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f'microbatch_size is "auto" or a positive number, not {size!r}')
+    if activations not in ("auto", "recompute"):
+        raise ConfigError(f'activations is "auto" or "recompute", not {activations!r}')
     if num_packs is not None and not 1 <= num_packs <= graph.num_layers:
         raise ConfigError(f"num_packs is between 1 and {graph.num_layers}, not {num_packs}")
     several = machine.num_devices > 1 and minibatch > 1
@@ -156,7 +162,9 @@ def ask(
     if replicas is not None:
         counts = (replicas,)
     sizes = (size,) if isinstance(size, int) else None
-    return Question(Packer(graph, costs), machine, minibatch, phase, counts, sizes, num_packs)
+    recompute = activations == "recompute"
+    packer = Packer(graph, costs)
+    return Question(packer, machine, minibatch, phase, counts, sizes, num_packs, recompute)
 
 
 class _Search:

@@ -61,20 +61,26 @@ class SavedForward:
     _weights: torch.Tensor | None = None
 
     @contextmanager
-    def saving(self, weights: torch.Tensor | None) -> Iterator[None]:
+    def saving(
+        self, weights: torch.Tensor | None, changing: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[None]:
         """Take what autograd saves meanwhile.
 
         Args:
             weights: the pack's weight slot; None if it has no parameters.
+            changing: ranges of bytes of the slot that the forwards of other microbatches change.
         """
         start = None if weights is None else weights.untyped_storage().data_ptr()
 
         def pack(tensor: torch.Tensor) -> object:
             if not self._is_plain(tensor):
                 return tensor.detach()
-            if tensor.untyped_storage().data_ptr() == start:
-                return _place_of(tensor)
-            return self._hold(tensor)
+            if tensor.untyped_storage().data_ptr() != start:
+                return self._hold(tensor)
+            at = tensor.data_ptr() - start
+            if any(low <= at < high for low, high in changing):
+                return self._hold(tensor.detach().clone())
+            return _place_of(tensor)
 
         with torch.enable_grad(), saved_tensors_hooks(pack, self._unpack):
             yield

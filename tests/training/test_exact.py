@@ -18,8 +18,8 @@ SGD = (torch.optim.SGD, {"lr": 1e-1, "momentum": 0.9, "fused": True})
 
 
 def train_harmony(net: torch.nn.Module, batches: list[Any], **options: Any) -> Run:
-    """Train a copy of ``net`` with the wrapper's step form."""
-    model = harmony.Harmony(copy.deepcopy(net), **options)
+    """Train a copy of ``net`` with the wrapper's step form, gradients to be seen after a step."""
+    model = harmony.Harmony(copy.deepcopy(net), **{"updates": "host", **options})
     run = Run()
     for inputs, targets in batches:
         run.losses.append(model.train_step(inputs, targets))

@@ -61,6 +61,8 @@ def failing_model(**options: Any) -> tuple[harmony.Harmony, Fails]:
         microbatch_size=2,
         devices=2,
         device_memory="24KiB",
+        activations="recompute",
+        updates="host",
         **options,
     )
     return model, bad

@@ -10,12 +10,18 @@ import torch
 
 import harmony
 from harmony.layergraph import LayerGraph
+from harmony.planner.policy import Policy
 from harmony.planner.schedule import Schedule
+from harmony.planner.tasks import StepSpec
+from tests.toys import halves
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, token_batch, token_loss
+from tests.training.test_plans import packs, use_plan
 
 
-def trained(mode: str, num_devices: int, memory: str = "300KiB", **options: Any) -> Any:
+def trained(
+    mode: str, num_devices: int, memory: str = "300KiB", plan: Any = None, **options: Any
+) -> Any:
     torch.manual_seed(0)
     model = harmony.Harmony(
         GPT(),
@@ -28,6 +34,8 @@ def trained(mode: str, num_devices: int, memory: str = "300KiB", **options: Any)
         device_memory=memory,
         **options,
     )
+    if plan is not None:
+        use_plan(model, token_batch(0), *plan)
     model.train_step(*token_batch(0))
     (binding,) = model._engine.bindings
     return model, binding.graph
@@ -36,9 +44,18 @@ def trained(mode: str, num_devices: int, memory: str = "300KiB", **options: Any)
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_weights_in_and_gradients_out(vgpus: VirtualGPUs, num_devices: int, mode: str) -> None:
-    model, graph = trained(mode, num_devices)
-    spec = model.plan.spec
     replicas = num_devices if mode == "dp" else 1
+
+    def as_the_paper_does(num_layers: int, minibatch: int) -> StepSpec:
+        """Everything is recomputed, and no weights are held."""
+        last = packs([2, 4, 6], num_layers)
+        shares = halves(minibatch, replicas)
+        return StepSpec(minibatch, 2, 2, last[:-1], last, shares)
+
+    model, graph = trained(
+        mode, num_devices, "1MiB", plan=(as_the_paper_does, Policy()), updates="host"
+    )
+    spec = model.plan.spec
     moved = model.last_timeline.bytes_by()
     weights, last = graph.weight_nbytes(), graph.weight_nbytes(spec.backward_packs[-1])
     # Where a GPU's last FORWARD pack is its first BACKWARD pack too, Harmony leaves the weights

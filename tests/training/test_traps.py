@@ -97,6 +97,9 @@ def wrap(net: nn.Module, **options: Any) -> harmony.Harmony:
         "devices": 2,
         "microbatch_size": 2,
         "device_memory": "32KiB",
+        # Most of these traps are in the recompute, and show in the gradients.
+        "activations": "recompute",
+        "updates": "host",
         **options,
     }
     return harmony.Harmony(net, **given)
