@@ -25,7 +25,10 @@ def peaks_nbytes(
     packer: Packer, shape: Outline, spec: StepSpec, policy: Policy
 ) -> tuple[int, ...]:
     """Bytes that each device of a ring needs at most, slots and resident packs included."""
-    return tuple(_peak(packer, shape, spec, policy, seat) for seat in range(shape.ring))
+    here: list[list[Stage]] = [[] for _ in range(shape.ring)]
+    for stage in shape.stages:
+        here[stage.seat].append(stage)
+    return tuple(_peak(packer, shape, spec, policy, stages) for stages in here)
 
 
 def host_nbytes(packer: Packer, shape: Outline, spec: StepSpec) -> int:
@@ -39,8 +42,9 @@ def host_nbytes(packer: Packer, shape: Outline, spec: StepSpec) -> int:
     return found + shape.replicas * sum(s.outputs * s.num_runs for s in shape.stages)
 
 
-def _peak(packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, seat: int) -> int:
-    here = [stage for stage in shape.stages if stage.seat == seat]
+def _peak(
+    packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, here: list[Stage]
+) -> int:
     kept, peak = 0, 0
     for stage in here:
         if stage.kind is TaskKind.FORWARD:

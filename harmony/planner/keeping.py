@@ -85,13 +85,19 @@ def filled(question: Question, base: Candidate, memory_nbytes: int) -> Iterator[
             yield found
 
 
-def offloading(question: Question, found: Candidate) -> Iterator[Candidate]:
-    """Variants of a candidate that offload the activations of packs that recompute."""
+def offloading(
+    question: Question, found: Candidate, *, few: bool = False
+) -> Iterator[Candidate]:
+    """Variants of a candidate that offload the activations of packs that recompute.
+
+    Args:
+        few: whether a few of them are enough, to see whether it is worth looking closer.
+    """
     if question.recompute or not can_keep(question, found):
         return
     spec, both = found.spec, set(found.spec.backward_packs)
     left = [p for p in spec.forward_packs if p in both and p not in spec.saved]
-    for share in OFFLOADED:
+    for share in OFFLOADED[: 2 if few else None]:
         # Spread evenly, so that what one pack sends out has left before the next one's follows.
         out = [p for i, p in enumerate(left) if int((i + 1) * share) > int(i * share)]
         if out:
@@ -105,9 +111,10 @@ def offloading(question: Question, found: Candidate) -> Iterator[Candidate]:
     runs = len(spec.microbatches(0, TaskKind.FORWARD))
     least = min(len(spec.microbatches(r, TaskKind.FORWARD)) for r in range(len(spec.shares)))
     if not spec.saved and left:
-        for some in sorted({round(part * runs) for part in PARTS} & set(range(1, least))):
+        parts = PARTS[1::2] if few else PARTS
+        for some in sorted({round(part * runs) for part in parts} & set(range(1, least))):
             # One copy needs the time of several Runs.
-            for ahead in sorted({found.policy.lookahead, FAR}):
+            for ahead in sorted({FAR} if few else {found.policy.lookahead, FAR}):
                 yield replace(
                     found,
                     spec=replace(spec, saved=tuple(left), saved_runs=some),

@@ -23,6 +23,9 @@ BLOCK_NBYTES = 512
 """Device allocators hand out multiples of this."""
 
 
+_CHANGES = (Op.ALLOC, Op.DROP, Op.RUN)
+_PEAKS = "_device_peaks"
+
 STATE_TENSORS = 4
 """An optimizer keeps at most so many tensors a parameter: AMSGrad's three, and the step."""
 
@@ -81,13 +84,27 @@ class Workspace:
 
 
 def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
-    """The most bytes in use on a device, and when."""
+    """The most bytes in use on a device, and when; found once for each schedule."""
+    known = schedule.__dict__.setdefault(_PEAKS, {})
+    found = known.get(index)
+    if found is None or found[0] is not graph or found[1] is not workspace.costs:
+        peak = _device_peak(schedule, index, graph, workspace)
+        found = known[index] = (graph, workspace.costs, peak)
+    peak_then: Peak = found[2]
+    return peak_then
+
+
+def _device_peak(
+    schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace
+) -> Peak:
     spec = schedule.devices[index]
     slots = sum(s.count * _blocks(s.nbytes) for s in (spec.weight_slots, spec.gradient_slots))
     slots += sum(resident_nbytes(ref, graph) for ref in spec.resident)
     alive: dict[TensorRef, int] = {}
     values, peak = 0, Peak(slots, -1, slots)
     for at, step in enumerate(schedule.programs[index]):
+        if step.op not in _CHANGES:
+            continue
         extra = 0
         for ref in _taken(step):
             if ref.is_value and ref not in alive:

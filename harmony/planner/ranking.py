@@ -219,7 +219,7 @@ class Ranking:
         bare_s = best_s
         if self.question.phase is Phase.TRAIN:
             for base in coinciding(self.question, where, size, POLICIES[0]):
-                best_s = min(best_s, self._keep(base, self._memory()))
+                best_s = min(best_s, self._keep(base, self._memory(), few=True))
         return bare_s, best_s
 
     def _refine_bare(self, where: Layout, size: int) -> None:
@@ -249,15 +249,15 @@ class Ranking:
     def _memory(self) -> int:
         return self.question.memory_nbytes
 
-    def _keep(self, base: Candidate, memory_nbytes: int) -> float:
+    def _keep(self, base: Candidate, memory_nbytes: int, *, few: bool = False) -> float:
         """Estimate what a candidate can keep; return the best seconds."""
         best_s, best = self._add(base), base
         for candidate in filled(self.question, base, memory_nbytes):
             seconds = self._fitting(candidate, base, memory_nbytes)
             if seconds < best_s:
                 best_s, best = seconds, candidate
-        for kept in dict.fromkeys((best, base)):
-            for candidate in offloading(self.question, kept):
+        for kept in dict.fromkeys((best,) if few else (best, base)):
+            for candidate in offloading(self.question, kept, few=few):
                 best_s = min(best_s, self._fitting(candidate, base, memory_nbytes))
         return best_s
 

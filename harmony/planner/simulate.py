@@ -10,6 +10,7 @@ What copies, updates and virtual GPUs share, and how (`harmony.planner.flows`), 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 from harmony.layergraph import LayerGraph
@@ -34,17 +35,22 @@ def simulate(
     costs: CostTable,
     machine: Machine,
     model: Model = "fair",
+    *,
+    labels: bool = True,
 ) -> Timeline:
     """Return the predicted timeline of one step.
 
     Args:
         model: how what is shared is divided; see `harmony.planner.flows`.
+        labels: whether spans have one; for figures alone they need none.
 
     Raises:
         ScheduleError: if the schedule deadlocks.
     """
-    work = _Work(schedule, graph, costs, machine)
-    times = work.run(model)
+    work, times = _simulated(schedule, graph, costs, machine, model)
+    # Its activities are as many objects as the schedule has instructions: nobody asks for a
+    # second timeline soon.
+    schedule.__dict__.pop(_WORK, None)
     kinds = span_kinds(schedule, graph)
     programs = list(schedule.all_programs())
     spans = []
@@ -55,7 +61,7 @@ def simulate(
         spans.append(
             Span(
                 f"{name}.{step.stream}",
-                str(step),
+                str(step) if labels else "",
                 kinds[name][index],
                 times.starts[number],
                 times.ends[number],
@@ -87,7 +93,25 @@ def predict_s(
     Raises:
         ScheduleError: as `simulate`.
     """
-    return _Work(schedule, graph, costs, machine).run(model).makespan_s
+    found = _simulated(schedule, graph, costs, machine, model)
+    schedule.__dict__[_WORK] = (graph, costs, machine, model, found)
+    return found[1].makespan_s
+
+
+_WORK = "_simulated"
+
+
+def _simulated(
+    schedule: Schedule, graph: LayerGraph, costs: CostTable, machine: Machine, model: Model
+) -> tuple[_Work, Times]:
+    """The activities of a schedule and when they happen; the plan that is chosen asks twice."""
+    known = schedule.__dict__.get(_WORK)
+    asked = (graph, costs, machine)
+    if known is not None and all(map(operator.is_, known, asked)) and known[3] == model:
+        found: tuple[_Work, Times] = known[4]
+        return found
+    work = _Work(schedule, graph, costs, machine)
+    return work, work.run(model)
 
 
 _MAX_WAITS = 3

@@ -88,7 +88,8 @@ class Trial:
             else:
                 schedules[each] = self._checked(tried.candidate, each)
         needed = self._host_nbytes(schedules, phase)
-        timeline = simulate(schedules[phase], self.graph, self.costs, self.question.machine)
+        machine = self.question.machine
+        timeline = simulate(schedules[phase], self.graph, self.costs, machine, labels=False)
         return Fitting(tried, schedules, timeline, needed)
 
     def _lowered(self, candidate: Candidate, phase: Phase) -> tuple[TaskGraph, Schedule]:

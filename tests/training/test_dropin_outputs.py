@@ -64,7 +64,7 @@ def test_all_outputs_after_a_part_of_them(vgpus: VirtualGPUs) -> None:
 
 def test_a_parameter_that_the_backward_does_not_need_may_change(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
-    model = wrapped(TwoHeads(), device_memory="24KiB")
+    model = wrapped(TwoHeads(), device_memory="20KiB")
     x, y = vector_batch(0)
     out = model(x)
     out["left"].sum().backward(retain_graph=True)
