@@ -98,6 +98,7 @@ def test_training(
     model = harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs={"lr": 0.1, "momentum": 0.9},
         mode=mode,
         microbatch_size=2,
@@ -123,6 +124,7 @@ def test_tied_weights(vgpus: VirtualGPUs, make: Any) -> None:
     model = harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs={"lr": 0.1, "momentum": 0.9},
         mode="pp",
         microbatch_size=2,

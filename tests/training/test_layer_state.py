@@ -109,6 +109,7 @@ def train(net: nn.Module, gpus: int, steps: int = 3, **options: Any) -> tuple[An
     model = harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs=SGD,
         loss_fn=square_loss,
         devices=gpus,

@@ -67,6 +67,7 @@ def train(net: nn.Module, gpus: int = 2, **options: Any) -> tuple[Any, list[Any]
     model = harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs=SGD,
         loss_fn=square_loss,
         devices=gpus,

@@ -63,6 +63,7 @@ def wrap(net: nn.Module, loss_fn: Any = None, **options: Any) -> harmony.Harmony
     return harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs={"lr": 0.1},
         loss_fn=loss_fn,
         **settings,

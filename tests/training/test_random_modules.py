@@ -172,6 +172,7 @@ def compare(recipe: Recipe, way: Way, decides: str = "") -> None:
     model = harmony.Harmony(
         twin,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs=SGD,
         loss_fn=square_loss,
         microbatch_size=way.size,

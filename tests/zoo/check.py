@@ -110,6 +110,7 @@ def _compare(entry: Entry) -> Outcome:
     model = harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
+        updates="host",
         optimizer_kwargs=SGD,
         loss_fn=entry.loss,
         mode="pp",
