@@ -10,7 +10,7 @@ UPDATE_BYTES_PER_S = 484e9 * 0.8 / 7
 2017), seven bytes moved for each byte of gradient by Adam in fp32."""
 
 HOST_NBYTES = 750 * 10**9
-"""Host memory of the server of the paper."""
+"""Host memory that is assumed; the profiles do not say. What may be offloaded depends on it."""
 
 TASK_OVERHEAD_S = 1e-4
 """Seconds to issue a Run. The original's 40 ms a task are for deleting tensors; there is nothing
