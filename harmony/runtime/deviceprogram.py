@@ -200,7 +200,8 @@ class DeviceProgram:
             prepared.nbytes = 0 if instruction.ref is None else instruction.ref.nbytes(graph)
         return prepared
 
-    # One method an operation: each looks everything up and returns what is to be issued.
+    # One method an operation: each looks everything up and returns what is to be issued. That
+    # must not hold the program, which holds it: such a cycle keeps device memory for a while.
 
     def _run(self, at: int, instruction: Instruction) -> Issue:
         assert instruction.task is not None
@@ -218,7 +219,8 @@ class DeviceProgram:
             self._slot_of[ref] = instruction.slot
             return _nothing
         if ref.kind is TensorKind.SAVED:
-            return lambda _: self._saved[ref].take_memory()
+            saved = self._saved
+            return lambda _: saved[ref].take_memory()
         env, device = self._env, self._context.device
         place = self._around.place_of(ref.first, ref.num_samples)
 
@@ -232,7 +234,8 @@ class DeviceProgram:
     def _swap_in(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
         if ref.kind is TensorKind.SAVED:
-            return lambda _: self._saved[ref].copy_from(self._around.saved[ref])
+            saved, buffers = self._saved, self._around.saved
+            return lambda _: saved[ref].copy_from(buffers[ref])
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(env[ref], chunk)
@@ -252,7 +255,7 @@ class DeviceProgram:
     def _swap_out(self, at: int, instruction: Instruction) -> Issue:
         ref, env, host = _ref(instruction), self._env, self._around.host
         if ref.kind is TensorKind.SAVED:
-            return lambda _: self._offload(ref)
+            return _offloading(ref, self._saved, self._around.saved)
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(chunk, env[ref])
@@ -282,13 +285,6 @@ class DeviceProgram:
 
         return issue
 
-    def _offload(self, ref: TensorRef) -> None:
-        """Copy what a forward saved to the host, into memory of the size that the plan said."""
-        found, around = self._saved[ref], self._around
-        if around.saved[ref].tensor.numel() < found.nbytes:  # alignment can make it a little more
-            around.saved[ref] = saved_buffer(ref, found.nbytes, self._context.device)
-        found.copy_to(around.saved[ref])
-
     def _send(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
         assert instruction.peer is not None
@@ -298,9 +294,10 @@ class DeviceProgram:
     def _drop(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
         if ref.kind is TensorKind.SAVED:
+            saved = self._saved
             if (Op.SWAP_IN, ref) in self._moves[at:]:
-                return lambda _: self._saved[ref].let_go()
-            return lambda _: self._saved.__delitem__(ref)
+                return lambda _: saved[ref].let_go()
+            return lambda _: saved.__delitem__(ref)
         if not ref.is_value:
             return _nothing
 
@@ -352,6 +349,20 @@ class DeviceProgram:
         shared = self._around.host.graph.shared_in(pack.first, pack.last)
         start = layout.shared_offset(pack.first, pack.last, shared, ref.first)
         return start, start + layout.shared[ref.first].nbytes
+
+
+def _offloading(
+    ref: TensorRef, saved: SavedForwards, buffers: dict[TensorRef, HostBuffer]
+) -> Issue:
+    """Copy what a forward saved to the host, into memory of the size that the plan said."""
+
+    def issue(_: Step) -> None:
+        found = saved[ref]
+        if buffers[ref].tensor.numel() < found.nbytes:  # alignment can make it a little more
+            buffers[ref] = saved_buffer(ref, found.nbytes, found.device)
+        found.copy_to(buffers[ref])
+
+    return issue
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

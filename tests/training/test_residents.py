@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,6 +192,22 @@ def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
     verify(schedule, binding.graph, binding.costs, Phase.INFER, tasks)
     copied = [s.ref for p in schedule.programs for s in p if s.op is Op.SWAP_IN]
     assert not any(ref is not None and ref.is_parameter for ref in copied)
+
+
+def test_a_released_plan_leaves_nothing_on_the_devices(vgpus: VirtualGPUs) -> None:
+    """Not even until Python looks for cycles: the next plan needs the memory at once."""
+    model = resident_model(GPT())
+    for step in range(2):
+        model.train_step(*token_batch(step))
+    gc.collect()
+    gc.disable()
+    try:
+        active = model._engine.bindings.active
+        assert active is not None
+        active.release()
+        assert [torch.accelerator.memory_allocated(i) for i in range(2)] == [0, 0]
+    finally:
+        gc.enable()
 
 
 def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> None:
