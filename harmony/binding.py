@@ -275,7 +275,7 @@ class Binding:
         """
         weights: dict[tuple[int, Samples], float] = {}
         doubt = None
-        scalars = [v for v in self.graph.output_ids if self._is_scalar(v)]
+        scalars = [v for v in self.graph.output_ids if _is_scalar(self.captured, v)]
         for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
             every = [s for r in range(len(spec.shares)) for s in spec.microbatches(r, kind)]
             for value in scalars:
@@ -296,9 +296,10 @@ class Binding:
         """Note that a forward and its backward have agreed."""
         self._checked.add(plan.minibatch)
 
-    def _is_scalar(self, value: int) -> bool:
-        shape, _, dtype = self.captured.value_form(value, self.captured.num_samples)
-        return not shape and dtype.is_floating_point
+
+def _is_scalar(captured: Captured, value: int) -> bool:
+    shape, _, dtype = captured.value_form(value, captured.num_samples)
+    return not shape and dtype.is_floating_point
 
 
 def with_saved(

@@ -66,6 +66,11 @@ class EngineOptions:
     replan: bool = True
     seed: int = 0
 
+    @property
+    def updates_on_device(self) -> bool:
+        """Whether they may be there: clipping wants all gradients on the host before the first."""
+        return self.updates == "auto" and self.max_grad_norm is None
+
 
 @dataclass
 class Paths:
@@ -255,9 +260,7 @@ class Bindings:
         """Make a binding of a capture."""
         machine = self._measured.machine()
         state = 0.0 if form != "step" else self.update_cost().state_nbytes
-        options = self._options
-        if form == "step" and options.updates == "auto" and options.max_grad_norm is None:
-            # Clipping wants all gradients on the host before the first update.
+        if form == "step" and self._options.updates_on_device:
             machine = with_device_updates(machine, self.update_cost())
         host = self._host_state(captured, machine)
         self._moving.update(a for change in captured.changes.values() for a in change.attributes)

@@ -52,14 +52,10 @@ class Contents:
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
         self.at = Place(0, 0)
         self.authors = _expected_authors(schedule)
-        self.resident: dict[TensorRef, int] = {}
-        for index, device in enumerate(schedule.devices):
-            for ref in device.resident:
-                if ref in self.resident:
-                    raise ScheduleError(f"{ref} is resident on two devices, or twice on one")
-                self.resident[ref] = index
-                is_gradient = ref.is_gradient_part
-                self.memories[index, ref] = _Memory(NOTHING if is_gradient else START, alive=True)
+        self.resident = _resident(schedule)
+        for ref, index in self.resident.items():
+            is_gradient = ref.is_gradient_part
+            self.memories[index, ref] = _Memory(NOTHING if is_gradient else START, alive=True)
 
     def do(self, at: Place, step: Instruction) -> None:
         """Follow one instruction."""
@@ -95,20 +91,16 @@ class Contents:
             raise ScheduleError(f"{part} is swapped out and never added")
         for ref, author in self.authors.final.items():
             if ref in self.resident:
-                self._finish_resident(ref, author)
+                # Anybody may read parameters on the host once the step is over.
+                cells = self._host_cells(ref) if ref.is_parameter else ()
+                if any(self.memories[cell].author != author for cell in cells):
+                    raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
                 continue
             must = ref.kind is TensorKind.VALUE and ref.first in kept
             must = must or (ref.is_gradient_part and ref.part == 0)
             is_gradient = ref.kind is TensorKind.VALUE_GRADIENT
             must = must or (is_gradient and self.graph.values[ref.first].producer == MODEL_INPUT)
             if must and self.memories["host", ref].author != author:
-                raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
-
-    def _finish_resident(self, ref: TensorRef, author: Author) -> None:
-        """New weights of a device are on the host as well; anybody may read them there."""
-        if ref.is_parameter:
-            authors = {self.memories[cell].author for cell in self._host_cells(ref)}
-            if authors != {author}:
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
 
     # -- instructions -----------------------------------------------------------------------
@@ -144,8 +136,7 @@ class Contents:
         is_resident = self.resident.get(ref) == self.at.program
         if not (ref.is_value or ref.is_gradient_part or is_resident):
             raise self._refuse("weights change on the host only, unless they are resident")
-        author = self._defined(ref)
-        self._touch((self.at.program, ref), write=False)
+        author = self._read_by_device(ref)
         if ref.is_parameter:
             for part in self._host_cells(ref):
                 self._touch(part, write=True)
@@ -165,8 +156,7 @@ class Contents:
     def _send(self, ref: TensorRef, peer: int | None) -> None:
         if peer is None or peer == self.at.program or peer >= self.schedule.num_devices:
             raise self._refuse("a Send needs another device")
-        author = self._defined(ref)
-        self._touch((self.at.program, ref), write=False)
+        author = self._read_by_device(ref)
         memory = self._empty(peer, ref)
         self._touch((peer, ref), write=True)
         memory.author = author
@@ -230,7 +220,10 @@ class Contents:
         if ref.part:
             return [("stage", *self._stage_of(ref))]
         if ref.is_value:
-            return [("host", self._host_copy(ref))]
+            copy = _host_copy(ref, self.copies[ref.kind, ref.first], self.graph, self.phase)
+            if copy is None:
+                raise self._refuse(f"nothing on the host holds {ref}")
+            return [("host", copy)]
         return [("host", ref)]
 
     def _stage_of(self, ref: TensorRef) -> tuple[int, int]:
@@ -238,23 +231,6 @@ class Contents:
         if key is None:
             raise self._refuse(f"{ref} is in no staging buffer")
         return key
-
-    def _host_copy(self, ref: TensorRef) -> TensorRef:
-        """The copy on the host that ``ref`` is, or is a part of."""
-        copies = self.copies[ref.kind, ref.first]
-        if ref in copies:
-            return ref
-        for copy in copies:
-            if _within(ref, copy):
-                return copy
-        value = self.graph.values[ref.first]
-        if ref.kind is TensorKind.VALUE:
-            there = value.producer == MODEL_INPUT or self.phase is Phase.BACKWARD
-        else:
-            there = value.is_output and self.phase is Phase.BACKWARD
-        if not there:
-            raise self._refuse(f"nothing on the host holds {ref}")
-        return ref
 
     def _defined(self, ref: TensorRef) -> Author:
         author = self._on_device(ref).author
@@ -310,6 +286,35 @@ class Contents:
 
     def _refuse(self, why: str) -> ScheduleError:
         return refuse(self.schedule, self.at, why)
+
+
+def _resident(schedule: Schedule) -> dict[TensorRef, int]:
+    """The device of everything that stays on one from step to step."""
+    found: dict[TensorRef, int] = {}
+    for index, device in enumerate(schedule.devices):
+        for ref in device.resident:
+            if ref in found:
+                raise ScheduleError(f"{ref} is resident on two devices, or twice on one")
+            found[ref] = index
+    return found
+
+
+def _host_copy(
+    ref: TensorRef, copies: Sequence[TensorRef], graph: LayerGraph, phase: Phase
+) -> TensorRef | None:
+    """The copy on the host that ``ref`` is, or is a part of; None if there is none."""
+    if ref in copies:
+        return ref
+    for copy in copies:
+        if _within(ref, copy):
+            return copy
+    if ref.kind is TensorKind.SAVED:
+        return None
+    value = graph.values[ref.first]
+    there = value.is_output and phase is Phase.BACKWARD
+    if ref.kind is TensorKind.VALUE:
+        there = value.producer == MODEL_INPUT or phase is Phase.BACKWARD
+    return ref if there else None
 
 
 def _within(part: TensorRef, whole: TensorRef) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ import torch
 from harmony.planner.schedule import DeviceSpec, Instruction, Op
 from harmony.planner.tasks import Samples, TaskKind, TensorKind, TensorRef
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.eventissue import EventIssuer, Events
 from harmony.runtime.hostmem import ArenaLayout, HostBuffer, Piece, Place
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.hostvalues import saved_buffer
-from harmony.runtime.packsof import packs_of
+from harmony.runtime.packsof import packs_of, writers_of
 from harmony.runtime.residents import Residents
 from harmony.runtime.stage import Stage
 from harmony.runtime.step import HostValues, Step
@@ -27,8 +28,7 @@ class Surroundings:
 
     Attributes:
         envs: per device, the values that are on it now.
-        events: the torch event of every event that a device records.
-        crossing: events that another program waits for.
+        events: of the schedule.
         place_of: form of a value for a number of samples.
         saved: host memory for what forwards save and is not to stay on the device.
         residents: per device, the weights that stay there.
@@ -37,8 +37,7 @@ class Surroundings:
     host: HostState
     values: HostValues
     envs: Sequence[Env]
-    events: Mapping[int, torch.Event]
-    crossing: frozenset[int]
+    events: Events
     place_of: Callable[[int, int], Place]
     saved: dict[TensorRef, HostBuffer]
     residents: Sequence[Residents]
@@ -91,27 +90,22 @@ class DeviceProgram:
         self._residents = around.residents[index]
         self._slot_of = self._residents.slots(spec)
         self._packs = packs_of(program)
-        self._packs_of_gradients = {
-            ref: step.task.pack
-            for step in program
-            if step.task is not None and step.task.kind is TaskKind.BACKWARD
-            for ref in step.writes
-        }
+        self._writers = writers_of(program)
         self._moves = [(step.op, step.ref) for step in program]
         self._kinds = kinds
-        self._own_events: set[int] = set()
         self._base = context.new_event(timing=True)
         self._base_s = 0.0
         self._updates = True
-        makers = {
+        events = EventIssuer(around.events, context)
+        makers: dict[Op, Callable[[int, Instruction], Issue]] = {
             Op.RUN: self._run,
             Op.ALLOC: self._alloc,
             Op.SWAP_IN: self._swap_in,
             Op.SWAP_OUT: self._swap_out,
             Op.SEND: self._send,
             Op.DROP: self._drop,
-            Op.RECORD: self._record,
-            Op.WAIT: self._wait,
+            Op.RECORD: lambda _, instruction: events.record(instruction),
+            Op.WAIT: lambda _, instruction: events.wait(instruction),
         }
         self._prepared = [
             self._prepare(at, instruction, makers[instruction.op](at, instruction))
@@ -165,7 +159,7 @@ class DeviceProgram:
             prepared.issue(step)
 
     def _give_gradients(self, ref: TensorRef) -> None:
-        pack = self._packs_of_gradients[ref]
+        pack = self._writers[ref]
         self._around.host.touched[ref] = frozenset(self._stage.touched_by.get(pack, ()))
         _copy_all([(target, memory) for memory, target in self._residents.pairs(ref)])
 
@@ -294,43 +288,12 @@ class DeviceProgram:
     def _drop(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
         if ref.kind is TensorKind.SAVED:
-            saved = self._saved
-            if (Op.SWAP_IN, ref) in self._moves[at:]:
-                return lambda _: saved[ref].let_go()
-            return lambda _: saved.__delitem__(ref)
+            return _dropping(ref, self._saved, (Op.SWAP_IN, ref) in self._moves[at:])
         if not ref.is_value:
             return _nothing
 
         def issue(_: Step) -> None:
             del env[ref]
-
-        return issue
-
-    def _record(self, at: int, instruction: Instruction) -> Issue:
-        event = _event(instruction)
-        recorded, context = self._around.events[event], self._context
-        self._own_events.add(event)
-        crossing = event in self._around.crossing
-        stream = context.streams[instruction.stream]
-
-        def issue(step: Step) -> None:
-            stream.record_event(recorded)
-            if crossing:
-                step.signals.issue(event)
-
-        return issue
-
-    def _wait(self, at: int, instruction: Instruction) -> Issue:
-        event = _event(instruction)
-        awaited = self._around.events.get(event)  # None if the host records it
-        stream = self._context.streams[instruction.stream]
-        own = event in self._own_events
-
-        def issue(step: Step) -> None:
-            if not own:
-                step.signals.wait(event)
-            if awaited is not None:
-                stream.wait_event(awaited)
 
         return issue
 
@@ -365,6 +328,13 @@ def _offloading(
     return issue
 
 
+def _dropping(ref: TensorRef, saved: SavedForwards, comes_back: bool) -> Issue:
+    """Give the memory back of what a forward saved; all of it, unless it comes back."""
+    if comes_back:
+        return lambda _: saved[ref].let_go()
+    return lambda _: saved.__delitem__(ref)
+
+
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
@@ -381,11 +351,6 @@ def _nothing(_: Step) -> None:
 def _ref(instruction: Instruction) -> TensorRef:
     assert instruction.ref is not None
     return instruction.ref
-
-
-def _event(instruction: Instruction) -> int:
-    assert instruction.event is not None
-    return instruction.event
 
 
 def _samples(ref: TensorRef) -> Samples:

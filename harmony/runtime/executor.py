@@ -14,15 +14,17 @@ import torch
 from harmony.capture import Captured
 from harmony.errors import ExecutionError, HarmonyError, PlanError
 from harmony.planner.kinds import span_kinds
-from harmony.planner.schedule import HOST, DeviceSpec, Op, Schedule, Slots
+from harmony.planner.schedule import HOST, DeviceSpec, Schedule, Slots
 from harmony.planner.tasks import Pack, TaskKind, TensorKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.deviceprogram import DeviceProgram, Surroundings
+from harmony.runtime.eventissue import Events
 from harmony.runtime.hostmem import Place, Stash
 from harmony.runtime.hostprogram import HostProgram
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.hostvalues import is_input, reserve_saved, reserve_values
+from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.recall import Recall
 from harmony.runtime.residents import Residents
 from harmony.runtime.selfcheck import SelfCheck
@@ -106,35 +108,18 @@ class Executor:
             values: host copies of values that exist already (of an earlier phase of the same
                 batch); new ones are added to it.
         """
-        self._check_clipping(schedule)
+        _check_clipping(schedule, self._host.optimizer)
         with streams_restored(self.contexts):
             self._reserve_slots(schedule)
         graph, device = self._host.graph, self.contexts[0].device
         reserve_values(schedule, graph, values, self._place_of, device)
-        recorded_by = {
-            step.event: index
-            for index, program in enumerate([*schedule.programs, schedule.host])
-            for step in program
-            if step.op is Op.RECORD and step.event is not None
-        }
-        events = {
-            event: self.contexts[index].new_event()
-            for event, index in recorded_by.items()
-            if index < len(self.contexts)
-        }
-        crossing = frozenset(
-            step.event
-            for index, program in enumerate([*schedule.programs, schedule.host])
-            for step in program
-            if step.op is Op.WAIT and step.event is not None and recorded_by[step.event] != index
-        )
+        events = Events.of(schedule, self.contexts)
         saved = reserve_saved(schedule, graph, device)
         around = Surroundings(
             self._host,
             values,
             self._envs,
             events,
-            crossing,
             self._place_of,
             saved,
             list(self._residents),
@@ -156,11 +141,11 @@ class Executor:
         return PreparedSchedule(
             schedule,
             programs,
-            HostProgram(schedule.host, self._host, events, kinds[HOST]),
+            HostProgram(schedule.host, self._host, events.torch_events, kinds[HOST]),
             values,
             {i: values[TensorKind.VALUE, i] for i in ids if is_input(graph.values[i])},
             {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},
-            max(recorded_by, default=-1) + 1,
+            events.count,
         )
 
     def fits_slots(self, schedule: Schedule) -> bool:
@@ -196,16 +181,6 @@ class Executor:
             ]
             weights = [*slots[0], *resident.weights]
             self._stages[index].set_slots(weights, [*slots[1], *resident.gradients])
-
-    def _check_clipping(self, schedule: Schedule) -> None:
-        optimizer = self._host.optimizer
-        updated = [r for spec in schedule.devices for r in spec.resident if r.is_gradient_part]
-        if updated and optimizer is not None and optimizer.max_norm is not None:
-            raise PlanError(
-                f"max_grad_norm={optimizer.max_norm} needs all gradients on the host before the "
-                f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
-                "its device. Leave max_grad_norm out, or plan again"
-            )
 
     def _reserve_residents(self, index: int, refs: Sequence[TensorRef]) -> Residents:
         """Return what is resident on a device; what was, and is no longer, leaves first."""
@@ -349,6 +324,16 @@ _NO_SLOTS = DeviceSpec(0)
 def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
     """What a schedule wants to have on a device from step to step."""
     return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
+
+
+def _check_clipping(schedule: Schedule, optimizer: PackOptimizer | None) -> None:
+    updated = [r for spec in schedule.devices for r in spec.resident if r.is_gradient_part]
+    if updated and optimizer is not None and optimizer.max_norm is not None:
+        raise PlanError(
+            f"max_grad_norm={optimizer.max_norm} needs all gradients on the host before the "
+            f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
+            "its device. Leave max_grad_norm out, or plan again"
+        )
 
 
 def _drain(context: DeviceContext) -> None:

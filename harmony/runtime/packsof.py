@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harmony.planner.schedule import Instruction, Op
-from harmony.planner.tasks import Pack, TensorRef
+from harmony.planner.tasks import Pack, TaskKind, TensorRef
 
 
 def packs_of(program: Sequence[Instruction]) -> list[Pack | None]:
@@ -28,3 +28,13 @@ def packs_of(program: Sequence[Instruction]) -> list[Pack | None]:
         elif step.op is Op.SWAP_IN and step.ref in reader:
             packs[at] = reader[step.ref]
     return packs
+
+
+def writers_of(program: Sequence[Instruction]) -> dict[TensorRef, Pack]:
+    """The pack whose BACKWARD writes each tensor."""
+    return {
+        ref: step.task.pack
+        for step in program
+        if step.task is not None and step.task.kind is TaskKind.BACKWARD
+        for ref in step.writes
+    }

@@ -112,7 +112,7 @@ def test_what_no_gradient_reaches_has_none_not_zeros(
             x.requires_grad_()
             square_loss(module(x), y).backward()
             assert (x.grad is None) is not also
-    assert len(model.plan.spec.backward_packs) >= 4
+    assert len(model.plan.spec.backward_packs) >= 2
     for (name, param), other in zip(model.named_parameters(), net.parameters(), strict=True):
         assert (param.grad is None) == (other.grad is None), name
         if other.grad is not None:

@@ -46,7 +46,7 @@ def test_a_loss_of_some_of_the_outputs(vgpus: VirtualGPUs, used: tuple[str, ...]
 
     both(net, model, run)
     both(net, model, run)
-    assert len(model.plan.spec.backward_packs) >= 3
+    assert len(model.plan.spec.backward_packs) >= 2
 
 
 def test_all_outputs_after_a_part_of_them(vgpus: VirtualGPUs) -> None:

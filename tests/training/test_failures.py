@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.planner.policy import Policy
+from harmony.planner.tasks import StepSpec
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import params_of
+from tests.training.test_plans import packs, use_plan
 
 
 class Switch:
@@ -65,6 +68,13 @@ def failing_model(**options: Any) -> tuple[harmony.Harmony, Fails]:
         updates="host",
         **options,
     )
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        """A pack a layer: the one that fails runs forward, and again in its backward."""
+        last = packs([*range(1, num_layers)], num_layers)
+        return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),))
+
+    use_plan(model, vector_batch(0), spec_of, Policy(1, 1, 1))
     return model, bad
 
 

@@ -64,7 +64,7 @@ def test_an_input_gets_its_gradient_bit_for_bit(
         x, y = vector_batch(step)
         x.requires_grad_()
         square_loss(model(x), y).backward()
-        assert len(model.plan.spec.backward_packs) >= 3
+        assert len(model.plan.spec.backward_packs) >= 2
         twin = x.detach().clone().requires_grad_()
         square_loss(torch.cat([net(twin[a:b]) for a, b in parts(model)]), y).backward()
         assert torch.equal(x.grad, twin.grad)

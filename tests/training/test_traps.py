@@ -212,7 +212,7 @@ def test_dropout_is_the_same_in_the_recompute(vgpus: VirtualGPUs) -> None:
     model = same_as_plain(
         GPT(dropout=0.5), batches, loss_fn=token_loss, device_memory="300KiB"
     )
-    assert len(model.plan.spec.backward_packs) > 2
+    assert len(model.plan.spec.backward_packs) > 1
 
 
 def test_modes_stay_as_they_were(vgpus: VirtualGPUs) -> None:
