@@ -54,6 +54,8 @@ class Figures:
     Attributes:
         measured: whether the GPU figures were measured; else no step ran and they are expected.
         step_s: median seconds of a step as the script saw it, None if none ran.
+        keeps: in words what stays on the GPUs, or waits on the host, instead of being recomputed
+            or fetched again; empty if nothing does.
         shared_cores: CPU cores, if there are more virtual GPUs than that; else 0.
         timeline_s: seconds of the step that the GPU figures are of.
         bound: what sets the pace of that step, a key of `report.BOUND_NAMES`.
@@ -67,6 +69,7 @@ class Figures:
     mode: str
     minibatch: int
     microbatches: str
+    keeps: str
     num_plans: int
     num_steps: int
     measured: bool
@@ -122,6 +125,7 @@ def figures_of(record: ModelRecord) -> Figures:
         mode=plan.mode,
         minibatch=plan.minibatch,
         microbatches=_microbatches(run),
+        keeps=_keeps(plan),
         num_plans=len(record.runs),
         num_steps=record.num_steps,
         measured=run.last is not None,
@@ -187,6 +191,28 @@ def _gpus(run: PlanRun, timeline: Timeline) -> list[GpuFigures]:
             )
         )
     return found
+
+
+def _keeps(plan: Plan) -> str:
+    """``"activations of 3 packs on the GPU, of 12 on the host; weights of 4 packs for good"``."""
+    spec, policy = plan.spec, plan.policy
+    parts = []
+    on_host = len(policy.offload)
+    on_gpu = len(spec.saved) - on_host
+    if spec.saved:
+        places = [f"{_packs(on_gpu)} on the GPUs"] if on_gpu else []
+        places += [f"{_packs(on_host)} on the host"] if on_host else []
+        some = f" ({spec.saved_runs} microbatches of each)" if spec.saved_runs else ""
+        parts.append(f"activations of {' and '.join(places)}{some}")
+    if policy.hold:
+        parts.append(f"weights of up to {_packs(policy.hold)} a GPU until the backward")
+    if policy.resident:
+        parts.append(f"weights of {_packs(len(policy.resident))} from step to step")
+    return "; ".join(parts)
+
+
+def _packs(count: int) -> str:
+    return "1 pack" if count == 1 else f"{count} packs"
 
 
 def _microbatches(run: PlanRun) -> str:

@@ -176,6 +176,8 @@ def _summary(figures: Figures) -> RenderableType:
     mode = MODE_NAMES.get(figures.mode, figures.mode)
     samples = f"minibatch {figures.minibatch} = {figures.microbatches}"
     grid.add_row("plan", f"{mode} on {gpus}, {samples}")
+    if figures.keeps:
+        grid.add_row("kept", figures.keeps)
     for label, packs in _pack_rows(figures.gpus):
         grid.add_row(label, packs)
     if figures.num_plans > 1:

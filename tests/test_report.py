@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from harmony.figures import figures_of, packs_of
+from harmony.planner.policy import Policy
 from harmony.planner.schedule import parse_instruction
 from harmony.planner.tasks import Phase
 from harmony.report import PLAIN_WIDTH, print_report, write_report
 from harmony.session import ModelRecord, register
-from tests.synthetic import MIB, make_plan, make_record, make_schedule, make_timeline
+from tests.synthetic import MIB, PACKS, make_plan, make_record, make_schedule, make_timeline
 
 
 class Terminal(io.StringIO):
@@ -175,3 +176,15 @@ def test_trace_file_has_both_steps(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_raises(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
         write_report([make_record()], tmp_path / "missing" / "report.txt")
+
+
+def test_the_report_says_what_is_kept_instead_of_recomputed() -> None:
+    spec = replace(make_plan().spec, saved=PACKS[:3])
+    policy = Policy(hold=2, offload=PACKS[:2], resident=PACKS[3:5])
+    record = make_record()
+    assert record.run is not None
+    record.run.plan = make_plan(spec=spec, policy=policy)
+    text = " ".join(text_of(record).split())
+    assert "activations of 1 pack on the GPUs and 2 packs on the host" in text
+    assert "weights of up to 2 packs a GPU until the backward" in text
+    assert "weights of 2 packs from step to step" in text
