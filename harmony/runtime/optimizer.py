@@ -207,8 +207,12 @@ class PackOptimizer:
                     stand_in = stand_ins[id(param)]
                     state[stand_in] = _moved(self.full.state[param], stand_in.device, group)
             if chosen:
-                stand_in_group = {**group, "params": [stand_ins[id(p)] for p in chosen]}
-                part.param_groups.append(stand_in_group)
+                given = {**group, "params": [stand_ins[id(p)] for p in chosen]}
+                if copies is not None and given.get("foreach", 0) is None:
+                    # On a GPU torch would choose other operations than on the host, with other
+                    # last bits: results must not depend on where the plan updates.
+                    given["foreach"] = False
+                part.param_groups.append(given)
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
         type(self.full).step(part)
         for param in params:

@@ -72,6 +72,7 @@ def plain(net: nn.Module, steps: int, optimizer: Any = torch.optim.AdamW, option
         (torch.optim.AdamW, {"lr": 1e-2, "foreach": False}),
         (torch.optim.SGD, {"lr": 0.1, "fused": True}),
         (torch.optim.RMSprop, {"lr": 1e-3, "momentum": 0.5}),
+        (torch.optim.NAdam, {"lr": 1e-3}),
     ],
 )
 @pytest.mark.parametrize("which", ["all", "every other"])
