@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from harmony.errors import ConfigError, PlanError
 from harmony.profiles.analytic import LayerWork, Work, WorkTable
 from harmony.profiles.catalog import find_gpu
-from harmony.profiles.model import ModelProfile, load_profile, save_profile
+from harmony.profiles.model import ModelProfile, load_profile, save_profile, write_json
 from tests.toys import chain, server, uniform_costs
 
 GRAPH = chain(6, tied=True, skips=((1, 4),), random_layer=2)
@@ -141,3 +143,15 @@ def test_the_original_profiles_are_read(tmp_path: Path) -> None:
     change(path, W=[1024])
     with pytest.raises(PlanError, match="W is not a list of 4 numbers"):
         load_profile(path)
+
+
+def test_what_is_no_ordinary_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json({"a": 1}, pipe, "the profile")
+        assert json.loads(os.read(reader, 1000)) == {"a": 1}
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+    finally:
+        os.close(reader)

@@ -241,14 +241,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def write_json(data: object, path: Path, what: str) -> None:
     """Write JSON to a file by way of a neighbour, so that nobody ever sees half of it.
 
+    What is no ordinary file (a pipe, ``/dev/stdout``) is written to, not replaced.
+
     Raises:
         ConfigError: if it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(data, indent=1) + "\n"
+    ordinary = path.is_file() or not path.exists()
+    part = path.with_name(f".{path.name}.{os.getpid()}") if ordinary else path
     try:
-        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        part.write_text(text, encoding="utf-8")
+        if ordinary:
+            part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if ordinary:
+            part.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {what} to {path}: {error}") from None
-
