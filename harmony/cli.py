@@ -83,6 +83,10 @@ def _plan(words: Sequence[str], progress: Progress) -> int:
         return EXIT_INTERRUPTED
     except HarmonyError as error:
         return _refuse(error, progress, debug=debug)
+    except OSError as error:
+        progress.say(f"error: cannot write the plan: {error}")
+        _reader_has_gone()
+        return EXIT_ERROR
     return 0
 
 
