@@ -18,6 +18,7 @@ import harmony
 from harmony.planner.build import build_tasks
 from harmony.planner.passes import lower
 from harmony.planner.policy import Policy
+from harmony.planner.schedule import Op
 from harmony.planner.tasks import Pack, Phase, StepSpec
 from harmony.planner.verify import verify
 from harmony.runtime import racecheck, vgpu
@@ -302,3 +303,42 @@ def test_tied_weights_across_packs() -> None:
         for name, param in params_of(model.module).items():
             torch.testing.assert_close(param, expected.params[name], rtol=1e-4, atol=1e-6)
         assert model.module.head.weight is model.module.tokens.weight
+
+
+@pytest.mark.parametrize("saved_runs", [1, 2, 3])
+def test_microbatches_add_up_where_a_pack_has_been_in_two_slots(saved_runs: int) -> None:
+    """Some were kept in the slot of the forward, others are recomputed in that of the backward."""
+    torch.set_num_threads(1)
+    gc.collect()
+    vgpu.virtual_gpus(count=4, memory="64MiB")
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        last = packs([1, 2, 4, 5], num_layers)
+        whole = ((0, minibatch),)
+        return StepSpec(
+            minibatch, 2, 2, last[:-1], last, whole, saved=last[:-1], saved_runs=saved_runs
+        )
+
+    twin = copy.deepcopy(net)
+    with racecheck.checked():
+        model = make(twin, token_loss, 1, 2)
+        use_plan(model, token_batch(0), spec_of, Policy(weight_slots=3))
+        losses = [model.train_step(*token_batch(step)) for step in range(2)]
+    assert model.plan is not None
+    slots: dict[str, set[int | None]] = {}
+    for step in model.plan.schedule.programs[0]:
+        if step.op is Op.ALLOC and step.ref is not None and step.ref.is_parameter:
+            slots.setdefault(str(step.ref), set()).add(step.slot)
+    assert any(len(found) == 2 for found in slots.values()), "no pack was in two slots"
+    expected = train_plain(
+        net,
+        [token_batch(step) for step in range(2)],
+        optimizer=torch.optim.SGD,
+        options=SGD,
+        loss_fn=token_loss,
+        microbatch=2,
+    )
+    assert losses == expected.losses
+    assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
