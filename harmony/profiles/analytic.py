@@ -40,11 +40,6 @@ class Work:
     other_nbytes: float = 0.0
     num_kernels: float = 0.0
 
-    @property
-    def all_flops(self) -> float:
-        """FLOPs of all types."""
-        return sum(self.flops.values())
-
     def scaled(self, factor: float) -> Work:
         """So many times the work."""
         return Work(

@@ -68,11 +68,6 @@ class SelfCheck:
         self._exact = native.is_virtual(device)
         self._recorded: dict[Key, _Record] = {}
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing that is made twice."""
-        return not self._cells
-
     def record(self, task: Task, values: Mapping[int, torch.Tensor]) -> None:
         """Take the figures of what a task has just made, on the stream that made it."""
         samples = _samples(task)
