@@ -7,7 +7,6 @@ an executor. The parameters' arena is one for all bindings.
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -44,6 +43,7 @@ from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
+from harmony.runtime.turns import Turns
 from harmony.session import StepStats
 from harmony.signature import Call
 from harmony.stepresult import RanStep, ReadyStep, StepResult, count_tokens, recall_of
@@ -67,7 +67,7 @@ def _alone(
 
     @functools.wraps(method)
     def run(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
+        with self._turns:
             return method(self, *args, **kwargs)
 
     return run
@@ -97,7 +97,7 @@ class Engine:
         self._contexts = [DeviceContext(device) for device in devices]
         self._torn: str | None = None
         self._lent: LentGradients | None = None
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._doubted = False
         self._optimizer = _optimizer_of(net, options)
         self.record = session.register(

@@ -97,7 +97,6 @@ class Executor:
         self._residents = [Residents(context, host, ()) for context in self.contexts]
         self._workers = [Worker(f"harmony-gpu{i}") for i in range(len(contexts))]
         self._update_worker = Worker("harmony-update")
-        self._next_token = 1
 
     # Preparing
 
@@ -208,11 +207,11 @@ class Executor:
             return self._run(prepared, job)
 
     def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
-        token = self._next_token
         num_programs = len(prepared.programs) + 1
         num_signals = prepared.num_events + len(prepared.programs) + 1
-        self._next_token += num_signals + 2 * num_programs
-        signals = Signals(token)
+        begin = native.new_tokens(num_programs)
+        done = native.new_tokens(num_programs)
+        signals = Signals(num_signals)
         ends = range(prepared.num_events, num_signals - 1)
         first_time = prepared.num_runs == 0
         check = job.check
@@ -235,15 +234,14 @@ class Executor:
         self._host.begin_step()
         job.recall.random.check = signals.check
         countdown = Countdown(num_programs)
-        handover = token + num_signals
         for index, (worker, program) in enumerate(self._assign(prepared)):
-            tokens = (handover + 2 * index, handover + 2 * index + 1)
-            native.trace_release(tokens[0])
+            native.trace_release(begin[index])
             end = prepared.num_events + index
-            worker.submit(self._job(program, step, tokens, end), countdown.done)
+            job_tokens = (begin[index], done[index])
+            worker.submit(self._job(program, step, job_tokens, end), countdown.done)
         self._wait(countdown, signals)
-        for index in range(num_programs):
-            native.trace_acquire(handover + 2 * index + 1)
+        for token in done:
+            native.trace_acquire(token)
         self._raise_failure(prepared, step)
         prepared.num_runs += 1
         return self._timeline(prepared, step)

@@ -6,12 +6,16 @@ The only place that asks which of the two it is.
 from __future__ import annotations
 
 import sys
+import threading
 from types import ModuleType
 from typing import Any
 
 import torch
 
 _CUDA_HOST_REGISTER_DEFAULT = 0
+
+_tokens_lock = threading.Lock()
+_next_token = 0
 
 
 def _vgpu() -> ModuleType | None:
@@ -99,6 +103,15 @@ def trace_host_access(what: str, tensor: torch.Tensor, *, write: bool) -> None:
     vgpu = _vgpu()
     if vgpu is not None and vgpu.tracing():
         vgpu.host_access(what, tensor.data_ptr(), tensor.nbytes, write)
+
+
+def new_tokens(count: int) -> range:
+    """Numbers for hand-overs between threads, which nothing else in the process has."""
+    global _next_token
+    with _tokens_lock:
+        tokens = range(_next_token, _next_token + count)
+        _next_token = tokens.stop
+    return tokens
 
 
 def trace_release(token: int) -> None:

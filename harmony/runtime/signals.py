@@ -18,16 +18,16 @@ class Signals:
     needs an event of another thread waits here until that one has come to its Record.
     """
 
-    def __init__(self, first_token: int) -> None:
-        """Number the hand-overs of this step from ``first_token`` in the access trace."""
+    def __init__(self, num_events: int) -> None:
+        """Make the signals of a step for events 0 to ``num_events - 1``."""
         self._condition = threading.Condition()
         self._issued: set[int] = set()
-        self._first_token = first_token
+        self._tokens = native.new_tokens(num_events)
         self.failure: tuple[str, BaseException] | None = None
 
     def issue(self, event: int) -> None:
         """Say that an event has been recorded."""
-        native.trace_release(self._first_token + event)
+        native.trace_release(self._tokens[event])
         with self._condition:
             self._issued.add(event)
             self._condition.notify_all()
@@ -43,7 +43,7 @@ class Signals:
                 self._condition.wait()
             if self.failure is not None:
                 raise Stopped
-        native.trace_acquire(self._first_token + event)
+        native.trace_acquire(self._tokens[event])
 
     def fail(self, where: str, error: BaseException) -> None:
         """Stop the step: every thread that waits, now or later, raises ``Stopped``."""

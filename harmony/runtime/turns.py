@@ -1,0 +1,29 @@
+"""One thread at a time, where the access trace can see it."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+from harmony.runtime import native
+
+
+class Turns:
+    """A reentrant lock: what a thread does in its turn is ordered after the turns before it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        (self._token,) = native.new_tokens(1)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        native.trace_acquire(self._token)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        native.trace_release(self._token)
+        self._lock.release()
