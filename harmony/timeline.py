@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One instruction on one stream.
 
     Attributes:
@@ -28,7 +28,7 @@ class Span:
     start_s: float
     end_s: float
     nbytes: int = 0
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # tuple.index, which nobody needs here
 
     @property
     def duration_s(self) -> float:

@@ -13,6 +13,9 @@ class Clocks:
 
     An instruction is a stream and a tick, its number on the stream. It has certainly ended when
     the clock of the current stream shows its tick, or a later one, for its stream.
+
+    Attributes:
+        now: stream and tick of the current instruction.
     """
 
     def __init__(self) -> None:
@@ -20,6 +23,7 @@ class Clocks:
         self.clocks: list[list[int]] = []
         self.events: dict[int, list[int]] = {}
         self.stream = 0
+        self.now = (0, 0)
         self.runs: dict[Task, tuple[int, int, list[int]]] = {}
 
     def _select(self, program: int, stream: str) -> list[int]:
@@ -47,13 +51,9 @@ class Clocks:
         """Start an instruction: it becomes the current one."""
         clock = self._select(program, step.stream)
         clock[self.stream] += 1
+        self.now = self.stream, clock[self.stream]
         if step.op is Op.RUN and step.task is not None:
-            self.runs[step.task] = (self.stream, clock[self.stream], list(clock))
-
-    @property
-    def now(self) -> tuple[int, int]:
-        """Stream and tick of the current instruction."""
-        return self.stream, self.clocks[self.stream][self.stream]
+            self.runs[step.task] = (*self.now, list(clock))
 
     def is_over(self, instruction: tuple[int, int]) -> bool:
         """Whether an earlier instruction has certainly ended when the current one starts."""

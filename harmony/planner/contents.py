@@ -25,15 +25,24 @@ NOTHING = "nothing"
 Author = Task | str
 
 
-@dataclass
+@dataclass(slots=True)
 class _Memory:
     """Some memory: who wrote what it holds, and the accesses that later ones may race with."""
 
+    cell: Cell
     author: Author = NOTHING
     alive: bool = False
     slot: int | None = None
     written: tuple[Access, Place] | None = None
     read: list[tuple[Access, Place]] = field(default_factory=list)
+
+
+class _Memories(dict[Cell, _Memory]):
+    """Every memory that was ever looked at."""
+
+    def __missing__(self, cell: Cell) -> _Memory:
+        memory = self[cell] = _Memory(cell)
+        return memory
 
 
 class Contents:
@@ -46,7 +55,7 @@ class Contents:
         self.graph = graph
         self.clocks = clocks
         self.phase = phase
-        self.memories: dict[Cell, _Memory] = defaultdict(_Memory)
+        self.memories = _Memories()
         self.slots = SlotTable(schedule, graph)
         self.stages = StageTable(schedule, graph)
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
@@ -54,8 +63,9 @@ class Contents:
         self.authors = _expected_authors(schedule)
         self.resident = _resident(schedule)
         for ref, index in self.resident.items():
-            is_gradient = ref.is_gradient_part
-            self.memories[index, ref] = _Memory(NOTHING if is_gradient else START, alive=True)
+            memory = self.memories[index, ref]
+            memory.author = NOTHING if ref.is_gradient_part else START
+            memory.alive = True
 
     def do(self, at: Place, step: Instruction) -> None:
         """Follow one instruction."""
@@ -92,8 +102,8 @@ class Contents:
         for ref, author in self.authors.final.items():
             if ref in self.resident:
                 # Anybody may read parameters on the host once the step is over.
-                cells = self._host_cells(ref) if ref.is_parameter else ()
-                if any(self.memories[cell].author != author for cell in cells):
+                copies = self._on_host(ref) if ref.is_parameter else ()
+                if any(memory.author != author for memory in copies):
                     raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
                 continue
             must = ref.kind is TensorKind.VALUE and ref.first in kept
@@ -111,7 +121,7 @@ class Contents:
             raise self._refuse(f"{ref} is still on {self._here}")
         if ref.is_value != (slot is None):
             raise self._refuse("weights and gradients live in slots, values do not")
-        self._touch((self.at.program, ref), write=True)
+        self._touch(memory, write=True)
         memory.alive, memory.author = True, NOTHING
         if slot is not None:
             memory.slot = slot
@@ -121,7 +131,7 @@ class Contents:
         memory = self._on_device(ref)
         if self.resident.get(ref) == self.at.program:
             raise self._refuse(f"{ref} is resident: it is never dropped")
-        self._touch((self.at.program, ref), write=True)
+        self._touch(memory, write=True)
         memory.alive, memory.author = False, NOTHING
         if memory.slot is not None:
             self.slots.leave(self.at.program, ref, memory.slot)
@@ -129,7 +139,7 @@ class Contents:
 
     def _swap_in(self, ref: TensorRef) -> None:
         memory = self._empty(self.at.program, ref)
-        self._touch((self.at.program, ref), write=True)
+        self._touch(memory, write=True)
         memory.author = self._read_host(ref)
 
     def _swap_out(self, ref: TensorRef, stage: int | None) -> None:
@@ -138,9 +148,9 @@ class Contents:
             raise self._refuse("weights change on the host only, unless they are resident")
         author = self._read_by_device(ref)
         if ref.is_parameter:
-            for part in self._host_cells(ref):
-                self._touch(part, write=True)
-                self.memories[part].author = author
+            for memory in self._on_host(ref):
+                self._touch(memory, write=True)
+                memory.author = author
             return
         cell: Cell = ("host", ref)
         if (stage is None) != (ref.part == 0):
@@ -150,15 +160,16 @@ class Contents:
             cell = ("stage", self.at.program, stage)
         elif ref not in self.copies[ref.kind, ref.first]:
             self.copies[ref.kind, ref.first].append(ref)
-        self._touch(cell, write=True)
-        self.memories[cell].author = author
+        memory = self.memories[cell]
+        self._touch(memory, write=True)
+        memory.author = author
 
     def _send(self, ref: TensorRef, peer: int | None) -> None:
         if peer is None or peer == self.at.program or peer >= self.schedule.num_devices:
             raise self._refuse("a Send needs another device")
         author = self._read_by_device(ref)
         memory = self._empty(peer, ref)
-        self._touch((peer, ref), write=True)
+        self._touch(memory, write=True)
         memory.author = author
 
     def _run(self, step: Instruction) -> None:
@@ -171,9 +182,9 @@ class Contents:
                 raise self._refuse(f"{step.task} reads {ref} of {author}, not of {expected}")
         for ref in step.writes:
             if on_host:
-                for cell in self._host_cells(ref):
-                    self._touch(cell, write=True)
-                    self.memories[cell].author = step.task
+                for memory in self._on_host(ref):
+                    self._touch(memory, write=True)
+                    memory.author = step.task
             else:
                 self._write_on_device(step, ref)
         if on_host and step.task.addend is not None:
@@ -183,9 +194,9 @@ class Contents:
         memory = self._device(ref)
         if not memory.alive and not ref.is_value:
             raise self._refuse(f"{ref} has no slot on {self._here}")
-        if memory.alive and memory.author != NOTHING and ref not in step.reads:
+        if memory.alive and memory.author is not NOTHING and ref not in step.reads:
             raise self._refuse(f"{ref} is overwritten, not added to")
-        self._touch((self.at.program, ref), write=True)
+        self._touch(memory, write=True)
         memory.alive = True
         assert step.task is not None
         memory.author = step.task
@@ -193,9 +204,11 @@ class Contents:
     # -- memories ---------------------------------------------------------------------------
 
     def _read_by_device(self, ref: TensorRef) -> Author:
-        author = self._defined(ref)
-        self._touch((self.at.program, ref), write=False)
-        return author
+        memory = self._on_device(ref)
+        if memory.author is NOTHING:
+            raise self._refuse(f"{ref} has memory on {self._here}, but nothing is in it yet")
+        self._touch(memory, write=False)
+        return memory.author
 
     def _read_by_host(self, ref: TensorRef) -> Author:
         if ref.is_gradient_part and ref.part == 0 and not self.copies[ref.kind, ref.first]:
@@ -205,13 +218,16 @@ class Contents:
     def _read_host(self, ref: TensorRef) -> Author:
         """Read every part of a tensor on the host; they must be of one author."""
         authors = set()
-        for cell in self._host_cells(ref):
-            self._touch(cell, write=False)
-            author = self.memories[cell].author
-            authors.add(START if author == NOTHING else author)
+        for memory in self._on_host(ref):
+            self._touch(memory, write=False)
+            authors.add(START if memory.author is NOTHING else memory.author)
         if len(authors) > 1:
             raise self._refuse(f"{ref} is partly of {' and partly of '.join(map(str, authors))}")
         return authors.pop()
+
+    def _on_host(self, ref: TensorRef) -> list[_Memory]:
+        """The memories that hold a tensor on the host."""
+        return [self.memories[cell] for cell in self._host_cells(ref)]
 
     def _host_cells(self, ref: TensorRef) -> Iterable[Cell]:
         if ref.kind is TensorKind.WEIGHTS:
@@ -232,12 +248,6 @@ class Contents:
             raise self._refuse(f"{ref} is in no staging buffer")
         return key
 
-    def _defined(self, ref: TensorRef) -> Author:
-        author = self._on_device(ref).author
-        if author == NOTHING:
-            raise self._refuse(f"{ref} has memory on {self._here}, but nothing is in it yet")
-        return author
-
     def _on_device(self, ref: TensorRef) -> _Memory:
         memory = self._device(ref)
         if not memory.alive:
@@ -248,22 +258,22 @@ class Contents:
         memory = self.memories[device, ref]
         if not memory.alive:
             raise self._refuse(f"{ref} has no memory on gpu{device}")
-        if memory.author != NOTHING:
+        if memory.author is not NOTHING:
             raise self._refuse(f"{ref} is on gpu{device} already")
         return memory
 
     def _device(self, ref: TensorRef) -> _Memory:
         return self.memories[self.at.program, ref]
 
-    def _touch(self, cell: Cell, *, write: bool) -> None:
+    def _touch(self, memory: _Memory, *, write: bool) -> None:
         """Refuse an access that some earlier one may still be busy with."""
-        memory = self.memories[cell]
         earlier = [] if memory.written is None else [memory.written]
         if write:
             earlier += memory.read
         for access, place in earlier:
             if not self.clocks.is_over(access):
-                raise self._refuse(f"{_name(cell)}: nothing makes this wait for {self._at(place)}")
+                what = _name(memory.cell)
+                raise self._refuse(f"{what}: nothing makes this wait for {self._at(place)}")
         now = (self.clocks.now, self.at)
         if write:
             memory.written, memory.read = now, []

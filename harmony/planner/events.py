@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from harmony.planner.schedule import Instruction, Op
-from harmony.planner.steps import HOST_PROGRAM, Cell, Step
+from harmony.planner.steps import HOST_PROGRAM, Step
 
 Clock = list[int]
 
@@ -29,8 +29,8 @@ class _Orderer:
         self.clocks: list[Clock] = [[0] * len(names) for _ in names]
         self.finished: list[Clock] = []
         self.ticks: list[int] = []
-        self.writer: dict[Cell, int] = {}
-        self.readers: dict[Cell, list[int]] = defaultdict(list)
+        self.writer: dict[int, int] = {}
+        self.readers: dict[int, list[int]] = defaultdict(list)
 
     def waits(self) -> list[list[int]]:
         """Return per step the steps whose events it waits for."""
@@ -69,15 +69,14 @@ class _Orderer:
 def add_events(steps: Sequence[Step], num_devices: int) -> list[list[Instruction]]:
     """Return the programs of the devices, and of the host last, with Records and Waits."""
     waits = _Orderer(steps).waits()
-    event = {before: 0 for needed in waits for before in needed}
-    for number, index in enumerate(sorted(event)):
-        event[index] = number
+    awaited = sorted({before for needed in waits for before in needed})
+    event = {index: number for number, index in enumerate(awaited)}
     programs: dict[int, list[Instruction]] = defaultdict(list)
-    for index, step in enumerate(steps):
-        program, stream = programs[step.program], step.instruction.stream
-        for before in waits[index]:
+    for (owner, instruction, _, _), (index, needed) in zip(steps, enumerate(waits), strict=True):
+        program, stream = programs[owner], instruction.stream
+        for before in needed:
             program.append(Instruction(stream, Op.WAIT, event=event[before]))
-        program.append(step.instruction)
+        program.append(instruction)
         if index in event:
             program.append(Instruction(stream, Op.RECORD, event=event[index]))
     return [programs[index] for index in (*range(num_devices), HOST_PROGRAM)]

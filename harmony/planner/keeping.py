@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from harmony.planner.candidates import Candidate, Question
 from harmony.planner.footprint import peaks_nbytes
-from harmony.planner.outline import Outline, Stage, outline
+from harmony.planner.outline import Outline, Stage
 from harmony.planner.resident import can_stay
 from harmony.planner.tasks import Pack, Phase, TaskKind
 
@@ -64,15 +64,17 @@ def can_keep(question: Question, base: Candidate) -> bool:
     return question.phase is Phase.TRAIN and spec.forward_size == spec.backward_size
 
 
-def filled(question: Question, base: Candidate, memory_nbytes: int) -> Iterator[Candidate]:
+def filled(
+    question: Question, base: Candidate, shape: Outline, memory_nbytes: int
+) -> Iterator[Candidate]:
     """Variants of a candidate that keep what ``memory_nbytes`` of each device has room for.
 
     Args:
         base: keeps nothing, and runs BACKWARD of a pack where its FORWARD ran.
+        shape: its outline.
     """
     if not can_keep(question, base):
         return
-    shape = outline(question.packer, question.machine, base.spec, base.policy)
     peaks = peaks_nbytes(question.packer, shape, base.spec, base.policy)
     room = _Room(question, base, shape, tuple(memory_nbytes - peak for peak in peaks))
     seen = {base}
@@ -95,8 +97,9 @@ def offloading(
     """
     if question.recompute or not can_keep(question, found):
         return
-    spec, both = found.spec, set(found.spec.backward_packs)
-    left = [p for p in spec.forward_packs if p in both and p not in spec.saved]
+    spec = found.spec
+    may = set(spec.backward_packs).difference(spec.saved)
+    left = [pack for pack in spec.forward_packs if pack in may]
     for share in OFFLOADED[: 2 if few else None]:
         # Spread evenly, so that what one pack sends out has left before the next one's follows.
         out = [p for i, p in enumerate(left) if int((i + 1) * share) > int(i * share)]

@@ -26,14 +26,18 @@ from harmony.planner.candidates import (
 from harmony.planner.footprint import host_nbytes, peaks_nbytes
 from harmony.planner.keeping import filled, offloading
 from harmony.planner.lowerbound import lower_bound
-from harmony.planner.outline import outline
+from harmony.planner.outline import Outline, outline
 from harmony.planner.policy import LEAN, Policy
-from harmony.planner.sketch import estimate_step_s, sketch
+from harmony.planner.sketch import sketch
 from harmony.planner.tasks import Phase
 from harmony.planner.trial import for_phase, policy_for, timed_phases
 
 NEAR = 1.06
 """The finer choices are tried where the coarse ones took at most this times the best."""
+
+CLOSER = 1.03
+"""All that can be kept is only tried where a few ways of keeping took at most this times the
+best of a pair."""
 
 ENOUGH = 1.01
 """Nothing finer is tried where the best is as near as this to what no plan can beat."""
@@ -80,6 +84,7 @@ class Ranking:
         self._heavy: set[Candidate] = set()
         self._off: dict[tuple[bool, ...], float] = {}
         self._shrunk = 0
+        self._last: tuple[Candidate, Phase, Outline] | None = None
         self._best_s = float("inf")
 
     def estimates(self) -> list[tuple[float, Candidate]]:
@@ -88,11 +93,10 @@ class Ranking:
 
     def estimate_s(self, candidate: Candidate) -> float:
         """Estimated seconds of a whole step."""
-        packer, machine = self.question.packer, self.question.machine
         total = 0.0
         for phase in timed_phases(candidate.spec.phase):
-            spec = for_phase(candidate.spec, phase)
-            total += estimate_step_s(packer, machine, spec, policy_for(candidate.policy, phase))
+            policy = policy_for(candidate.policy, phase)
+            total += sketch(self._shape(candidate, phase), self.question.machine, policy).step_s
         return max(total, 1e-9)
 
     def any_fits(self) -> bool:
@@ -108,10 +112,18 @@ class Ranking:
         return False
 
     def _fits_host(self, candidate: Candidate) -> bool:
-        question = self.question
-        shape = outline(question.packer, question.machine, candidate.spec, candidate.policy)
-        needed = host_nbytes(question.packer, shape, candidate.spec)
-        return needed <= question.machine.host.memory_nbytes
+        shape = self._shape(candidate, candidate.spec.phase)
+        needed = host_nbytes(self.question.packer, shape, candidate.spec)
+        return needed <= self.question.machine.host.memory_nbytes
+
+    def _shape(self, candidate: Candidate, phase: Phase) -> Outline:
+        """The outline of a phase of a candidate; what is asked for again soon is remembered."""
+        if self._last is None or self._last[0] is not candidate or self._last[1] is not phase:
+            spec = for_phase(candidate.spec, phase)
+            policy = policy_for(candidate.policy, phase)
+            shape = outline(self.question.packer, self.question.machine, spec, policy)
+            self._last = (candidate, phase, shape)
+        return self._last[2]
 
     def fill(self) -> None:
         """Estimate candidates."""
@@ -231,8 +243,14 @@ class Ranking:
         if self.question.phase is not Phase.TRAIN:
             return
         counts = self._good_counts(where, size)
-        for policy in KEEPING:
-            for base in coinciding(self.question, where, size, policy, counts):
+        found = [
+            (self._keep(base, self._memory(), few=True), base)
+            for policy in KEEPING
+            for base in coinciding(self.question, where, size, policy, counts)
+        ]
+        limit_s = CLOSER * min((seconds for seconds, _ in found), default=0.0)
+        for seconds, base in found:
+            if seconds <= limit_s:
                 self._keep(base, self._memory())
 
     def _good_counts(self, where: Layout, size: int) -> set[int]:
@@ -252,7 +270,8 @@ class Ranking:
     def _keep(self, base: Candidate, memory_nbytes: int, *, few: bool = False) -> float:
         """Estimate what a candidate can keep; return the best seconds."""
         best_s, best = self._add(base), base
-        for candidate in filled(self.question, base, memory_nbytes):
+        shape = self._shape(base, base.spec.phase)
+        for candidate in filled(self.question, base, shape, memory_nbytes):
             seconds = self._fitting(candidate, base, memory_nbytes)
             if seconds < best_s:
                 best_s, best = seconds, candidate
@@ -265,7 +284,7 @@ class Ranking:
         """Estimate a candidate if it fits; infinity if not."""
         question, spec, policy = self.question, candidate.spec, candidate.policy
         if candidate not in self._known:
-            shape = outline(question.packer, question.machine, spec, policy)
+            shape = self._shape(candidate, spec.phase)
             if host_nbytes(question.packer, shape, spec) > question.machine.host.memory_nbytes:
                 return math.inf
             if max(peaks_nbytes(question.packer, shape, spec, policy)) > memory_nbytes:

@@ -45,6 +45,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from harmony.errors import PlanError
 from harmony.planner.tasks import Task, TensorKind, TensorRef
@@ -67,8 +68,7 @@ class Op(Enum):
     WAIT = "Wait"
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One step of a program.
 
     Attributes:

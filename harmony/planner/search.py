@@ -117,6 +117,10 @@ def _no_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        if gc.get_freeze_count() == 0:
+            # Makes them old without a walk: only a full collection will look at them.
+            gc.freeze()
+            gc.unfreeze()
         if was_on:
             gc.enable()
 

@@ -15,7 +15,7 @@ from harmony.layergraph import MODEL_INPUT
 from harmony.planner.build import covers, kept_values
 from harmony.planner.place import Placement
 from harmony.planner.policy import Policy
-from harmony.planner.tasks import Pack, Task, TensorKind, TensorRef
+from harmony.planner.tasks import Task, TensorKind, TensorRef
 
 
 class Origin(Enum):
@@ -68,6 +68,7 @@ class _Finder:
         # Who wrote the newest version of a value, and the stay that holds it.
         self.newest: dict[TensorRef, tuple[Task, Stay]] = {}
         self.made: dict[int, list[TensorRef]] = {}
+        self.offloaded = {(pack.first, pack.last) for pack in policy.offload}
 
     def find(self) -> list[Stay]:
         tasks = self.placement.tasks
@@ -129,7 +130,7 @@ class _Finder:
         return position - self.policy.lookahead <= stay.runs[-1]
 
     def _is_offloaded(self, ref: TensorRef) -> bool:
-        return Pack(ref.first, ref.last) in self.policy.offload
+        return (ref.first, ref.last) in self.offloaded
 
     def _from_host(self, ref: TensorRef, device: int, position: int) -> Stay:
         source = ref

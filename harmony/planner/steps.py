@@ -8,7 +8,7 @@ enforced without knowing what the instructions are for.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from harmony.planner.schedule import HOST_STREAM, Instruction, Op
 from harmony.planner.tasks import Task, TensorKind, TensorRef
@@ -18,14 +18,13 @@ Cell = Hashable
 """Some memory: a tensor on a device or on the host, a staging buffer, weights of a layer."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """An instruction, its program and the memory that it touches."""
+class Step(NamedTuple):
+    """An instruction, its program and the memory that it touches, by the numbers of its cells."""
 
     program: int
     instruction: Instruction
-    reads: tuple[Cell, ...] = ()
-    writes: tuple[Cell, ...] = ()
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
 
 
 class StepList:
@@ -33,6 +32,7 @@ class StepList:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self._number: dict[Cell, int] = {}
         self.stage_of: dict[TensorRef, tuple[int, int]] = {}
 
     def alloc(self, device: int, ref: TensorRef, slot: int | None = None) -> None:
@@ -80,7 +80,11 @@ class StepList:
     def _add(
         self, program: int, step: Instruction, reads: Sequence[Cell], writes: Sequence[Cell]
     ) -> None:
-        self.steps.append(Step(program, step, tuple(reads), tuple(writes)))
+        self.steps.append(Step(program, step, self._numbers(reads), self._numbers(writes)))
+
+    def _numbers(self, cells: Sequence[Cell]) -> tuple[int, ...]:
+        known = self._number
+        return tuple([known.setdefault(cell, len(known)) for cell in cells])
 
     def _host_cells(self, ref: TensorRef) -> list[Cell]:
         """Memory of a tensor on the host; weights count layer by layer, since F and B pack them

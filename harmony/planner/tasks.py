@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property, lru_cache
 
 import networkx as nx
 
@@ -172,41 +173,53 @@ class TensorRef(_Hashed):
         return TensorRef(kind, first, last, samples, int(match[7] or 0))
 
 
+# A step names the same tensors again and again, and finds one that is the same object soonest.
+_interned = lru_cache(maxsize=2**16)
+
+
+@_interned
 def weights(pack: Pack) -> TensorRef:
     """``W[a:b]``: parameters and buffers that only the pack's layers use."""
     return TensorRef(TensorKind.WEIGHTS, pack.first, pack.last)
 
 
+@_interned
 def weight_gradients(pack: Pack, part: int = 0) -> TensorRef:
     """``dW[a:b]%part``: a partial sum of their gradients."""
     return TensorRef(TensorKind.WEIGHT_GRADIENTS, pack.first, pack.last, None, part)
 
 
+@_interned
 def state(pack: Pack) -> TensorRef:
     """``K[a:b]``: optimizer state of the pack (and of the shared parameters it updates)."""
     return TensorRef(TensorKind.STATE, pack.first, pack.last)
 
 
+@_interned
 def shared(param: int) -> TensorRef:
     """``Tk``: a shared parameter."""
     return TensorRef(TensorKind.SHARED, param, param + 1)
 
 
+@_interned
 def shared_gradient(param: int, part: int) -> TensorRef:
     """``dTk%part``: a partial sum of its gradient."""
     return TensorRef(TensorKind.SHARED_GRADIENTS, param, param + 1, None, part)
 
 
+@_interned
 def value(index: int, samples: Samples) -> TensorRef:
     """``Xv@a:b``: a value for a microbatch."""
     return TensorRef(TensorKind.VALUE, index, index + 1, samples)
 
 
+@_interned
 def value_gradient(index: int, samples: Samples) -> TensorRef:
     """``dXv@a:b``: the gradient of the loss with respect to a value."""
     return TensorRef(TensorKind.VALUE_GRADIENT, index, index + 1, samples)
 
 
+@_interned
 def saved(pack: Pack, samples: Samples) -> TensorRef:
     """``S[a:b]@c:d``: what the forward of a pack saves for its backward."""
     return TensorRef(TensorKind.SAVED, pack.first, pack.last, samples)
@@ -321,9 +334,13 @@ class StepSpec:
     saved: tuple[Pack, ...] = ()
     saved_runs: int = 0
 
+    @cached_property
+    def _saved(self) -> frozenset[Pack]:
+        return frozenset(self.saved)
+
     def saves(self, pack: Pack, replica: int, samples: Samples) -> bool:
         """Whether the BACKWARD of a pack uses what its FORWARD of a microbatch saved."""
-        if pack not in self.saved:
+        if pack not in self._saved:
             return False
         low, high = self.shares[replica]
         count = -(-(high - low) // self.forward_size)

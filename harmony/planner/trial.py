@@ -145,6 +145,8 @@ def timed_phases(phase: Phase) -> tuple[Phase, ...]:
 
 def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
     """The same packs and microbatches for another phase."""
+    if spec.phase is phase:
+        return spec
     if spec.phase is not Phase.TRAIN or phase is Phase.TRAIN:
         return replace(spec, phase=phase)
     # The last pack of a training step has no FORWARD; here it needs one.
