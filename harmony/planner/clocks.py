@@ -45,7 +45,8 @@ class Clocks:
             self.events[step.event] = list(clock)
         else:
             known = self.events[step.event]
-            clock[: len(known)] = map(max, clock, known)
+            both = zip(clock, known, strict=False)
+            clock[: len(known)] = [a if a > b else b for a, b in both]
 
     def advance(self, program: int, step: Instruction) -> None:
         """Start an instruction: it becomes the current one."""

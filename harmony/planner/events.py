@@ -38,16 +38,18 @@ class _Orderer:
 
     def _order(self, index: int) -> list[int]:
         stream = self.stream[index]
-        clock = self.clocks[stream]
+        clock = self.clocks[stream].copy()
         needed = []
         # Latest first: the clock of a late step often implies the early ones.
         for before in sorted(self._conflicts(index), reverse=True):
             if self.ticks[before] > clock[self.stream[before]]:
                 needed.append(before)
-                clock[:] = map(max, clock, self.finished[before])
+                known = self.finished[before]
+                clock = [a if a > b else b for a, b in zip(clock, known, strict=True)]
         clock[stream] += 1
         self.ticks.append(clock[stream])
-        self.finished.append(list(clock))
+        self.finished.append(clock)
+        self.clocks[stream] = clock
         return needed[::-1]
 
     def _conflicts(self, index: int) -> Iterable[int]:
