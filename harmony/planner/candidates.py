@@ -16,7 +16,7 @@ from harmony.machine import Machine
 from harmony.planner.footprint import parked
 from harmony.planner.packing import Budget, Packer
 from harmony.planner.partition import PackingTable
-from harmony.planner.policy import Policy
+from harmony.planner.policy import LEAN, Policy
 from harmony.planner.tasks import Pack, Phase, Samples, StepSpec, TaskKind
 
 MAX_SIZES = 7
@@ -26,6 +26,10 @@ MAX_FINER = 16
 
 POLICIES = (Policy(2, 2, 2), Policy(2, 2, 4), Policy(1, 1, 1))
 """Double buffering, the same for slow links and short tasks, and as little memory as possible."""
+
+CAPS = (4.0, 2.0, 1.4, 1.0)
+"""Packs of at most so many times the weights of the largest single one are tried where packs that
+fit alone do not fit together."""
 
 MANY = 128
 """More packs than this are only tried where fewer than half as many do not fit."""
@@ -154,11 +158,41 @@ def policies(question: Question, ring: int, *, few: bool = False) -> Iterator[Po
         yield replace(policy, boundary=elsewhere)
 
 
+def caps(question: Question) -> Iterator[int | None]:
+    """Limits on the weights of a pack, in the order in which they are worth trying.
+
+    The slots of a device are as large as its largest pack, also while the pack runs that needs
+    most beside them. So packs that fit alone may not fit together; smaller ones do.
+    """
+    yield None
+    packer = question.packer
+    largest = max(packer.slot_nbytes(pack)[0] for pack in packer.finest)
+    yield from (int(times * largest) for times in CAPS)
+
+
+def finest(question: Question, where: Layout, size: int) -> Candidate:
+    """What takes the least memory of a device: the smallest packs, nothing kept or prefetched."""
+    packs = question.packer.finest
+    first = packs[:-1] if question.phase is Phase.TRAIN else packs
+    return Candidate(where.mode, _spec(question, where, size, first, packs), LEAN)
+
+
 def packed(
-    question: Question, where: Layout, size: int, policy: Policy, *, few: bool = False
+    question: Question,
+    where: Layout,
+    size: int,
+    policy: Policy,
+    *,
+    few: bool = False,
+    cap: int | None = None,
 ) -> Iterator[Candidate]:
-    """Candidates of one layout, microbatch size and policy, for any packing worth trying."""
-    budget = _budget(question, where, size, policy)
+    """Candidates of one layout, microbatch size and policy, for any packing worth trying.
+
+    Args:
+        few: whether a few of them are enough.
+        cap: bytes of weights that a pack may have at most; see `caps`.
+    """
+    budget = _budget(question, where, size, policy, cap)
     backward = question.packer.table(TaskKind.BACKWARD, size, budget)
     # The drop-in form and inference run the same packs forward as backward.
     for packs in _backward_packs(question, backward, where.ring, few=few):
@@ -195,6 +229,8 @@ def coinciding(
     size: int,
     policy: Policy,
     counts: Iterable[int] | None = None,
+    *,
+    cap: int | None = None,
 ) -> Iterator[Candidate]:
     """Candidates whose FORWARD packs are BACKWARD packs and leave room for what is kept.
 
@@ -202,12 +238,12 @@ def coinciding(
 
     Args:
         counts: numbers of packs to try; None for a ladder of them.
+        cap: as in `packed`.
     """
     end, ring = question.packer.graph.num_layers, where.ring
     mirrored = replace(policy, mirror=ring > 1)
-    table = question.packer.table(
-        TaskKind.BACKWARD, size, _budget(question, where, size, mirrored)
-    )
+    budget = _budget(question, where, size, mirrored, cap)
+    table = question.packer.table(TaskKind.BACKWARD, size, budget)
     fewest, most = table.fewest(end), table.most(end)
     if fewest is None or most is None:
         return
@@ -266,7 +302,7 @@ def _forward_packs(
     slots = [question.packer.slot_nbytes(pack) for pack in packs]
     shared = replace(
         budget,
-        weight_nbytes=max(weights for weights, _ in slots),
+        weight_nbytes=max(budget.weight_nbytes, *(weights for weights, _ in slots)),
         gradient_nbytes=max(gradients for _, gradients in slots),
     )
     table = question.packer.table(TaskKind.FORWARD, size, shared)
@@ -294,10 +330,15 @@ def _counts(
     return sorted({fewest, fewest + 1, 2 * fewest, even, even + ring, even + 1})
 
 
-def _budget(question: Question, where: Layout, size: int, policy: Policy) -> Budget:
+def _budget(
+    question: Question, where: Layout, size: int, policy: Policy, cap: int | None
+) -> Budget:
     microbatches = -(-where.share // size)
     waiting = parked(policy, where.ring, microbatches)
-    return Budget(question.memory_nbytes, policy, microbatches, waiting)
+    budget = Budget(question.memory_nbytes, policy, microbatches, waiting)
+    if cap is None:
+        return budget
+    return replace(budget, weight_nbytes=cap, gradient_nbytes=cap, cap_nbytes=cap)
 
 
 def larger_forward(question: Question, found: Candidate) -> Iterator[Candidate]:

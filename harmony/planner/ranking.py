@@ -17,7 +17,9 @@ from harmony.planner.candidates import (
     Candidate,
     Layout,
     Question,
+    caps,
     coinciding,
+    finest,
     layout,
     microbatch_sizes,
     packed,
@@ -62,7 +64,10 @@ STREAMS = 1.03
 """What streams weights that could all stay on the devices must be this much faster than that."""
 
 HEAVY = 1000.0
-"""Candidates that the host seems to have no room for come last."""
+"""Candidates that the host, or a device, seems to have no room for come last."""
+
+TIGHT = 1.06
+"""The footprint is an estimate from above: what is this much too large may fit nevertheless."""
 
 MAX_SHRUNK = 6
 """How often candidates that turned out too large are made again with less room."""
@@ -82,6 +87,7 @@ class Ranking:
         self._base: dict[Candidate, tuple[Candidate, int]] = {}
         self._done: set[Candidate] = set()
         self._heavy: set[Candidate] = set()
+        self._roomy: set[Candidate] = set()
         self._off: dict[tuple[bool, ...], float] = {}
         self._shrunk = 0
         self._last: tuple[Candidate, Phase, Outline] | None = None
@@ -105,11 +111,24 @@ class Ranking:
         for replicas in question.replicas:
             where = layout(question, replicas)
             for size in reversed(microbatch_sizes(question, where.share)):
-                for policy in policies(question, where.ring, few=True):
-                    for candidate in packed(question, where, size, policy, few=True):
-                        if self._fits_host(candidate):
-                            return True
+                for candidate in (*self._some(where, size), finest(question, where, size)):
+                    if self._room(candidate) >= 1.0 and self._fits_host(candidate):
+                        return True
         return False
+
+    def _some(self, where: Layout, size: int) -> Iterator[Candidate]:
+        """A few candidates of a layout and size that keep nothing."""
+        for policy in policies(self.question, where.ring, few=True):
+            yield from packed(self.question, where, size, policy, few=True)
+
+    def _room(self, candidate: Candidate) -> float:
+        """A device's memory over what a candidate is estimated to need of it."""
+        packer, spec = self.question.packer, candidate.spec
+        most = 1
+        for phase in timed_phases(spec.phase):
+            shape, policy = self._shape(candidate, phase), policy_for(candidate.policy, phase)
+            most = max(most, *peaks_nbytes(packer, shape, for_phase(spec, phase), policy))
+        return self._memory() / most
 
     def _fits_host(self, candidate: Candidate) -> bool:
         shape = self._shape(candidate, candidate.spec.phase)
@@ -188,6 +207,13 @@ class Ranking:
         for candidate in left[: 2 * MAX_SHRUNK]:
             self._done.add(candidate)
             yield self._known[candidate], candidate
+        if self.question.num_packs in (None, len(self.question.packer.finest)):
+            for replicas in self.question.replicas:
+                where = layout(self.question, replicas)
+                size = microbatch_sizes(self.question, where.share)[-1]
+                candidate = finest(self.question, where, size)
+                if candidate not in self._done and self._room(candidate) * TIGHT >= 1.0:
+                    yield self.estimate_s(candidate), candidate
 
     def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
         """Make a candidate that is too large again, with as much less room as it lacks."""
@@ -222,17 +248,30 @@ class Ranking:
         Returns:
             The best seconds of those that keep nothing, and of all.
         """
-        best_s = math.inf
-        for policy in policies(self.question, where.ring, few=True):
-            if policy.weight_slots == LEAN.weight_slots and best_s < math.inf:
+        best_s, used = math.inf, None
+        for cap in caps(self.question):
+            found = self._bare(where, size, cap)
+            if min(found.values(), default=math.inf) < best_s:
+                best_s, used = min(found.values()), cap
+            # Where no pack fits alone, none of at most so many weights does.
+            if not found or not self._roomy.isdisjoint(found):
                 break
-            for candidate in packed(self.question, where, size, policy, few=True):
-                best_s = min(best_s, self._add(candidate))
         bare_s = best_s
         if self.question.phase is Phase.TRAIN:
-            for base in coinciding(self.question, where, size, POLICIES[0]):
+            for base in coinciding(self.question, where, size, POLICIES[0], cap=used):
                 best_s = min(best_s, self._keep(base, self._memory(), few=True))
         return bare_s, best_s
+
+    def _bare(self, where: Layout, size: int, cap: int | None) -> dict[Candidate, float]:
+        """Estimate few candidates that keep nothing, of packs with at most so many weights."""
+        found: dict[Candidate, float] = {}
+        for policy in policies(self.question, where.ring, few=True):
+            is_lean = policy.weight_slots == LEAN.weight_slots
+            if is_lean and min(found.values(), default=math.inf) < math.inf:
+                break
+            for candidate in packed(self.question, where, size, policy, few=True, cap=cap):
+                found[candidate] = self._add(candidate)
+        return found
 
     def _refine_bare(self, where: Layout, size: int) -> None:
         for policy in policies(self.question, where.ring):
@@ -294,8 +333,13 @@ class Ranking:
         return self._known[candidate]
 
     def _add(self, candidate: Candidate) -> float:
+        """Estimate a candidate that keeps nothing; infinity if it hardly fits."""
         if candidate not in self._known:
-            if self.question.phase is Phase.TRAIN and not self._fits_host(candidate):
+            room = self._room(candidate)
+            if room >= 1.0:
+                self._roomy.add(candidate)
+            fits_host = self.question.phase is not Phase.TRAIN or self._fits_host(candidate)
+            if room * TIGHT < 1.0 or not fits_host:
                 # The estimate is close, but the plan has the last word, and words for the error.
                 self._heavy.add(candidate)
             self._note(candidate, self.estimate_s(candidate))
