@@ -37,10 +37,6 @@ from harmony.planner.trial import for_phase, policy_for, timed_phases
 NEAR = 1.06
 """The finer choices are tried where the coarse ones took at most this times the best."""
 
-CLOSER = 1.03
-"""All that can be kept is only tried where a few ways of keeping took at most this times the
-best of a pair."""
-
 ENOUGH = 1.01
 """Nothing finer is tried where the best is as near as this to what no plan can beat."""
 
@@ -282,14 +278,8 @@ class Ranking:
         if self.question.phase is not Phase.TRAIN:
             return
         counts = self._good_counts(where, size)
-        found = [
-            (self._keep(base, self._memory(), few=True), base)
-            for policy in KEEPING
-            for base in coinciding(self.question, where, size, policy, counts)
-        ]
-        limit_s = CLOSER * min((seconds for seconds, _ in found), default=0.0)
-        for seconds, base in found:
-            if seconds <= limit_s:
+        for policy in KEEPING:
+            for base in coinciding(self.question, where, size, policy, counts):
                 self._keep(base, self._memory())
 
     def _good_counts(self, where: Layout, size: int) -> set[int]:
