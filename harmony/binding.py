@@ -21,6 +21,7 @@ from harmony.planner.schedule import Schedule
 from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind
+from harmony.planner.trial import inference_schedule
 from harmony.planner.verify import verify
 from harmony.plans.file import check_plan
 from harmony.profiler import KnownTimes, measure_layers
@@ -77,6 +78,7 @@ class Binding:
         self._lanes: dict[int, list[Lane]] = {}
         self._own_lanes: dict[tuple[Phase, int], Lane] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
+        self._inferences: dict[int, tuple[Plan, Schedule]] = {}
         self._weigher = LossWeigher(captured)
         self._checked: set[int] = set()
 
@@ -236,6 +238,18 @@ class Binding:
         if lane is None:
             lane = self._own_lanes.setdefault((phase, plan.minibatch), Lane())
         return self._prepare(plan.schedules[phase], lane, lane.values)
+
+    def prepared_inference(self, plan: Plan) -> PreparedSchedule:
+        """Return a forward that nothing follows, with a plan's packs, ready to run."""
+        found = self._inferences.get(plan.minibatch)
+        if found is None or found[0] is not plan:
+            assert self.costs is not None, "measure comes before plan"
+            schedule = inference_schedule(
+                self.graph, self.costs, plan.machine, plan.spec, plan.policy
+            )
+            found = self._inferences[plan.minibatch] = (plan, schedule)
+        lane = self._own_lanes.setdefault((Phase.INFER, plan.minibatch), Lane())
+        return self._prepare(found[1], lane, lane.values)
 
     def prepared_backward(self, plan: Plan, lane: Lane, reached: Reached) -> PreparedSchedule:
         """Return the backward from the outputs that a gradient has come for, ready to run."""

@@ -272,7 +272,7 @@ class Engine:
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ready = self.ready("dropin", args, kwargs, None)
         binding, plan, weights = ready.binding, ready.plan, ready.weights
-        prepared = binding.prepared(plan, Phase.INFER)
+        prepared = binding.prepared_inference(plan)
         load_inputs(prepared, binding.graph, detached(ready.inputs))
         recall = self._recall(ready, recomputed=False)
         binding.executor.run(prepared, Job(recall, weights))

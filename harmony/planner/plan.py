@@ -23,7 +23,7 @@ class Plan:
         mode: ``"pp"`` (packs wrap around the GPUs), ``"dp"`` (each GPU has a share) or
             ``"dp+pp"`` (packs of each share wrap around some of the GPUs).
         spec: packs, microbatch sizes and shares; its phase is the one that was planned.
-        schedules: per phase its schedule; ``schedule`` is that of ``spec.phase``.
+        schedules: per phase of a step its schedule; ``schedule`` is that of ``spec.phase``.
         step_s: predicted seconds of the planned phase.
         peak_nbytes: per GPU the most bytes in use, in the planned phase; the others fit too.
         host_nbytes: bytes of host memory: parameters, gradients, optimizer state, stashed values
@@ -211,18 +211,3 @@ def _kept(spec: StepSpec, policy: Policy) -> str:
         (policy.hold, "a GPU hold weights"),
     )
     return "".join(f"{count} {what}, " for count, what in counts if count > 0)
-
-
-def plan_phase(plan: Plan, phase: Phase) -> Schedule:
-    """Return the schedule of another phase with the plan's packs and microbatches.
-
-    A plan of a training step also has ``INFER``; a plan of the drop-in form has ``FORWARD``,
-    ``BACKWARD`` and ``INFER``. All were checked when the plan was made.
-
-    Raises:
-        PlanError: if the plan was not made for that phase.
-    """
-    if phase not in plan.schedules:
-        have = ", ".join(known.value for known in plan.schedules)
-        raise PlanError(f"this plan has no schedule to {phase.value}, only to {have}: plan again")
-    return plan.schedules[phase]

@@ -28,14 +28,14 @@ from harmony.planner.decisions import decide
 from harmony.planner.lowerbound import lower_bound
 from harmony.planner.memory import arena_nbytes
 from harmony.planner.packing import Budget, Packer, check_layers, suggest_memory
-from harmony.planner.plan import Plan, describe_spec, plan_phase
+from harmony.planner.plan import Plan, describe_spec
 from harmony.planner.policy import Policy
 from harmony.planner.ranking import Ranking, handicap
 from harmony.planner.tasks import Phase
 from harmony.planner.trial import Fitting, TooLarge, Trial, Tried
 from harmony.units import format_bytes
 
-__all__ = ["Plan", "Policy", "choose", "plan_phase"]
+__all__ = ["Plan", "Policy", "choose"]
 
 Mode = Literal["auto", "pp", "dp"]
 MAX_LOWERED = 4

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from harmony.errors import DoesNotFitError
+from harmony.layergraph import LayerGraph
+from harmony.machine import Machine
 from harmony.planner.build import build_tasks
 from harmony.planner.candidates import Candidate, Question
+from harmony.planner.cost import CostTable
 from harmony.planner.memory import Workspace, device_peak, host_nbytes, stash_nbytes
 from harmony.planner.passes import lower
 from harmony.planner.policy import LEAN, Policy
@@ -74,19 +77,16 @@ class Trial:
         return Tried(candidate, lowered, total_s)
 
     def verified(self, tried: Tried) -> Fitting:
-        """Check the schedules of all phases of a candidate.
+        """Check the schedules of a candidate.
 
         Raises:
             DoesNotFitError: if one does not fit, or the host is too small for all of them.
         """
         phase = tried.candidate.spec.phase
         schedules: dict[Phase, Schedule] = {}
-        for each in _phases(phase):
-            if each in tried.lowered:
-                tasks, schedules[each] = tried.lowered[each]
-                verify(schedules[each], self.graph, self.costs, each, tasks)
-            else:
-                schedules[each] = self._checked(tried.candidate, each)
+        for each, (tasks, schedule) in tried.lowered.items():
+            verify(schedule, self.graph, self.costs, each, tasks)
+            schedules[each] = schedule
         needed = self._host_nbytes(schedules, phase)
         machine = self.question.machine
         timeline = simulate(schedules[phase], self.graph, self.costs, machine, labels=False)
@@ -96,19 +96,6 @@ class Trial:
         tasks = build_tasks(self.graph, for_phase(candidate.spec, phase))
         policy = policy_for(candidate.policy, phase)
         return tasks, lower(tasks, self.question.machine, policy)
-
-    def _checked(self, candidate: Candidate, phase: Phase) -> Schedule:
-        """Lower and verify one phase."""
-        tasks, schedule = self._lowered(candidate, phase)
-        try:
-            verify(schedule, self.graph, self.costs, phase, tasks)
-            return schedule
-        except DoesNotFitError:
-            lean = replace(LEAN, resident=candidate.policy.resident)
-            if phase is not Phase.INFER or candidate.policy == lean:
-                raise
-        # A training plan is not given up because inference wants more room: it can do with less.
-        return self._checked(replace(candidate, policy=lean), phase)
 
     def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
         """Bytes of host memory that all phases together need."""
@@ -127,17 +114,11 @@ class Trial:
         return needed
 
 
-def _phases(phase: Phase) -> tuple[Phase, ...]:
-    """The phases that a plan for one has schedules for."""
-    if phase is Phase.TRAIN:
-        return Phase.TRAIN, Phase.INFER
-    if phase is Phase.INFER:
-        return (Phase.INFER,)
-    return Phase.FORWARD, Phase.BACKWARD, Phase.INFER
-
-
 def timed_phases(phase: Phase) -> tuple[Phase, ...]:
-    """The phases that make up a step: the drop-in form runs its two one after the other."""
+    """The phases that make up a step: the drop-in form runs its two one after the other.
+
+    A plan has schedules for those; `inference_schedule` makes one more when somebody wants it.
+    """
     if phase in (Phase.TRAIN, Phase.INFER):
         return (phase,)
     return Phase.FORWARD, Phase.BACKWARD
@@ -166,3 +147,38 @@ def policy_for(policy: Policy, phase: Phase) -> Policy:
         return policy
     resident = policy.resident if phase is Phase.INFER else ()
     return replace(policy, hold=0, offload=(), resident=resident, mirror=False)
+
+
+def inference_schedule(
+    graph: LayerGraph, costs: CostTable, machine: Machine, spec: StepSpec, policy: Policy
+) -> Schedule:
+    """Return the schedule of inference with the packs and microbatches of a plan, checked.
+
+    Where the plan's policy leaves too little room, it does with less: what it needs beside the
+    weights that stay on the devices is less than training does.
+
+    Raises:
+        DoesNotFitError: if that is still too much, as with outputs that are wider than anything.
+    """
+    wanted = policy_for(policy, Phase.INFER)
+    tasks = build_tasks(graph, for_phase(spec, Phase.INFER))
+    try:
+        return _verified(graph, costs, machine, tasks, wanted)
+    except DoesNotFitError:
+        lean = replace(LEAN, resident=wanted.resident)
+        try:
+            return _verified(graph, costs, machine, tasks, lean)
+        except DoesNotFitError as error:
+            why = str(error).splitlines()[0]
+            raise DoesNotFitError(
+                f"inference does not fit with the plan of this minibatch: {why}. Use a smaller"
+                " minibatch for it"
+            ) from None
+
+
+def _verified(
+    graph: LayerGraph, costs: CostTable, machine: Machine, tasks: TaskGraph, policy: Policy
+) -> Schedule:
+    schedule = lower(tasks, machine, policy)
+    verify(schedule, graph, costs, tasks.spec.phase, tasks)
+    return schedule

@@ -15,10 +15,15 @@ from harmony.layergraph import LayerGraph
 from harmony.machine import Host
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.plan import Plan, plan_phase
+from harmony.planner.memory import Workspace, device_peak
+from harmony.planner.passes import lower
+from harmony.planner.plan import Plan
+from harmony.planner.policy import Policy
+from harmony.planner.schedule import Schedule
 from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, TaskKind
+from harmony.planner.trial import for_phase, inference_schedule
 from harmony.planner.verify import verify
 from tests.toys import MIB, chain, server, uniform_costs
 
@@ -30,6 +35,11 @@ def saving(graph: LayerGraph, nbytes: int) -> LayerGraph:
     """The same model whose layers save that much of each sample for their backward."""
     layers = tuple(replace(layer, saved_nbytes_per_sample=nbytes) for layer in graph.layers)
     return replace(graph, layers=layers)
+
+
+def inferring(graph: LayerGraph, plan: Plan) -> Schedule:
+    """Its schedule of inference."""
+    return inference_schedule(graph, COSTS, plan.machine, plan.spec, plan.policy)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
@@ -106,16 +116,15 @@ def test_microbatches_are_equal_where_a_layer_draws_random_numbers() -> None:
 def test_phases_of_the_drop_in_form_share_packs_and_microbatches() -> None:
     plan = choose(MODEL, COSTS, server(2, memory=24 * MIB), 8, phase=Phase.BACKWARD)
     assert plan.spec.forward_packs == plan.spec.backward_packs
-    for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.INFER):
+    assert set(plan.schedules) == {Phase.FORWARD, Phase.BACKWARD}
+    for phase, schedule in (*plan.schedules.items(), (Phase.INFER, inferring(MODEL, plan))):
         tasks = build_tasks(MODEL, replace(plan.spec, phase=phase))
-        verify(plan_phase(plan, phase), MODEL, COSTS, phase, tasks)
-    with pytest.raises(PlanError, match="no schedule to train, only to forward"):
-        plan_phase(plan, Phase.TRAIN)
+        verify(schedule, MODEL, COSTS, phase, tasks)
 
 
 def test_a_training_plan_can_infer() -> None:
     plan = choose(MODEL, COSTS, server(1, memory=24 * MIB), 8)
-    runs = [i.task for i in plan_phase(plan, Phase.INFER).programs[0] if i.task is not None]
+    runs = [i.task for i in inferring(MODEL, plan).programs[0] if i.task is not None]
     assert {task.kind for task in runs} == {TaskKind.FORWARD}
     assert runs[-1].pack.last == 12
 
@@ -172,5 +181,14 @@ def test_inference_is_lowered_leaner_where_the_policy_of_training_does_not_fit()
     values[-2] = replace(values[-2], nbytes_per_sample=3 * MIB, is_output=True)
     graph = replace(MODEL, values=tuple(values))
     plan = choose(graph, COSTS, server(1, memory=40 * MIB), 8)
-    assert set(plan.schedules) == {Phase.TRAIN, Phase.INFER}
-    assert max(plan.peak_nbytes) <= 40 * MIB
+    tasks = build_tasks(graph, for_phase(plan.spec, Phase.INFER))
+    wanted = Policy(2, 2, 4)
+    schedule = lower(tasks, server(1), wanted)
+    peak = device_peak(schedule, 0, graph, Workspace(graph, COSTS)).nbytes
+    tight = server(1, memory=peak - MIB)
+    with pytest.raises(DoesNotFitError):
+        verify(lower(tasks, tight, wanted), graph, COSTS, Phase.INFER, tasks)
+    leaner = inference_schedule(graph, COSTS, tight, plan.spec, wanted)
+    verify(leaner, graph, COSTS, Phase.INFER, tasks)
+    with pytest.raises(DoesNotFitError, match=r"inference does not fit .* Use a smaller minib"):
+        inference_schedule(graph, COSTS, server(1, memory=4 * MIB), plan.spec, wanted)

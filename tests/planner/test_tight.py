@@ -17,6 +17,7 @@ from harmony.planner.passes import lower
 from harmony.planner.policy import LEAN
 from harmony.planner.search import choose
 from harmony.planner.tasks import Pack, Phase, StepSpec
+from harmony.planner.trial import inference_schedule
 from harmony.planner.verify import verify
 from tests.toys import MIB
 
@@ -106,6 +107,7 @@ def test_what_the_smallest_packs_have_room_for_is_not_refused(seed: int) -> None
             limit = machine(num_gpus, int(least * room))
             plan = choose(graph, costs, limit, minibatch, phase=phases[-1])
             assert max(plan.peak_nbytes) <= least * room
+            inference_schedule(graph, costs, limit, plan.spec, plan.policy)
 
 
 def test_less_memory_than_any_layer_takes_is_refused() -> None:
