@@ -222,7 +222,8 @@ def _near(word: str) -> str | None:
     known = [option for action in _parser()._actions for option in action.option_strings]
     if not name.startswith("--") or name in known:
         return None
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    swapped = [option for option in known if sorted(option) == sorted(name)]
+    close = swapped or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"did you mean {close[0]}?" if close else None
 
 

@@ -10,7 +10,7 @@ import torch
 from harmony.capture import Captured, GuardError
 from harmony.capture.lossweights import LossWeigher
 from harmony.figures import forward_seconds
-from harmony.lanes import Lane, Reached, backward_schedule, differentiable_outputs
+from harmony.lanes import Lane, Lanes, Reached, backward_schedule, differentiable_outputs
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.machineprofile import UpdateCost
@@ -31,7 +31,7 @@ from harmony.runtime.hostmem import ArenaLayout, Place
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.stage import Values
-from harmony.runtime.step import HostValues, Weights
+from harmony.runtime.step import Weights
 from harmony.timeline import Timeline
 
 
@@ -54,6 +54,7 @@ class Binding:
         captured: the layers.
         graph: its layer graph, optimizer state included.
         executor: runs its schedules; owns device memory only while the binding is the active one.
+        lanes: what it runs them on.
     """
 
     def __init__(
@@ -70,13 +71,12 @@ class Binding:
         self.machine = machine
         self.host = host
         self.executor = Executor(contexts, host, captured, self.place_of)
+        self.lanes = Lanes(self.executor)
         self.costs: CostTable | None = None
         self._contexts = contexts
         self._form = form
         self._plans: dict[int, Plan] = {}
         self._predicted: dict[int, tuple[Plan, Timeline]] = {}
-        self._lanes: dict[int, list[Lane]] = {}
-        self._own_lanes: dict[tuple[Phase, int], Lane] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._inferences: dict[int, tuple[Plan, Schedule]] = {}
         self._weigher = LossWeigher(captured)
@@ -219,16 +219,6 @@ class Binding:
         verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
         return plan
 
-    def take_lane(self, minibatch: int) -> Lane:
-        """Return a lane that no other forward uses; it is free again after its ``free()``."""
-        lanes = self._lanes.setdefault(minibatch, [])
-        lane = next((lane for lane in lanes if not lane.is_taken), None)
-        if lane is None:
-            lane = Lane()
-            lanes.append(lane)
-        lane.is_taken = True
-        return lane
-
     def prepared(self, plan: Plan, phase: Phase, lane: Lane | None = None) -> PreparedSchedule:
         """Return the schedule of a phase of the plan, ready to run.
 
@@ -236,8 +226,8 @@ class Binding:
             lane: whose values it works on; by default those of a phase that nothing follows.
         """
         if lane is None:
-            lane = self._own_lanes.setdefault((phase, plan.minibatch), Lane())
-        return self._prepare(plan.schedules[phase], lane, lane.values)
+            lane = self.lanes.own(phase, plan.minibatch)
+        return self.lanes.prepare(plan.schedules[phase], lane, lane.values)
 
     def prepared_inference(self, plan: Plan) -> PreparedSchedule:
         """Return a forward that nothing follows, with a plan's packs, ready to run."""
@@ -248,8 +238,8 @@ class Binding:
                 self.graph, self.costs, plan.machine, plan.spec, plan.policy
             )
             found = self._inferences[plan.minibatch] = (plan, schedule)
-        lane = self._own_lanes.setdefault((Phase.INFER, plan.minibatch), Lane())
-        return self._prepare(found[1], lane, lane.values)
+        lane = self.lanes.own(Phase.INFER, plan.minibatch)
+        return self.lanes.prepare(found[1], lane, lane.values)
 
     def prepared_backward(self, plan: Plan, lane: Lane, reached: Reached) -> PreparedSchedule:
         """Return the backward from the outputs that a gradient has come for, ready to run."""
@@ -262,24 +252,11 @@ class Binding:
             assert self.costs is not None, "measure comes before plan"
             schedule = backward_schedule(plan, self.graph, self.costs, reached)
             self._backwards[key] = schedule
-        return self._prepare(schedule, lane, lane.backward_values(reached))
-
-    def _prepare(self, schedule: Schedule, lane: Lane, values: HostValues) -> PreparedSchedule:
-        if not self.executor.fits_slots(schedule):
-            self._forget_prepared()
-        key = id(schedule)  # what is prepared keeps it alive
-        if key not in lane.prepared:
-            lane.prepared[key] = self.executor.prepare(schedule, values)
-        return lane.prepared[key]
-
-    def _forget_prepared(self) -> None:
-        lanes = [lane for lanes in self._lanes.values() for lane in lanes]
-        for lane in (*lanes, *self._own_lanes.values()):
-            lane.prepared.clear()
+        return self.lanes.prepare(schedule, lane, lane.backward_values(reached))
 
     def release(self) -> None:
         """Give the device memory back; the next `prepared` takes it again."""
-        self._forget_prepared()
+        self.lanes.forget()
         self.executor.release()
 
     def weights(self, inputs: Values, spec: StepSpec) -> tuple[Weights, str | None]:

@@ -128,6 +128,8 @@ class Bindings:
     def paths(self, form: str, call: Call) -> tuple[Paths, int]:
         """Return what the signature of a call has led to, and its number of samples."""
         check_own(self._net, self._params)
+        if self.arenas is not None:
+            self.arenas[0].take_back()
         key, minibatch = signature_of(
             self._net, call, form, _of_form(self._options.batch_dims, form), self._moving
         )
@@ -336,9 +338,7 @@ class Bindings:
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         options = self._options
         clips = options.max_grad_norm is not None
-        profile = unmeasured_profile(
-            name, captured, sizes, minibatch, state, phase, clips=clips
-        )
+        profile = unmeasured_profile(name, captured, sizes, minibatch, state, phase, clips=clips)
         plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)
 
 

@@ -214,7 +214,7 @@ class Engine:
             ready = self.ready("dropin", args, kwargs, None)
         binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
         recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
-        lane = binding.take_lane(plan.minibatch)
+        lane = binding.lanes.take(plan.minibatch)
         call = ForwardCall(self.backward, binding, plan, recall, weights, lane, step, check)
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)

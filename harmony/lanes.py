@@ -12,7 +12,7 @@ from harmony.planner.plan import Plan
 from harmony.planner.schedule import Op, Schedule
 from harmony.planner.tasks import Phase, TensorKind
 from harmony.planner.verify import verify
-from harmony.runtime.executor import PreparedSchedule
+from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout
 from harmony.runtime.step import HostValues
 
@@ -49,6 +49,44 @@ class Lane:
     def free(self) -> None:
         """Let the next forward have it. May run on any thread: it is called when objects die."""
         self.is_taken = False
+
+
+class Lanes:
+    """The lanes of one executor, and the schedules that are prepared for them."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._taken: dict[int, list[Lane]] = {}
+        self._own: dict[tuple[Phase, int], Lane] = {}
+
+    def take(self, minibatch: int) -> Lane:
+        """Return a lane that no other forward uses; it is free again after its ``free()``."""
+        lanes = self._taken.setdefault(minibatch, [])
+        lane = next((lane for lane in lanes if not lane.is_taken), None)
+        if lane is None:
+            lane = Lane()
+            lanes.append(lane)
+        lane.is_taken = True
+        return lane
+
+    def own(self, phase: Phase, minibatch: int) -> Lane:
+        """Return the lane of a phase that nothing follows."""
+        return self._own.setdefault((phase, minibatch), Lane())
+
+    def prepare(self, schedule: Schedule, lane: Lane, values: HostValues) -> PreparedSchedule:
+        """Return a schedule ready to run on a lane's values."""
+        if not self._executor.fits_slots(schedule):
+            self.forget()
+        key = id(schedule)  # what is prepared keeps it alive
+        if key not in lane.prepared:
+            lane.prepared[key] = self._executor.prepare(schedule, values)
+        return lane.prepared[key]
+
+    def forget(self) -> None:
+        """Prepare everything anew when it is wanted again: the device memory is another."""
+        lanes = [lane for lanes in self._taken.values() for lane in lanes]
+        for lane in (*lanes, *self._own.values()):
+            lane.prepared.clear()
 
 
 def differentiable_outputs(graph: LayerGraph) -> Reached:

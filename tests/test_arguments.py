@@ -95,6 +95,7 @@ def test_help_after_the_script_is_the_scripts(
         ("train.py --virtual=yes", "ignored explicit argument"),
         ("train.py --report nowhere/out.txt", "no folder nowhere"),
         ("--gpuss 4 train.py", "no such option: --gpuss; did you mean --gpus?"),
+        ("--gpsu 4 train.py", "no such option: --gpsu; did you mean --gpus?"),
         ("--gpu 4 train.py", "How many GPUs to use here is --gpus N"),
         ("train.py --gpu T4 --plan-only", "--host-memory: how much memory"),
         ("train.py --gpu T5 --plan-only --host-memory 1GiB", "did you mean T4"),

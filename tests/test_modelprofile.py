@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harmony.errors import ConfigError, PlanError
+from harmony.errors import ConfigError, HarmonyError, PlanError
 from harmony.profiles.analytic import LayerWork, Work, WorkTable
 from harmony.profiles.catalog import find_gpu
 from harmony.profiles.model import ModelProfile, load_profile, save_profile, write_json
@@ -155,3 +156,17 @@ def test_what_is_no_ordinary_file_is_written_to_and_not_replaced(tmp_path: Path)
         assert stat.S_ISFIFO(pipe.stat().st_mode)
     finally:
         os.close(reader)
+
+
+def test_a_full_disk_is_no_wrong_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(HarmonyError, match=r"cannot write the plan to .*No space") as caught:
+        write_json({"a": 1}, tmp_path / "plan.json", "the plan")
+    assert not isinstance(caught.value, ConfigError)
+    assert list(tmp_path.iterdir()) == []

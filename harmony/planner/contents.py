@@ -106,10 +106,10 @@ class Contents:
                 if any(memory.author != author for memory in copies):
                     raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
                 continue
-            must = ref.kind is TensorKind.VALUE and ref.first in kept
-            must = must or (ref.is_gradient_part and ref.part == 0)
-            is_gradient = ref.kind is TensorKind.VALUE_GRADIENT
-            must = must or (is_gradient and self.graph.values[ref.first].producer == MODEL_INPUT)
+            must = ref.is_gradient_part and ref.part == 0
+            must = must or (ref.kind is TensorKind.VALUE and ref.first in kept)
+            if ref.kind is TensorKind.VALUE_GRADIENT:
+                must = self.graph.values[ref.first].producer == MODEL_INPUT
             if must and self.memories["host", ref].author != author:
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
 
@@ -197,9 +197,8 @@ class Contents:
         if memory.alive and memory.author is not NOTHING and ref not in step.reads:
             raise self._refuse(f"{ref} is overwritten, not added to")
         self._touch(memory, write=True)
-        memory.alive = True
         assert step.task is not None
-        memory.author = step.task
+        memory.alive, memory.author = True, step.task
 
     # -- memories ---------------------------------------------------------------------------
 

@@ -268,32 +268,6 @@ class Packer:
         return windows
 
 
-def pack_layers(
-    graph: LayerGraph,
-    costs: CostTable,
-    kind: TaskKind,
-    num_samples: int,
-    budget: Budget,
-    num_packs: int | None = None,
-) -> tuple[Pack, ...]:
-    """Return the fewest packs that fit, or ``num_packs``, with the slowest as fast as can be.
-
-    Raises:
-        DoesNotFitError: if a layer does not fit even alone, or not into that many packs.
-    """
-    packer = Packer(graph, costs)
-    table = packer.table(kind, num_samples, budget)
-    count = num_packs or table.fewest(graph.num_layers)
-    packs = None if count is None else table.packs(graph.num_layers, count)
-    if packs is None:
-        check_layers(packer, num_samples, budget)
-        raise DoesNotFitError(
-            f"the layers do not fit into {num_packs or 'any number of'} packs at a microbatch of"
-            f" {num_samples} with {format_bytes(budget.memory_nbytes)} of GPU memory"
-        )
-    return packs
-
-
 def check_layers(packer: Packer, num_samples: int, budget: Budget) -> None:
     """Refuse a layer that does not fit on a device even alone.
 

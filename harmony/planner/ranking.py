@@ -25,14 +25,11 @@ from harmony.planner.candidates import (
     packed,
     policies,
 )
-from harmony.planner.footprint import host_nbytes, peaks_nbytes
+from harmony.planner.estimate import Estimator
 from harmony.planner.keeping import filled, offloading
 from harmony.planner.lowerbound import lower_bound
-from harmony.planner.outline import Outline, outline
 from harmony.planner.policy import LEAN, Policy
-from harmony.planner.sketch import sketch
 from harmony.planner.tasks import Phase
-from harmony.planner.trial import for_phase, policy_for, timed_phases
 
 NEAR = 1.06
 """The finer choices are tried where the coarse ones took at most this times the best."""
@@ -73,11 +70,13 @@ class Ranking:
     """All candidates that were estimated.
 
     Attributes:
+        estimator: what estimated them.
         refused: aspect, value and reason of what has no candidate.
     """
 
     def __init__(self, question: Question) -> None:
         self.question = question
+        self.estimator = Estimator(question)
         self.refused: list[tuple[str, str, str]] = []
         self._known: dict[Candidate, float] = {}
         self._base: dict[Candidate, tuple[Candidate, int]] = {}
@@ -86,20 +85,11 @@ class Ranking:
         self._roomy: set[Candidate] = set()
         self._off: dict[tuple[bool, ...], float] = {}
         self._shrunk = 0
-        self._last: tuple[Candidate, Phase, Outline] | None = None
         self._best_s = float("inf")
 
     def estimates(self) -> list[tuple[float, Candidate]]:
         """Everything that was estimated, with its seconds."""
         return [(seconds, candidate) for candidate, seconds in self._known.items()]
-
-    def estimate_s(self, candidate: Candidate) -> float:
-        """Estimated seconds of a whole step."""
-        total = 0.0
-        for phase in timed_phases(candidate.spec.phase):
-            policy = policy_for(candidate.policy, phase)
-            total += sketch(self._shape(candidate, phase), self.question.machine, policy).step_s
-        return max(total, 1e-9)
 
     def any_fits(self) -> bool:
         """Whether any candidate fits, devices and host, as far as an outline tells."""
@@ -108,7 +98,8 @@ class Ranking:
             where = layout(question, replicas)
             for size in reversed(microbatch_sizes(question, where.share)):
                 for candidate in (*self._some(where, size), finest(question, where, size)):
-                    if self._room(candidate) >= 1.0 and self._fits_host(candidate):
+                    peak = self.estimator.peak_nbytes(candidate)
+                    if peak <= self._memory() and self.estimator.fits_host(candidate):
                         return True
         return False
 
@@ -116,29 +107,6 @@ class Ranking:
         """A few candidates of a layout and size that keep nothing."""
         for policy in policies(self.question, where.ring, few=True):
             yield from packed(self.question, where, size, policy, few=True)
-
-    def _room(self, candidate: Candidate) -> float:
-        """A device's memory over what a candidate is estimated to need of it."""
-        packer, spec = self.question.packer, candidate.spec
-        most = 1
-        for phase in timed_phases(spec.phase):
-            shape, policy = self._shape(candidate, phase), policy_for(candidate.policy, phase)
-            most = max(most, *peaks_nbytes(packer, shape, for_phase(spec, phase), policy))
-        return self._memory() / most
-
-    def _fits_host(self, candidate: Candidate) -> bool:
-        shape = self._shape(candidate, candidate.spec.phase)
-        needed = host_nbytes(self.question.packer, shape, candidate.spec)
-        return needed <= self.question.machine.host.memory_nbytes
-
-    def _shape(self, candidate: Candidate, phase: Phase) -> Outline:
-        """The outline of a phase of a candidate; what is asked for again soon is remembered."""
-        if self._last is None or self._last[0] is not candidate or self._last[1] is not phase:
-            spec = for_phase(candidate.spec, phase)
-            policy = policy_for(candidate.policy, phase)
-            shape = outline(self.question.packer, self.question.machine, spec, policy)
-            self._last = (candidate, phase, shape)
-        return self._last[2]
 
     def fill(self) -> None:
         """Estimate candidates."""
@@ -193,7 +161,7 @@ class Ranking:
 
     def learn(self, candidate: Candidate, simulated_s: float) -> None:
         """Note how far off the estimate of a candidate was: that of its likes is as far off."""
-        ratio, family = simulated_s / self.estimate_s(candidate), _family(candidate)
+        ratio, family = simulated_s / self.estimator.step_s(candidate), _family(candidate)
         self._off[family] = max(self._off.get(family, 0.0), ratio)
 
     def rest(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
@@ -208,8 +176,9 @@ class Ranking:
                 where = layout(self.question, replicas)
                 size = microbatch_sizes(self.question, where.share)[-1]
                 candidate = finest(self.question, where, size)
-                if candidate not in self._done and self._room(candidate) * TIGHT >= 1.0:
-                    yield self.estimate_s(candidate), candidate
+                peak = self.estimator.peak_nbytes(candidate)
+                if candidate not in self._done and peak <= TIGHT * self._memory():
+                    yield self.estimator.step_s(candidate), candidate
 
     def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
         """Make a candidate that is too large again, with as much less room as it lacks."""
@@ -299,8 +268,7 @@ class Ranking:
     def _keep(self, base: Candidate, memory_nbytes: int, *, few: bool = False) -> float:
         """Estimate what a candidate can keep; return the best seconds."""
         best_s, best = self._add(base), base
-        shape = self._shape(base, base.spec.phase)
-        for candidate in filled(self.question, base, shape, memory_nbytes):
+        for candidate in filled(self.question, base, self.estimator.shape(base), memory_nbytes):
             seconds = self._fitting(candidate, base, memory_nbytes)
             if seconds < best_s:
                 best_s, best = seconds, candidate
@@ -311,28 +279,27 @@ class Ranking:
 
     def _fitting(self, candidate: Candidate, base: Candidate, memory_nbytes: int) -> float:
         """Estimate a candidate if it fits; infinity if not."""
-        question, spec, policy = self.question, candidate.spec, candidate.policy
+        estimator = self.estimator
         if candidate not in self._known:
-            shape = self._shape(candidate, spec.phase)
-            if host_nbytes(question.packer, shape, spec) > question.machine.host.memory_nbytes:
+            if not estimator.fits_host(candidate):
                 return math.inf
-            if max(peaks_nbytes(question.packer, shape, spec, policy)) > memory_nbytes:
+            if estimator.peak_nbytes(candidate) > memory_nbytes:
                 return math.inf
-            self._note(candidate, sketch(shape, question.machine, policy).step_s)
+            self._note(candidate, estimator.step_s(candidate))
         self._base[candidate] = (base, memory_nbytes)
         return self._known[candidate]
 
     def _add(self, candidate: Candidate) -> float:
         """Estimate a candidate that keeps nothing; infinity if it hardly fits."""
         if candidate not in self._known:
-            room = self._room(candidate)
-            if room >= 1.0:
+            estimator, peak = self.estimator, self.estimator.peak_nbytes(candidate)
+            if peak <= self._memory():
                 self._roomy.add(candidate)
-            fits_host = self.question.phase is not Phase.TRAIN or self._fits_host(candidate)
-            if room * TIGHT < 1.0 or not fits_host:
+            fits_host = self.question.phase is not Phase.TRAIN or estimator.fits_host(candidate)
+            if peak > TIGHT * self._memory() or not fits_host:
                 # The estimate is close, but the plan has the last word, and words for the error.
                 self._heavy.add(candidate)
-            self._note(candidate, self.estimate_s(candidate))
+            self._note(candidate, estimator.step_s(candidate))
         return math.inf if candidate in self._heavy else self._known[candidate]
 
     def _note(self, candidate: Candidate, seconds: float) -> None:

@@ -265,10 +265,10 @@ class _Search:
     def _unequal(self, best: Tried) -> list[Tried]:
         """Variants with U_F > U_B, of the best and of those that recompute, clearly faster."""
         found = []
-        limit_s = WORTHWHILE * self.ranking.estimate_s(best.candidate)
+        limit_s = WORTHWHILE * self.ranking.estimator.step_s(best.candidate)
         bases = dict.fromkeys([best.candidate, *self.ranking.recomputing(UNEQUAL)])
         for candidate in (c for base in bases for c in larger_forward(self.question, base)):
-            if self.ranking.estimate_s(candidate) > CLOSE * limit_s:
+            if self.ranking.estimator.step_s(candidate) > CLOSE * limit_s:
                 continue
             tried = self._simulated(candidate)
             if tried is not None and tried.total_s < WORTHWHILE * best.total_s:

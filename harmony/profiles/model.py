@@ -6,6 +6,7 @@ format of the original Harmony's published ones (see `harmony.planner.paper.prof
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harmony.errors import ConfigError, PlanError
+from harmony.errors import ConfigError, HarmonyError, PlanError
 from harmony.layergraph import Layer, LayerGraph, SharedParam, Value
 from harmony.machine import Machine
 from harmony.planner.cost import CostTable
@@ -244,7 +245,8 @@ def write_json(data: object, path: Path, what: str) -> None:
     What is no ordinary file (a pipe, ``/dev/stdout``) is written to, not replaced.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if it cannot be written there.
+        HarmonyError: if it could be, were the disk not full or broken.
     """
     text = json.dumps(data, indent=1) + "\n"
     ordinary = path.is_file() or not path.exists()
@@ -256,4 +258,6 @@ def write_json(data: object, path: Path, what: str) -> None:
     except OSError as error:
         if ordinary:
             part.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {what} to {path}: {error}") from None
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        kind = HarmonyError if failed else ConfigError
+        raise kind(f"cannot write {what} to {path}: {error}") from None

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from harmony.capture.params import ParamInfo
-from harmony.errors import DoesNotFitError
+from harmony.errors import DoesNotFitError, HarmonyError
 from harmony.planner.tasks import Samples
 from harmony.runtime import native
 from harmony.units import aligned, format_bytes
@@ -239,6 +239,27 @@ class HostArena:
                     tensor.data = view
                 self.tensors[name] = tensor
         return params
+
+    def take_back(self) -> None:
+        """Move what was given other memory (``param.data = values``) into the arena again.
+
+        Raises:
+            HarmonyError: if that has another shape or dtype.
+        """
+        for name, tensor in self.tensors.items():
+            view = self.views[name]
+            if tensor.data_ptr() == view.data_ptr() and tensor.shape == view.shape:
+                continue
+            if tensor.shape != view.shape or tensor.dtype != view.dtype:
+                raise HarmonyError(
+                    f"{name} was given data of shape {tuple(tensor.shape)} and {tensor.dtype}; it"
+                    f" has {tuple(view.shape)} and {view.dtype}. Give it values of that shape, or"
+                    " make a new Harmony model"
+                )
+            with torch.no_grad():
+                values = tensor.detach()
+                tensor.data = view
+                tensor.copy_(values)  # counts as a change
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from harmony.planner.schedule import DeviceSpec, resident_groups
 from harmony.planner.tasks import TensorKind, TensorRef
+from harmony.runtime.datawatch import DataWatch
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hoststate import HostState
 from harmony.units import aligned
@@ -17,8 +19,8 @@ class Residents:
     """The resident packs of one device.
 
     The parameters on the host stay what everybody reads; each step writes the new weights there.
-    What somebody else changes there, between steps, is noticed by PyTorch's version counters and
-    copied to the device before the next step.
+    What somebody else changes there, between steps, is copied to the device before the next step.
+    PyTorch's version counters tell, and a `DataWatch` of ``param.data``; buffers are compared.
 
     Attributes:
         refs: what is resident, as the schedule names it.
@@ -33,6 +35,7 @@ class Residents:
         self.refs = tuple(refs)
         self._host = host
         self._seen: dict[str, int] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
         self._places: dict[TensorRef, tuple[torch.Tensor, int]] = {}
         self._slots: dict[TensorRef, int] = {}
         self.weights: list[torch.Tensor] = []
@@ -42,6 +45,9 @@ class Residents:
             grads = [ref for ref in group if ref.is_gradient_part]
             self.weights.append(self._room(context, params, slot))
             self.gradients.append(self._room(context, grads, slot))
+        tensors = host.weights.arena.tensors
+        held = [tensors[n] for ref in self._places if ref.is_parameter for n in self._names(ref)]
+        self._watch = DataWatch(t for t in held if isinstance(t, nn.Parameter))
 
     def _room(
         self, context: DeviceContext, refs: Sequence[TensorRef], slot: int
@@ -71,11 +77,11 @@ class Residents:
         for ref in self._places:
             if not ref.is_parameter:
                 continue
-            now = {name: self._version(name) for name in self._names(ref)}
-            if any(self._seen.get(name) != version for name, version in now.items()):
+            # All of them are asked: what was seen now is not seen again.
+            changed = [name for name in self._names(ref) if self._has_changed(name)]
+            if changed:
                 for target, source in self.pairs(ref):
                     target.copy_(source, non_blocking=True)
-                self._seen.update(now)
 
     def pairs(self, ref: TensorRef) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The bytes of a tensor on the device, and on the host."""
@@ -98,5 +104,20 @@ class Residents:
         regions = layout.layers if ref.kind is TensorKind.WEIGHTS else layout.shared
         return [name for region in regions[ref.first : ref.last] for name in region.places]
 
-    def _version(self, name: str) -> int:
-        return self._host.weights.arena.tensors[name]._version
+    def _has_changed(self, name: str) -> bool:
+        """Whether somebody may have changed a tensor on the host since the last time."""
+        tensor = self._host.weights.arena.tensors[name]
+        version, touched = tensor._version, self._watch.may_have_changed(tensor)
+        changed = self._seen.get(name) != version or touched
+        self._seen[name] = version
+        if not isinstance(tensor, nn.Parameter):
+            # Few bytes, and nothing tells of their ``data``.
+            known, now = self._buffers.get(name), self._host.weights.views[name]
+            if known is None or not torch.equal(known, _bytes(now)):
+                self._buffers[name] = _bytes(now).clone()
+                changed = True
+        return changed
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

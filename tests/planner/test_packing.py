@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.errors import DoesNotFitError
+from harmony.layergraph import LayerGraph
 from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.packing import MAX_CUTS, Budget, Packer, pack_layers, suggest_memory
+from harmony.planner.packing import MAX_CUTS, Budget, Packer, check_layers, suggest_memory
 from harmony.planner.policy import Policy
 from harmony.planner.tasks import Pack, TaskKind
 from harmony.units import parse_bytes
@@ -24,17 +25,32 @@ def uneven(times: list[int]) -> CostTable:
     return CostTable(tuple({1: LayerCost(float(t), 2.0 * t, 0.0, 0, 0, 0)} for t in times))
 
 
+def partition(
+    graph: LayerGraph,
+    costs: CostTable,
+    kind: TaskKind,
+    size: int,
+    budget: Budget,
+    count: int | None = None,
+) -> tuple[Pack, ...]:
+    """The best packs: the fewest that fit, or so many."""
+    table = Packer(graph, costs).table(kind, size, budget)
+    found = table.packs(graph.num_layers, count or table.fewest(graph.num_layers) or 0)
+    assert found is not None
+    return found
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=8), st.integers(1, 4))
 def test_the_slowest_pack_is_as_fast_as_can_be(times: list[int], num_packs: int) -> None:
     graph, count = chain(len(times), weight=1), len(times)
     num_packs = min(num_packs, count)
-    found = pack_layers(
+    found = partition(
         graph, uneven(times), TaskKind.FORWARD, 1, Budget(10**12, POLICY), num_packs
     )
 
-    def slowest(partition: tuple[Pack, ...]) -> int:
-        return max(sum(times[pack.first : pack.last]) for pack in partition)
+    def slowest(parts: tuple[Pack, ...]) -> int:
+        return max(sum(times[pack.first : pack.last]) for pack in parts)
 
     every = [packs(*cut, count) for cut in combinations(range(1, count), num_packs - 1)]
     assert found in every
@@ -46,10 +62,10 @@ def test_the_fewest_packs_that_fit() -> None:
     costs = uniform_costs(graph)
     for limit, count in ((34, 1), (33, 1), (18, 2), (10, 4), (5, 8)):
         budget = Budget(limit * MIB, POLICY)
-        found = pack_layers(graph, costs, TaskKind.BACKWARD, 1, budget)
+        found = partition(graph, costs, TaskKind.BACKWARD, 1, budget)
         assert len(found) == count, limit
         # FORWARD needs no room for gradients.
-        forward = pack_layers(graph, costs, TaskKind.FORWARD, 1, budget)
+        forward = partition(graph, costs, TaskKind.FORWARD, 1, budget)
         assert len(forward) <= len(found)
 
 
@@ -57,7 +73,7 @@ def test_backward_packs_shrink_with_the_microbatch() -> None:
     graph = chain(8, weight=1000, per_sample=MIB)
     costs = uniform_costs(graph)
     counts = [
-        len(pack_layers(graph, costs, TaskKind.BACKWARD, size, Budget(24 * MIB, POLICY)))
+        len(partition(graph, costs, TaskKind.BACKWARD, size, Budget(24 * MIB, POLICY)))
         for size in (1, 2, 3)
     ]
     assert counts == sorted(counts) and counts[0] < counts[-1]
@@ -74,19 +90,21 @@ def test_parked_microbatches_take_room() -> None:
 def test_a_layer_that_fits_nowhere_is_named_with_its_bytes_and_the_remedy() -> None:
     graph = chain(4, weight=40 * MIB)
     with pytest.raises(DoesNotFitError) as error:
-        pack_layers(graph, uniform_costs(graph), TaskKind.BACKWARD, 2, Budget(64 * MIB, POLICY))
+        check_layers(Packer(graph, uniform_costs(graph)), 2, Budget(64 * MIB, POLICY))
     text = str(error.value)
     assert "layer 0 (layer0) alone needs 80.0 MiB (weights and gradients 80.0 MiB" in text
     assert "the limit is 64.0 MiB. Use a microbatch of 1, or give it more GPU memory" in text
     assert "(--gpu-memory 88MiB)" in text
 
 
-def test_too_few_packs_are_refused() -> None:
+def test_too_few_packs_do_not_fit() -> None:
     graph = chain(8, weight=MIB)
-    with pytest.raises(DoesNotFitError, match="do not fit into 2 packs"):
-        pack_layers(
-            graph, uniform_costs(graph), TaskKind.BACKWARD, 1, Budget(10 * MIB, POLICY), 2
-        )
+    table = Packer(graph, uniform_costs(graph)).table(
+        TaskKind.BACKWARD, 1, Budget(10 * MIB, POLICY)
+    )
+    fewest = table.fewest(8)
+    assert fewest is not None and fewest > 2
+    assert table.packs(8, 2) is None and table.packs(8, fewest) is not None
 
 
 def test_large_models_are_cut_where_little_crosses() -> None:
@@ -127,8 +145,8 @@ def test_under_a_memory_limit_too_no_partition_that_fits_is_faster(
     def fits(pack: Pack) -> bool:
         return packer.need(TaskKind.BACKWARD, pack, 1, budget).nbytes <= budget.memory_nbytes
 
-    def slowest(partition: tuple[Pack, ...]) -> float:
-        return max(packer.seconds(TaskKind.BACKWARD, pack, 1) for pack in partition)
+    def slowest(parts: tuple[Pack, ...]) -> float:
+        return max(packer.seconds(TaskKind.BACKWARD, pack, 1) for pack in parts)
 
     def every(number: int) -> list[tuple[Pack, ...]]:
         found = (packs(*cut, count) for cut in combinations(range(1, count), number - 1))

@@ -1,0 +1,51 @@
+"""What a candidate takes, estimated from its outline: seconds of a step, room on the devices."""
+
+from __future__ import annotations
+
+from harmony.planner.candidates import Candidate, Question
+from harmony.planner.footprint import host_nbytes, peaks_nbytes
+from harmony.planner.outline import Outline, outline
+from harmony.planner.sketch import sketch
+from harmony.planner.tasks import Phase
+from harmony.planner.trial import for_phase, policy_for, timed_phases
+
+
+class Estimator:
+    """Estimates candidates of one question."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._last: tuple[Candidate, Phase, Outline] | None = None
+
+    def step_s(self, candidate: Candidate) -> float:
+        """Seconds of a whole step."""
+        total = 0.0
+        for phase in timed_phases(candidate.spec.phase):
+            policy = policy_for(candidate.policy, phase)
+            total += sketch(self.shape(candidate, phase), self.question.machine, policy).step_s
+        return max(total, 1e-9)
+
+    def peak_nbytes(self, candidate: Candidate) -> int:
+        """Bytes that it needs on the fullest device, from above in nearly all cases."""
+        most, spec = 0, candidate.spec
+        for phase in timed_phases(spec.phase):
+            shape, policy = self.shape(candidate, phase), policy_for(candidate.policy, phase)
+            sized = for_phase(spec, phase)
+            most = max(most, *peaks_nbytes(self.question.packer, shape, sized, policy))
+        return most
+
+    def fits_host(self, candidate: Candidate) -> bool:
+        """Whether the host has the memory for it."""
+        shape = self.shape(candidate, candidate.spec.phase)
+        needed = host_nbytes(self.question.packer, shape, candidate.spec)
+        return needed <= self.question.machine.host.memory_nbytes
+
+    def shape(self, candidate: Candidate, phase: Phase | None = None) -> Outline:
+        """The outline of a phase of a candidate; what is asked for again soon is remembered."""
+        phase = phase or candidate.spec.phase
+        if self._last is None or self._last[0] is not candidate or self._last[1] is not phase:
+            spec = for_phase(candidate.spec, phase)
+            policy = policy_for(candidate.policy, phase)
+            shape = outline(self.question.packer, self.question.machine, spec, policy)
+            self._last = (candidate, phase, shape)
+        return self._last[2]

@@ -1,0 +1,66 @@
+"""Notices who gets hold of a parameter's memory behind its version counter.
+
+PyTorch counts the in-place operations on a tensor, but what is written through ``param.data``
+counts for the tensor that ``.data`` made, not for the parameter. So while weights live elsewhere,
+`torch.nn.Parameter` has a ``data`` property that does what PyTorch's does and takes a note.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+_PLAIN = torch.Tensor.data  # the descriptor that all tensors share
+_watches: weakref.WeakSet[DataWatch] = weakref.WeakSet()
+
+
+class DataWatch:
+    """Some parameters whose ``data`` is watched, for as long as this object lives."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        # Parameters live as long as their model, which holds this; ids need no hash of a tensor.
+        self._given: dict[int, list[weakref.ref[torch.Tensor]]] = {id(p): [] for p in params}
+        self._touched: set[int] = set()
+        if self._given:
+            _watches.add(self)
+            nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
+
+    def may_have_changed(self, param: torch.Tensor) -> bool:
+        """Whether its ``data`` was asked for or set since the last time, or is still in use."""
+        key = id(param)
+        given = self._given.get(key)
+        if given is None:
+            return False
+        given[:] = [alias for alias in given if alias() is not None]
+        found = bool(given) or key in self._touched
+        self._touched.discard(key)
+        return found
+
+    def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+        given = self._given.get(id(param))
+        if given is not None:
+            self._touched.add(id(param))
+            if alias is not None:
+                given.append(weakref.ref(alias))
+
+
+def _get(param: torch.Tensor) -> torch.Tensor:
+    data: torch.Tensor = _PLAIN.__get__(param)  # type: ignore[attr-defined]
+    _tell(param, data)
+    return data
+
+
+def _set(param: torch.Tensor, value: torch.Tensor) -> None:
+    _PLAIN.__set__(param, value)  # type: ignore[attr-defined]
+    _tell(param, None)
+
+
+def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
+    watching = list(_watches)
+    for watch in watching:
+        watch._note(param, alias)
+    if not watching and "data" in nn.Parameter.__dict__:
+        del nn.Parameter.data  # nobody watches any more: the class is as PyTorch made it
