@@ -7,12 +7,14 @@ figure. Bytes are not measured but counted, on tensors without memory (`harmony.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from harmony.capture import Captured, GuardError
+from harmony.errors import ExecutionError, HarmonyError
 from harmony.layergraph import Layer, LayerGraph
 from harmony.machineprofile import UpdateCost, best_of
 from harmony.planner.cost import CostTable, LayerCost
@@ -77,7 +79,8 @@ def measure_layers(
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
                 with streams_restored([context]):
                     try:
-                        measured = run.measure(weights, env)
+                        with _naming(layer):
+                            measured = run.measure(weights, env)
                         forward_s, backward_s = known.seconds[key] = measured
                     except GuardError:  # it does not run on these values: its time is not known
                         forward_s = backward_s = 0.0
@@ -94,6 +97,21 @@ def measure_layers(
     if known.cpu_share is None:  # what is known already took no time of the meter's
         known.cpu_share = meter.share
     return CostTable(tuple(table)), known.cpu_share
+
+
+@contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Say which layer it was that raised."""
+    try:
+        yield
+    except (HarmonyError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ExecutionError(
+            f"layer {layer.index} ({layer.name}) failed on the first batch, when its time was"
+            f" to be measured. {type(error).__name__}: {error}. No parameter has changed",
+            layer.name,
+        ) from error
 
 
 def _stand_ins(code: Captured, layer: Layer, num_samples: int) -> Values:

@@ -299,7 +299,7 @@ class Executor:
             return
         where, error = step.signals.failure
         for context in self.contexts:  # all of them first: a peer may still be copying to another
-            _drain(context)
+            context.drain()
         for program in prepared.programs:
             program.clear()
         if isinstance(error, (HarmonyError, KeyboardInterrupt)):
@@ -332,14 +332,6 @@ def _check_clipping(schedule: Schedule, optimizer: PackOptimizer | None) -> None
             f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
             "its device. Leave max_grad_norm out, or plan again"
         )
-
-
-def _drain(context: DeviceContext) -> None:
-    """Let a device finish what a failed step had issued; its own errors are known already."""
-    try:
-        context.synchronize()
-    except RuntimeError:
-        context.synchronize()
 
 
 def _explain(where: str, error: BaseException, updated: list[str]) -> str:

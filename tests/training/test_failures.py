@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import copy
 import threading
 from typing import Any
 
@@ -225,3 +226,36 @@ def test_freezing_after_the_first_batch_is_refused(vgpus: VirtualGPUs) -> None:
         model.train_step(*vector_batch(1))
     net.layers[0].requires_grad_(True)
     model.train_step(*vector_batch(1))
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_a_wrong_id_is_one_error_whatever_the_kernels_raise_besides(
+    vgpus: VirtualGPUs, mode: str
+) -> None:
+    """Kernels raise when they run, several of them before anybody looks, and no RuntimeError."""
+    torch.manual_seed(0)
+    model = harmony.Harmony(
+        GPT(dropout=0.0),
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=token_loss,
+        mode=mode,
+        microbatch_size=1,
+        devices=2,
+    )
+    tokens, targets = token_batch(0)
+    wrong = torch.full_like(tokens, 10**6)
+    before = params_of(model.module)
+    for _ in range(3):
+        with pytest.raises(harmony.ExecutionError, match="index out of range"):
+            model.train_step(wrong, targets)
+    after = params_of(model.module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    first = model.train_step(tokens, targets)
+    # From now on updates begin before the backward is over: a failure may come too late.
+    saved = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        with pytest.raises(harmony.ExecutionError, match="index out of range"):
+            model.train_step(wrong, targets)
+        model.load_state_dict(saved)
+    assert model.train_step(tokens, targets) != first
