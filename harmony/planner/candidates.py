@@ -8,7 +8,8 @@ multiples of the ring, since a wrap-around pipeline is balanced when every GPU h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +22,8 @@ from harmony.planner.tasks import Pack, Phase, Samples, StepSpec, TaskKind
 
 MAX_SIZES = 7
 MAX_RUNS = 4096
+"""Sizes with more Runs of a layer than this, about, are only tried if none with fewer fits."""
+
 MAX_FINER = 16
 """How many times more packs than the fewest that fit are tried, to leave room on the devices."""
 
@@ -135,18 +138,29 @@ def layout(question: Question, replicas: int) -> Layout:
     return Layout(shares, question.machine.num_devices // replicas)
 
 
-def microbatch_sizes(question: Question, share: int) -> tuple[int, ...]:
-    """Powers of two and divisors of a share, large ones first, at most ``MAX_SIZES`` of them."""
+def microbatch_sizes(
+    question: Question, share: int, fits: Callable[[int], bool]
+) -> tuple[int, ...]:
+    """Powers of two and divisors of a share, large ones first, at most ``MAX_SIZES`` of them.
+
+    Args:
+        fits: whether anything of a microbatch size fits a device; what does, does so smaller too.
+    """
     if question.sizes is not None:
         return tuple(sorted({min(size, share) for size in question.sizes}, reverse=True))
     powers = {2**k for k in range(share.bit_length()) if 2**k <= share}
     divisors = {size for size in range(1, share + 1) if share % size == 0}
-    sizes = sorted(powers & divisors or divisors, reverse=True)
-    others = sorted((powers | divisors).difference(sizes), reverse=True)
+    every = sorted(powers | divisors)
+    most = share  # where not even one sample fits: the answer says what is lacking
+    if fits(1):
+        most = every[bisect_left(every, True, key=lambda size: not fits(size)) - 1]
     # Sizes that divide the share leave no small last microbatch; 1 is the last resort.
-    chosen = (sizes + others)[: MAX_SIZES - 1]
-    found = sorted({*chosen, 1}, reverse=True)
-    return tuple(size for size in found if share // size * 4 <= MAX_RUNS)
+    dividing = (powers & divisors) if len(powers & divisors) > 1 else divisors
+    sizes = sorted((size for size in every if size <= most), reverse=True)
+    sizes.sort(key=lambda size: size not in dividing)
+    found = sorted({*sizes[: MAX_SIZES - 1], 1}, reverse=True)
+    few = tuple(size for size in found if share // size * 4 <= MAX_RUNS)
+    return few or tuple(found[:1])
 
 
 def policies(question: Question, ring: int, *, few: bool = False) -> Iterator[Policy]:

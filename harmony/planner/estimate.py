@@ -36,9 +36,11 @@ class Estimator:
 
     def fits_host(self, candidate: Candidate) -> bool:
         """Whether the host has the memory for it."""
-        shape = self.shape(candidate, candidate.spec.phase)
-        needed = host_nbytes(self.question.packer, shape, candidate.spec)
-        return needed <= self.question.machine.host.memory_nbytes
+        return self.host_nbytes(candidate) <= self.question.machine.host.memory_nbytes
+
+    def host_nbytes(self, candidate: Candidate) -> int:
+        """Bytes of host memory that it needs, about."""
+        return host_nbytes(self.question.packer, self.shape(candidate), candidate.spec)
 
     def shape(self, candidate: Candidate, phase: Phase | None = None) -> Outline:
         """The outline of a phase of a candidate; what is asked for again soon is remembered."""

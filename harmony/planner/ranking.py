@@ -91,17 +91,35 @@ class Ranking:
         """Everything that was estimated, with its seconds."""
         return [(seconds, candidate) for candidate, seconds in self._known.items()]
 
+    def least_host_nbytes(self) -> int | None:
+        """Bytes of the host that the least of the candidates need; None if one seems to fit."""
+        if self.question.phase is not Phase.TRAIN or self._heavy != self._known.keys():
+            return None
+        return min(map(self.estimator.host_nbytes, self._known), default=None)
+
     def any_fits(self) -> bool:
         """Whether any candidate fits, devices and host, as far as an outline tells."""
         question = self.question
         for replicas in question.replicas:
             where = layout(question, replicas)
-            for size in reversed(microbatch_sizes(question, where.share)):
+            for size in reversed(self._sizes(where)):
                 for candidate in (*self._some(where, size), finest(question, where, size)):
                     peak = self.estimator.peak_nbytes(candidate)
                     if peak <= self._memory() and self.estimator.fits_host(candidate):
                         return True
         return False
+
+    def _sizes(self, where: Layout) -> tuple[int, ...]:
+        """Microbatch sizes worth trying, large ones first."""
+
+        def fits(size: int) -> bool:
+            return self.may_fit(finest(self.question, where, size))
+
+        return microbatch_sizes(self.question, where.share, fits)
+
+    def may_fit(self, candidate: Candidate) -> bool:
+        """Whether a candidate may fit the devices."""
+        return self.estimator.peak_nbytes(candidate) <= TIGHT * self._memory()
 
     def _some(self, where: Layout, size: int) -> Iterator[Candidate]:
         """A few candidates of a layout and size that keep nothing."""
@@ -113,7 +131,7 @@ class Ranking:
         coarse: list[tuple[float, Layout, int, float]] = []
         for replicas in self.question.replicas:
             where = layout(self.question, replicas)
-            for size in microbatch_sizes(self.question, where.share):
+            for size in self._sizes(where):
                 if self._least_s(where, size) < self._best_s:
                     bare_s, best_s = self._coarse(where, size)
                     if best_s < math.inf:
@@ -174,10 +192,8 @@ class Ranking:
         if self.question.num_packs in (None, len(self.question.packer.finest)):
             for replicas in self.question.replicas:
                 where = layout(self.question, replicas)
-                size = microbatch_sizes(self.question, where.share)[-1]
-                candidate = finest(self.question, where, size)
-                peak = self.estimator.peak_nbytes(candidate)
-                if candidate not in self._done and peak <= TIGHT * self._memory():
+                candidate = finest(self.question, where, self._sizes(where)[-1])
+                if candidate not in self._done and self.may_fit(candidate):
                     yield self.estimator.step_s(candidate), candidate
 
     def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:

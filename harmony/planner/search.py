@@ -55,6 +55,9 @@ UNEQUAL = 3
 CLOSE = 1.03
 """The estimate is about this exact: nothing estimated slower than this is worth lowering."""
 
+CLEARLY = 1.2
+"""Host memory is refused by the estimate where that is so much over the limit."""
+
 WORTHWHILE = 0.97
 """Unequal microbatch sizes must be this much faster: they recompute with other batch sizes."""
 
@@ -191,6 +194,7 @@ class _Search:
             DoesNotFitError: if none does.
         """
         self.ranking.fill()
+        self._refuse_small_host()
         found = self._most_promising()
         found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
         for tried in sorted(found, key=_counted_s):
@@ -198,7 +202,10 @@ class _Search:
             if fitting is not None:
                 return fitting
         # What was promising did not fit the host, or nothing fitted a device.
+        short = bool(found)
         for _, candidate in self.ranking.rest(self.max_runs):
+            if short and not self.ranking.estimator.fits_host(candidate):
+                continue
             tried_ = self._simulated(candidate)
             fitting = None if tried_ is None else self._verified(tried_)
             if fitting is not None:
@@ -268,6 +275,8 @@ class _Search:
         limit_s = WORTHWHILE * self.ranking.estimator.step_s(best.candidate)
         bases = dict.fromkeys([best.candidate, *self.ranking.recomputing(UNEQUAL)])
         for candidate in (c for base in bases for c in larger_forward(self.question, base)):
+            if not self.ranking.may_fit(candidate):
+                continue
             if self.ranking.estimator.step_s(candidate) > CLOSE * limit_s:
                 continue
             tried = self._simulated(candidate)
@@ -300,6 +309,20 @@ class _Search:
             what = describe_spec(tried.candidate.spec, tried.candidate.policy)
             self.outcomes[what] = str(error).splitlines()[0]
             return None
+
+    def _refuse_small_host(self) -> None:
+        """Refuse what the host is clearly too small for, before anything is lowered.
+
+        Raises:
+            DoesNotFitError: with the bytes of the candidate that needs the fewest.
+        """
+        least = self.ranking.least_host_nbytes()
+        limit = self.question.machine.host.memory_nbytes
+        if least is not None and least > CLEARLY * limit:
+            raise DoesNotFitError(
+                f"no plan fits: needs about {format_bytes(least)} of host memory; the limit is"
+                f" {format_bytes(limit)}. Use a smaller minibatch"
+            )
 
     def _explain(self) -> DoesNotFitError:
         """Say why nothing fits, and what would."""

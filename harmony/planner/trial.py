@@ -83,11 +83,10 @@ class Trial:
             DoesNotFitError: if one does not fit, or the host is too small for all of them.
         """
         phase = tried.candidate.spec.phase
-        schedules: dict[Phase, Schedule] = {}
+        schedules = {each: schedule for each, (_, schedule) in tried.lowered.items()}
+        needed = self._host_nbytes(schedules, phase)
         for each, (tasks, schedule) in tried.lowered.items():
             verify(schedule, self.graph, self.costs, each, tasks)
-            schedules[each] = schedule
-        needed = self._host_nbytes(schedules, phase)
         machine = self.question.machine
         timeline = simulate(schedules[phase], self.graph, self.costs, machine, labels=False)
         return Fitting(tried, schedules, timeline, needed)

@@ -19,7 +19,7 @@ from harmony.planner.search import choose
 from harmony.planner.tasks import Pack, Phase, StepSpec
 from harmony.planner.trial import inference_schedule
 from harmony.planner.verify import verify
-from tests.toys import MIB
+from tests.toys import MIB, chain, server, uniform_costs
 
 GPUS = (1, 2, 4)
 
@@ -114,3 +114,25 @@ def test_less_memory_than_any_layer_takes_is_refused() -> None:
     graph, costs = drawn(Random(0), 6)
     with pytest.raises(DoesNotFitError):
         choose(graph, costs, machine(2, 64 * MIB), 8)
+
+
+def wide(num_layers: int) -> tuple[LayerGraph, CostTable]:
+    """Layers whose every sample takes a MiB or more of a GPU."""
+    graph = chain(num_layers, weight=MIB, per_sample=MIB // 4)
+    layers = tuple(replace(layer, saved_nbytes_per_sample=MIB) for layer in graph.layers)
+    graph = replace(graph, layers=layers)
+    return graph, uniform_costs(graph)
+
+
+@pytest.mark.parametrize("minibatch", [2048, 2039])
+def test_large_minibatches_train_in_microbatches_that_fit(minibatch: int) -> None:
+    graph, costs = wide(4)
+    plan = choose(graph, costs, server(1, memory=24 * MIB), minibatch)
+    assert plan.spec.backward_size < 16
+    assert max(plan.peak_nbytes) <= 24 * MIB
+
+
+def test_minibatches_too_large_for_the_host_are_refused_before_anything_is_lowered() -> None:
+    graph, costs = wide(4)
+    with pytest.raises(DoesNotFitError, match=r"needs about .* host memory.* smaller minibatch"):
+        choose(graph, costs, server(1, memory=24 * MIB), 2**18)
