@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from harmony.planner.candidates import Candidate, Question
+from harmony.planner.candidates import Candidate, Layout, Question, finest, microbatch_sizes
 from harmony.planner.footprint import host_nbytes, peaks_nbytes
 from harmony.planner.outline import Outline, outline
 from harmony.planner.sketch import sketch
 from harmony.planner.tasks import Phase
 from harmony.planner.trial import for_phase, policy_for, timed_phases
+
+TIGHT = 1.06
+"""The footprint is an estimate from above: what is this much too large may fit nevertheless."""
 
 
 class Estimator:
@@ -33,6 +36,18 @@ class Estimator:
             sized = for_phase(spec, phase)
             most = max(most, *peaks_nbytes(self.question.packer, shape, sized, policy))
         return most
+
+    def may_fit(self, candidate: Candidate) -> bool:
+        """Whether the devices may have the memory for it."""
+        return self.peak_nbytes(candidate) <= TIGHT * self.question.memory_nbytes
+
+    def sizes(self, where: Layout) -> tuple[int, ...]:
+        """Microbatch sizes worth trying with a layout, large ones first."""
+
+        def fits(size: int) -> bool:
+            return self.may_fit(finest(self.question, where, size))
+
+        return microbatch_sizes(self.question, where.share, fits)
 
     def fits_host(self, candidate: Candidate) -> bool:
         """Whether the host has the memory for it."""

@@ -21,7 +21,6 @@ from harmony.planner.candidates import (
     coinciding,
     finest,
     layout,
-    microbatch_sizes,
     packed,
     policies,
 )
@@ -58,9 +57,6 @@ STREAMS = 1.03
 
 HEAVY = 1000.0
 """Candidates that the host, or a device, seems to have no room for come last."""
-
-TIGHT = 1.06
-"""The footprint is an estimate from above: what is this much too large may fit nevertheless."""
 
 MAX_SHRUNK = 6
 """How often candidates that turned out too large are made again with less room."""
@@ -102,24 +98,12 @@ class Ranking:
         question = self.question
         for replicas in question.replicas:
             where = layout(question, replicas)
-            for size in reversed(self._sizes(where)):
+            for size in reversed(self.estimator.sizes(where)):
                 for candidate in (*self._some(where, size), finest(question, where, size)):
                     peak = self.estimator.peak_nbytes(candidate)
                     if peak <= self._memory() and self.estimator.fits_host(candidate):
                         return True
         return False
-
-    def _sizes(self, where: Layout) -> tuple[int, ...]:
-        """Microbatch sizes worth trying, large ones first."""
-
-        def fits(size: int) -> bool:
-            return self.may_fit(finest(self.question, where, size))
-
-        return microbatch_sizes(self.question, where.share, fits)
-
-    def may_fit(self, candidate: Candidate) -> bool:
-        """Whether a candidate may fit the devices."""
-        return self.estimator.peak_nbytes(candidate) <= TIGHT * self._memory()
 
     def _some(self, where: Layout, size: int) -> Iterator[Candidate]:
         """A few candidates of a layout and size that keep nothing."""
@@ -131,7 +115,7 @@ class Ranking:
         coarse: list[tuple[float, Layout, int, float]] = []
         for replicas in self.question.replicas:
             where = layout(self.question, replicas)
-            for size in self._sizes(where):
+            for size in self.estimator.sizes(where):
                 if self._least_s(where, size) < self._best_s:
                     bare_s, best_s = self._coarse(where, size)
                     if best_s < math.inf:
@@ -192,8 +176,8 @@ class Ranking:
         if self.question.num_packs in (None, len(self.question.packer.finest)):
             for replicas in self.question.replicas:
                 where = layout(self.question, replicas)
-                candidate = finest(self.question, where, self._sizes(where)[-1])
-                if candidate not in self._done and self.may_fit(candidate):
+                candidate = finest(self.question, where, self.estimator.sizes(where)[-1])
+                if candidate not in self._done and self.estimator.may_fit(candidate):
                     yield self.estimator.step_s(candidate), candidate
 
     def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
@@ -312,7 +296,8 @@ class Ranking:
             if peak <= self._memory():
                 self._roomy.add(candidate)
             fits_host = self.question.phase is not Phase.TRAIN or estimator.fits_host(candidate)
-            if peak > TIGHT * self._memory() or not fits_host:
+            may_fit = peak <= self._memory() or estimator.may_fit(candidate)
+            if not may_fit or not fits_host:
                 # The estimate is close, but the plan has the last word, and words for the error.
                 self._heavy.add(candidate)
             self._note(candidate, estimator.step_s(candidate))

@@ -275,7 +275,7 @@ class _Search:
         limit_s = WORTHWHILE * self.ranking.estimator.step_s(best.candidate)
         bases = dict.fromkeys([best.candidate, *self.ranking.recomputing(UNEQUAL)])
         for candidate in (c for base in bases for c in larger_forward(self.question, base)):
-            if not self.ranking.may_fit(candidate):
+            if not self.ranking.estimator.may_fit(candidate):
                 continue
             if self.ranking.estimator.step_s(candidate) > CLOSE * limit_s:
                 continue
