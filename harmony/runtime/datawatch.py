@@ -7,6 +7,7 @@ counts for the tensor that ``.data`` made, not for the parameter. So while weigh
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 _PLAIN = torch.Tensor.data  # the descriptor that all tensors share
+_lock = threading.Lock()  # of the property: it is there while anybody watches
 _watches: weakref.WeakSet[DataWatch] = weakref.WeakSet()
+_MANY = 64
 
 
 class DataWatch:
@@ -24,7 +27,9 @@ class DataWatch:
         # Parameters live as long as their model, which holds this; ids need no hash of a tensor.
         self._given: dict[int, list[weakref.ref[torch.Tensor]]] = {id(p): [] for p in params}
         self._touched: set[int] = set()
-        if self._given:
+        if not self._given:
+            return
+        with _lock:
             _watches.add(self)
             nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
 
@@ -34,7 +39,7 @@ class DataWatch:
         given = self._given.get(key)
         if given is None:
             return False
-        given[:] = [alias for alias in given if alias() is not None]
+        _forget_dead(given)
         found = bool(given) or key in self._touched
         self._touched.discard(key)
         return found
@@ -45,6 +50,12 @@ class DataWatch:
             self._touched.add(id(param))
             if alias is not None:
                 given.append(weakref.ref(alias))
+            if len(given) > _MANY:
+                _forget_dead(given)
+
+
+def _forget_dead(aliases: list[weakref.ref[torch.Tensor]]) -> None:
+    aliases[:] = [alias for alias in aliases if alias() is not None]
 
 
 def _get(param: torch.Tensor) -> torch.Tensor:
@@ -59,8 +70,8 @@ def _set(param: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
-    watching = list(_watches)
-    for watch in watching:
+    for watch in list(_watches):
         watch._note(param, alias)
-    if not watching and "data" in nn.Parameter.__dict__:
-        del nn.Parameter.data  # nobody watches any more: the class is as PyTorch made it
+    with _lock:
+        if not _watches and "data" in nn.Parameter.__dict__:
+            del nn.Parameter.data  # nobody watches any more: the class is as PyTorch made it
