@@ -34,7 +34,7 @@ def same_gradients(found: nn.Module, expected: nn.Module) -> None:
 
 
 def lanes(model: harmony.Harmony) -> list[Any]:
-    found = [b._lanes.values() for b in model._engine.bindings]
+    found = [b.lanes._taken.values() for b in model._engine.bindings]
     return [lane for per_size in found for each in per_size for lane in each]
 
 
