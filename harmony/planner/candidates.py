@@ -30,10 +30,6 @@ MAX_FINER = 16
 POLICIES = (Policy(2, 2, 2), Policy(2, 2, 4), Policy(1, 1, 1))
 """Double buffering, the same for slow links and short tasks, and as little memory as possible."""
 
-CAPS = (4.0, 2.0, 1.4, 1.0)
-"""Packs of at most so many times the weights of the largest single one are tried where packs that
-fit alone do not fit together."""
-
 MANY = 128
 """More packs than this are only tried where fewer than half as many do not fit."""
 
@@ -172,18 +168,6 @@ def policies(question: Question, ring: int, *, few: bool = False) -> Iterator[Po
         yield replace(policy, boundary=elsewhere)
 
 
-def caps(question: Question) -> Iterator[int | None]:
-    """Limits on the weights of a pack, in the order in which they are worth trying.
-
-    The slots of a device are as large as its largest pack, also while the pack runs that needs
-    most beside them. So packs that fit alone may not fit together; smaller ones do.
-    """
-    yield None
-    packer = question.packer
-    largest = max(packer.slot_nbytes(pack)[0] for pack in packer.finest)
-    yield from (int(times * largest) for times in CAPS)
-
-
 def finest(question: Question, where: Layout, size: int) -> Candidate:
     """What takes the least memory of a device: the smallest packs, nothing kept or prefetched."""
     packs = question.packer.finest
@@ -192,21 +176,10 @@ def finest(question: Question, where: Layout, size: int) -> Candidate:
 
 
 def packed(
-    question: Question,
-    where: Layout,
-    size: int,
-    policy: Policy,
-    *,
-    few: bool = False,
-    cap: int | None = None,
+    question: Question, where: Layout, size: int, policy: Policy, *, few: bool = False
 ) -> Iterator[Candidate]:
-    """Candidates of one layout, microbatch size and policy, for any packing worth trying.
-
-    Args:
-        few: whether a few of them are enough.
-        cap: bytes of weights that a pack may have at most; see `caps`.
-    """
-    budget = _budget(question, where, size, policy, cap)
+    """Candidates of one layout, microbatch size and policy, for any packing worth trying."""
+    budget = _budget(question, where, size, policy)
     backward = question.packer.table(TaskKind.BACKWARD, size, budget)
     # The drop-in form and inference run the same packs forward as backward.
     for packs in _backward_packs(question, backward, where.ring, few=few):
@@ -243,8 +216,6 @@ def coinciding(
     size: int,
     policy: Policy,
     counts: Iterable[int] | None = None,
-    *,
-    cap: int | None = None,
 ) -> Iterator[Candidate]:
     """Candidates whose FORWARD packs are BACKWARD packs and leave room for what is kept.
 
@@ -252,11 +223,10 @@ def coinciding(
 
     Args:
         counts: numbers of packs to try; None for a ladder of them.
-        cap: as in `packed`.
     """
     end, ring = question.packer.graph.num_layers, where.ring
     mirrored = replace(policy, mirror=ring > 1)
-    budget = _budget(question, where, size, mirrored, cap)
+    budget = _budget(question, where, size, mirrored)
     table = question.packer.table(TaskKind.BACKWARD, size, budget)
     fewest, most = table.fewest(end), table.most(end)
     if fewest is None or most is None:
@@ -316,7 +286,7 @@ def _forward_packs(
     slots = [question.packer.slot_nbytes(pack) for pack in packs]
     shared = replace(
         budget,
-        weight_nbytes=max(budget.weight_nbytes, *(weights for weights, _ in slots)),
+        weight_nbytes=max(weights for weights, _ in slots),
         gradient_nbytes=max(gradients for _, gradients in slots),
     )
     table = question.packer.table(TaskKind.FORWARD, size, shared)
@@ -344,15 +314,10 @@ def _counts(
     return sorted({fewest, fewest + 1, 2 * fewest, even, even + ring, even + 1})
 
 
-def _budget(
-    question: Question, where: Layout, size: int, policy: Policy, cap: int | None
-) -> Budget:
+def _budget(question: Question, where: Layout, size: int, policy: Policy) -> Budget:
     microbatches = -(-where.share // size)
     waiting = parked(policy, where.ring, microbatches)
-    budget = Budget(question.memory_nbytes, policy, microbatches, waiting)
-    if cap is None:
-        return budget
-    return replace(budget, weight_nbytes=cap, gradient_nbytes=cap, cap_nbytes=cap)
+    return Budget(question.memory_nbytes, policy, microbatches, waiting)
 
 
 def larger_forward(question: Question, found: Candidate) -> Iterator[Candidate]:

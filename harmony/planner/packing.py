@@ -35,7 +35,6 @@ class Budget:
         microbatches: how many microbatches the device runs of each pack.
         parked: microbatches whose boundary values may wait on the device for their next pack.
         weight_nbytes, gradient_nbytes: slots are at least this large, for the other kind's packs.
-        cap_nbytes: packs of more weights than this do not fit; None for any.
     """
 
     memory_nbytes: int
@@ -44,7 +43,6 @@ class Budget:
     parked: int = 0
     weight_nbytes: int = 0
     gradient_nbytes: int = 0
-    cap_nbytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,6 @@ class Packer:
         weights, gradients = slot_nbytes(self.ranges, first, last)
         if kind is TaskKind.FORWARD:
             gradients = 0
-        if budget.cap_nbytes is not None and weights > budget.cap_nbytes:
-            return budget.memory_nbytes + weights, 0
         workspace = self._workspace(kind, first, last, num_samples)
         slots = policy.weight_slots * max(weights, budget.weight_nbytes)
         slots += policy.gradient_slots * max(gradients, budget.gradient_nbytes)

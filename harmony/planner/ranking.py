@@ -17,7 +17,6 @@ from harmony.planner.candidates import (
     Candidate,
     Layout,
     Question,
-    caps,
     coinciding,
     finest,
     layout,
@@ -78,7 +77,6 @@ class Ranking:
         self._base: dict[Candidate, tuple[Candidate, int]] = {}
         self._done: set[Candidate] = set()
         self._heavy: set[Candidate] = set()
-        self._roomy: set[Candidate] = set()
         self._off: dict[tuple[bool, ...], float] = {}
         self._shrunk = 0
         self._best_s = float("inf")
@@ -213,30 +211,17 @@ class Ranking:
         Returns:
             The best seconds of those that keep nothing, and of all.
         """
-        best_s, used = math.inf, None
-        for cap in caps(self.question):
-            found = self._bare(where, size, cap)
-            if min(found.values(), default=math.inf) < best_s:
-                best_s, used = min(found.values()), cap
-            # Where no pack fits alone, none of at most so many weights does.
-            if not found or not self._roomy.isdisjoint(found):
+        best_s = math.inf
+        for policy in policies(self.question, where.ring, few=True):
+            if policy.weight_slots == LEAN.weight_slots and best_s < math.inf:
                 break
+            for candidate in packed(self.question, where, size, policy, few=True):
+                best_s = min(best_s, self._add(candidate))
         bare_s = best_s
         if self.question.phase is Phase.TRAIN:
-            for base in coinciding(self.question, where, size, POLICIES[0], cap=used):
+            for base in coinciding(self.question, where, size, POLICIES[0]):
                 best_s = min(best_s, self._keep(base, self._memory(), few=True))
         return bare_s, best_s
-
-    def _bare(self, where: Layout, size: int, cap: int | None) -> dict[Candidate, float]:
-        """Estimate few candidates that keep nothing, of packs with at most so many weights."""
-        found: dict[Candidate, float] = {}
-        for policy in policies(self.question, where.ring, few=True):
-            is_lean = policy.weight_slots == LEAN.weight_slots
-            if is_lean and min(found.values(), default=math.inf) < math.inf:
-                break
-            for candidate in packed(self.question, where, size, policy, few=True, cap=cap):
-                found[candidate] = self._add(candidate)
-        return found
 
     def _refine_bare(self, where: Layout, size: int) -> None:
         for policy in policies(self.question, where.ring):
@@ -292,12 +277,9 @@ class Ranking:
     def _add(self, candidate: Candidate) -> float:
         """Estimate a candidate that keeps nothing; infinity if it hardly fits."""
         if candidate not in self._known:
-            estimator, peak = self.estimator, self.estimator.peak_nbytes(candidate)
-            if peak <= self._memory():
-                self._roomy.add(candidate)
+            estimator = self.estimator
             fits_host = self.question.phase is not Phase.TRAIN or estimator.fits_host(candidate)
-            may_fit = peak <= self._memory() or estimator.may_fit(candidate)
-            if not may_fit or not fits_host:
+            if not fits_host or not estimator.may_fit(candidate):
                 # The estimate is close, but the plan has the last word, and words for the error.
                 self._heavy.add(candidate)
             self._note(candidate, estimator.step_s(candidate))
