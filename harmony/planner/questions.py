@@ -14,11 +14,11 @@ from harmony.layergraph import Layer, LayerGraph, Value
 from harmony.machine import Machine
 from harmony.planner.candidates import Candidate, Question
 from harmony.planner.cost import CostTable
+from harmony.planner.estimate import Estimator
 from harmony.planner.memory import arena_nbytes
 from harmony.planner.plan import Plan
 from harmony.planner.ranking import Ranking
 from harmony.planner.search import ask, choose
-from harmony.planner.sketch import estimate_step_s
 from harmony.units import format_bytes
 
 INFINITE = 1e18
@@ -130,7 +130,7 @@ def _without_links_s(question: Question, candidate: Candidate) -> float:
         host=replace(machine.host, memory_bytes_per_s=0.0),
         switches=(),
     )
-    return estimate_step_s(question.packer, fast, candidate.spec, candidate.policy)
+    return Estimator(replace(question, machine=fast)).step_s(candidate)
 
 
 def largest_model(

@@ -15,10 +15,9 @@ import math
 from dataclasses import dataclass, field
 
 from harmony.machine import Machine
-from harmony.planner.outline import Outline, Stage, outline
-from harmony.planner.packing import Packer
+from harmony.planner.outline import Outline, Stage
 from harmony.planner.policy import Policy
-from harmony.planner.tasks import StepSpec, TaskKind
+from harmony.planner.tasks import TaskKind
 
 PASSES = 2
 """How often an estimate is made with what the one before says about shared resources."""
@@ -84,13 +83,6 @@ class Sketch:
     step_s: float
     busy_s: tuple[tuple[float, float, float], ...]
     host_s: float
-
-
-def estimate_step_s(
-    packer: Packer, machine: Machine, spec: StepSpec, policy: Policy
-) -> float:
-    """Estimate the seconds of a step."""
-    return sketch(outline(packer, machine, spec, policy), machine, policy).step_s
 
 
 def sketch(shape: Outline, machine: Machine, policy: Policy) -> Sketch:
