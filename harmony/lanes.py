@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from harmony.layergraph import LayerGraph
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable
-from harmony.planner.passes import lower
 from harmony.planner.plan import Plan
 from harmony.planner.schedule import Op, Schedule
 from harmony.planner.tasks import Phase, TensorKind
-from harmony.planner.verify import verify
+from harmony.planner.trial import checked_schedule
 from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout
 from harmony.runtime.step import HostValues
@@ -108,9 +107,7 @@ def backward_schedule(
     values = tuple(replace(v, is_output=v.id in reached) for v in graph.values)
     started = replace(graph, values=values)
     tasks = build_tasks(started, replace(plan.spec, phase=Phase.BACKWARD))
-    schedule = lower(tasks, plan.machine, plan.policy)
-    verify(schedule, started, costs, Phase.BACKWARD, tasks)
-    return schedule
+    return checked_schedule(tasks, costs, plan.machine, plan.policy)
 
 
 def gradients_left(schedule: Schedule) -> frozenset[int]:

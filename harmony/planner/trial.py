@@ -162,11 +162,11 @@ def inference_schedule(
     wanted = policy_for(policy, Phase.INFER)
     tasks = build_tasks(graph, for_phase(spec, Phase.INFER))
     try:
-        return _verified(graph, costs, machine, tasks, wanted)
+        return checked_schedule(tasks, costs, machine, wanted)
     except DoesNotFitError:
         lean = replace(LEAN, resident=wanted.resident)
         try:
-            return _verified(graph, costs, machine, tasks, lean)
+            return checked_schedule(tasks, costs, machine, lean)
         except DoesNotFitError as error:
             why = str(error).splitlines()[0]
             raise DoesNotFitError(
@@ -175,9 +175,15 @@ def inference_schedule(
             ) from None
 
 
-def _verified(
-    graph: LayerGraph, costs: CostTable, machine: Machine, tasks: TaskGraph, policy: Policy
+def checked_schedule(
+    tasks: TaskGraph, costs: CostTable, machine: Machine, policy: Policy
 ) -> Schedule:
+    """Return the schedule of some tasks, checked.
+
+    Raises:
+        ScheduleError: if the checker refuses it.
+        DoesNotFitError: if a device needs more memory than it has.
+    """
     schedule = lower(tasks, machine, policy)
-    verify(schedule, graph, costs, tasks.spec.phase, tasks)
+    verify(schedule, tasks.layers, costs, tasks.spec.phase, tasks)
     return schedule
