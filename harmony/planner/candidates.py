@@ -21,6 +21,8 @@ from harmony.planner.policy import LEAN, Policy
 from harmony.planner.tasks import Pack, Phase, Samples, StepSpec, TaskKind
 
 MAX_SIZES = 7
+"""How many microbatch sizes are tried for a number of replicas."""
+
 MAX_RUNS = 4096
 """Sizes with more Runs of a layer than this, about, are only tried if none with fewer fits."""
 
@@ -140,7 +142,8 @@ def microbatch_sizes(
     """Powers of two and divisors of a share, large ones first, at most ``MAX_SIZES`` of them.
 
     Args:
-        fits: whether anything of a microbatch size fits a device; what does, does so smaller too.
+        fits: whether a microbatch size seems to fit a device with the smallest packs and all
+            recomputed; where one does, smaller ones do.
     """
     if question.sizes is not None:
         return tuple(sorted({min(size, share) for size in question.sizes}, reverse=True))

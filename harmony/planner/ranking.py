@@ -165,7 +165,9 @@ class Ranking:
         self._off[family] = max(self._off.get(family, 0.0), ratio)
 
     def rest(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
-        """Those that are left, most frugal policies first: for when memory is what is short."""
+        """Those that are left, for when memory is short: most frugal policies first, then the
+        smallest packs there are.
+        """
         left = [c for c in self._known if c not in self._done]
         left.sort(key=lambda c: (c.policy.weight_slots, self._rank(c, max_runs)))
         for candidate in left[: 2 * MAX_SHRUNK]:

@@ -202,7 +202,7 @@ class _Search:
             if fitting is not None:
                 return fitting
         # What was promising did not fit the host, or nothing fitted a device.
-        short = bool(found)
+        short = bool(found)  # of host memory: these fitted the devices
         for _, candidate in self.ranking.rest(self.max_runs):
             if short and not self.ranking.estimator.fits_host(candidate):
                 continue
