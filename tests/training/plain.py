@@ -12,7 +12,7 @@ from torch import nn
 
 import harmony
 
-from .models import square_loss, vector_batch
+from .models import square_loss, token_batch, token_loss, vector_batch
 
 SGD = {"lr": 0.05, "momentum": 0.9, "foreach": False}
 
@@ -77,6 +77,27 @@ def train_plain(
         run.losses.append(total)
     run.params = params_of(net)
     return run
+
+
+def train_tokens(
+    net: nn.Module,
+    steps: int,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    options: dict[str, Any],
+    *,
+    microbatch: int = 2,
+    shares: int = 1,
+) -> Run:
+    """The reference for a `GPT` on its token batches, from step 0 on."""
+    return train_plain(
+        net,
+        [token_batch(step) for step in range(steps)],
+        optimizer=optimizer,
+        options=options,
+        loss_fn=token_loss,
+        microbatch=microbatch,
+        shares=shares,
+    )
 
 
 def train_vectors(net: nn.Module, steps: int = 3, device: str = "cpu") -> list[Any]:

@@ -16,7 +16,7 @@ from harmony.planner.tasks import StepSpec
 
 from .conftest import VirtualGPUs
 from .models import GPT, token_batch, token_loss
-from .plain import train_plain
+from .plain import train_tokens
 from .test_plans import packs, use_plan
 
 STEPS = WARM_UP + NUM_STEPS + 3
@@ -57,14 +57,7 @@ def test_a_plan_that_turns_out_poor_is_replaced(vgpus: VirtualGPUs, replan: bool
     model = model_of(copy.deepcopy(net), replan=replan)
     first = poorly_planned(model)
     losses = [model.train_step(*token_batch(step)) for step in range(STEPS)]
-    expected = train_plain(
-        net,
-        [token_batch(step) for step in range(STEPS)],
-        optimizer=torch.optim.AdamW,
-        options=ADAM,
-        loss_fn=token_loss,
-        microbatch=2,
-    )
+    expected = train_tokens(net, STEPS, torch.optim.AdamW, ADAM)
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
     assert model.plan is not None

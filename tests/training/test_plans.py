@@ -23,7 +23,7 @@ from harmony.planner.tasks import Pack, Phase, StepSpec
 from harmony.planner.verify import verify
 from harmony.runtime import racecheck, vgpu
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
-from tests.training.plain import gradients_of, params_of, train_plain
+from tests.training.plain import gradients_of, params_of, train_plain, train_tokens
 
 SGD = {"lr": 0.1, "momentum": 0.9, "fused": True}
 RANDOM = settings(
@@ -119,15 +119,7 @@ def test_gpt_bit_for_bit(
         model = make(twin, token_loss, num_devices, size)
         use_plan(model, token_batch(0), spec_of, policy)
         losses = [model.train_step(*token_batch(step)) for step in range(2)]
-    expected = train_plain(
-        net,
-        [token_batch(step) for step in range(2)],
-        optimizer=torch.optim.SGD,
-        options=SGD,
-        loss_fn=token_loss,
-        microbatch=size,
-        shares=shares,
-    )
+    expected = train_tokens(net, 2, torch.optim.SGD, SGD, microbatch=size, shares=shares)
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
 
@@ -199,15 +191,7 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
         model.last_timeline.peak_nbytes, model.plan.peak_nbytes, strict=True
     ):
         assert peak <= bound
-    expected = train_plain(
-        net,
-        [token_batch(step) for step in range(2)],
-        optimizer=torch.optim.SGD,
-        options=SGD,
-        loss_fn=token_loss,
-        microbatch=size,
-        shares=shares,
-    )
+    expected = train_tokens(net, 2, torch.optim.SGD, SGD, microbatch=size, shares=shares)
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
 
@@ -275,14 +259,7 @@ def test_tied_weights_across_packs() -> None:
     vgpu.virtual_gpus(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = GPT(dropout=0.1, tied=True)
-    expected = train_plain(
-        net,
-        [token_batch(step) for step in range(3)],
-        optimizer=torch.optim.SGD,
-        options=SGD,
-        loss_fn=token_loss,
-        microbatch=2,
-    )
+    expected = train_tokens(net, 3, torch.optim.SGD, SGD)
     for num_devices, mode in ((1, "pp"), (2, "pp"), (4, "pp"), (2, "dp")):
         model = harmony.Harmony(
             copy.deepcopy(net),
@@ -332,13 +309,6 @@ def test_microbatches_add_up_where_a_pack_has_been_in_two_slots(saved_runs: int)
         if step.op is Op.ALLOC and step.ref is not None and step.ref.is_parameter:
             slots.setdefault(str(step.ref), set()).add(step.slot)
     assert any(len(found) == 2 for found in slots.values()), "no pack was in two slots"
-    expected = train_plain(
-        net,
-        [token_batch(step) for step in range(2)],
-        optimizer=torch.optim.SGD,
-        options=SGD,
-        loss_fn=token_loss,
-        microbatch=2,
-    )
+    expected = train_tokens(net, 2, torch.optim.SGD, SGD)
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())

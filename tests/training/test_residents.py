@@ -18,7 +18,7 @@ from harmony.planner.tasks import Pack, Phase, StepSpec
 
 from .conftest import VirtualGPUs
 from .models import GPT, token_batch, token_loss
-from .plain import train_plain
+from .plain import train_tokens
 from .test_plans import packs, use_plan
 
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
@@ -55,14 +55,7 @@ def resident_model(
 
 
 def plain(net: nn.Module, steps: int, optimizer: Any = torch.optim.AdamW, options: Any = ADAM):  # type: ignore[no-untyped-def]
-    return train_plain(
-        net,
-        [token_batch(step) for step in range(steps)],
-        optimizer=optimizer,
-        options=options,
-        loss_fn=token_loss,
-        microbatch=2,
-    )
+    return train_tokens(net, steps, optimizer, options)
 
 
 @pytest.mark.parametrize(
