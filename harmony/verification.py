@@ -302,7 +302,7 @@ def _verification(
         for name in names
     ]
     spec = plain.plan.spec
-    sizes = [len(spec.microbatches(r, TaskKind.BACKWARD)) for r in range(len(spec.shares))]
+    sizes = [spec.num_microbatches(r, TaskKind.BACKWARD) for r in range(len(spec.shares))]
     return Verification(
         gradients=tuple(sorted(gradients, key=_badness, reverse=True)),
         others=tuple(_difference(n, a, b, 0.0, factor) for n, (a, b) in others.items()),

@@ -44,7 +44,7 @@ def _busy(timeline: Timeline, names: list[str], link: str) -> float:
 
 def _advice(cause: str, spec: StepSpec) -> str:
     if cause == "peer":
-        if len(spec.microbatches(0, TaskKind.BACKWARD)) < 2:
+        if spec.num_microbatches(0, TaskKind.BACKWARD) < 2:
             return "another GPU: use a larger minibatch, or smaller microbatches."
         return "another GPU: a larger minibatch keeps the pipeline full for longer."
     if cause == "update":

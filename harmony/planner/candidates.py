@@ -8,6 +8,7 @@ multiples of the ring, since a wrap-around pipeline is balanced when every GPU h
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ class Candidate:
             (TaskKind.FORWARD, spec.forward_packs),
             (TaskKind.BACKWARD, spec.backward_packs),
         )
-        each = sum(len(packs) * len(spec.microbatches(0, kind)) for kind, packs in kinds)
+        each = sum(len(packs) * spec.num_microbatches(0, kind) for kind, packs in kinds)
         return each * len(spec.shares)
 
 
@@ -148,7 +149,8 @@ def microbatch_sizes(
     if question.sizes is not None:
         return tuple(sorted({min(size, share) for size in question.sizes}, reverse=True))
     powers = {2**k for k in range(share.bit_length()) if 2**k <= share}
-    divisors = {size for size in range(1, share + 1) if share % size == 0}
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    divisors = {*small, *(share // size for size in small)}
     every = sorted(powers | divisors)
     most = share  # where not even one sample fits: the answer says what is lacking
     if fits(1):

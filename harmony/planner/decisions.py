@@ -146,7 +146,7 @@ def _activations(candidate: Candidate) -> str:
     parts = [("kept", kept), ("offloaded", len(offload)), ("recomputed", again)]
     found = [f"{what} in {count} packs" for what, count in parts if count > 0]
     if spec.saved and spec.saved_runs:
-        runs = len(spec.microbatches(0, TaskKind.FORWARD))
+        runs = spec.num_microbatches(0, TaskKind.FORWARD)
         found.append(f"of {spec.saved_runs} of {runs} microbatches")
     return ", ".join(found) or "used at once"
 

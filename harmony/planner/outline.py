@@ -120,7 +120,7 @@ class _Maker:
         self.resident = {pack.first: pack.last for pack in policy.resident}
         kinds = (TaskKind.FORWARD, TaskKind.BACKWARD)
         self.size = {kind: _size(spec, kind) for kind in kinds}
-        self.num_runs = {kind: len(spec.microbatches(0, kind)) for kind in kinds}
+        self.num_runs = {kind: spec.num_microbatches(0, kind) for kind in kinds}
         self.fused = spec.backward_packs[-1].first if spec.phase is Phase.TRAIN else -1
         self.stashed = self._stashed()
 

@@ -187,10 +187,10 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
     """One line: mode, microbatches, packs, what is kept, policy."""
     replicas = len(spec.shares)
     mode = f"dp over {replicas} replicas" if replicas > 1 else "pp"
-    forward = len(spec.microbatches(0, TaskKind.FORWARD))
+    forward = spec.num_microbatches(0, TaskKind.FORWARD)
     sizes = f"{forward} x {spec.forward_size}"
     if spec.backward_size != spec.forward_size:
-        backward = len(spec.microbatches(0, TaskKind.BACKWARD))
+        backward = spec.num_microbatches(0, TaskKind.BACKWARD)
         sizes += f" forward, {backward} x {spec.backward_size} backward"
     packs = f"{len(spec.forward_packs)} FORWARD and {len(spec.backward_packs)} BACKWARD packs"
     return (
@@ -202,7 +202,7 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
 
 
 def _kept(spec: StepSpec, policy: Policy) -> str:
-    runs = len(spec.microbatches(0, TaskKind.FORWARD))
+    runs = spec.num_microbatches(0, TaskKind.FORWARD)
     some = f" of {spec.saved_runs}/{runs} microbatches" if spec.saved and spec.saved_runs else ""
     counts = (
         (len(spec.saved) - len(policy.offload), f"keep activations{some}"),

@@ -54,7 +54,7 @@ def _check_cover(what: str, ranges: Sequence[tuple[int, int]], end: int) -> None
 def _check_saved(graph: LayerGraph, spec: StepSpec) -> None:
     if not spec.saved:
         return
-    most = min(len(spec.microbatches(r, TaskKind.FORWARD)) for r in range(len(spec.shares)))
+    most = min(spec.num_microbatches(r, TaskKind.FORWARD) for r in range(len(spec.shares)))
     if not 0 <= spec.saved_runs <= most:
         raise PlanError(
             f"saved_runs is between 0 (all) and {most}, the microbatches of a replica, not"

@@ -349,9 +349,18 @@ class StepSpec:
 
     def microbatches(self, replica: int, kind: TaskKind) -> tuple[Samples, ...]:
         """Microbatches of a replica in order, for FORWARD or BACKWARD tasks."""
-        size = self.forward_size if kind is TaskKind.FORWARD else self.backward_size
-        low, high = self.shares[replica]
-        return tuple((at, min(at + size, high)) for at in range(low, high, size))
+        starts, size, high = self._starts(replica, kind), self._size(kind), self.shares[replica][1]
+        return tuple((at, min(at + size, high)) for at in starts)
+
+    def num_microbatches(self, replica: int, kind: TaskKind) -> int:
+        """How many those are; takes no time however many."""
+        return len(self._starts(replica, kind))
+
+    def _starts(self, replica: int, kind: TaskKind) -> range:
+        return range(*self.shares[replica], self._size(kind))
+
+    def _size(self, kind: TaskKind) -> int:
+        return self.forward_size if kind is TaskKind.FORWARD else self.backward_size
 
 
 @dataclass
