@@ -198,12 +198,23 @@ class Bindings:
             return False
         return True
 
-    def measured(self, binding: Binding, form: str, minibatch: int, call: Call) -> Values:
-        """Let a binding have the devices, and measure it if that was not done before."""
+    def measured(
+        self,
+        binding: Binding,
+        form: str,
+        minibatch: int,
+        call: Call,
+        sizes: Sequence[int] | None = None,
+    ) -> Values:
+        """Let a binding have the devices, and measure it if that was not done before.
+
+        Args:
+            sizes: of the microbatches to measure; chosen here by default.
+        """
         inputs = binding.captured.flatten_inputs(*call)
         self.activate(binding)
         if binding.costs is None:
-            sizes = self._sizes_to_measure(minibatch)
+            sizes = sizes or self._sizes_to_measure(minibatch)
             update = self.update_cost() if form == "step" else None
             known = self._measured.times()
             with undisturbed(self._contexts[0].device):

@@ -92,8 +92,9 @@ class Live:
         same = (b for b in paths.bindings if same_path(b.captured, captured))
         binding = next(same, None) or self._bindings.bind(captured, form)
         paths.use(binding)
-        inputs = self._bindings.measured(binding, form, captured.num_samples, call)
-        plan = self._plan(binding, captured.num_samples)
+        size = captured.num_samples  # its tape is good for no other
+        inputs = self._bindings.measured(binding, form, size, call, [size])
+        plan = self._plan(binding, size)
         weights, _ = binding.weights(detached(inputs), plan.spec)
         return ReadyStep(binding, plan, inputs, weights, index, captured.moved)
 

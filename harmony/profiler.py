@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harmony.capture import Captured, GuardError
+from harmony.capture.tape import StepKind
 from harmony.errors import ExecutionError, HarmonyError
 from harmony.layergraph import Layer, LayerGraph
 from harmony.machineprofile import UpdateCost, best_of
@@ -69,6 +70,8 @@ def measure_layers(
     for num_samples, inputs in sorted(batches.items()):
         twins: dict[str, Layer] = {}
         env: Values = dict(inputs)
+        # What the forward really makes of these samples: along the recorded path, no stand-ins.
+        true = set(inputs) if not _decides(code, num_samples) else set[int]()
         for layer in graph.layers:
             key = (layer.signature, num_samples)
             twin = twins.setdefault(layer.signature, layer)
@@ -79,10 +82,11 @@ def measure_layers(
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
                 with streams_restored([context]):
                     try:
-                        with _naming(layer):
+                        with _naming(layer, true.issuperset(layer.inputs)):
                             measured = run.measure(weights, env)
                         forward_s, backward_s = known.seconds[key] = measured
-                    except GuardError:  # it does not run on these values: its time is not known
+                        true.update(layer.outputs if true.issuperset(layer.inputs) else ())
+                    except _NotOnTheseValuesError:
                         forward_s = backward_s = 0.0
                         env.update(_stand_ins(code, layer, num_samples))
             else:  # its inputs differ in value only, so its twin's outputs stand in for its own
@@ -99,14 +103,27 @@ def measure_layers(
     return CostTable(tuple(table)), known.cpu_share
 
 
+class _NotOnTheseValuesError(Exception):
+    """A layer does not run on the values that it was given, so its time is not known."""
+
+
+def _decides(code: Captured, num_samples: int) -> bool:
+    """Whether Python has looked at values, so that other values may take another path."""
+    return any(step.kind is StepKind.GUARD for step in code.tape_for(num_samples).steps)
+
+
 @contextmanager
-def _naming(layer: Layer) -> Iterator[None]:
-    """Say which layer it was that raised."""
+def _naming(layer: Layer, true_inputs: bool) -> Iterator[None]:
+    """Say which layer it was that raised, if its inputs were what it gets in training."""
     try:
         yield
+    except GuardError as error:
+        raise _NotOnTheseValuesError from error
     except (HarmonyError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if not true_inputs:
+            raise _NotOnTheseValuesError from error
         raise ExecutionError(
             f"layer {layer.index} ({layer.name}) failed on the first batch, when its time was"
             f" to be measured. {type(error).__name__}: {error}. No parameter has changed",

@@ -38,8 +38,9 @@ from harmony.layergraph import LayerGraph
 class Captured:
     """A model as layers.
 
-    Values are named by their ids in ``graph``. There is a tape for each number of samples that
-    was asked for, all with the same layers.
+    Values are named by their ids in ``graph``; inputs that only decisions of the forward's Python
+    look at, which no layer reads, by negative ids of their own. There is a tape for each number of
+    samples that was asked for, all with the same layers.
 
     Attributes:
         graph: what the model is, for the planner.
@@ -155,7 +156,9 @@ class Captured:
         ids = self.tapes.reference.ids
         numbered = zip(self.tapes.reference.tape.inputs, leaves, strict=True)
         return {
-            ids[number]: leaf for number, leaf in numbered if number is not None and number in ids
+            ids.get(number, _only_looked_at(number)): leaf
+            for number, leaf in numbered
+            if number is not None
         }
 
     def split(self, inputs: Values, low: int, high: int) -> Values:
@@ -188,7 +191,13 @@ class Captured:
         """
         layered = self.tapes.of(num_samples)
         if layered.tape.host_program:
-            values = {layered.crossing[value]: tensor for value, tensor in inputs.items()}
+            changes = any(step.mutated for step in layered.tape.host_program)
+            values = {
+                layered.crossing[value] if value >= 0 else _only_looked_at(value): tensor
+                for value, tensor in inputs.items()
+            }
+            if changes:  # that is for the forward itself to do, once
+                values = {number: tensor.clone() for number, tensor in values.items()}
             with torch.no_grad():
                 for step in layered.tape.host_program:
                     run_step(step, values, self.template)
@@ -251,8 +260,20 @@ class Captured:
         return values
 
     def _slice(self, value: int, tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
-        dim = self.graph.values[value].batch_dim
+        if value >= 0:
+            dim = self.graph.values[value].batch_dim
+        else:
+            leaf = self.tapes.reference.tape.inputs.index(_only_looked_at(value))
+            dim = self._batch.batch_dims[leaf]
         return tensor if dim is None else tensor.narrow(dim, low, high - low)
+
+
+def _only_looked_at(number: int) -> int:
+    """Id of an input that no layer reads, from its number on the tape; and the other way round.
+
+    Inputs have the same numbers on all tapes.
+    """
+    return -1 - number
 
 
 def _changes(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from harmony.capture.layered import LayeredTape
+from harmony.capture.layered import LayeredTape, difference
 from harmony.capture.params import ParamInfo, assign
 from harmony.capture.signature import layer_signature
 from harmony.capture.skeleton import Skeleton
@@ -39,14 +39,20 @@ class Sizes:
         rows, rest = divmod(one, self.num_samples[0])
         return rows if not rest and rows * self.num_samples[1] == two else None
 
-    def inseparable(self) -> frozenset[int]:
+    def inseparable_on(self, tape: Tape) -> frozenset[int]:
         """Values that cannot cross layers: their size depends on more than the number of samples.
 
         The indices of some tokens, for instance, or a packed sequence.
+
+        Args:
+            tape: of any number of samples. The numbers of values on one tape mean nothing on
+                another that has taken another path.
         """
-        made = (n for n in range(len(self.tape.values)) if self.tape.producer[n] >= 0)
-        odd = frozenset(n for n in made if self._linear(n) is None)
-        return odd.union(_value_dependent(self.tape))
+        found = _value_dependent(tape)
+        if difference(self.tape, tape, self.num_samples) is None:
+            made = (n for n in range(len(tape.values)) if tape.producer[n] >= 0)
+            found.update(n for n in made if self._linear(n) is None)
+        return frozenset(found)
 
     def nbytes(self, number: int) -> tuple[int, int]:
         """Bytes per sample and fixed bytes of a value.

@@ -218,6 +218,8 @@ class LossWeigher:
         mutates = any(step.mutated for step in steps)
         values: Values = {}
         for index, tensor in inputs.items():
+            if index < 0:  # no layer reads it
+                continue
             dim = self._captured.graph.values[index].batch_dim
             part = tensor if dim is None else tensor.narrow(dim, *_start_and_size(samples))
             if dim is not None and reading.repeat > 1:

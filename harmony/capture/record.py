@@ -44,6 +44,9 @@ from harmony.errors import CaptureError
 _READS = frozenset({"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"})
 _READS |= {"__bool__", "__int__", "__float__", "__index__", "__complex__"}
 _READS |= {"__contains__", "__array__"}
+_TENSOR: Any = torch.Tensor
+_SIZES = frozenset({_TENSOR.shape.__get__, _TENSOR.nbytes.__get__, torch.numel})
+_SIZES |= {_TENSOR.size, _TENSOR.numel, _TENSOR.nelement, _TENSOR.stride, _TENSOR.__len__}
 
 
 class Recorder(TorchFunctionMode):
@@ -76,6 +79,7 @@ class Recorder(TorchFunctionMode):
         self._leaf: LeafCall | None = None
         self._references = References(skeleton, device, stand_ins)
         self._kept: list[tuple[str, str]] = []
+        self._sized_by_values: set[int] = set()
         self._python_random = PythonState.now()
 
     @property
@@ -194,7 +198,7 @@ class Recorder(TorchFunctionMode):
         (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         check_function(name, func, bool(tensors))
-        if tensors and name in _READS:
+        if tensors and (name in _READS or (func in _SIZES and self._any_by_values(tensors))):
             return self._read(func, name, args, kwargs)
         context = _context()
         versions = [_version(tensor) for tensor in tensors]
@@ -209,8 +213,14 @@ class Recorder(TorchFunctionMode):
             self._append(step, tensors, changed, made, noticed)
         return out
 
+    def _any_by_values(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether values decide the size of a tensor: of what a mask picks, for instance."""
+        numbers = self._references.numbers
+        known = (tensor for tensor in tensors if id(tensor) in numbers)
+        return any(numbers.of(tensor) in self._sized_by_values for tensor in known)
+
     def _read(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Record a guard: Python looks at the content of a tensor."""
+        """Record a guard: Python looks at the content of a tensor, or a size that it decides."""
         leaves, structure = flatten((args, kwargs))
         references = self._references.of_all(leaves, name)
         out, _ = self._opaque(lambda: func(*args, **kwargs))
@@ -260,6 +270,7 @@ class Recorder(TorchFunctionMode):
             for owner, attribute, tensor in watch.left_behind()
             if id(tensor) not in known.numbers
         )
+        self._note_sizes(step)
         return out
 
     def _append(
@@ -281,7 +292,12 @@ class Recorder(TorchFunctionMode):
         changed = [tensor for tensor in changed if id(tensor) not in known.state]
         step.mutated = tuple(known.renumber(tensor, step) for tensor in changed)
         step.outputs = tuple(known.number_output(leaf, step.name) for leaf in made)
+        self._note_sizes(step)
         self.steps.append(step)
+
+    def _note_sizes(self, step: Step) -> None:
+        if step.dynamic or not self._sized_by_values.isdisjoint(step.inputs):
+            self._sized_by_values.update(step.made)
 
     def _opaque(self, call: Callable[[], Any]) -> tuple[Any, Noticed]:
         """Run without recording; tell what the kernels did."""

@@ -41,11 +41,12 @@ class TapeSet:
         """
         self._tracer = tracer
         self._param_nbytes = dict(param_nbytes)
-        self._inseparable = sizes.inseparable()
+        self._sizes = sizes
         self._num_samples = num_samples
         self._traced_for = sizes.num_samples[0]
         self.reference = self._cut(sizes.tape)
         self._tapes = {self._traced_for: self.reference}
+        self._other_ways: dict[int, LiveOnlyError] = {}
         self._lock = threading.Lock()
 
     def of(self, num_samples: int) -> LayeredTape:
@@ -58,6 +59,8 @@ class TapeSet:
         if known is not None:
             return known
         with self._lock:
+            if num_samples in self._other_ways:
+                raise self._other_ways[num_samples].again()
             if num_samples not in self._tapes:
                 self._tapes[num_samples] = self._trace(num_samples)
             return self._tapes[num_samples]
@@ -74,9 +77,10 @@ class TapeSet:
                 tracer.leaves = leaves
 
     def first_guard(self) -> str:
-        """File and line of the first decision that the forward takes by looking at the inputs."""
-        program = self.reference.tape.host_program
-        return next((s.where for s in program if s.kind is StepKind.GUARD), "?")
+        """File and line of the first decision that the forward takes by looking at values."""
+        tape = self.reference.tape
+        steps = (*tape.host_program, *tape.steps)  # what the inputs decide comes first
+        return next((s.where for s in steps if s.kind is StepKind.GUARD), "?")
 
     def _trace(self, num_samples: int) -> LayeredTape:
         """Trace another number of samples, of those that take the same path."""
@@ -85,14 +89,33 @@ class TapeSet:
             layered = self._cut(self._tracer.trace(num_samples, first))
             try:
                 check_same_layers(self.reference, layered, where)
+                self._check_sizes(layered, num_samples)
             except CaptureError as error:
                 failure = error
             else:
                 return layered
-        raise LiveOnlyError(str(failure), self.first_guard())
+        found = LiveOnlyError(str(failure), self.first_guard())
+        self._other_ways[num_samples] = found
+        raise found.again()
+
+    def _check_sizes(self, layered: LayeredTape, num_samples: int) -> None:
+        """Refuse a tape on which what crosses the layers is larger or smaller than planned for.
+
+        Raises:
+            CaptureError: naming the value.
+        """
+        for planned, number in zip(self.reference.crossing, layered.crossing, strict=True):
+            per_sample, fixed = self._sizes.nbytes(planned)
+            expected, value = per_sample * num_samples + fixed, layered.tape.values[number]
+            if value.nbytes != expected:
+                raise CaptureError(
+                    f"{value.name} makes {value.nbytes} bytes for {num_samples} samples, where "
+                    f"{self._traced_for} samples made one expect {expected}"
+                )
 
     def _cut(self, tape: Tape) -> LayeredTape:
-        return LayeredTape(tape, cut_layers(tape, self._param_nbytes, self._inseparable))
+        inseparable = self._sizes.inseparable_on(tape)
+        return LayeredTape(tape, cut_layers(tape, self._param_nbytes, inseparable))
 
 
 def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
