@@ -17,7 +17,7 @@ from harmony.binding import Binding
 from harmony.errors import HarmonyError
 from harmony.lanes import Lane, gradients_left
 from harmony.lending import Version, versions, watch
-from harmony.plainstep import PlainStep
+from harmony.plainstep import PlainForward
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import TensorKind, value_gradient
 from harmony.runtime.executor import PreparedSchedule
@@ -54,7 +54,7 @@ class ForwardCall:
     lane: Lane
     step: int
     check: SelfCheck | None = None
-    plain: PlainStep | None = None
+    plain: PlainForward | None = None
     values: Values = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
     inputs: tuple[int, ...] = field(init=False)

@@ -50,7 +50,7 @@ from harmony.stepresult import RanStep, ReadyStep, StepResult, count_tokens, rec
 from harmony.timeline import Timeline
 
 if TYPE_CHECKING:
-    from harmony.verification import Verifier
+    from harmony.scriptverifier import Verifier
 
 
 P = ParamSpec("P")
@@ -119,6 +119,11 @@ class Engine:
     def last_grad_norm(self) -> torch.Tensor | None:
         """Norm of all gradients of the last step, before they were clipped."""
         return None if self._optimizer is None else self._optimizer.last_norm
+
+    @property
+    def live_size(self) -> int | None:
+        """Samples of a microbatch of a live step; None before there was one."""
+        return self._live.size
 
     # Steps
 

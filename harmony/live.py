@@ -38,7 +38,11 @@ from harmony.stepresult import RanStep, ReadyStep
 
 
 class Live:
-    """The live runs of one model."""
+    """The live runs of one model.
+
+    Attributes:
+        size: samples of a microbatch of a step; None before there was one.
+    """
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class Live:
         self._record = record
         self._captures: dict[str, LiveCapture] = {}
         self._known: dict[str, Paths] = {}
-        self._size: int | None = None
+        self.size: int | None = None
         self._noticed: set[str] = set()
 
     def notice(self, reason: LiveOnlyError) -> None:
@@ -108,7 +112,7 @@ class Live:
         Args:
             run: runs a microbatch and leaves its gradients as ``grad``.
         """
-        size = min(self._size or self._options.microbatch_size or minibatch, minibatch)
+        size = min(self.size or self._options.microbatch_size or minibatch, minibatch)
         while True:
             before = _ModuleState(self._net)
             try:
@@ -119,7 +123,7 @@ class Live:
                 if not isinstance(error, DoesNotFitError) or size == 1 or asked:
                     raise
             else:
-                self._size = size
+                self.size = size
                 self._update()
                 return done
             size = -(-size // 2)

@@ -20,9 +20,11 @@ from harmony.planner.plan import Plan
 from harmony.plans.file import load_plan
 from harmony.report import print_report
 from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
+from harmony.scriptverifier import verify_and_stop
 from harmony.session import ModelRecord, StepStats
 from harmony.timeline import Timeline
-from harmony.verification import Verification, verify, verify_and_stop
+from harmony.verification import Verification
+from harmony.verifier import verify
 from harmony.wrapper import Wrapper
 
 MODES = ("auto", "pp", "dp")
@@ -194,23 +196,28 @@ class Harmony(Wrapper):
             return self._engine.infer(args, kwargs)
 
     def verify(self, inputs: Any, targets: Any = None) -> Verification:
-        """Run one step on this batch by Harmony and by plain PyTorch, and compare the gradients.
+        """Run one step on this batch by Harmony and by plain PyTorch, and compare them.
 
-        Both have the same microbatches, seeds and weights. Nothing changes: no parameter,
-        gradient, buffer, optimizer state, step count or random state. In the step form the
-        gradients are those of a training step without its updates, in the drop-in form those of a
-        forward and a backward.
+        Plain PyTorch runs the module itself, on the host, with its hooks and ``loss_fn``, on the
+        whole batch at once (in microbatches only where ``microbatch_size=`` fixes them), and the
+        optimizer's own ``step()``. Compared are the loss, every gradient, every buffer that
+        changes, and in the step form every parameter and all state of the optimizer after the
+        step. Nothing of the model, its optimizer or the random states changes; what hooks and
+        forwards do outside of the module happens once more for each run.
 
         Args:
             inputs, targets: as for `train_step`. The drop-in form needs a loss as well:
                 ``loss_fn`` and targets, or a module that returns its loss.
 
         Returns:
-            The differences; ``.ok`` says whether all are within the tolerance (1e-5 of a
-            parameter's largest gradient in single precision), ``.summary()`` is one line.
+            The differences; ``.ok`` says whether all are within the tolerance (in single
+            precision 1e-5 of a parameter's largest gradient, or of its largest change in the
+            step, 1e-4 for gradients where Harmony chose several microbatches), ``.summary()`` is
+            one line, ``.notes`` says what could not be compared.
 
         Raises:
-            ConfigError: if there is no loss, or plain PyTorch would draw other random numbers.
+            ConfigError: if there is no loss.
+            DoesNotFitError: if the host has no memory for the second run, with the bytes.
         """
         args, kwargs = _arguments(inputs)
         return verify(self._engine, args, kwargs, targets)

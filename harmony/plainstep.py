@@ -1,203 +1,350 @@
-"""A step by plain PyTorch: the same microbatches, seeds and weights, without Harmony's runtime."""
+"""A step as plain PyTorch runs it: the user's own module, on the host, hooks and all.
+
+Nothing here knows what Harmony has captured or planned. Where the step has microbatches, they are
+given, as are their seeds.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from harmony.binding import Binding
-from harmony.capture.isolation import undisturbed
+from harmony.capture import Batch
+from harmony.capture.isolation import autocast_dtype, undisturbed
+from harmony.capture.randomstate import HostState, PythonState
 from harmony.capture.structure import flatten
-from harmony.capture.trace import Program
-from harmony.planner.plan import Plan
-from harmony.planner.tasks import Samples, TaskKind
+from harmony.draws import DrawPlayer, DrawRecorder
+from harmony.errors import DoesNotFitError
+from harmony.plainoutput import LossFn, Piece, batch_dim, loss_of
+from harmony.planner.tasks import Samples
+from harmony.runtime.hostmem import available_host_nbytes
 from harmony.runtime.randomness import seed_microbatch
-from harmony.runtime.stage import Values
-from harmony.runtime.step import Weights
+from harmony.snapshot import Snapshot
+from harmony.units import format_bytes
 
-Gradients = dict[str, torch.Tensor]
-"""By name of the parameter; those that got none are left out."""
+Tensors = dict[str, torch.Tensor]
+"""By name; what has none is left out."""
+
+Parts = tuple[tuple[Samples, ...], ...]
+"""Microbatches of each replica."""
+
+
+@dataclass
+class Result:
+    """What a step has left, before the optimizer.
+
+    Attributes:
+        loss: of the whole batch.
+        gradients: of the parameters.
+        inputs: gradients of the inputs that require one.
+        buffers: all of them, after the step.
+        draws: whether random numbers were drawn.
+        draws_in_python: whether Python or NumPy drew some.
+    """
+
+    loss: torch.Tensor | None
+    gradients: Tensors
+    inputs: Tensors
+    buffers: Tensors
+    draws: bool = False
+    draws_in_python: bool = False
 
 
 @dataclass
 class PlainStep:
-    """One batch, to be run through a copy of the module that shares its parameters' memory.
+    """One batch, to be run by a module as it stands.
 
     Attributes:
-        weights: how much the scalars of each microbatch count.
-        args, kwargs, targets: the batch.
-        step, seed: what the microbatches' random numbers are seeded with.
-        device: where it runs.
-        twin: the copy; its buffers and attributes are its own.
-        loss: of the whole batch, if the step makes it.
-        outputs: of the whole batch, by value.
+        loss_fn: maps the output and the targets to the loss; None if the output holds it.
+        batch_dims: as `harmony.Harmony` takes them.
+        step, seed: what random numbers are seeded with.
+        parts: the microbatches; empty for the whole batch at once.
+        weights: what their losses count; by default each counts its samples.
+        device: where it runs; the parameters stay on the host.
     """
 
     net: nn.Module
-    binding: Binding
-    plan: Plan
-    weights: Weights
-    step: int
-    seed: int
+    loss_fn: LossFn | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    targets: Any = None
+    targets: Any
+    batch_dims: Mapping[str, int | None]
+    step: int
+    seed: int
+    parts: Parts = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    loss: torch.Tensor | None = None
-    outputs: Values = field(default_factory=dict)
-    twin: nn.Module = field(init=False)
+    draws: DrawRecorder | DrawPlayer | None = None
+    weights: Mapping[Samples, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.twin = _twin(self.net, self.device)
+        leaves, self._structure = flatten((self.args, self.kwargs, self.targets))
+        self._leaves = [_own(leaf, self.device) for leaf in leaves]
+        self._dims: Sequence[int | None] = ()
+        self._num_samples = 0
+        if self.parts:
+            batch = Batch.of(self.args, self.kwargs, self.targets, self.batch_dims)
+            self._num_samples = batch.num_samples
+            known = {id(x): dim for x, dim in zip(batch.leaves, batch.batch_dims, strict=True)}
+            self._dims = [known.get(id(leaf)) for leaf in leaves]
 
-    def by_loss(self, program: Program) -> Gradients:
-        """Return the gradients of the whole batch's loss, and keep the loss.
+    # The three ways to run it
 
-        Args:
-            program: runs the module, and makes the loss.
-        """
-        value = self.binding.graph.loss
-        assert value is not None, "only a step that has a loss runs by it"
+    def by_steps(self) -> Result:
+        """Run forward, loss and backward of each microbatch, as `train_step` stands for."""
         losses: list[torch.Tensor] = []
 
-        def run(samples: Samples) -> None:
-            args, kwargs, targets = self._part(samples)
-            loss = program(self.twin, args, kwargs, targets)
-            weight = self.weights[value, samples]
-            if weight != 0.0:
-                losses.append(loss.detach() * weight)
-                (loss * weight).backward()
+        def run(index: int, samples: Samples | None) -> None:
+            out, targets = self._forward(samples)
+            loss = loss_of(self.loss_fn, out, targets)
+            self._note_draws()
+            weight = self._weight(samples)
+            losses.append(loss.detach() if samples is None else loss.detach() * weight)
+            torch.autograd.backward(loss if samples is None else loss * weight)
 
-        gradients = self._accumulate(run)
-        self.loss = sum(losses, torch.zeros(())).cpu() if losses else torch.tensor(torch.nan)
-        return gradients
+        result = self._run(run)
+        result.loss = sum(losses[1:], losses[0]).cpu()
+        return result
 
-    def by_gradients(self, given: Values) -> Gradients:
-        """Return the parameters' gradients from those of the outputs, and keep the outputs.
+    def by_loop(self) -> Result:
+        """Run the forward, one loss of the whole batch, and its backward: the drop-in form."""
+        found: list[torch.Tensor] = []
+
+        def finish(out: Any) -> torch.Tensor:
+            self._drawn_before.restore()
+            _, _, targets = self._part(None)
+            found.append(loss_of(self.loss_fn, out, targets))
+            return found[0]
+
+        result = self._through_outputs(lambda out: torch.autograd.backward(finish(out)))
+        result.loss = found[0].detach().cpu()
+        return result
+
+    def by_gradients(self, given: Sequence[torch.Tensor | None]) -> tuple[Result, list[Any]]:
+        """Run the forward, and the backward from the gradients of the outputs.
 
         Args:
-            given: by value, of the whole batch.
+            given: of the tensors of the output, in order; None where there is none.
+
+        Returns:
+            The result, and the tensors of the output.
         """
-        found: dict[int, list[tuple[Samples, torch.Tensor]]] = {}
+        shown: list[Any] = []
 
-        def run(samples: Samples) -> None:
-            args, kwargs, _ = self._part(samples)
-            values = self._values_of(self.twin(*args, **kwargs))
-            for value, tensor in values.items():
-                found.setdefault(value, []).append((samples, tensor.detach()))
-            seeds = {v: self._share(v, gradient, samples) for v, gradient in given.items()}
-            pairs = [(values[v], g) for v, g in seeds.items() if g is not None]
-            if pairs:
-                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        def backward(out: Any) -> None:
+            leaves = [leaf for leaf in flatten(out)[0] if isinstance(leaf, torch.Tensor)]
+            shown.extend(leaf.detach().cpu() for leaf in leaves)
+            pairs = [(o, g) for o, g in zip(leaves, given, strict=True) if g is not None]
+            tensors = [output for output, _ in pairs]
+            torch.autograd.backward(tensors, [g.to(o.device) for o, g in pairs])
 
-        gradients = self._accumulate(run)
-        self.outputs = {v: self._joined(v, chunks) for v, chunks in found.items()}
-        return gradients
+        return self._through_outputs(backward), shown
 
-    def _accumulate(self, run: Callable[[Samples], None]) -> Gradients:
-        """Run every microbatch; add gradients within a replica, then those of the replicas."""
-        spec = self.plan.spec
-        params = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
-        total: Gradients = {}
+    # Microbatches
+
+    def _through_outputs(self, backward: Callable[[Any], None]) -> Result:
+        """Run all forwards, then the backward of what they return together."""
+        outs: list[tuple[Samples, Any]] = []
+
+        def run(index: int, samples: Samples | None) -> None:
+            out, _ = self._forward(samples)
+            self._note_draws()
+            if samples is None:
+                backward(out)
+            else:
+                outs.append((samples, out))
+
+        def finish() -> None:
+            joined, pieces = self._joined(outs)
+            backward(joined)
+            for piece in pieces:
+                piece.backward()
+
+        return self._run(run, finish if self.parts else None)
+
+    def _joined(self, outs: list[tuple[Samples, Any]]) -> tuple[Any, list[Piece]]:
+        """Put the outputs of microbatches together, apart from their graphs."""
+        flat = [flatten(out) for _, out in outs]
+        every = [samples for samples, _ in outs]
+        pieces = [Piece() for _ in outs]
+        joined: list[Any] = []
+        for chunks in zip(*(leaves for leaves, _ in flat), strict=True):
+            first = chunks[0]
+            if not isinstance(first, torch.Tensor):
+                joined.append(first)
+                continue
+            dim = batch_dim(chunks, every)
+            if dim is not None:
+                whole = torch.cat([chunk.detach() for chunk in chunks], dim)
+            elif first.dim() == 0 and first.is_floating_point():
+                pairs = zip(chunks, every, strict=True)
+                weighted = [chunk.detach() * self._weight(samples) for chunk, samples in pairs]
+                whole = sum(weighted[1:], weighted[0])
+            else:
+                joined.append(first.detach())
+                continue
+            joined.append(whole.requires_grad_(first.requires_grad))
+            if first.requires_grad:
+                low = 0
+                for piece, chunk, samples in zip(pieces, chunks, every, strict=True):
+                    high = low + (0 if dim is None else chunk.shape[dim])
+                    share = 1.0 if dim is not None else self._weight(samples)
+                    piece.add(chunk, whole, dim, low, high, share)
+                    low = high
+        return flat[0][1].unflatten(joined), pieces
+
+    def _weight(self, samples: Samples | None) -> float:
+        if samples is None:
+            return 1.0
+        default = (samples[1] - samples[0]) / self._num_samples
+        return self.weights.get(samples, default)
+
+    # Running
+
+    def _run(
+        self,
+        run: Callable[[int, Samples | None], None],
+        finish: Callable[[], None] | None = None,
+    ) -> Result:
+        params = dict(self.net.named_parameters())
+        total: Tensors = {}
         index = 0
-        with torch.enable_grad(), undisturbed(self.device), _single_thread():
-            for replica in range(len(spec.shares)):
-                for samples in spec.microbatches(replica, TaskKind.BACKWARD):
-                    seed_microbatch(self.step, index, self.seed)
-                    run(samples)
+        self._drew = self._drew_in_python = False
+        self._drawn_before = HostState.now()
+        with self._surroundings():
+            for replica in self.parts or ((None,),):
+                for samples in replica:
+                    self._seed(index)
+                    run(index, samples)
                     index += 1
-                for name, param in params.items():
-                    part, param.grad = param.grad, None
-                    if part is not None:
-                        total[name] = total[name].add_(part) if name in total else part
-        return {name: gradient.cpu() for name, gradient in total.items()}
+                if finish is None:
+                    _add(total, params)
+            if finish is not None:
+                finish()
+                _add(total, params)
+            if isinstance(self.draws, DrawPlayer):
+                self.draws.finish()
+        return Result(
+            loss=None,
+            gradients={name: gradient.cpu() for name, gradient in total.items()},
+            inputs=self._input_gradients(),
+            buffers={n: b.detach().cpu().clone() for n, b in self.net.named_buffers()},
+            draws=self._drew,
+            draws_in_python=self._drew_in_python,
+        )
 
-    def _part(self, samples: Samples) -> tuple[Any, Any, Any]:
-        """Arguments and targets of a microbatch, on the device."""
-        low, high = samples
-        leaves, structure = flatten((self.args, self.kwargs, self.targets))
-        parts = []
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                leaf = leaf.detach().to(self.device)
-                if leaf.dim() > 0 and leaf.shape[0] == self.plan.minibatch:
-                    leaf = leaf[low:high].clone()  # aligned, as a GPU's copy of it is
-            parts.append(leaf)
-        args, kwargs, targets = structure.unflatten(parts)
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        dtype = autocast_dtype()
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(undisturbed(self.device))
+            stack.enter_context(_single_thread())
+            stack.enter_context(_within_memory())
+            if dtype is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype))
+            stack.enter_context(self.draws or nullcontext())
+            yield
+
+    def _seed(self, index: int) -> None:
+        seed_microbatch(self.step, index, self.seed)
+        self._seeded = HostState.now()
+        if isinstance(self.draws, DrawRecorder):
+            self.draws.begin()
+
+    def _note_draws(self) -> None:
+        start = self._seeded
+        if not PythonState(*start[1:]).same(PythonState.now()):
+            self._drew = self._drew_in_python = True
+        elif not torch.equal(start.cpu, torch.get_rng_state()):
+            self._drew = True
+
+    def _forward(self, samples: Samples | None) -> tuple[Any, Any]:
+        args, kwargs, targets = self._part(samples)
+        if self.device.type == "cpu":
+            return self.net(*args, **kwargs), targets
+        held = {n: t.to(self.device) for n, t in self._tensors() if t.device != self.device}
+        out = torch.func.functional_call(self.net, held, args, kwargs)
+        with torch.no_grad():
+            for name, buffer in self.net.named_buffers():
+                buffer.copy_(held[name])
+        return out, targets
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.net.named_parameters()
+        yield from self.net.named_buffers()
+
+    def _part(self, samples: Samples | None) -> tuple[Any, Any, Any]:
+        """Arguments and targets of a microbatch: copies, since a forward may change them."""
+        parts: list[Any] = []
+        for index, leaf in enumerate(self._leaves):
+            dim = self._dims[index] if samples is not None else None
+            if not isinstance(leaf, torch.Tensor) or (samples is None and leaf.requires_grad):
+                parts.append(leaf)
+            elif samples is None or dim is None:
+                parts.append(leaf.clone())
+            else:
+                parts.append(leaf.narrow(dim, samples[0], samples[1] - samples[0]).clone())
+        args, kwargs, targets = self._structure.unflatten(parts)
         return args, kwargs, targets
 
-    def _values_of(self, out: Any) -> Values:
-        """The tensors that the module returned, by the ids of the outputs."""
-        stand_ins = {v: torch.empty(0) for v in self.binding.graph.output_ids}
-        known = {id(tensor): v for v, tensor in stand_ins.items()}
-        shown = flatten(self.binding.captured.unflatten_output(stand_ins))[0]
-        pairs = zip(shown, flatten(out)[0], strict=True)
-        return {known[id(stand_in)]: tensor for stand_in, tensor in pairs if id(stand_in) in known}
-
-    def _share(
-        self, value: int, gradient: torch.Tensor, samples: Samples
-    ) -> torch.Tensor | None:
-        """What of an output's gradient is a microbatch's; None for one that does not count."""
-        gradient, dim = gradient.to(self.device), self.binding.graph.values[value].batch_dim
-        if dim is not None:
-            rows = gradient.shape[dim] // self.plan.minibatch
-            return gradient.narrow(dim, samples[0] * rows, (samples[1] - samples[0]) * rows)
-        weight = self.weights.get((value, samples), 1.0)
-        return None if weight == 0.0 else gradient * weight
-
-    def _joined(self, value: int, chunks: Sequence[tuple[Samples, torch.Tensor]]) -> torch.Tensor:
-        dim = self.binding.graph.values[value].batch_dim
-        if dim is not None:
-            return torch.cat([chunk for _, chunk in chunks], dim).cpu()
-        if (value, chunks[0][0]) not in self.weights:
-            return chunks[0][1].cpu()
-        pairs = ((chunk, self.weights[value, samples]) for samples, chunk in chunks)
-        counted = [chunk * weight for chunk, weight in pairs if weight != 0.0]
-        return sum(counted, torch.zeros_like(chunks[0][1])).cpu()
+    def _input_gradients(self) -> Tensors:
+        tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        wanted = [leaf for leaf in tensors if leaf.requires_grad]
+        found = {f"input {i}": leaf.grad for i, leaf in enumerate(wanted)}
+        return {name: gradient.cpu() for name, gradient in found.items() if gradient is not None}
 
 
-@contextmanager
-def restored(net: nn.Module, attributes: Iterable[tuple[str, str]]) -> Iterator[None]:
-    """Give a module its gradients, buffers and these attributes back as they were."""
-    modules = dict(net.named_modules())
-    tensors = [(b, b.clone()) for b in net.buffers()]
-    grads = [
-        (param, param.grad, None if param.grad is None else param.grad.clone())
-        for param in net.parameters()
-    ]
-    held = [
-        (modules[module].__dict__, name, copy.deepcopy(modules[module].__dict__.get(name)))
-        for module, name in attributes
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in tensors:
-                buffer.copy_(before)
-            for param, grad, content in grads:
-                param.grad = grad
-                if grad is not None and content is not None:
-                    grad.copy_(content)
-        for owner, name, value in held:
-            owner[name] = value
+@dataclass(frozen=True)
+class PlainForward:
+    """A forward of the drop-in form, to be run by plain PyTorch once its backward has come.
+
+    Attributes:
+        before: the module as it was.
+    """
+
+    step: PlainStep
+    before: Snapshot
 
 
-def _twin(net: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of the module on a device; on the host the parameters share their memory."""
-    memo: dict[int, Any] = {
-        id(param): nn.Parameter(param.detach(), requires_grad=param.requires_grad)
-        for param in net.parameters()
-    }
-    # Buffers are views of the arena: left alone, deepcopy would copy all of that for each.
-    memo |= {id(buffer): buffer.detach().clone() for buffer in net.buffers()}
-    return copy.deepcopy(net, memo).to(device)
+def _own(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().to(device, copy=True).requires_grad_(leaf.requires_grad)
+
+
+def _add(total: Tensors, params: Mapping[str, nn.Parameter]) -> None:
+    """Take the gradients of a replica, and add them to those of the ones before."""
+    for name, param in params.items():
+        part, param.grad = param.grad, None
+        if part is not None:
+            total[name] = total[name].add_(part) if name in total else part
+
+
+def _within_memory() -> AbstractContextManager[Any]:
+    """Refuse to go on when the activations of the batch are about to exceed the host's memory."""
+    limit, taken, known = int(0.8 * available_host_nbytes()), 0, set[int]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal taken
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                taken += min(storage.nbytes(), tensor.numel() * tensor.element_size())
+        if taken > limit:
+            raise DoesNotFitError(
+                "plain PyTorch, which this is compared with, keeps the activations of the whole "
+                f"batch: more than {format_bytes(limit)} of host memory here. Verify a smaller "
+                "batch, or free host memory"
+            )
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 @contextmanager
