@@ -181,8 +181,8 @@ class _Comparison:
             loss, other = whole.result.loss, parts.result.loss
             assert loss is not None and other is not None
             self._notes.append(
-                f"microbatch_size={self._options.microbatch_size} is part of what is computed: the "
-                f"whole batch gives loss {float(loss):.6g}, microbatches {float(other):.6g}"
+                f"microbatch_size={self._options.microbatch_size} is part of what is computed: "
+                f"the whole batch gives loss {float(loss):.6g}, microbatches {float(other):.6g}"
             )
 
     def _weighted(self, found: Found, snapshot: Snapshot, factor: float) -> Reference | None:
