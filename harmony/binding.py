@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -11,9 +12,8 @@ from harmony.capture import Captured, GuardError
 from harmony.capture.lossweights import LossWeigher
 from harmony.figures import forward_seconds
 from harmony.lanes import Lane, Lanes, Reached, backward_schedule, differentiable_outputs
-from harmony.layergraph import LayerGraph
+from harmony.layergraph import Layer, LayerGraph, SharedParam
 from harmony.machine import Machine
-from harmony.machineprofile import UpdateCost
 from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
@@ -33,6 +33,9 @@ from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
 from harmony.timeline import Timeline
+from harmony.updateprofile import UpdateCost
+
+Part = TypeVar("Part", Layer, SharedParam)
 
 
 def microbatches_of(spec: StepSpec) -> list[Samples]:
@@ -313,19 +316,21 @@ def with_saved(
     return replace(graph, layers=layers)
 
 
-def with_state(graph: LayerGraph, layout: ArenaLayout, bytes_per_element: float) -> LayerGraph:
-    """Return the graph with the bytes of optimizer state of each layer filled in."""
+def with_state(graph: LayerGraph, layout: ArenaLayout, update: UpdateCost) -> LayerGraph:
+    """Return the graph with the bytes of optimizer state, and of its updates, filled in.
 
-    def state_nbytes(names: Mapping[str, Place]) -> int:
-        elements = sum(torch.Size(place.shape).numel() for place in names.values())
-        return round(elements * bytes_per_element)
+    Args:
+        layout: of the gradients.
+    """
 
-    layers = tuple(
-        replace(layer, state_nbytes=state_nbytes(layout.layers[layer.index].places))
-        for layer in graph.layers
-    )
-    shared = tuple(
-        replace(param, state_nbytes=state_nbytes(layout.shared[param.id].places))
-        for param in graph.shared
-    )
+    def nbytes(names: Mapping[str, Place]) -> tuple[int, int]:
+        temporary = max((update.temporary_of(place) for place in names.values()), default=0)
+        return sum(update.state_of(place) for place in names.values()), temporary
+
+    def filled(part: Part, names: Mapping[str, Place]) -> Part:
+        state, temporary = nbytes(names)
+        return replace(part, state_nbytes=state, update_nbytes=temporary)
+
+    layers = tuple(filled(layer, layout.layers[layer.index].places) for layer in graph.layers)
+    shared = tuple(filled(param, layout.shared[param.id].places) for param in graph.shared)
     return replace(graph, layers=layers, shared=shared)

@@ -20,7 +20,6 @@ from harmony.capture import Captured, GuardError, LiveOnlyError, capture, undist
 from harmony.errors import CaptureError
 from harmony.lending import check_own
 from harmony.machine import Machine
-from harmony.machineprofile import UpdateCost, with_device_updates
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.plans.elsewhere import (
@@ -39,9 +38,13 @@ from harmony.runtime.optimizer import Groups, OptimizerFactory, PackOptimizer
 from harmony.runtime.stage import Values
 from harmony.session import ModelRecord
 from harmony.signature import Attribute, Call, Signature, signature_of
+from harmony.updateprofile import UpdateCost, with_device_updates
 
 MAX_PATHS = 8
 """Captures that are kept of one signature; the one used longest ago is forgotten first."""
+
+NO_UPDATE = UpdateCost(0.0)
+"""Where the optimizer is the user's."""
 
 OTHER_WAY = "the forward goes another way for other values"
 
@@ -65,11 +68,6 @@ class EngineOptions:
     updates: str = "auto"
     replan: bool = True
     seed: int = 0
-
-    @property
-    def updates_on_device(self) -> bool:
-        """Whether they may be there: clipping wants all gradients on the host before the first."""
-        return self.updates == "auto" and self.max_grad_norm is None
 
 
 @dataclass
@@ -113,7 +111,7 @@ class Bindings:
         self._options = options
         self._optimizer = optimizer
         self._record = record
-        self._paths: dict[Signature, Paths] = {}
+        self._paths: dict[tuple[Signature, bool], Paths] = {}
         self._params: dict[str, nn.Parameter] = {}
         self._stages: dict[int, tuple[HostBuffer, int]] = {}
         limits = options.device_memory_nbytes, options.host_memory_nbytes
@@ -130,10 +128,19 @@ class Bindings:
         check_own(self._net, self._params)
         if self.arenas is not None:
             self.arenas[0].take_back()
+        key, minibatch = self._key(form, call)
+        return self._paths.setdefault(key, Paths()), minibatch
+
+    def _key(self, form: str, call: Call) -> tuple[tuple[Signature, bool], int]:
+        """What paths are kept by: a plan may be one for updates that wait, or not."""
         key, minibatch = signature_of(
             self._net, call, form, _of_form(self._options.batch_dims, form), self._moving
         )
-        return self._paths.setdefault(key, Paths()), minibatch
+        return (key, form == "step" and self._waits()), minibatch
+
+    def _waits(self) -> bool:
+        """Whether the optimizer wants all gradients on the host before its first update."""
+        return self._optimizer is not None and self._optimizer.waits is not None
 
     def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
         """Return a binding that stands for a call, its plan, and the tensors by value.
@@ -165,9 +172,7 @@ class Bindings:
                     self._record.planned(plan, binding.predicted(plan))
                     return binding, plan, inputs
             self._add_path(paths, form, call, misfit)
-            key, _ = signature_of(
-            self._net, call, form, _of_form(self._options.batch_dims, form), self._moving
-        )
+            key, _ = self._key(form, call)
             self._paths[key] = paths  # some attributes may now be known to move by themselves
         raise LiveOnlyError("the microbatches of a minibatch take different paths", "?")
 
@@ -272,13 +277,13 @@ class Bindings:
     def bind(self, captured: Captured, form: str) -> Binding:
         """Make a binding of a capture."""
         machine = self._measured.machine()
-        state = 0.0 if form != "step" else self.update_cost().state_nbytes
-        if form == "step" and self._options.updates_on_device:
-            machine = with_device_updates(machine, self.update_cost())
+        update = NO_UPDATE if form != "step" else self.update_cost()
+        if form == "step" and self._options.updates == "auto" and not self._waits():
+            machine = with_device_updates(machine, update)
         host = self._host_state(captured, machine)
         self._moving.update(a for change in captured.changes.values() for a in change.attributes)
         self._moving.update((module, name) for module, name, _ in captured.moved)
-        graph = with_state(captured.graph, host.gradients.layout, state)
+        graph = with_state(captured.graph, host.gradients.layout, update)
         host = replace(host, graph=graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         return Binding(captured, graph, machine, host, self._contexts, phase)
@@ -305,9 +310,8 @@ class Bindings:
             )
         views = ArenaView(self.arenas[0], weights), ArenaView(self.arenas[1], gradients)
         host = HostState(graph, *views, self._params, self._optimizer, stages=self._stages)
-        update = self._measured.known_update
-        state = 0.0 if update is None else update.state_nbytes
-        self._record.facts.update(facts.of_memory(host, machine, state))
+        update = self._measured.known_update or NO_UPDATE
+        self._record.facts.update(facts.of_memory(host, machine, update))
         return host
 
     def _sizes_to_measure(self, minibatch: int) -> list[int]:
@@ -318,9 +322,8 @@ class Bindings:
 
     def update_cost(self) -> UpdateCost:
         """What the optimizer costs; measured once."""
-        options = self._options
-        assert options.optimizer is not None
-        return self._measured.update(options.optimizer, options.optimizer_kwargs)
+        assert self._optimizer is not None
+        return self._measured.update(self._optimizer)
 
     def _check_pinned(self, form: str, minibatch: int) -> None:
         """Refuse a plan of the caller's that is not for the batches that are trained first."""
@@ -333,7 +336,7 @@ class Bindings:
 
     def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
-        clips = self._options.max_grad_norm is not None
+        clips = self._waits()
         return functools.cache(lambda: profile_of(name, binding, sizes, minibatch, clips=clips))
 
     def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
@@ -344,12 +347,12 @@ class Bindings:
         """
         with only_captured():
             captured = self._capture(form, call)
-        state = self.update_cost().state_nbytes if form == "step" else 0.0
+        update = self.update_cost() if form == "step" else NO_UPDATE
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         options = self._options
-        clips = options.max_grad_norm is not None
-        profile = unmeasured_profile(name, captured, sizes, minibatch, state, phase, clips=clips)
+        clips = self._waits()
+        profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)
         plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)
 
 

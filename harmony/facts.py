@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from harmony.hardware import is_virtual
@@ -13,6 +12,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.optimizer import PackOptimizer
 from harmony.units import format_bytes
+from harmony.updateprofile import UpdateCost
 
 Facts = dict[str, str]
 
@@ -32,20 +32,18 @@ def of_model(
     return facts
 
 
-def of_memory(host: HostState, machine: Machine, state_nbytes_per_element: float) -> Facts:
+def of_memory(host: HostState, machine: Machine, update: UpdateCost) -> Facts:
     """Return what is known once the parameters lie in the arena.
 
     Args:
-        state_nbytes_per_element: bytes of optimizer state of each trained element; 0 where the
-            optimizer is the user's.
+        update: what the optimizer costs; nothing where it is the user's.
     """
     arenas = (host.weights.arena, host.gradients.arena)
     pinned = all(arena.buffer.pinned for arena in arenas)
     text = " + ".join(format_bytes(arena.layout.nbytes) for arena in arenas)
     places = host.gradients.layout.places.values()
-    elements = sum(torch.Size(place.shape).numel() for place in places)
     state = sum(arena.layout.nbytes for arena in arenas)
-    state += round(elements * state_nbytes_per_element)
+    state += sum(update.state_of(place) for place in places)
     memory = sum(device.memory_nbytes for device in machine.devices)
     return {
         "host arena": f"{text} {'pinned' if pinned else 'not pinned'}",

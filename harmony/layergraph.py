@@ -59,6 +59,7 @@ class SharedParam:
         nbytes: bytes of the parameter.
         gradient_nbytes: bytes of its gradient, 0 if frozen.
         state_nbytes: bytes of its optimizer state.
+        update_nbytes: bytes that its update on a device takes while it runs, beyond its state.
     """
 
     id: int
@@ -67,6 +68,7 @@ class SharedParam:
     nbytes: int
     gradient_nbytes: int
     state_nbytes: int = 0
+    update_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Layer:
             one after the other, in order.
         saved_nbytes_per_sample: bytes that its forward saves for a backward, for a sample, beyond
             its weights, inputs and outputs.
+        update_nbytes: bytes that the update of one of its parameters on a device takes while it
+            runs, beyond their state: of the parameter that takes most.
     """
 
     index: int
@@ -108,6 +112,7 @@ class Layer:
     mixes_samples: bool = False
     changes_state: bool = False
     saved_nbytes_per_sample: int = 0
+    update_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,15 @@ class LayerGraph:
         """Bytes of the optimizer state of all layers."""
         own = sum(layer.state_nbytes for layer in self.layers)
         return own + sum(s.state_nbytes for s in self.shared)
+
+    def update_nbytes(self, first: int, last: int) -> int:
+        """Bytes that an update of layers ``first`` to ``last - 1`` on a device takes meanwhile.
+
+        Parameters are updated one after the other, so it is the most of any.
+        """
+        tied = (self.shared[index].update_nbytes for index in self.shared_in(first, last))
+        own = (layer.update_nbytes for layer in self.layers[first:last])
+        return max((*own, *tied), default=0)
 
     def saved_nbytes(self, first: int, last: int, num_samples: int) -> int:
         """Bytes that a forward of layers ``first`` to ``last - 1`` leaves for their backward.

@@ -165,7 +165,7 @@ class Live:
         assert optimizer is not None, "only the step form trains here"
         if optimizer.max_norm is not None:
             optimizer.clip(params)
-        optimizer.update([param for param in params if param.grad is not None])
+        optimizer.update_all(params)
 
     def commit(self, ready: ReadyStep, recall: Recall) -> None:
         """Let the model have what a forward has changed."""

@@ -1,4 +1,4 @@
-"""Measures the server: links alone and together, host memory, cores, the speed of the update.
+"""Measures the server: links alone and together, host memory, cores.
 
 Everything takes a few copies of some megabytes. What is asked of a link alone says how fast it
 is; all links at once, and then two by two, say which of them go through something narrower.
@@ -10,21 +10,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import torch
-from torch import nn
 
 from harmony.machine import Device, Host, Machine, Switch
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.hostmem import HostBuffer, available_host_nbytes
-from harmony.runtime.optimizer import OptimizerFactory, PackOptimizer
 
 _LINK_SAMPLE_NBYTES = 16 * 2**20
-_UPDATE_SAMPLE = 1 << 20
+_ADD_SAMPLE = 1 << 20
 _MEMORY_SAMPLE_NBYTES = 32 * 2**20
 _MAX_MEMORY_THREADS = 16
 _CONTENTION_WIDTH = 64
@@ -37,52 +33,6 @@ _ENOUGH_S = 0.2
 
 _SHARED = 0.85
 """Links that together carry less than this part of what each carries alone share something."""
-
-
-@dataclass(frozen=True)
-class UpdateCost:
-    """What the optimizer costs.
-
-    Attributes:
-        seconds: of one update on the host, per element of a parameter.
-        state_nbytes: bytes of its state, per element.
-        device_bytes_per_s: bytes of gradients that an update on a device takes in a second; 0
-            where it does not work there.
-    """
-
-    seconds: float
-    state_nbytes: float
-    device_bytes_per_s: float = 0.0
-
-
-def measure_update(
-    factory: OptimizerFactory, options: Mapping[str, Any], context: DeviceContext | None = None
-) -> UpdateCost:
-    """Time the optimizer on a parameter of a million elements and count its state.
-
-    Args:
-        context: the device to try it on as well.
-    """
-    param = nn.Parameter(torch.zeros(_UPDATE_SAMPLE))
-    optimizer = PackOptimizer({"sample": param}, factory, options)
-    param.grad = torch.zeros_like(param)
-    optimizer.update([param])  # makes the state
-    seconds = best_of(_timed(lambda: optimizer.update([param])))
-    held = [v for v in optimizer.full.state[param].values() if isinstance(v, torch.Tensor)]
-    nbytes = sum(tensor.nbytes for tensor in held if tensor.numel() == param.numel())
-    rate = 0.0
-    if context is not None:
-        with streams_restored([context]):
-            rate = _device_update_rate(context, factory, options)
-    return UpdateCost(seconds / _UPDATE_SAMPLE, nbytes / _UPDATE_SAMPLE, rate)
-
-
-def with_device_updates(machine: Machine, cost: UpdateCost) -> Machine:
-    """The machine, with the speed of this optimizer on its devices."""
-    devices = (
-        replace(device, update_bytes_per_s=cost.device_bytes_per_s) for device in machine.devices
-    )
-    return replace(machine, devices=tuple(devices))
 
 
 def measure_machine(
@@ -291,14 +241,14 @@ def memory_rate(num_cores: int) -> float:
             for done in [pool.submit(target.copy_, source) for target, source in pairs]:
                 done.result()
 
-        seconds = best_of(_timed(copy_all))
+        seconds = best_of(timed(copy_all))
     return 2 * threads * _MEMORY_SAMPLE_NBYTES / max(seconds, 1e-9)
 
 
 def _host_add_rate() -> float:
     """Gradient bytes per second that the host adds to others."""
-    a, b = torch.zeros(_UPDATE_SAMPLE), torch.zeros(_UPDATE_SAMPLE)
-    return a.nbytes / max(best_of(_timed(lambda: a.add_(b))), 1e-9)
+    a, b = torch.zeros(_ADD_SAMPLE), torch.zeros(_ADD_SAMPLE)
+    return a.nbytes / max(best_of(timed(lambda: a.add_(b))), 1e-9)
 
 
 def _measure_contention(contexts: Sequence[DeviceContext], num_cores: int) -> float:
@@ -333,34 +283,7 @@ def _measure_contention(contexts: Sequence[DeviceContext], num_cores: int) -> fl
     return max(1.0, slowdown * num_cores / len(contexts))
 
 
-def _device_update_rate(
-    context: DeviceContext, factory: OptimizerFactory, options: Mapping[str, Any]
-) -> float:
-    """Gradient bytes per second of an update on a device; 0 where the optimizer cannot."""
-    num_elements = min(_UPDATE_SAMPLE, native.memory_info(context.device)[0] // 64)
-    context.enter()
-    stream = context.use("compute")
-    try:
-        param = nn.Parameter(torch.zeros(num_elements))
-        optimizer = PackOptimizer({"sample": param}, factory, options)
-        copy = nn.Parameter(torch.zeros(num_elements, device=context.device))
-        copy.grad = torch.zeros_like(copy)
-
-        def once() -> float:
-            begin, end = (context.new_event(timing=True) for _ in range(2))
-            stream.record_event(begin)
-            optimizer.update_elsewhere([(param, copy)])
-            stream.record_event(end)
-            stream.synchronize()
-            return begin.elapsed_time(end) / 1e3
-
-        once()  # makes the state
-        return copy.grad.nbytes / max(best_of(once), 1e-9)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        return 0.0  # an optimizer of the user's may be for the CPU only
-
-
-def _timed(run: Callable[[], object]) -> Callable[[], float]:
+def timed(run: Callable[[], object]) -> Callable[[], float]:
     """Return a function that runs something and returns how many seconds it took."""
 
     def once() -> float:

@@ -56,8 +56,12 @@ class Harmony(Wrapper):
 
     Args:
         module: the module, on the CPU (or on the meta device's way there); it is not copied.
-        optimizer: a `torch.optim` class (or a function of the parameters) for the step form.
-        optimizer_kwargs: its options. ``fused=True`` is added where the class knows it.
+        optimizer: a `torch.optim` class (or a function of the parameters) for the step form. If
+            its step for all parameters is not its steps for some of them one by one, which is
+            tried, it is one call of ``optimizer.step()`` on the host behind the backward.
+        optimizer_kwargs: its options. ``fused=True`` is added where the class knows it and it
+            computes the same: in fp32 and fp64 up to last places, in narrower types to the bit.
+            ``fused=False`` is the class's default form.
         param_groups: groups of parameters with options of their own, as `torch.optim` takes them
             (``[{"params": [...], "weight_decay": 0.0}, ...]``), or a function of the module that
             returns them. They must hold every parameter that is not frozen.

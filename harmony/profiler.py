@@ -17,7 +17,7 @@ from harmony.capture import Captured, GuardError
 from harmony.capture.tape import StepKind
 from harmony.errors import ExecutionError, HarmonyError
 from harmony.layergraph import Layer, LayerGraph
-from harmony.machineprofile import UpdateCost, best_of
+from harmony.machineprofile import best_of
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.tasks import Pack, Task, TaskKind
 from harmony.runtime.device import DeviceContext, streams_restored
@@ -25,6 +25,7 @@ from harmony.runtime.hostmem import ArenaView
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Stage, Values
 from harmony.units import aligned
+from harmony.updateprofile import UpdateCost
 
 
 @dataclass

@@ -21,6 +21,7 @@ LAYERS = {
     "capture": 2,
     "profiler": 2,
     "machineprofile": 2,
+    "updateprofile": 2,
     "ops": 2,
     "runtime": 2,
 }

@@ -12,15 +12,10 @@ import torch
 import harmony
 from harmony import machineprofile
 from harmony.machine import Device, Host, Machine, Switch
-from harmony.machineprofile import (
-    UpdateCost,
-    find_switches,
-    measure_machine,
-    measure_update,
-    memory_rate,
-    with_device_updates,
-)
+from harmony.machineprofile import find_switches, measure_machine, memory_rate
 from harmony.runtime.device import DeviceContext, available_devices
+from harmony.runtime.optimizer import PackOptimizer
+from harmony.updateprofile import UpdateCost, measure_update, with_device_updates
 
 Rates = tuple[float, float]
 
@@ -73,7 +68,7 @@ def test_a_machine_reads_back_what_it_wrote() -> None:
             (Switch((0, 1), 3.0, 4.0),),
             "host",
         ),
-        UpdateCost(1.0, 8.0, 9.0),
+        UpdateCost(1.0, device_bytes_per_s=9.0),
     )
     assert machine.devices[0].update_bytes_per_s == 9.0
     assert Machine.from_json(machine.to_json()) == machine
@@ -108,11 +103,14 @@ def test_virtual_gpus_have_links_of_their_own(contexts: list[DeviceContext]) -> 
 
 
 def test_the_update_is_tried_on_the_device(contexts: list[DeviceContext]) -> None:
-    adam = measure_update(torch.optim.AdamW, {}, contexts[0])
-    assert adam.state_nbytes == 8.0 and adam.seconds > 0.0
+    def made(kind: Any, **options: Any) -> PackOptimizer:
+        return PackOptimizer({"weight": torch.nn.Parameter(torch.zeros(30, 20))}, kind, options)
+
+    adam = measure_update(made(torch.optim.AdamW), contexts[0])
+    assert adam.state_nbytes == {"torch.float32/2": 8.0} and adam.seconds > 0.0
     assert adam.device_bytes_per_s > 0.0
-    assert measure_update(torch.optim.AdamW, {}).device_bytes_per_s == 0.0
-    stubborn = measure_update(OnlyOnTheHost, {"lr": 0.1}, contexts[0])
+    assert measure_update(made(torch.optim.AdamW)).device_bytes_per_s == 0.0
+    stubborn = measure_update(made(OnlyOnTheHost, lr=0.1), contexts[0])
     assert stubborn.seconds > 0.0 and stubborn.device_bytes_per_s == 0.0
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import harmony
 from harmony import profiler, session
 from harmony.errors import ConfigError
-from harmony.machineprofile import UpdateCost, usable_nbytes
+from harmony.machineprofile import usable_nbytes
 from harmony.profiler import KnownTimes
 from harmony.profiles import measured
 from harmony.profiles.cache import (
@@ -27,7 +27,9 @@ from harmony.profiles.cache import (
 )
 from harmony.runtime import vgpu
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.optimizer import PackOptimizer
 from harmony.session import Options
+from harmony.updateprofile import UpdateCost
 from tests.toys import server
 
 
@@ -214,16 +216,24 @@ def test_the_key_changes_with_the_code_of_the_forward() -> None:
 
 
 def test_only_optimizers_whose_cost_their_name_tells_are_kept(folder: Path) -> None:
-    adam = optimizer_identity(torch.optim.AdamW, {"lr": 0.1, "fused": True})
-    assert adam == optimizer_identity(torch.optim.AdamW, {"fused": True, "lr": 0.1})
-    assert adam != optimizer_identity(torch.optim.AdamW, {"lr": 0.1})
-    assert adam != optimizer_identity(torch.optim.SGD, {"lr": 0.1, "fused": True})
-    assert optimizer_identity(lambda params: None, {}) == ""
+    def made(kind: Any, dtype: torch.dtype = torch.float32, **options: Any) -> PackOptimizer:
+        return PackOptimizer({"w": nn.Parameter(torch.zeros(3, 2, dtype=dtype))}, kind, options)
+
+    class Own(torch.optim.SGD):
+        pass
+
+    sgd, own = made(torch.optim.SGD, fused=True), made(Own)
+    adam = optimizer_identity(made(torch.optim.AdamW, lr=0.1, fused=True))
+    assert adam == optimizer_identity(made(torch.optim.AdamW, fused=True, lr=0.2))
+    assert adam != optimizer_identity(made(torch.optim.AdamW, lr=0.1, fused=False))
+    assert adam != optimizer_identity(made(torch.optim.AdamW, torch.bfloat16, fused=True))
+    assert adam != optimizer_identity(sgd)
+    assert optimizer_identity(own) == ""
     cache = MeasureCache(folder, "m", pytest.fail)
-    costs = [UpdateCost(1.0, 8.0), UpdateCost(2.0, 8.0)]
-    assert cache.update(torch.optim.SGD, {}, lambda: costs[0]) == costs[0]
-    assert cache.update(torch.optim.SGD, {}, lambda: costs[1]) == costs[0]
-    assert cache.update(lambda params: None, {}, lambda: costs[1]) == costs[1]
+    costs = [UpdateCost(1.0, {"a": 8.0}), UpdateCost(2.0, {"a": 8.0})]
+    assert cache.update(sgd, lambda: costs[0]) == costs[0]
+    assert cache.update(sgd, lambda: costs[1]) == costs[0]
+    assert cache.update(own, lambda: costs[1]) == costs[1]
 
 
 def test_on_virtual_gpus_it_is_on_only_under_harmony_run(

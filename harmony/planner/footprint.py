@@ -86,6 +86,8 @@ def _stage_nbytes(
         found += ahead * (inputs + outputs) + facts.transient
     else:
         found += ahead * (2 * inputs + outputs) + facts.backward_workspace
+    if stage.updates_here:
+        found += facts.updating
     if stage.saved_runs and not stage.saved:
         # Those of the next packs arrive while this one runs.
         alive = 1 + -(-ahead * stage.saved_runs // stage.num_runs)

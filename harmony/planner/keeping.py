@@ -171,7 +171,7 @@ def _take_saved(room: _Room, seat: int, spare: int, saved: list[Pack]) -> int:
 
 def _take_resident(room: _Room, seat: int, spare: int, resident: list[Pack]) -> int:
     """Let weights stay between steps, from the first pack on: nothing hides its transfers."""
-    taken = 0
+    taken = updating = 0
     there = {stage.pack for stage in room.forward(seat)}
     backward = [s for s in room.shape.stages if s.seat == seat and s.kind is TaskKind.BACKWARD]
     packs = [s.pack for s in backward if s.pack in there or _is_last(room, s.pack)]
@@ -179,11 +179,12 @@ def _take_resident(room: _Room, seat: int, spare: int, resident: list[Pack]) -> 
         packer = room.question.packer
         if can_stay(packer.graph, pack) is not None:
             continue
-        nbytes = packer.facts(pack, room.base.spec.backward_size).resident
-        if taken + nbytes <= spare:
-            taken += nbytes
+        facts = packer.facts(pack, room.base.spec.backward_size)
+        most = max(updating, facts.updating)  # they are updated one after the other
+        if taken + facts.resident + most <= spare:
+            taken, updating = taken + facts.resident, most
             resident.append(pack)
-    return taken
+    return taken + updating
 
 
 def _is_last(room: _Room, pack: Pack) -> bool:

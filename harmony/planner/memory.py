@@ -58,6 +58,8 @@ class Workspace:
     def nbytes(self, step: Instruction) -> int:
         """Bytes beyond a Run's weights, gradients, inputs and outputs; 0 without costs."""
         task, writes = step.task, step.writes
+        if task is not None and task.kind is TaskKind.UPDATE:
+            return self.graph.update_nbytes(task.pack.first, task.pack.last)
         if self.costs is None or task is None:
             return 0
         if any(ref.kind is TensorKind.SAVED for ref in (*step.reads, *writes)):

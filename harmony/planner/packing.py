@@ -71,7 +71,8 @@ class PackFacts(NamedTuple):
     ``backward_s`` is without the recompute of the forward; ``saved`` is what a FORWARD leaves for
     its BACKWARD, ``update_s`` is the update on the host; ``shares`` says whether other packs use
     some of its parameters too. ``transient`` is the workspace of a BACKWARD beside what was saved,
-    ``resident`` what stays on the device of a pack whose weights stay between steps.
+    ``resident`` what stays on the device of a pack whose weights stay between steps, and
+    ``updating`` what their update takes there while it runs.
     """
 
     forward_s: float
@@ -87,6 +88,7 @@ class PackFacts(NamedTuple):
     backward_workspace: int
     transient: int
     resident: int
+    updating: int
 
 
 class Packer:
@@ -187,6 +189,7 @@ class Packer:
                 self._workspace(TaskKind.BACKWARD, pack.first, pack.last, num_samples),
                 max(sized.backward[pack.first : pack.last]),
                 self._resident_nbytes(pack),
+                self.graph.update_nbytes(pack.first, pack.last),
             )
         return found
 

@@ -29,6 +29,7 @@ from harmony.profiles.model import ModelProfile
 from harmony.runtime import native
 from harmony.runtime.hostmem import ArenaLayout
 from harmony.session import ModelRecord
+from harmony.updateprofile import UpdateCost
 
 
 def profile_of(
@@ -70,7 +71,7 @@ def unmeasured_profile(
     captured: Captured,
     sizes: Sequence[int],
     minibatch: int,
-    state_nbytes: float,
+    update: UpdateCost,
     phase: Phase,
     *,
     clips: bool,
@@ -78,7 +79,7 @@ def unmeasured_profile(
     """The profile of a model that nothing has run.
 
     Args:
-        state_nbytes: bytes of optimizer state of each trained element.
+        update: what the optimizer costs.
     """
     nbytes: Mapping[int, Sequence[tuple[int, int, int]]] = {
         size: captured.costs_nbytes(size) for size in sizes
@@ -89,7 +90,7 @@ def unmeasured_profile(
     ]
     return ModelProfile(
         name=name,
-        graph=with_saved(_with_state(captured, state_nbytes), nbytes),
+        graph=with_saved(_with_state(captured, update), nbytes),
         costs=CostTable(tuple(rows)),
         work=count_work(captured, sizes),
         minibatch=minibatch,
@@ -104,11 +105,11 @@ def _num_params(captured: Captured) -> int:
     return sum(torch.Size(param.shape).numel() for param in captured.params)
 
 
-def _with_state(captured: Captured, bytes_per_element: float) -> LayerGraph:
+def _with_state(captured: Captured, update: UpdateCost) -> LayerGraph:
     graph = captured.graph
     trained = [param for param in captured.params if param.requires_grad]
     layout = ArenaLayout(trained, graph.num_layers, len(graph.shared))
-    return with_state(graph, layout, bytes_per_element)
+    return with_state(graph, layout, update)
 
 
 @contextmanager

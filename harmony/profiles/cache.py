@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType
@@ -29,12 +30,14 @@ import harmony
 from harmony import session
 from harmony.errors import ConfigError, HarmonyError
 from harmony.machine import Machine
-from harmony.machineprofile import UpdateCost, usable_nbytes
+from harmony.machineprofile import usable_nbytes
 from harmony.profiler import KnownTimes
 from harmony.profiles.model import write_json
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import available_host_nbytes
+from harmony.runtime.optimizer import PackOptimizer
+from harmony.updateprofile import UpdateCost
 
 T = TypeVar("T")
 
@@ -120,13 +123,13 @@ class MeasureCache:
         return replace(machine, devices=devices, host=host)
 
     def update(
-        self, factory: Any, options: Mapping[str, Any], measure: Callable[[], UpdateCost]
+        self, optimizer: PackOptimizer, measure: Callable[[], UpdateCost]
     ) -> UpdateCost:
         """Return what the optimizer costs, as it was measured before; else measure it.
 
         Only optimizers of torch.optim are told apart by their name.
         """
-        name = optimizer_identity(factory, options)
+        name = optimizer_identity(optimizer)
         if not name:
             return measure()
         cost = self._read("update", name, _read_update)
@@ -167,7 +170,9 @@ def _read_times(data: Any) -> KnownTimes:
 
 
 def _read_update(data: Any) -> UpdateCost:
-    return UpdateCost(**{str(name): float(value) for name, value in data.items()})
+    state = {str(kind): float(nbytes) for kind, nbytes in data.pop("state_nbytes").items()}
+    others = {str(name): float(value) for name, value in data.items()}
+    return UpdateCost(state_nbytes=state, **others)
 
 
 def machine_identity(contexts: Sequence[DeviceContext]) -> str:
@@ -219,9 +224,20 @@ def _code_text(code: CodeType | None) -> str:
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
-def optimizer_identity(factory: Any, options: Mapping[str, Any]) -> str:
-    """Text that is equal for optimizers of equal cost; empty where that cannot be told."""
-    module = getattr(factory, "__module__", "")
-    if not isinstance(factory, type) or not module.startswith("torch.optim"):
+def optimizer_identity(optimizer: PackOptimizer) -> str:
+    """Text that is equal for optimizers of equal cost; empty where that cannot be told.
+
+    Options count but for learning rates, and of the parameters their kinds and the largest one.
+    """
+    kind = type(optimizer.full)
+    if not kind.__module__.startswith("torch.optim"):
         return ""
-    return f"{module}.{factory.__qualname__} {sorted(options.items(), key=lambda kv: kv[0])!r}"
+    options, params = set(), []
+    for group in optimizer.full.param_groups:
+        held = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+        options.add(repr(sorted(held.items())))
+        params += [(str(p.dtype), tuple(p.shape)) for p in group["params"]]
+    kinds = sorted({(dtype, len(shape)) for dtype, shape in params})
+    largest = max(params, key=lambda param: math.prod(param[1]))
+    waits = optimizer.waits is not None
+    return f"{kind.__module__}.{kind.__qualname__} {sorted(options)} {kinds} {largest} {waits}"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from harmony.machine import Machine
-from harmony.machineprofile import UpdateCost, measure_machine, measure_update
+from harmony.machineprofile import measure_machine
 from harmony.profiler import KnownTimes
 from harmony.profiles.cache import MeasureCache, open_cache
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.optimizer import OptimizerFactory
+from harmony.runtime.optimizer import PackOptimizer
+from harmony.updateprofile import UpdateCost, measure_update
 
 
 class Measurements:
@@ -38,6 +38,7 @@ class Measurements:
         self._cache: MeasureCache | None = None
         self._is_open = False
         self._machine: Machine | None = None
+        self._updates: dict[bool, UpdateCost] = {}
         self._update: UpdateCost | None = None
         self._times: KnownTimes | None = None
         self._num_kept = 0
@@ -54,18 +55,18 @@ class Measurements:
                 )
         return self._machine
 
-    def update(self, factory: OptimizerFactory, options: Mapping[str, Any]) -> UpdateCost:
-        """What the optimizer costs."""
-        if self._update is None:
-            cache = self._opened()
+    def update(self, optimizer: PackOptimizer) -> UpdateCost:
+        """What the optimizer costs; measured again where its updates wait, or no longer do."""
+        waits = optimizer.waits is not None
+        if waits not in self._updates:
+            cache, context = self._opened(), self._contexts[0]
             if cache is None:
-                self._update = measure_update(factory, options, self._contexts[0])
+                self._updates[waits] = measure_update(optimizer, context)
             else:
-                self._update = cache.update(
-                    factory,
-                    options,
-                    lambda: measure_update(factory, options, self._contexts[0]),
+                self._updates[waits] = cache.update(
+                    optimizer, lambda: measure_update(optimizer, context)
                 )
+        self._update = self._updates[waits]
         return self._update
 
     @property

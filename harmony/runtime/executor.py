@@ -107,7 +107,7 @@ class Executor:
             values: host copies of values that exist already (of an earlier phase of the same
                 batch); new ones are added to it.
         """
-        _check_clipping(schedule, self._host.optimizer)
+        _check_updates(schedule, self._host.optimizer)
         with streams_restored(self.contexts):
             self._reserve_slots(schedule)
         graph, device = self._host.graph, self.contexts[0].device
@@ -218,14 +218,14 @@ class Executor:
         if check is None and first_time:
             check = self.new_check(prepared.schedule)
         optimizer = self._host.optimizer
-        clips = optimizer is not None and optimizer.max_norm is not None and job.apply_updates
+        waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
         step = Step(
             signals,
             job.recall,
             job.weights,
-            before_updates=tuple(ends) if first_time or clips or check else (),
+            before_updates=tuple(ends) if first_time or waits or check else (),
             approval=num_signals - 1,
-            clips=clips,
+            waits=waits,
             apply_updates=job.apply_updates,
             check=check,
         )
@@ -324,13 +324,14 @@ def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
     return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
 
 
-def _check_clipping(schedule: Schedule, optimizer: PackOptimizer | None) -> None:
+def _check_updates(schedule: Schedule, optimizer: PackOptimizer | None) -> None:
     updated = [r for spec in schedule.devices for r in spec.resident if r.is_gradient_part]
-    if updated and optimizer is not None and optimizer.max_norm is not None:
+    why = None if optimizer is None else optimizer.waits
+    if updated and why is not None:
         raise PlanError(
-            f"max_grad_norm={optimizer.max_norm} needs all gradients on the host before the "
+            f"{why}: all gradients have to be on the host before the "
             f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
-            "its device. Leave max_grad_norm out, or plan again"
+            "its device. Plan again"
         )
 
 

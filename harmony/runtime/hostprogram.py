@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from harmony.planner.schedule import HOST, Instruction, Op
+from harmony.planner.schedule import HOST, HOST_STREAM, Instruction, Op
 from harmony.planner.tasks import TaskKind
 from harmony.runtime import native
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.step import Step
 from harmony.timeline import Span
+
+ALL_UPDATES = "U[all]"
+"""The update of all packs at once, in errors and traces."""
 
 
 class HostProgram:
@@ -52,9 +55,13 @@ class HostProgram:
         if step.check is not None:
             step.running[self.name] = "the self-check"
             step.check.compare()
-        if late and step.clips:
-            self._clip(step)
+        if late and step.waits:
+            self._gather(step)
         step.signals.issue(step.approval)
+        optimizer = self._host.optimizer
+        if late and optimizer is not None and optimizer.together is not None:
+            self._update_all(step)
+            return
         for index, instruction in late:
             self._timed(index, instruction, step)
 
@@ -67,16 +74,32 @@ class HostProgram:
         )
         step.spans.append(span)
 
-    def _clip(self, step: Step) -> None:
-        """Clip the gradients, which are all complete, before the first update."""
-        step.running[self.name] = "the clipping of the gradients"
+    def _gather(self, step: Step) -> None:
+        """Give all parameters their gradients, which are complete; clip them where asked to."""
         optimizer = self._host.optimizer
         assert optimizer is not None, "a step without an optimizer has no updates"
         self._host.publish_all()
-        for param in self._host.params.values():
+        if optimizer.max_norm is not None:
+            step.running[self.name] = "the clipping of the gradients"
+            for param in self._host.params.values():
+                if param.grad is not None:
+                    native.trace_host_access("clip", param.grad, write=True)
+            optimizer.clip(self._host.params.values())
+
+    def _update_all(self, step: Step) -> None:
+        """Update all parameters at once, as a loop of one's own does."""
+        optimizer, params = self._host.optimizer, self._host.params.values()
+        assert optimizer is not None, "a step without an optimizer has no updates"
+        step.running[self.name] = ALL_UPDATES
+        step.updated.append(ALL_UPDATES)  # from here on nobody knows which have changed
+        for param in params:
+            native.trace_host_access(ALL_UPDATES, param, write=True)
             if param.grad is not None:
-                native.trace_host_access("clip", param.grad, write=True)
-        optimizer.clip(self._host.params.values())
+                native.trace_host_access(ALL_UPDATES, param.grad, write=False)
+        start_s = step.now_s()
+        optimizer.update_all(params)
+        lane = f"{HOST}.{HOST_STREAM}"
+        step.spans.append(Span(lane, f"run {ALL_UPDATES}", "update", start_s, step.now_s(), 0, -1))
 
     def _wait(self, instruction: Instruction, step: Step) -> None:
         assert instruction.event is not None

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
 from harmony.errors import ConfigError
+from harmony.runtime.coupling import closure_wanted, why_coupled
+from harmony.runtime.fused import with_fused_default
+from harmony.runtime.partstep import moved, step_part
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups as `torch.optim` takes them: ``{"params": [...], "lr": ..., ...}``."""
-
-
-def with_fused_default(factory: OptimizerFactory, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with ``fused=True`` where the class knows it and the user said nothing.
-
-    The update runs on the CPU, where the fused kernels are several times as fast as the loops
-    over operators. ``fused=False`` or ``foreach=...`` in the options is left alone.
-    """
-    chosen = dict(options)
-    parameters = inspect.signature(factory).parameters
-    if "fused" in parameters and "fused" not in chosen and chosen.get("foreach") is None:
-        chosen["fused"] = True
-    return chosen
 
 
 def checked_groups(params: Mapping[str, nn.Parameter], groups: Groups) -> list[dict[str, Any]]:
@@ -124,34 +113,46 @@ class PackOptimizer:
         """Build ``factory(parameters, **options)``, or with ``groups`` of parameters.
 
         Raises:
-            ConfigError: if the optimizer cannot be built, or needs a closure, or the groups are
-                not those of the trainable parameters.
+            ConfigError: if the optimizer cannot be built, or needs a closure or sparse gradients,
+                or the groups are not those of the trainable parameters.
         """
         self.max_norm = max_norm
         self.last_norm: torch.Tensor | None = None
-        if factory is torch.optim.LBFGS:
-            raise ConfigError(
-                "LBFGS calls the model several times in one step; Harmony runs it once. "
-                "Use a first-order optimizer such as torch.optim.AdamW"
-            )
         trainable = [p for p in params.values() if p.requires_grad]
         if not trainable:
             raise ConfigError("the model has no parameter with requires_grad=True to train")
         given: list[Any] = trainable if groups is None else checked_groups(params, groups)
-        chosen = with_fused_default(factory, options)
-        if any("foreach" in group or "fused" in group for group in groups or ()):
-            chosen = dict(options)
+        chosen = with_fused_default(factory, options, given)
         try:
             self.full = factory(given, **chosen)
         except (TypeError, ValueError, RuntimeError) as error:
             name = getattr(factory, "__name__", str(factory))
             shown = dict(options)
             raise ConfigError(f"{name}(parameters, **{shown!r}) failed: {error}") from error
+        _check_steps(self.full)
+        self._coupled = why_coupled(self.full)
+
+    @property
+    def together(self) -> str | None:
+        """Why all parameters are updated in one step; None where packs are updated alone.
+
+        Then the step is the one call of ``full.step()`` that a loop of one's own makes, on the
+        host, once all gradients are there.
+        """
+        return self._coupled or _why_watched(self.full)
+
+    @property
+    def waits(self) -> str | None:
+        """Why no pack can be updated before all gradients are there; None where one can."""
+        if self.max_norm is not None:
+            return f"max_grad_norm={self.max_norm}"
+        return self.together
 
     def describe(self) -> str:
-        """Name of the optimizer and whether it is fused, for the report."""
+        """Name of the optimizer, whether it is fused, and whether its step is one of all."""
         fused = any(group.get("fused") for group in self.full.param_groups)
-        return type(self.full).__name__ + (" (fused)" if fused else "")
+        name = type(self.full).__name__ + (" (fused)" if fused else "")
+        return name if self.together is None else f"{name}, one step of all: {self.together}"
 
     def clip(self, params: Iterable[nn.Parameter]) -> None:
         """Scale all gradients as ``torch.nn.utils.clip_grad_norm_`` does, and keep their norm.
@@ -162,6 +163,13 @@ class PackOptimizer:
         """
         assert self.max_norm is not None
         self.last_norm = torch.nn.utils.clip_grad_norm_(list(params), self.max_norm)
+
+    def update_all(self, params: Iterable[nn.Parameter]) -> None:
+        """Take the step for all parameters at once, whose gradients are complete."""
+        if self.together is None:
+            self.update([param for param in params if param.grad is not None])
+        else:
+            self.full.step()
 
     def update(self, params: list[nn.Parameter]) -> None:
         """Take the optimizer's step for these parameters, whose gradients are complete."""
@@ -189,44 +197,50 @@ class PackOptimizer:
         for group in self.full.param_groups:
             for param in group["params"]:
                 if id(param) in wanted and self.full.state.get(param):
-                    _moved(self.full.state[param], param.device, group)
+                    moved(self.full.state[param], param.device, group)
 
     def _update(
         self, params: list[nn.Parameter], copies: list[nn.Parameter] | None = None
     ) -> None:
-        stand_ins = dict(zip(map(id, params), copies or params, strict=True))
-        part = object.__new__(type(self.full))
-        part.__dict__.update(self.full.__dict__)
-        state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
-        part.state = state
-        part.param_groups = []
-        for group in self.full.param_groups:
-            chosen = [p for p in group["params"] if id(p) in stand_ins]
-            for param in chosen:
-                if self.full.state.get(param):
-                    stand_in = stand_ins[id(param)]
-                    state[stand_in] = _moved(self.full.state[param], stand_in.device, group)
-            if chosen:
-                given = {**group, "params": [stand_ins[id(p)] for p in chosen]}
-                if copies is not None and given.get("foreach", 0) is None:
-                    # On a GPU torch would choose other operations than on the host, with other
-                    # last bits: results must not depend on where the plan updates.
-                    given["foreach"] = False
-                part.param_groups.append(given)
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
-        type(self.full).step(part)
-        for param in params:
-            if stand_ins[id(param)] in state:
-                self.full.state[param] = state[stand_ins[id(param)]]
+        step_part(self.full, params, copies)
         self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note
 
 
-def _moved(
-    state: dict[str, Any], device: torch.device, group: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Move the state of a parameter to a device; scalars as well only where kernels want that."""
-    scalars_too = bool(group.get("fused") or group.get("capturable"))
-    for key, held in state.items():
-        if isinstance(held, torch.Tensor) and (held.dim() or scalars_too):
-            state[key] = held if held.device == device else held.to(device)
-    return state
+def _check_steps(optimizer: Any) -> None:
+    """Refuse an optimizer whose step a planned training step cannot call.
+
+    Raises:
+        ConfigError: naming the class.
+    """
+    name = type(optimizer).__name__
+    if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
+        raise ConfigError(f"{name} is no optimizer: it has no step() or no param_groups")
+    if closure_wanted(optimizer):
+        raise ConfigError(
+            f"{name} calls the model several times in one step; Harmony runs it once. "
+            "Use a first-order optimizer such as torch.optim.AdamW, or call it in a loop of your "
+            "own around Harmony(module)"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigError(
+            f"{name} wants sparse gradients; Harmony's are dense. Use torch.optim.Adam, and "
+            "embeddings without sparse=True"
+        )
+
+
+def _why_watched(optimizer: Any) -> str | None:
+    """Why each call of ``step`` counts: somebody else than the class has a part in it."""
+    places: list[Mapping[int, Any]] = [
+        getattr(optimizer, "_optimizer_step_pre_hooks", {}),
+        getattr(optimizer, "_optimizer_step_post_hooks", {}),
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    ]
+    hooks = [hook for place in places for hook in place.values()]
+    if any(not getattr(hook, "__module__", "").startswith("harmony.") for hook in hooks):
+        return "hooks are called with its step"
+    step = optimizer.__dict__.get("step")
+    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
+        return "its step was replaced"
+    return None

@@ -30,7 +30,7 @@ class Step:
         before_updates: events that the host waits for before its first update.
         approval: the event by which the host says that updates may begin, where they were held
             back.
-        clips: whether the gradients are clipped before the first update.
+        waits: whether the optimizer wants all gradients before the first update.
         apply_updates: whether there are updates at all.
         check: takes the figures of what is made twice, in the first run of a schedule.
         started_s: host clock when the step began; spans count from it.
@@ -44,7 +44,7 @@ class Step:
     weights: Weights
     before_updates: tuple[int, ...] = ()
     approval: int = -1
-    clips: bool = False
+    waits: bool = False
     apply_updates: bool = True
     check: SelfCheck | None = None
     started_s: float = field(default_factory=time.perf_counter)

@@ -206,6 +206,12 @@ def test_a_released_plan_leaves_nothing_on_the_devices(vgpus: VirtualGPUs) -> No
 
 def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> None:
     model = resident_model(GPT())
-    model._engine._optimizer.max_norm = 1.0  # type: ignore[union-attr]
-    with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0 needs all gradients"):
-        model.train_step(*token_batch(0))
+    optimizer = model._engine._optimizer
+    assert optimizer is not None
+    active = model._engine.bindings.active
+    optimizer.max_norm = 1.0
+    found = model._engine.bindings.find("step", ((token_batch(0)[0],), {}, token_batch(0)[1]))
+    assert active is not None and found[0] is not active  # it is planned again
+    plan = active.plan(8, "auto", 2, "auto", None)
+    with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0: all gradients have to be"):
+        active.prepared(plan, Phase.TRAIN)
