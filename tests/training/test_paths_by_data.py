@@ -99,6 +99,7 @@ def test_an_input_that_is_only_looked_at_is_cut_into_microbatches(vgpus: Virtual
         loss_fn=F.cross_entropy,
         microbatch_size=2,
         devices=2,
+        updates="host",
     )
     plain = Masked(dropped_when_it_masks_nothing)
     plain.load_state_dict(net.state_dict())
