@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -50,6 +50,9 @@ class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices what kernels do beside computing their result.
 
     A fake kernel leaves real tensors alone that it should change: the schema tells nevertheless.
+
+    Attributes:
+        on_kernel: called with the name and the arguments of each kernel before it runs.
     """
 
     def __init__(self, fake: bool) -> None:
@@ -58,6 +61,7 @@ class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fake = fake
         self._kernels = FakeKernels()
         self._noticed = Noticed()
+        self.on_kernel: Callable[[str, Any], None] = lambda name, args: None
 
     def take(self) -> Noticed:
         """Return what was noticed since this was last called."""
@@ -68,6 +72,7 @@ class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "prim":  # Python asks for the device of a fake tensor
             return self._kernels.run(func, types, args, kwargs)
+        self.on_kernel(func._schema.name, (args, kwargs))
         places, is_norm, seeded = _traits(func)
         if places:
             self._note(list(_written(func, places, is_norm, args, kwargs)))

@@ -10,6 +10,7 @@ from torch import nn
 
 from harmony.capture.identity import IdentityMap
 from harmony.capture.pythonstate import PlainState
+from harmony.capture.refuse import NEED_A_GRAPH, check_in_layer
 from harmony.capture.skeleton import plain_tensors
 from harmony.capture.structure import tensors_in
 
@@ -21,7 +22,10 @@ class LeafMustOpenError(Exception):
 
     Attributes:
         names: the modules to open.
+        inside: name of the module whose forward calls the last of them.
     """
+
+    inside: str | None = None
 
     def __init__(self, names: list[str], why: str) -> None:
         super().__init__(why)
@@ -33,6 +37,7 @@ class LeafCall:
 
     Attributes:
         name: the module's name.
+        needs_graph: whether it calls something that is possible only while gradients are recorded.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class LeafCall:
         outside: Container[int],
     ) -> None:
         self.name = name
+        self.needs_graph = False
         self._module = module
         self._state_names = state
         self._made_in = made_in
@@ -68,6 +74,10 @@ class LeafCall:
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a torch function of the leaf, looking at what goes in and out."""
+        name = getattr(func, "__name__", "")
+        check_in_layer(name, func)
+        if name in NEED_A_GRAPH and "__get__" not in str(func):
+            self.needs_graph = True
         for tensor in _tensors((*args, *kwargs.values())):
             self._check_known(tensor)
         out = func(*args, **kwargs)

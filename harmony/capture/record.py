@@ -9,8 +9,7 @@ and the result are noticed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +18,19 @@ from torch.overrides import TorchFunctionMode
 
 from harmony.capture.isolation import autocast_dtype, user_frame
 from harmony.capture.kernels import KernelWatch, Noticed
-from harmony.capture.leafwatch import LeafCall
+from harmony.capture.leafwatch import LeafCall, LeafMustOpenError
 from harmony.capture.randomstate import PythonState
 from harmony.capture.references import References
 from harmony.capture.refuse import (
     LiveOnlyError,
+    UnrecordableError,
     check_argument,
     check_custom,
     check_function,
+    check_transform,
 )
 from harmony.capture.skeleton import Skeleton
-from harmony.capture.structure import flatten
+from harmony.capture.structure import flatten, tensors_in
 from harmony.capture.tape import (
     Context,
     LeftBehind,
@@ -76,7 +77,10 @@ class Recorder(TorchFunctionMode):
         self._kernels = kernels
         self._thread = threading.get_ident()
         self._busy = False
+        self._handling = False
+        self._unseen: str | None = None
         self._leaf: LeafCall | None = None
+        kernels.on_kernel = self._notice_kernel
         self._references = References(skeleton, device, stand_ins)
         self._kept: list[tuple[str, str]] = []
         self._sized_by_values: set[int] = set()
@@ -170,7 +174,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._leaf is not None:
             return self._leaf.call(func, args, kwargs)
-        return self._call_function(func, getattr(func, "__name__", str(func)), args, kwargs)
+        name = getattr(func, "__name__", str(func))
+        return self._handle(lambda: self._call_function(func, name, args, kwargs))
 
     def call_module(
         self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
@@ -178,13 +183,57 @@ class Recorder(TorchFunctionMode):
         """Handle a call of a module: a leaf becomes a step, another one is opened."""
         module = self._references.own_module(module)
         name = self._references.module_names.get(id(module))
-        opened = name is None or name not in self._leaves
         elsewhere = threading.get_ident() != self._thread or self._busy or self._leaf is not None
-        if opened or elsewhere:
+        if name is None or elsewhere:
             return call(module, *args, **kwargs)
-        assert name is not None
+        if name not in self._leaves:
+            return self._call_opened(module, name, call, args, kwargs)
         with torch._C.DisableTorchFunction():  # no detour through this mode for what we look at
-            return self._call_leaf(module, name, call, args, kwargs)
+            return self._handle(lambda: self._call_leaf(module, name, call, args, kwargs))
+
+    def _call_opened(
+        self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Call a module whose forward is recorded; what cannot be is said to be inside it."""
+        try:
+            self._check_unseen()  # of the caller's
+            try:
+                return call(module, *args, **kwargs)
+            finally:
+                self._check_unseen()
+        except (UnrecordableError, LeafMustOpenError) as error:
+            if error.inside is None:
+                error.inside = name
+            raise
+
+    def _handle(self, call: Callable[[], Any]) -> Any:
+        """Run what this mode was called for; kernels outside of that are nobody's."""
+        self._check_unseen()
+        before, self._handling = self._handling, True
+        try:
+            return call()
+        finally:
+            self._handling = before
+
+    def _notice_kernel(self, name: str, args: Any) -> None:
+        """A kernel runs: below autograd, if no function that this mode sees has led to it.
+
+        One that gets nothing of the forward only makes a constant.
+        """
+        if self._handling or self._unseen is not None:
+            return
+        known = self._references
+        if any(id(t) in known.numbers or id(t) in known.state for t in tensors_in(args)):
+            self._unseen = f"{name} at {user_frame()}"
+
+    def _check_unseen(self) -> None:
+        if self._unseen is not None:
+            seen, self._unseen = self._unseen, None
+            raise UnrecordableError(
+                f"{seen} is called from below PyTorch's Python functions (by a C++ extension, for "
+                "instance), where a recording does not see it: call it inside a module that is "
+                "recorded as a layer"
+            )
 
     def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle ``apply`` of a custom ``autograd.Function``: a step, in the glue."""
@@ -192,7 +241,13 @@ class Recorder(TorchFunctionMode):
             return apply(*args, **kwargs)
         name = f"{function.__name__}.apply"
         check_custom(name, args)
-        return self._call_function(apply, name, args, kwargs)
+        return self._handle(lambda: self._call_function(apply, name, args, kwargs))
+
+    def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle a TorchScript function, which no mode sees inside: a step, in the glue."""
+        if threading.get_ident() != self._thread or self._busy or self._leaf is not None:
+            return call(script, *args, **kwargs)
+        return self._handle(lambda: self._call_function(script, script.name, args, kwargs))
 
     def _call_function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
@@ -233,6 +288,7 @@ class Recorder(TorchFunctionMode):
     def _call_leaf(
         self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
+        check_transform(name)
         (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
         for leaf in leaves:
             check_argument(leaf, name)
@@ -258,6 +314,8 @@ class Recorder(TorchFunctionMode):
         step.python_random = moved_on if noticed.on_host else None
         own = [self._skeleton.tensor(used) for used in step.state]
         changed = [*_changed(tensors, versions, noticed), *filter(noticed.wrote, own)]
+        if watch.needs_graph:
+            step.with_graph = tuple(map(_learns, leaves))
         step.counts = tuple(
             (known.module_names[id(owner)], attribute) for owner, attribute in watch.counted()
         )
@@ -309,30 +367,12 @@ class Recorder(TorchFunctionMode):
             self._busy = False
 
 
-@contextmanager
-def recording(recorder: Any) -> Iterator[None]:
-    """Let a mode, such as the recorder, handle the calls of modules and custom functions."""
-    call = nn.Module.__call__
-    apply = torch.autograd.Function.__dict__["apply"]
-
-    def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return recorder.call_module(module, call, args, kwargs)
-
-    def call_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return recorder.call_custom(cls, apply.__get__(None, cls), args, kwargs)
-
-    setattr(nn.Module, "__call__", call_module)  # noqa: B010
-    setattr(torch.autograd.Function, "apply", classmethod(call_apply))  # noqa: B010
-    try:
-        with recorder:
-            yield
-    finally:
-        setattr(nn.Module, "__call__", call)  # noqa: B010
-        setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
-
-
 def _context() -> Context:
     return Context(torch.is_grad_enabled(), autocast_dtype())
+
+
+def _learns(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 def _version(tensor: torch.Tensor) -> int:

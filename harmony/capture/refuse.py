@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from harmony.capture.isolation import user_frame
-from harmony.capture.skeleton import closes_over_module
+from harmony.capture.skeleton import closes_over_module, plain_tensors
 from harmony.errors import CaptureError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
 _HARMLESS = (torch.Tensor, nn.Module, type, bool, int, float, str, torch.dtype, torch.device)
+NEED_A_GRAPH = frozenset({"register_hook", "retain_grad", "grad"})
+"""Functions that plain PyTorch's forward can call because it records gradients."""
 _REFUSED = {
     "register_hook": "register the hook inside a layer, or use a module hook",
     "register_post_accumulate_grad_hook": "register it on the parameter before training",
@@ -42,6 +44,16 @@ class LiveOnlyError(CaptureError):
         return LiveOnlyError(self.reason, self.where)
 
 
+class UnrecordableError(CaptureError):
+    """The glue does what a tape cannot hold, but a layer may: its Python runs again as it is.
+
+    Attributes:
+        inside: name of the module whose forward does it; None if it is none of the model's.
+    """
+
+    inside: str | None = None
+
+
 def check_module(module: nn.Module) -> None:
     """Refuse wrappers, and parameters on several devices or not made yet.
 
@@ -59,6 +71,7 @@ def check_module(module: nn.Module) -> None:
                 "it (its .module); Harmony does the parallel part"
             )
     _check_parameters(module)
+    _check_attributes(module)
     attribute = closes_over_module(module)
     if attribute is not None:
         raise CaptureError(
@@ -73,14 +86,24 @@ def check_function(name: str, func: Any, has_tensors: bool) -> None:
     Raises:
         CaptureError: naming the function and the line.
     """
+    check_transform(name)
+    if has_tensors and name in _REFUSED and "__get__" not in str(func):
+        kind = UnrecordableError if name in NEED_A_GRAPH else CaptureError
+        raise kind(
+            f"{name} outside of a layer at {user_frame()} cannot be replayed: {_REFUSED[name]}"
+        )
+
+
+def check_transform(name: str) -> None:
+    """Refuse what a function transform calls: its tensors are not what they seem.
+
+    Raises:
+        UnrecordableError: naming the function and the line.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise CaptureError(
+        raise UnrecordableError(
             f"torch.func transform (vmap, grad, ...) around {name} at {user_frame()}: "
             "call it inside a module that is recorded as a layer"
-        )
-    if has_tensors and name in _REFUSED and "__get__" not in str(func):
-        raise CaptureError(
-            f"{name} outside of a layer at {user_frame()} cannot be replayed: {_REFUSED[name]}"
         )
 
 
@@ -106,7 +129,7 @@ def check_argument(leaf: Any, user: str) -> None:
     else:
         hidden, remedy = hides_tensors(leaf), "pass the tensors as arguments"
     if hidden:
-        raise CaptureError(
+        raise UnrecordableError(
             f"{user} gets a {names[0]} at {user_frame()} that hides tensors from the recording: "
             f"{remedy}"
         )
@@ -119,9 +142,22 @@ def check_custom(name: str, args: tuple[Any, ...]) -> None:
         CaptureError: naming the function and the line.
     """
     if any(callable(arg) and not isinstance(arg, torch.Tensor) for arg in args):
-        raise CaptureError(
+        raise UnrecordableError(
             f"{name} at {user_frame()} gets a function: what that calls cannot be recorded. For "
             "torch.utils.checkpoint, pass use_reentrant=False"
+        )
+
+
+def check_in_layer(name: str, func: Any) -> None:
+    """Refuse functions that not even a layer may call: the backward would run it once more.
+
+    Raises:
+        CaptureError: naming the line.
+    """
+    if name == "backward" and "__get__" not in str(func):
+        raise CaptureError(
+            f"backward inside the forward at {user_frame()} would add to gradients of parameters "
+            "once more in the recompute: call torch.autograd.grad there"
         )
 
 
@@ -151,8 +187,8 @@ def check_unknown_tensor(tensor: torch.Tensor, user: str, fake: bool) -> None:
     Raises:
         CaptureError: naming who uses it, and where.
     """
-    if fake:
-        raise CaptureError(f"{user} at {user_frame()} uses a tensor of unknown origin")
+    if fake or not tensor.is_leaf:
+        raise UnrecordableError(f"{user} at {user_frame()} uses a tensor of unknown origin")
     if tensor.requires_grad:
         raise CaptureError(
             f"{user} at {user_frame()} uses a tensor of shape {tuple(tensor.shape)} that requires "
@@ -176,6 +212,18 @@ def _has_tensor(held: Any, depth: int) -> bool:
     if isinstance(held, (list, tuple)):
         return any(_has_tensor(inner, depth) for inner in held)
     return hides_tensors(held, depth + 1)
+
+
+def _check_attributes(module: nn.Module) -> None:
+    """Refuse tensors that learn but are no parameters: copies of the module would cut them off."""
+    known = set(map(id, module.parameters()))
+    for name, owner in module.named_modules():
+        for attribute, tensor in plain_tensors(owner):
+            if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
+                raise CaptureError(
+                    f"{f'{name}.{attribute}'.lstrip('.')} is a tensor that requires a gradient "
+                    "and is no parameter: make it an nn.Parameter"
+                )
 
 
 def _check_parameters(module: nn.Module) -> None:

@@ -56,13 +56,18 @@ def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
         GuardError: if a guard's read differs from the recorded one, or a call returns another
             number of tensors.
     """
-    args, kwargs = _arguments(step, values, skeleton)
+    alone = bool(step.with_graph) and not torch.is_grad_enabled()
+    args, kwargs = _arguments(step, values, skeleton, alone)
     target = skeleton.modules[step.target] if isinstance(step.target, str) else step.target
     before_call = [_attribute(left, skeleton) for left in step.left_behind]
     if step.python_random is not None:
         step.python_random.restore()
     context = step.context
-    if context.grad_enabled and context.autocast is None:
+    if alone:
+        with _surroundings(context, skeleton.device), torch.enable_grad():
+            leaves, structure = flatten(target(*args, **kwargs))
+        out = structure.unflatten(map(_without_graph, leaves))
+    elif context.grad_enabled and context.autocast is None:
         out = target(*args, **kwargs)
     else:
         with _surroundings(context, skeleton.device):
@@ -77,10 +82,16 @@ def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
         values[left.value] = _take_back(left, held, skeleton)
 
 
-def _arguments(step: Step, values: Values, skeleton: Skeleton) -> tuple[Any, dict[str, Any]]:
-    args, kwargs = step.structure.unflatten(
-        [_resolve(leaf, values, skeleton) for leaf in step.leaves]
-    )
+def _arguments(
+    step: Step, values: Values, skeleton: Skeleton, alone: bool
+) -> tuple[Any, dict[str, Any]]:
+    leaves = [_resolve(leaf, values, skeleton) for leaf in step.leaves]
+    if alone:  # with a graph of its own
+        leaves = [
+            leaf.detach().requires_grad_() if learns and not leaf.requires_grad else leaf
+            for leaf, learns in zip(leaves, step.with_graph, strict=True)
+        ]
+    args, kwargs = step.structure.unflatten(leaves)
     if step.kind is StepKind.FUNCTION and step.name in FACTORIES and "device" not in kwargs:
         kwargs = {**kwargs, "device": skeleton.device}
     if step.name in _ON_HOST:  # an input that plain PyTorch's user leaves on the CPU
@@ -102,6 +113,10 @@ def _resolve(leaf: Any, values: Values, skeleton: Skeleton) -> Any:
     if kind is ModuleRef:
         return skeleton.modules[leaf.name]
     return leaf
+
+
+def _without_graph(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _keep_outputs(step: Step, out: Any, values: Values) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from harmony.capture.intercept import recording
 from harmony.capture.leaves import choose_leaves
 from harmony.capture.lender import Lender
-from harmony.capture.record import recording
 from harmony.capture.replay import FACTORIES
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
@@ -88,6 +88,11 @@ class _Streaming(TorchFunctionMode):
     def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle ``apply`` of a custom ``autograd.Function``: nothing special."""
         return apply(*args, **kwargs)
+
+    def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle a TorchScript function, which this mode does not see inside."""
+        with self._lender.among(args, kwargs) as (args, kwargs, _):
+            return call(script, *args, **kwargs)
 
 
 def _moved(leaf: Any, device: torch.device) -> Any:

@@ -112,6 +112,8 @@ class Step:
         random_on_host: whether it may draw them from generators that all threads share.
         python_random: in a live run, the states that it starts from because glue has drawn before.
         dynamic: whether the shape of something that it computes depends on values.
+        with_graph: per leaf of the arguments, whether it required a gradient, where the call is
+            possible only while gradients are recorded.
         expected: what a guard's read gave.
         where: file and line of the call in the user's code.
     """
@@ -132,6 +134,7 @@ class Step:
     random_on_host: bool = False
     python_random: PythonState | None = None
     dynamic: bool = False
+    with_graph: tuple[bool, ...] = ()
     expected: Any = None
     where: str = "?"
 

@@ -7,7 +7,8 @@ values that fake tensors do not have, the trace is repeated with the real parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from torch._subclasses.fake_tensor import (
 )
 
 from harmony.capture.inputs import Batch
+from harmony.capture.intercept import recording
 from harmony.capture.isolation import autocast_dtype, undisturbed, user_frame_of
 from harmony.capture.kernels import KernelWatch
 from harmony.capture.leafwatch import LeafMustOpenError
 from harmony.capture.leaves import open_leaf
 from harmony.capture.pythonstate import PlainState
-from harmony.capture.record import Recorder, recording
-from harmony.capture.refuse import LiveOnlyError
+from harmony.capture.reach import check_reach
+from harmony.capture.record import Recorder
+from harmony.capture.refuse import LiveOnlyError, UnrecordableError
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
 from harmony.capture.tape import StepKind, Tape, without_dead_steps
@@ -94,6 +97,7 @@ class Tracer:
         self._batch = batch
         self._real = False
         self._settled = False
+        self._closed: dict[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -112,6 +116,10 @@ class Tracer:
                     return without_dead_steps(self._attempt(num_samples, first))
             except LeafMustOpenError as request:
                 self._open(request)
+            except UnrecordableError as error:
+                if error.inside is None:
+                    raise
+                self._close(error.inside, str(error))
             except _AttributesMovedError as moved:
                 self._settle(moved)
             except NEEDS_VALUES as error:
@@ -162,7 +170,7 @@ class Tracer:
         leaves, structure = flatten(out)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
         _check_guards(recorder)
-        return Tape(
+        tape = Tape(
             recorder.steps,
             recorder.values,
             inputs,
@@ -172,6 +180,13 @@ class Tracer:
             real=self._real,
             attributes=tuple(recorder.attributes),
         )
+        self._check_reach(tape, leaves, twin)
+        return tape
+
+    def _check_reach(self, tape: Tape, leaves: Sequence[Any], twin: Skeleton) -> None:
+        trained = {name: p for name, p in twin.root.named_parameters() if p.requires_grad}
+        names = {id(param): name for name, param in trained.items()}
+        check_reach(tape, leaves, names, trained)
 
     def _recorder(
         self, twin: Skeleton, stand_ins: Mapping[int, Any], kernels: KernelWatch
@@ -192,12 +207,27 @@ class Tracer:
     def _open(self, request: LeafMustOpenError) -> None:
         opened = False
         for name in request.names:
-            inner = open_leaf(self._template.root, name) if name in self.leaves else None
+            closed = name in self._closed or name not in self.leaves
+            inner = None if closed else open_leaf(self._template.root, name)
             if inner is not None:
                 self.leaves = (self.leaves - {name}) | inner
                 opened = True
-        if not opened:
+        if opened:
+            return
+        if request.inside is None:
             raise CaptureError(f"{request}: pass it as an argument or return it")
+        self._close(request.inside, str(request))
+
+    def _close(self, name: str, reason: str) -> None:
+        """Let a module be one leaf: its Python runs as it is, whatever it does."""
+        self._closed[name] = reason
+        self.leaves = {leaf for leaf in self.leaves if not _is_in(leaf, name)} | {name}
+        module = self._template.modules[name]
+        warnings.warn(
+            f"{name or 'the model'} ({type(module).__name__}) is one layer, which has to fit on a "
+            f"GPU as a whole: {reason}",
+            stacklevel=2,
+        )
 
     def _settle(self, moved: _AttributesMovedError) -> None:
         """Start from what the forward left on opened modules; once, as it may be set up lazily.
@@ -287,6 +317,10 @@ def _scalar(loss: Any, what: str) -> torch.Tensor:
         return loss
     shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
     raise CaptureError(f"{what} {shape!r} where a scalar tensor was expected as the loss")
+
+
+def _is_in(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(outer + ".")
 
 
 class _AttributesMovedError(Exception):

@@ -71,10 +71,6 @@ FOREIGN = torch.ones(8, requires_grad=True)
 @pytest.mark.parametrize(
     ("between", "message"),
     [
-        (with_hook, rf"register_hook outside of a layer at .*{LINE}"),
-        (with_vmap, rf"torch.func transform .*{LINE}"),
-        (with_reentrant_checkpoint, rf"{LINE}.*use_reentrant=False"),
-        (with_inner_gradient, rf"grad outside of a layer at .*{LINE}"),
         (with_changed_constant, rf"add_ at .*{LINE} changes a tensor in place that is no buffer"),
         (with_python_random, "random numbers .*outside of a layer"),
         (with_random_decision, rf"__bool__ decides by a random number, at .*{LINE}"),
@@ -84,6 +80,20 @@ FOREIGN = torch.ones(8, requires_grad=True)
 def test_what_the_glue_may_not_do(between: Any, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         capture(Two(between), (torch.randn(4, 8),))
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (with_hook, rf"register_hook outside of a layer at .*{LINE}"),
+        (with_vmap, rf"torch.func transform .*{LINE}"),
+        (with_reentrant_checkpoint, rf"{LINE}.*use_reentrant=False"),
+        (with_inner_gradient, rf"grad outside of a layer at .*{LINE}"),
+    ],
+)
+def test_what_only_a_layer_may_do_makes_its_module_one(between: Any, message: str) -> None:
+    with pytest.warns(UserWarning, match=rf"the model \(Two\) is one layer.*{message}"):
+        assert capture(Two(between), (torch.randn(4, 8),)).graph.num_layers == 1
 
 
 def test_wrappers_and_scattered_parameters() -> None:

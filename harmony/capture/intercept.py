@@ -1,0 +1,41 @@
+"""Hands the calls of modules, custom functions and TorchScript to a mode while it is on.
+
+No mode of PyTorch's sees these as what they are, so their methods are replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def recording(recorder: Any) -> Iterator[None]:
+    """Let a mode, such as the recorder, handle the calls of modules and custom functions."""
+    call = nn.Module.__call__
+    apply = torch.autograd.Function.__dict__["apply"]
+    scripted = torch.jit.ScriptFunction.__call__
+
+    def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_module(module, call, args, kwargs)
+
+    def call_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_custom(cls, apply.__get__(None, cls), args, kwargs)
+
+    def call_script(script: Any, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_script(script, scripted, args, kwargs)
+
+    setattr(nn.Module, "__call__", call_module)  # noqa: B010
+    setattr(torch.autograd.Function, "apply", classmethod(call_apply))  # noqa: B010
+    setattr(torch.jit.ScriptFunction, "__call__", call_script)  # noqa: B010
+    try:
+        with recorder:
+            yield
+    finally:
+        setattr(nn.Module, "__call__", call)  # noqa: B010
+        setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
+        setattr(torch.jit.ScriptFunction, "__call__", scripted)  # noqa: B010

@@ -1,0 +1,226 @@
+"""What a recording does not see inside of: one opaque step, or a module that is one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional as F
+
+import harmony
+from harmony.errors import CaptureError
+
+from .conftest import VirtualGPUs
+from .side_by_side import assert_same_training
+
+
+def batches(count: int = 3) -> list[Any]:
+    return [((torch.randn(4, 8),), torch.randint(0, 4, (4,))) for _ in range(count)]
+
+
+def layers_of(model: harmony.Harmony) -> list[str]:
+    binding = next(iter(model._engine.bindings))
+    return [layer.name for layer in binding.graph.layers]
+
+
+@torch.jit.script
+def bias_gelu(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    y = x + b
+    return y * 0.5 * (1.0 + torch.tanh(0.79788456 * y * (1 + 0.044715 * y * y)))
+
+
+@torch.jit.script
+def split_and_scale(
+    x: torch.Tensor, scale: float, flip: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    one, two = x.chunk(2, -1)
+    return (two if flip else one) * scale, [one, two]
+
+
+traced = torch.jit.trace(lambda x: torch.relu(x) * torch.sigmoid(x), torch.randn(4, 16))
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    x.mul_(2.0)
+    return x.add_(1.0)
+
+
+scripted_in_place = torch.jit.script(in_place)
+
+
+class Between(nn.Module):
+    """Two layers, a parameter, and something between them."""
+
+    def __init__(self, between: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16, bias=False), nn.Linear(16, 4)
+        self.bias = nn.Parameter(torch.randn(16))
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.between(self, self.a(x)))
+
+
+def script_of_a_parameter(net: Any, h: torch.Tensor) -> torch.Tensor:
+    return bias_gelu(h, net.bias)
+
+
+def script_of_several(net: Any, h: torch.Tensor) -> torch.Tensor:
+    half, parts = split_and_scale(h, 0.5, flip=True)
+    return torch.cat([half, parts[0]], -1)
+
+
+def script_by_tracing(net: Any, h: torch.Tensor) -> torch.Tensor:
+    return traced(h + net.bias)
+
+
+def script_that_writes(net: Any, h: torch.Tensor) -> torch.Tensor:
+    return scripted_in_place(h + net.bias) + h
+
+
+SCRIPTS = [script_of_a_parameter, script_of_several, script_by_tracing, script_that_writes]
+
+
+@pytest.mark.parametrize("between", SCRIPTS)
+def test_a_torchscript_function_in_the_forward_gets_its_gradients(
+    between: Any, vgpus: VirtualGPUs
+) -> None:
+    """The script ``script_function``: TorchScript runs below what a recording sees."""
+    torch.manual_seed(0)
+    net = Between(between)
+    for _ in range(3):  # its first calls run unoptimised, with other last bits
+        net(torch.randn(4, 8)).sum().backward()
+    net.zero_grad()
+    model = assert_same_training(net, batches())
+    assert model.rung == "tape"
+    assert len(layers_of(model)) > 1
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        ctx.scale = 2.0 + 0 * len(list(layer.parameters()))
+        return x * ctx.scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, gradient * ctx.scale
+
+
+def tensor_hook(net: Any, h: torch.Tensor) -> torch.Tensor:
+    h.register_hook(lambda gradient: gradient * 2)
+    return torch.relu(h)
+
+
+def kept_gradient(net: Any, h: torch.Tensor) -> torch.Tensor:
+    h.retain_grad()
+    return torch.relu(h)
+
+
+def inner_gradient(net: Any, h: torch.Tensor) -> torch.Tensor:
+    energy = (h * net.bias).square().sum()
+    return h + torch.autograd.grad(energy, h, create_graph=True)[0] * 0.1
+
+
+def function_of_a_module(net: Any, h: torch.Tensor) -> torch.Tensor:
+    return Doubled.apply(net.b, h)
+
+
+def made_weights(net: Any, h: torch.Tensor) -> torch.Tensor:
+    weight = torch.outer(net.bias[:4], net.bias)
+    made = torch.func.functional_call(net.b, {"weight": weight}, (h,))
+    return torch.cat([made, made, made, made], -1) + h
+
+
+def per_sample(net: Any, h: torch.Tensor) -> torch.Tensor:
+    return h + torch.vmap(lambda row: torch.tanh(net.b(row)).sum() * row)(h)
+
+
+def inner_function_gradient(net: Any, h: torch.Tensor) -> torch.Tensor:
+    return h + torch.func.grad(lambda x: (x.tanh() * net.bias).sum())(h)
+
+
+def reentrant_checkpoint(net: Any, h: torch.Tensor) -> torch.Tensor:
+    part = lambda x: torch.tanh(x) * net.bias  # noqa: E731
+    return torch.utils.checkpoint.checkpoint(part, h, use_reentrant=True)
+
+
+class Bag:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class TakesABag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, bag: Bag) -> torch.Tensor:
+        return self.inner(bag.tensor)
+
+
+CLOSED = [
+    tensor_hook,
+    kept_gradient,
+    inner_gradient,
+    function_of_a_module,
+    made_weights,
+    per_sample,
+    inner_function_gradient,
+    reentrant_checkpoint,
+]
+
+
+@pytest.mark.parametrize("between", CLOSED)
+def test_a_module_that_cannot_be_recorded_is_one_layer(between: Any, vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Between(between))
+    model = assert_same_training(net, batches())
+    assert layers_of(model) == ["0", "1"]
+
+
+def test_tensors_hidden_in_an_object_go_through_one_layer(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = Between(lambda net, h: net.bag(Bag(h)))
+    net.bag = TakesABag()
+    assert_same_training(net, batches())
+
+
+def test_what_becomes_one_layer_is_said_with_the_line() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), Between(tensor_hook))
+    with pytest.warns(UserWarning, match=r"1 \(Between\) is one layer.*test_closed_modules"):
+        harmony.capture.capture(net, (torch.randn(4, 8),))
+
+
+def test_a_loss_that_cannot_be_recorded_is_refused_by_name() -> None:
+    def loss(out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row, target: F.cross_entropy(row, target))(out, targets).mean()
+
+    with pytest.raises(CaptureError, match=r"torch\.func transform .*test_closed_modules"):
+        harmony.capture.capture(
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
+            (torch.randn(4, 8),),
+            loss=loss,
+            targets=torch.randint(0, 4, (4,)),
+        )
+
+
+def test_a_backward_inside_of_a_layer_is_refused_by_name() -> None:
+    def between(net: Any, h: torch.Tensor) -> torch.Tensor:
+        (h * net.bias).sum().backward(retain_graph=True)
+        return h
+
+    layer = Between(between)
+    with pytest.raises(CaptureError, match=r"backward .*test_closed_modules"):
+        harmony.capture.capture(nn.Sequential(nn.Linear(8, 8), layer), (torch.randn(4, 8),))
+
+
+def test_a_tensor_that_learns_but_is_no_parameter_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    net[0].scale = torch.ones(8, requires_grad=True)
+    with pytest.raises(CaptureError, match=r"0\.scale .*make it an nn\.Parameter"):
+        harmony.capture.capture(net, (torch.randn(4, 8),))
