@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harmony.capture import LiveOnlyError
+from harmony.capture import GuardError, LiveOnlyError
 from harmony.capture.randomstate import HostState
 from harmony.capture.structure import flatten
 from harmony.draws import CannotJoinError, DrawPlayer, DrawRecorder
@@ -259,15 +259,23 @@ class _Comparison:
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
         if absent and self._options.updates_on_device:
-            # Where a GPU has updated a parameter, its gradient has not left it.
             snapshot.restore()
-            engine.num_steps = self._step
-            no_gradients(engine)
+            found.gradients.update(self._gradients_on_host(absent))
+        return found
+
+    def _gradients_on_host(self, names: list[str]) -> Tensors:
+        """Where a GPU has updated a parameter, its gradient has not left it: run up to these."""
+        engine = self._engine
+        engine.num_steps = self._step
+        no_gradients(engine)
+        try:
             ready = engine.ready("step", *copied(self._call))
             engine.run_step(ready, apply_updates=False)
-            ready.binding.host.publish_all()
-            found.gradients = gradients_of(engine)
-        return found
+        except (LiveOnlyError, GuardError):  # live, every gradient comes to the host
+            return {}
+        ready.binding.host.publish_all()
+        found = gradients_of(engine)
+        return {name: found[name] for name in names if name in found}
 
     def _loop(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Found:
         engine, net = self._engine, self._net
