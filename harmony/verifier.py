@@ -258,7 +258,7 @@ class _Comparison:
             parts=parts,
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
-        if absent and self._options.updates_on_device:
+        if absent and self._options.updates == "auto":
             snapshot.restore()
             found.gradients.update(self._gradients_on_host(absent))
         return found
