@@ -18,13 +18,13 @@ from harmony.planner.build import build_tasks
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
 from harmony.planner.schedule import Schedule
-from harmony.planner.search import choose
 from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase, Samples, StepSpec, TaskKind
 from harmony.planner.trial import inference_schedule
 from harmony.planner.verify import verify
 from harmony.plans.file import check_plan
 from harmony.profiler import KnownTimes, measure_layers
+from harmony.profiles.steady import Steady, choose_steadily
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
 from harmony.runtime.hostmem import ArenaLayout, Place
@@ -68,6 +68,7 @@ class Binding:
         host: HostState,
         contexts: Sequence[DeviceContext],
         form: Phase,
+        steady: Steady | None = None,
     ) -> None:
         self.captured = captured
         self.graph = graph
@@ -78,6 +79,7 @@ class Binding:
         self.costs: CostTable | None = None
         self._contexts = contexts
         self._form = form
+        self._steady = steady
         self._plans: dict[int, Plan] = {}
         self._predicted: dict[int, tuple[Plan, Timeline]] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
@@ -144,6 +146,7 @@ class Binding:
             update,
             known,
         )
+        self.costs = with_bytes(self.costs, nbytes)
         # Of the time that a layer takes on a virtual GPU, only what it computes needs a core.
         self.machine = replace(self.machine, cpu_share=self.machine.cpu_share * cpu_share)
 
@@ -175,7 +178,10 @@ class Binding:
         if plan is None and pinned is not None and pinned.minibatch == minibatch:
             plan = self._check_pinned(pinned)
         if plan is None:
-            plan = choose(
+            assert self._steady is not None, "the machine is known before a plan is made"
+            plan = choose_steadily(
+                self._steady,
+                self.captured,
                 self.graph,
                 self.costs,
                 self.machine,
@@ -314,6 +320,23 @@ def with_saved(
         for layer in graph.layers
     )
     return replace(graph, layers=layers)
+
+
+def with_bytes(
+    costs: CostTable, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
+) -> CostTable:
+    """Return the costs at all sizes whose bytes are known, also those that could not be timed."""
+
+    def row(index: int) -> dict[int, LayerCost]:
+        timed = {size: costs.layer(index, size) for size in nbytes}
+        return {
+            size: LayerCost(
+                cost.forward_s, cost.backward_s, cost.update_s, *nbytes[size][index]
+            )
+            for size, cost in timed.items()
+        }
+
+    return CostTable(tuple(row(index) for index in range(len(costs.by_layer))))
 
 
 def with_state(graph: LayerGraph, layout: ArenaLayout, update: UpdateCost) -> LayerGraph:

@@ -286,7 +286,8 @@ class Bindings:
         graph = with_state(captured.graph, host.gradients.layout, update)
         host = replace(host, graph=graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
-        return Binding(captured, graph, machine, host, self._contexts, phase)
+        steady = self._measured.steady()
+        return Binding(captured, graph, machine, host, self._contexts, phase, steady)
 
     def _host_state(self, captured: Captured, machine: Machine) -> HostState:
         """See the arena as this capture of the model does; the first one makes it."""

@@ -1,6 +1,6 @@
 """After some steps: what they really took, and whether another plan would now be better.
 
-Only plans that compute the same bits are considered: the same microbatches, in the same shares.
+Only plans that compute the same bits are considered (`harmony.planner.numerics`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from harmony.planner.plan import Plan
 from harmony.planner.refine import Refined, refine
 from harmony.planner.search import choose
 from harmony.planner.simulate import predict_s
-from harmony.planner.tasks import StepSpec
 from harmony.session import ModelRecord
 from harmony.timeline import Timeline
 from harmony.units import format_seconds
@@ -94,31 +93,16 @@ def better_plan(
         now_s: what ``plan`` takes by the same costs.
         activations: as for `choose`.
     """
-    spec = plan.spec
-    if spec.forward_size != spec.backward_size:
-        return None  # the search would have to be asked for both sizes
     try:
         other = choose(
             binding.graph,
             found.costs,
             found.machine,
             plan.minibatch,
-            replicas=len(spec.shares),
-            microbatch_size=spec.backward_size,
             activations=activations,
-            phase=spec.phase,
+            phase=plan.spec.phase,
+            like=plan,
         )
     except PlanError:  # by these figures nothing fits: what runs does
         return None
-    slow = other.step_s > WORTHWHILE * now_s
-    return None if slow or _bits(other.spec, binding) != _bits(spec, binding) else other
-
-
-def _bits(spec: StepSpec, binding: Binding) -> list[object]:
-    """What the bits of a step depend on: microbatches, shares, which uses of a tied parameter are
-    added up in one pack."""
-    found: list[object] = [spec.shares, spec.forward_size, spec.backward_size]
-    for param in binding.graph.shared:
-        packs = [p for layer in param.layers for p in spec.backward_packs if layer in p]
-        found.append([packs.index(pack) for pack in packs])
-    return found
+    return None if other.step_s > WORTHWHILE * now_s else other

@@ -80,6 +80,7 @@ class Machine:
         peer_links: how a copy goes from device to device: over a link of its own (``"direct"``:
             NVLink) or over the sender's link to the host, the receiver's, and the switches that
             they do not share (``"host"``: PCIe).
+        updates_alike: whether an update on a device has the same bits as one on the host.
     """
 
     devices: tuple[Device, ...]
@@ -87,6 +88,7 @@ class Machine:
     cpu_share: float = 0.0
     switches: tuple[Switch, ...] = ()
     peer_links: Literal["direct", "host"] = "direct"
+    updates_alike: bool = True
 
     @property
     def num_devices(self) -> int:
@@ -110,4 +112,5 @@ class Machine:
             data.get("cpu_share", 0.0),
             tuple(switches),
             data.get("peer_links", "direct"),
+            data.get("updates_alike", True),
         )

@@ -17,7 +17,8 @@ import torch
 from harmony.machine import Device, Host, Machine, Switch
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
-from harmony.runtime.hostmem import HostBuffer, available_host_nbytes
+from harmony.runtime.hostlimits import available_host_nbytes
+from harmony.runtime.hostmem import HostBuffer
 
 _LINK_SAMPLE_NBYTES = 16 * 2**20
 _ADD_SAMPLE = 1 << 20

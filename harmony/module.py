@@ -20,6 +20,7 @@ from harmony.planner.plan import Plan
 from harmony.plans.file import load_plan
 from harmony.report import print_report
 from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
+from harmony.runtime.randomness import drawn_seed
 from harmony.scriptverifier import verify_and_stop
 from harmony.session import ModelRecord, StepStats
 from harmony.timeline import Timeline
@@ -88,7 +89,8 @@ class Harmony(Wrapper):
         replan: whether the plan may change between two steps, once the steps have shown what they
             take and another plan is predicted to be more than 5 % faster with that. It computes
             the same, bit for bit: microbatches and replicas stay what they are.
-        seed: the run's seed, for `harmony.microbatch_seed`.
+        seed: the run's seed, for `harmony.microbatch_seed`; None: one that follows from torch's
+            generator now, so that `torch.manual_seed` before makes runs repeatable.
 
     Raises:
         ConfigError: for an option that makes no sense.
@@ -113,7 +115,7 @@ class Harmony(Wrapper):
         activations: str = "auto",
         updates: str = "auto",
         replan: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         _check_options(module, mode, microbatch_size, activations, updates)
@@ -138,7 +140,7 @@ class Harmony(Wrapper):
                 activations=activations,
                 updates=updates,
                 replan=replan and options.replan,
-                seed=seed,
+                seed=drawn_seed() if seed is None else seed,
             ),
         )
         if options.verify and optimizer is None:
@@ -251,6 +253,11 @@ class Harmony(Wrapper):
     @num_steps.setter
     def num_steps(self, value: int) -> None:
         self._engine.num_steps = value
+
+    @property
+    def seed(self) -> int:
+        """The run's seed: give it to a model that is to go on with the same random numbers."""
+        return self._engine.options.seed
 
     @property
     def plan(self) -> Plan | None:

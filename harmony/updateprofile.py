@@ -56,12 +56,14 @@ class UpdateCost:
             where it does not work there, or other than on the host.
         temporary_nbytes: bytes that an update on a device takes while it runs, per element of the
             largest parameter.
+        alike: whether an update on a device computes the same bits.
     """
 
     seconds: float
     state_nbytes: Mapping[str, float] = field(default_factory=dict)
     device_bytes_per_s: float = 0.0
     temporary_nbytes: float = 0.0
+    alike: bool = False
 
     def state_of(self, place: Place) -> int:
         """Bytes of the state of a parameter."""
@@ -80,7 +82,7 @@ def with_device_updates(machine: Machine, cost: UpdateCost) -> Machine:
     devices = (
         replace(device, update_bytes_per_s=cost.device_bytes_per_s) for device in machine.devices
     )
-    return replace(machine, devices=tuple(devices))
+    return replace(machine, devices=tuple(devices), updates_alike=cost.alike)
 
 
 def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = None) -> UpdateCost:
@@ -97,8 +99,10 @@ def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = Non
         if context is None or optimizer.waits is not None:
             return cost
         with streams_restored([context]):
-            rate, temporary = _on_a_device(optimizer, context)
-        return replace(cost, device_bytes_per_s=rate, temporary_nbytes=temporary)
+            rate, temporary, alike = _on_a_device(optimizer, context)
+        return replace(
+            cost, device_bytes_per_s=rate, temporary_nbytes=temporary, alike=alike
+        )
 
 
 def _on_the_host(optimizer: PackOptimizer) -> UpdateCost | None:
@@ -154,21 +158,29 @@ def _state(optimizer: PackOptimizer) -> dict[str, float]:
     return found
 
 
-def _on_a_device(optimizer: PackOptimizer, context: DeviceContext) -> tuple[float, float]:
-    """Gradient bytes per second there, and bytes of temporaries per element; 0 if it cannot."""
+def _on_a_device(optimizer: PackOptimizer, context: DeviceContext) -> tuple[float, float, bool]:
+    """Gradient bytes per second there, and bytes of temporaries per element; 0 if it cannot.
+
+    Also whether it computes the same bits there.
+    """
     context.enter()
     context.use("compute")
     try:
-        if not _same_there(optimizer, context):
-            return 0.0, 0.0
-        temporary = _temporary(optimizer, context)
-        return (0.0, 0.0) if temporary is None else (_rate(optimizer, context), temporary)
+        alike = _same_there(optimizer, context)
+        temporary = None if alike is None else _temporary(optimizer, context)
+        if alike is None or temporary is None:
+            return 0.0, 0.0, False
+        return _rate(optimizer, context), temporary, alike
     except Exception:  # an optimizer of the user's may be for the CPU only
-        return 0.0, 0.0
+        return 0.0, 0.0, False
 
 
-def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool:
-    """Whether steps on the device lead to what they lead to on the host."""
+def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool | None:
+    """Whether steps on the device lead to the bits that they lead to on the host.
+
+    None if they lead elsewhere.
+    """
+    alike = True
     here, there = stand_in(optimizer.full), stand_in(optimizer.full)
     exact = native.is_virtual(context.device)
     for step in range(2):
@@ -181,12 +193,12 @@ def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool:
         for param, moved, stays in zip(here.params, copies, there.params, strict=True):
             off = _OTHER_DEVICE if param.dtype.itemsize >= 4 else _NARROW
             found = moved.detach().cpu()
-            if exact and not torch.equal(found, param):
-                return False
-            if not torch.allclose(found, param, rtol=off, atol=off, equal_nan=True):
-                return False
+            alike = alike and torch.equal(found, param)
+            close = torch.allclose(found, param, rtol=off, atol=off, equal_nan=True)
+            if not close or (exact and not alike):
+                return None
             stays.data.copy_(found)
-    return True
+    return alike
 
 
 def _temporary(optimizer: PackOptimizer, context: DeviceContext) -> float | None:

@@ -90,6 +90,7 @@ def train(data: list[Batch], gpus: int, mode: str) -> tuple[Outcome, Ranges]:
         mode=mode,
         microbatch_size=MICROBATCH,
         devices=gpus,
+        seed=0,
     )
     losses = [float(model.train_step(inputs, targets)) for inputs, targets in data]
     assert model.plan is not None

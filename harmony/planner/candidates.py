@@ -16,6 +16,7 @@ from functools import cached_property
 
 from harmony.machine import Machine
 from harmony.planner.footprint import parked
+from harmony.planner.numerics import Numerics, numerics_of
 from harmony.planner.packing import Budget, Packer
 from harmony.planner.partition import PackingTable
 from harmony.planner.policy import LEAN, Policy
@@ -99,6 +100,7 @@ class Question:
         sizes: microbatch sizes to try; None for all that make sense.
         num_packs: of BACKWARD packs; None for any.
         recompute: whether all activations are recomputed, none kept or offloaded.
+        like: compute the bits that this candidate computes; None for any.
     """
 
     packer: Packer
@@ -109,11 +111,20 @@ class Question:
     sizes: tuple[int, ...] | None = None
     num_packs: int | None = None
     recompute: bool = False
+    like: Candidate | None = None
 
     @property
     def memory_nbytes(self) -> int:
         """Bytes of the smallest device."""
         return min(device.memory_nbytes for device in self.machine.devices)
+
+    def admits(self, candidate: Candidate) -> bool:
+        """Whether a candidate computes the bits that are asked for."""
+        return self.like is None or self._bits(candidate) == self._bits(self.like)
+
+    def _bits(self, candidate: Candidate) -> Numerics:
+        graph, alike = self.packer.graph, self.machine.updates_alike
+        return numerics_of(graph, candidate.spec, candidate.policy, updates_alike=alike)
 
 
 def replicas_of(mode: str, num_devices: int, minibatch: int, *, ordered: bool) -> tuple[int, ...]:
@@ -206,6 +217,8 @@ def _backward_packs(
         packs = table.packs(end, count)
         if packs is not None:
             yield packs
+    if question.like is not None:
+        yield question.like.spec.backward_packs
     last = table.largest_last(end)
     if question.phase is not Phase.TRAIN or ring > 1 or not last:
         return
@@ -245,6 +258,9 @@ def coinciding(
         if packs is not None:
             spec = _spec(question, where, size, packs[:-1], packs)
             yield Candidate(where.mode, spec, mirrored)
+    if question.like is not None:
+        packs = question.like.spec.backward_packs
+        yield Candidate(where.mode, _spec(question, where, size, packs[:-1], packs), mirrored)
 
 
 def _ladder(fewest: int, ring: int, most: int) -> Iterator[int]:
@@ -267,8 +283,15 @@ def _spec(
     forward: tuple[Pack, ...],
     backward: tuple[Pack, ...],
 ) -> StepSpec:
-    phase = question.phase
-    return StepSpec(question.minibatch, size, size, forward, backward, where.shares, phase)
+    larger = _forward_size(question, size)
+    return StepSpec(
+        question.minibatch, larger, size, forward, backward, where.shares, question.phase
+    )
+
+
+def _forward_size(question: Question, size: int) -> int:
+    """Samples of a FORWARD microbatch: as many as of a BACKWARD's, unless that is settled."""
+    return size if question.like is None else question.like.spec.forward_size
 
 
 def _forward_packs(
@@ -294,7 +317,7 @@ def _forward_packs(
         weight_nbytes=max(weights for weights, _ in slots),
         gradient_nbytes=max(gradients for _, gradients in slots),
     )
-    table = question.packer.table(TaskKind.FORWARD, size, shared)
+    table = question.packer.table(TaskKind.FORWARD, _forward_size(question, size), shared)
     seen = {packs[:-1]}
     yield packs[:-1]
     for count in _counts(table, end, ring, None, few=few):
@@ -332,7 +355,7 @@ def larger_forward(question: Question, found: Candidate) -> Iterator[Candidate]:
     nothing is recomputed.
     """
     spec = found.spec
-    pinned = question.packer.graph.pins_microbatch()
+    pinned = question.packer.graph.pins_microbatch() or question.like is not None
     if question.phase is not Phase.TRAIN or pinned or spec.saved:
         return
     share = min(high - low for low, high in spec.shares)

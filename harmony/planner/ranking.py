@@ -111,6 +111,8 @@ class Ranking:
     def fill(self) -> None:
         """Estimate candidates."""
         coarse: list[tuple[float, Layout, int, float]] = []
+        if self.question.like is not None:
+            self._add(self.question.like)
         for replicas in self.question.replicas:
             where = layout(self.question, replicas)
             for size in self.estimator.sizes(where):
@@ -177,7 +179,9 @@ class Ranking:
             for replicas in self.question.replicas:
                 where = layout(self.question, replicas)
                 candidate = finest(self.question, where, self.estimator.sizes(where)[-1])
-                if candidate not in self._done and self.estimator.may_fit(candidate):
+                if candidate in self._done or not self.question.admits(candidate):
+                    continue
+                if self.estimator.may_fit(candidate):
                     yield self.estimator.step_s(candidate), candidate
 
     def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
@@ -268,7 +272,7 @@ class Ranking:
         """Estimate a candidate if it fits; infinity if not."""
         estimator = self.estimator
         if candidate not in self._known:
-            if not estimator.fits_host(candidate):
+            if not self.question.admits(candidate) or not estimator.fits_host(candidate):
                 return math.inf
             if estimator.peak_nbytes(candidate) > memory_nbytes:
                 return math.inf
@@ -280,6 +284,8 @@ class Ranking:
         """Estimate a candidate that keeps nothing; infinity if it hardly fits."""
         if candidate not in self._known:
             estimator = self.estimator
+            if not self.question.admits(candidate):
+                return math.inf
             fits_host = self.question.phase is not Phase.TRAIN or estimator.fits_host(candidate)
             if not fits_host or not estimator.may_fit(candidate):
                 # The estimate is close, but the plan has the last word, and words for the error.

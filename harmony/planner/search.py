@@ -74,6 +74,7 @@ def choose(
     replicas: int | None = None,
     activations: str = "auto",
     phase: Phase = Phase.TRAIN,
+    like: Plan | None = None,
 ) -> Plan:
     """Return the fastest plan that fits; the same question always gets the same answer.
 
@@ -84,6 +85,8 @@ def choose(
         activations: ``"auto"``, or ``"recompute"`` to keep and offload none.
         phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for the drop-in form, where
             the plan then has schedules for both; ``INFER`` for inference alone.
+        like: a plan for the same minibatch, the bits of which this one computes too (see
+            `harmony.planner.numerics`), whatever mode, microbatch_size and replicas say.
 
     Raises:
         ConfigError: if an option makes no sense.
@@ -100,6 +103,7 @@ def choose(
         replicas=replicas,
         activations=activations,
         phase=phase,
+        like=like,
     )
     _check_host(graph, machine)
     search = _Search(question)
@@ -140,6 +144,7 @@ def ask(
     replicas: int | None = None,
     activations: str = "auto",
     phase: Phase = Phase.TRAIN,
+    like: Plan | None = None,
 ) -> Question:
     """Return what `choose` is asked, its options checked.
 
@@ -171,7 +176,13 @@ def ask(
     sizes = (size,) if isinstance(size, int) else None
     recompute = activations == "recompute"
     packer = Packer(graph, costs)
-    return Question(packer, machine, minibatch, phase, counts, sizes, num_packs, recompute)
+    model = None
+    if like is not None:
+        model = Candidate(like.mode, like.spec, like.policy)
+        counts, sizes = (len(like.spec.shares),), (like.spec.backward_size,)
+    return Question(
+        packer, machine, minibatch, phase, counts, sizes, num_packs, recompute, model
+    )
 
 
 class _Search:

@@ -15,7 +15,6 @@ import torch
 from harmony import session
 from harmony.binding import Binding, with_saved, with_state
 from harmony.capture import Captured, LiveOnlyError
-from harmony.capture.work import work_of
 from harmony.errors import CaptureError
 from harmony.figures import forward_seconds
 from harmony.layergraph import LayerGraph
@@ -24,8 +23,8 @@ from harmony.planner.simulate import simulate
 from harmony.planner.tasks import Phase
 from harmony.plans.arguments import PlanRequest
 from harmony.plans.command import chosen, machine_and_costs
-from harmony.profiles.analytic import LayerWork, Work, WorkTable
 from harmony.profiles.model import ModelProfile
+from harmony.profiles.steady import count_work
 from harmony.runtime import native
 from harmony.runtime.hostmem import ArenaLayout
 from harmony.session import ModelRecord
@@ -55,15 +54,6 @@ def profile_of(
         clips=clips,
         num_params=_num_params(binding.captured),
     )
-
-
-def count_work(captured: Captured, sizes: Sequence[int]) -> WorkTable:
-    """FLOPs, bytes and kernels of every layer at these microbatch sizes."""
-    table: list[dict[int, LayerWork]] = [{} for _ in captured.graph.layers]
-    for size in sizes:
-        for row, counts in zip(table, work_of(captured, size), strict=True):
-            row[size] = LayerWork(Work(*counts.forward), Work(*counts.backward))
-    return WorkTable(tuple(table))
 
 
 def unmeasured_profile(

@@ -156,7 +156,7 @@ def work_seconds(work: Work, gpu: Gpu, *, tf32: bool = False) -> float:
         factor = 2.0 if dtype == "fp64" else 1.0
         products += factor * count / gpu.achievable(used)
     busy = max(products, work.product_nbytes / bandwidth) + work.other_nbytes / bandwidth
-    return max(busy, work.num_kernels * LAUNCH_S)
+    return max(busy + work.num_kernels * gpu.kernel_s, work.num_kernels * LAUNCH_S)
 
 
 def analytic_costs(
@@ -167,6 +167,7 @@ def analytic_costs(
     host_bytes_per_s: float,
     minibatch: int,
     *,
+    sizes: Sequence[int] = (),
     tf32: bool = False,
 ) -> CostTable:
     """Return the costs of layers on a GPU that did not run them.
@@ -175,8 +176,9 @@ def analytic_costs(
         counted: a table whose bytes are right; its seconds are not used.
         host_bytes_per_s: memory bandwidth of the host, which its updates are limited by.
         minibatch: the largest microbatch that may be asked for.
+        sizes: microbatch sizes of the table; by default as many as make sense.
     """
-    sizes = sizes_up_to(minibatch)
+    sizes = sizes or sizes_up_to(minibatch)
     known: dict[str, dict[int, tuple[float, float]]] = {}
     table = []
     for layer in graph.layers:

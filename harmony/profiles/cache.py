@@ -35,13 +35,13 @@ from harmony.profiler import KnownTimes
 from harmony.profiles.model import write_json
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.hostmem import available_host_nbytes
+from harmony.runtime.hostlimits import available_host_nbytes
 from harmony.runtime.optimizer import PackOptimizer
 from harmony.updateprofile import UpdateCost
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 VARIABLE = "HARMONY_MEASUREMENTS"
 
 
@@ -170,9 +170,9 @@ def _read_times(data: Any) -> KnownTimes:
 
 
 def _read_update(data: Any) -> UpdateCost:
-    state = {str(kind): float(nbytes) for kind, nbytes in data.pop("state_nbytes").items()}
-    others = {str(name): float(value) for name, value in data.items()}
-    return UpdateCost(state_nbytes=state, **others)
+    state = {str(kind): float(nbytes) for kind, nbytes in data["state_nbytes"].items()}
+    rates = (float(data[name]) for name in ("device_bytes_per_s", "temporary_nbytes"))
+    return UpdateCost(float(data["seconds"]), state, *rates, bool(data["alike"]))
 
 
 def machine_identity(contexts: Sequence[DeviceContext]) -> str:

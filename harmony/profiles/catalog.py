@@ -54,6 +54,7 @@ class Gpu:
         peer_bytes_per_s: to another GPU and direction over NVLink or the like; 0 if there is none.
         matmul_share: of the peak of tensor cores that large products reach.
         server: whether it is made for servers (its host then has more memory channels).
+        kernel_s: what every kernel takes beside its work.
         source: where the figures come from.
         share_source: where ``matmul_share`` comes from; empty for `MATMUL_SHARE`.
     """
@@ -69,6 +70,7 @@ class Gpu:
     source: str = ""
     share_source: str = ""
     aliases: tuple[str, ...] = field(default=(), repr=False)
+    kernel_s: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of a type."""

@@ -10,6 +10,7 @@ from harmony.machine import Machine
 from harmony.machineprofile import measure_machine
 from harmony.profiler import KnownTimes
 from harmony.profiles.cache import MeasureCache, open_cache
+from harmony.profiles.steady import Steady, steady_of
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.optimizer import PackOptimizer
 from harmony.updateprofile import UpdateCost, measure_update
@@ -39,6 +40,7 @@ class Measurements:
         self._is_open = False
         self._machine: Machine | None = None
         self._updates: dict[bool, UpdateCost] = {}
+        self._steady: Steady | None = None
         self._update: UpdateCost | None = None
         self._times: KnownTimes | None = None
         self._num_kept = 0
@@ -54,6 +56,13 @@ class Measurements:
                     self._contexts, *limits, lambda: measure_machine(self._contexts, *limits)
                 )
         return self._machine
+
+    def steady(self) -> Steady:
+        """The machine without what was timed of it."""
+        if self._steady is None:
+            cores = self.machine().host.num_cores
+            self._steady = steady_of(self._contexts, self._limits, cores)
+        return self._steady
 
     def update(self, optimizer: PackOptimizer) -> UpdateCost:
         """What the optimizer costs; measured again where its updates wait, or no longer do."""

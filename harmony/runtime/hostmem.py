@@ -12,9 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -22,23 +20,11 @@ from harmony.capture.params import ParamInfo
 from harmony.errors import DoesNotFitError, HarmonyError
 from harmony.planner.tasks import Samples
 from harmony.runtime import native
+from harmony.runtime.hostlimits import available_host_nbytes
 from harmony.units import aligned, format_bytes
 
 Views = Mapping[str, torch.Tensor]
 """Memory by the name of the tensor that lives there."""
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_host_nbytes() -> int:
-    """Bytes of host memory that this process may still take: free memory, or the cgroup's rest."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
 class HostBuffer:

@@ -37,9 +37,7 @@ def is_virtual(device: torch.device) -> bool:
 def identity(device: torch.device) -> str:
     """Text that is equal for devices of equal speed, as far as software can tell."""
     if is_virtual(device):
-        vgpu = _vgpu()
-        settings = {} if vgpu is None else vgpu.current_settings()
-        return f"vgpu {sorted(settings.items())}"
+        return f"vgpu {sorted(virtual_settings().items())}"
     total = memory_info(device)[1]
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -51,6 +49,12 @@ def product_name(device: torch.device) -> str:
     if is_virtual(device):
         return "virtual GPU"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def virtual_settings() -> dict[str, Any]:
+    """What the virtual GPUs of this process are set to; empty without any."""
+    vgpu = _vgpu()
+    return {} if vgpu is None else dict(vgpu.current_settings())
 
 
 def memory_info(device: torch.device) -> tuple[int, int]:

@@ -39,10 +39,21 @@ def seed_microbatch(step: int, index: int, seed: int = 0) -> None:
             (loss_fn(net(x), y) * len(x) / len(batch)).backward()
 
     Args:
-        step, index, seed: as for `microbatch_seed`.
+        step, index, seed: as for `microbatch_seed`; ``seed`` is the model's `Harmony.seed`.
     """
     torch.manual_seed(microbatch_seed(step, index, seed))
     seed_python(microbatch_seed(step, index, seed))
+
+
+def drawn_seed() -> int:
+    """Return a seed that follows from the state of torch's generator, which stays as it is.
+
+    After `torch.manual_seed` it is the same in every run; and what a program draws next does not
+    depend on whether it has asked for a seed.
+    """
+    generator = torch.Generator()
+    generator.set_state(torch.default_generator.get_state())
+    return int(torch.randint(2**63 - 1, (), generator=generator))
 
 
 def _nothing() -> None:

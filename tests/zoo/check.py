@@ -116,6 +116,7 @@ def _compare(entry: Entry) -> Outcome:
         mode="pp",
         microbatch_size=entry.microbatch,
         devices=NUM_DEVICES,
+        seed=0,
     )
     outcome = Outcome("", 0, 0, sum(p.numel() for p in net.parameters()))
     for step, batch in enumerate(entry.batches(NUM_STEPS)):

@@ -1,0 +1,59 @@
+"""How much memory the host has, and how much of it this process may still take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def available_host_nbytes() -> int:
+    """Bytes of host memory that this process may still take: free memory, or the cgroup's rest."""
+    free = int(psutil.virtual_memory().available)
+    return max(0, min([free, *(limit - used for limit, used in _limits())]))
+
+
+def total_host_nbytes() -> int:
+    """Bytes of host memory, or the cgroup's limit: the same in every run."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use of the control groups that the process is in, as far as they can be read.
+
+    Version 2 has one tree of groups, version 1 one for memory; a group is limited by those above
+    it. In a container the tree begins at the container's own group, whatever the path says.
+    """
+    for controller, limit, used in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        tree = CGROUP / controller
+        own = tree / _own_group(controller).lstrip("/")
+        for group in (own, *own.parents):
+            if group == tree.parent:
+                break
+            try:
+                # Without a limit version 2 says "max", version 1 a number beyond any memory.
+                found = int((group / limit).read_text(encoding="ascii"))
+                yield found, int((group / used).read_text(encoding="ascii"))
+            except (OSError, ValueError):
+                continue
+
+
+def _own_group(controller: str) -> str:
+    """Path of the process's group in the tree of a controller; "" stands for version 2."""
+    try:
+        lines = OWN_GROUPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controller in controllers.split(",") and ".." not in path:
+            return path
+    return ""
