@@ -22,7 +22,7 @@ from harmony.draws import DrawPlayer, DrawRecorder
 from harmony.errors import DoesNotFitError
 from harmony.plainoutput import LossFn, Piece, batch_dim, loss_of
 from harmony.planner.tasks import Samples
-from harmony.runtime.hostmem import available_host_nbytes
+from harmony.runtime.hostlimits import available_host_nbytes
 from harmony.runtime.randomness import seed_microbatch
 from harmony.snapshot import Snapshot
 from harmony.units import format_bytes

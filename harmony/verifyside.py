@@ -18,7 +18,7 @@ from harmony.errors import DoesNotFitError
 from harmony.plainstep import Parts, Result, Tensors
 from harmony.planner.tasks import Samples, TaskKind
 from harmony.runtime import native
-from harmony.runtime.hostmem import available_host_nbytes
+from harmony.runtime.hostlimits import available_host_nbytes
 from harmony.snapshot import Snapshot
 from harmony.units import format_bytes
 from harmony.verification import OTHER_DEVICE
