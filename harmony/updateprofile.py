@@ -82,7 +82,8 @@ def with_device_updates(machine: Machine, cost: UpdateCost) -> Machine:
     devices = (
         replace(device, update_bytes_per_s=cost.device_bytes_per_s) for device in machine.devices
     )
-    return replace(machine, devices=tuple(devices), updates_alike=cost.alike)
+    alike = cost.alike or not cost.device_bytes_per_s  # then none is there
+    return replace(machine, devices=tuple(devices), updates_alike=alike)
 
 
 def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = None) -> UpdateCost:

@@ -171,8 +171,9 @@ def _read_times(data: Any) -> KnownTimes:
 
 def _read_update(data: Any) -> UpdateCost:
     state = {str(kind): float(nbytes) for kind, nbytes in data["state_nbytes"].items()}
-    rates = (float(data[name]) for name in ("device_bytes_per_s", "temporary_nbytes"))
-    return UpdateCost(float(data["seconds"]), state, *rates, bool(data["alike"]))
+    names = ("seconds", "device_bytes_per_s", "temporary_nbytes")
+    seconds, rate, temporary = (float(data[name]) for name in names)
+    return UpdateCost(seconds, state, rate, temporary, bool(data["alike"]))
 
 
 def machine_identity(contexts: Sequence[DeviceContext]) -> str:
