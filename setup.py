@@ -53,6 +53,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "accelerate",
             "expecttest",
             "hypothesis",
             "numpy",

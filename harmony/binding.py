@@ -25,9 +25,10 @@ from harmony.planner.verify import verify
 from harmony.plans.file import check_plan
 from harmony.profiler import KnownTimes, measure_layers
 from harmony.profiles.steady import Steady, choose_steadily
+from harmony.runtime.arenalayout import ArenaLayout
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
-from harmony.runtime.hostmem import ArenaLayout, Place
+from harmony.runtime.hostmem import Place
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.stage import Values

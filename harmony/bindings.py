@@ -6,9 +6,8 @@ They share one arena of parameters, and take turns in having the memory of the d
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +16,10 @@ from harmony import facts, session
 from harmony.bigmodel import check_values, materialise
 from harmony.binding import Binding, with_state
 from harmony.capture import Captured, GuardError, LiveOnlyError, capture, undisturbed
-from harmony.errors import CaptureError
-from harmony.lending import check_own
+from harmony.errors import HarmonyError
+from harmony.lending import check_plain
 from harmony.machine import Machine
+from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.plans.elsewhere import (
@@ -31,10 +31,12 @@ from harmony.plans.elsewhere import (
 from harmony.plans.file import check_minibatch
 from harmony.profiles.measured import Measurements
 from harmony.profiles.model import ModelProfile
+from harmony.runtime.arena import ArenaView, HostArena, tensors_of
+from harmony.runtime.arenalayout import ArenaLayout
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.hostmem import ArenaLayout, ArenaView, HostArena, HostBuffer
+from harmony.runtime.hostmem import HostBuffer
 from harmony.runtime.hoststate import HostState
-from harmony.runtime.optimizer import Groups, OptimizerFactory, PackOptimizer
+from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.stage import Values
 from harmony.session import ModelRecord
 from harmony.signature import Attribute, Call, Signature, signature_of
@@ -47,27 +49,6 @@ NO_UPDATE = UpdateCost(0.0)
 """Where the optimizer is the user's."""
 
 OTHER_WAY = "the forward goes another way for other values"
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The wrapper's arguments, checked and parsed."""
-
-    optimizer: OptimizerFactory | None = None
-    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    param_groups: Groups | None = None
-    max_grad_norm: float | None = None
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
-    mode: str = "auto"
-    microbatch_size: int | None = None
-    device_memory_nbytes: int | None = None
-    host_memory_nbytes: int | None = None
-    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
-    plan: Plan | None = None
-    activations: str = "auto"
-    updates: str = "auto"
-    replan: bool = True
-    seed: int = 0
 
 
 @dataclass
@@ -94,6 +75,7 @@ class Bindings:
     Attributes:
         active: the binding that has the devices' memory.
         arenas: of the weights and of the gradients; None before the first batch.
+        generation: counts how often all captures were forgotten.
     """
 
     def __init__(
@@ -106,13 +88,14 @@ class Bindings:
     ) -> None:
         self.active: Binding | None = None
         self.arenas: tuple[HostArena, HostArena] | None = None
+        self.generation = 0
+        self._difference: str | None = None
         self._net = net
         self._contexts = contexts
         self._options = options
         self._optimizer = optimizer
         self._record = record
         self._paths: dict[tuple[Signature, bool], Paths] = {}
-        self._params: dict[str, nn.Parameter] = {}
         self._stages: dict[int, tuple[HostBuffer, int]] = {}
         limits = options.device_memory_nbytes, options.host_memory_nbytes
         self._measured = Measurements(net, contexts, limits, record.warn)
@@ -125,22 +108,63 @@ class Bindings:
 
     def paths(self, form: str, call: Call) -> tuple[Paths, int]:
         """Return what the signature of a call has led to, and its number of samples."""
-        check_own(self._net, self._params)
-        if self.arenas is not None:
-            self.arenas[0].take_back()
+        self._take_in()
         key, minibatch = self._key(form, call)
         return self._paths.setdefault(key, Paths()), minibatch
 
     def _key(self, form: str, call: Call) -> tuple[tuple[Signature, bool], int]:
         """What paths are kept by: a plan may be one for updates that wait, or not."""
         key, minibatch = signature_of(
-            self._net, call, form, _of_form(self._options.batch_dims, form), self._moving
+            self._net, call, form, self._options.batch_dims_of(form), self._moving
         )
         return (key, form == "step" and self._waits()), minibatch
 
     def _waits(self) -> bool:
         """Whether the optimizer wants all gradients on the host before its first update."""
         return self._optimizer is not None and self._optimizer.waits is not None
+
+    def settle_optimizer(self) -> None:
+        """Let the optimizer be that of the parameters that there are now, from now on."""
+        if self._optimizer is not None:
+            params = dict(self._net.named_parameters())
+            self._optimizer.settle(params, lambda: self._options.groups_of(self._net))
+
+    def _take_in(self) -> None:
+        """Let the arena hold the module's tensors, whatever was done to them since the last call.
+
+        Where parameters are others, or something has another form, the captures are of another
+        model: they are forgotten, and what is new moves into the arena with the next one.
+        """
+        check_plain(self._net)
+        if self.arenas is None:
+            return
+        weights, now = self.arenas[0], tensors_of(self._net)
+        difference = weights.difference(now)
+        if difference is None:
+            weights.take_in(now)
+        else:
+            self.forget()
+            self._difference = difference
+
+    def check_current(self, generation: int) -> None:
+        """Refuse to go on with what was captured of a model that is another now.
+
+        Raises:
+            HarmonyError: if all captures were forgotten since then.
+        """
+        if generation != self.generation:
+            raise HarmonyError(
+                "backward() after parameters or buffers of the model were replaced, added, "
+                "deleted, or given another shape or dtype, and the model was called again: its "
+                "forward belongs to another model. Call backward() before that"
+            )
+
+    def forget(self) -> None:
+        """Forget all captures: the model is another."""
+        self.activate(None)
+        self._paths.clear()
+        self._moving.clear()
+        self.generation += 1
 
     def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
         """Return a binding that stands for a call, its plan, and the tensors by value.
@@ -264,18 +288,28 @@ class Bindings:
 
     def _capture(self, form: str, call: Call) -> Captured:
         options, (args, kwargs, targets) = self._options, call
-        return capture(
-            self._net,
-            args,
-            kwargs,
-            loss=options.loss_fn if form == "step" else None,
-            targets=targets,
-            output_loss=form == "step" and options.loss_fn is None,
-            batch_dims=_of_form(options.batch_dims, form),
-        )
+        try:
+            return capture(
+                self._net,
+                args,
+                kwargs,
+                loss=options.loss_fn if form == "step" else None,
+                targets=targets,
+                output_loss=form == "step" and options.loss_fn is None,
+                batch_dims=options.batch_dims_of(form),
+            )
+        except Exception as error:
+            if self._difference is None or isinstance(error, HarmonyError):
+                raise
+            raise HarmonyError(
+                f"the forward fails since {self._difference}. {type(error).__name__}: {error}"
+            ) from error
 
     def bind(self, captured: Captured, form: str) -> Binding:
         """Make a binding of a capture."""
+        if self._optimizer is not None and form == "step":
+            self.settle_optimizer()
+            self._optimizer.check_covers(dict(self._net.named_parameters()))
         machine = self._measured.machine()
         update = NO_UPDATE if form != "step" else self.update_cost()
         if form == "step" and self._options.updates == "auto" and not self._waits():
@@ -302,15 +336,17 @@ class Bindings:
                 HostArena(weights, device, "the weights"),
                 HostArena(gradients, device, "the gradients"),
             )
-            self._params = arenas[0].adopt(self._net, materialise)
+            arenas[0].adopt(self._net, materialise)
             self.arenas = arenas  # only now: values may be missing
-        elif set(gradients.places) != set(self.arenas[1].layout.places):
-            raise CaptureError(
-                "other parameters are frozen than in the first call. Freeze or unfreeze before "
-                "the first batch, or make a new Harmony model"
-            )
-        views = ArenaView(self.arenas[0], weights), ArenaView(self.arenas[1], gradients)
-        host = HostState(graph, *views, self._params, self._optimizer, stages=self._stages)
+        else:
+            arenas = self.arenas
+            for arena, layout in zip(arenas, (weights, gradients), strict=True):
+                arena.keep(weights.places)
+                arena.extend(layout)
+            arenas[0].adopt(self._net, materialise)
+        views = ArenaView(arenas[0], weights), ArenaView(arenas[1], gradients)
+        params = dict(self._net.named_parameters())
+        host = HostState(graph, *views, params, self._optimizer, stages=self._stages)
         update = self._measured.known_update or NO_UPDATE
         self._record.facts.update(facts.of_memory(host, machine, update))
         return host
@@ -355,12 +391,3 @@ class Bindings:
         clips = self._waits()
         profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)
         plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)
-
-
-def _of_form(batch_dims: Mapping[str, int | None], form: str) -> dict[str, int | None]:
-    """Return the batch dimensions of the inputs of a form: only the step form has targets."""
-    return {
-        name: dim
-        for name, dim in batch_dims.items()
-        if form == "step" or not name.startswith("targets")
-    }

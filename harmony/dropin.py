@@ -38,12 +38,13 @@ class ForwardCall:
         weights: how much the scalars of each microbatch count.
         lane: the host copies of its values; free again when the call dies.
         step: number of the forward.
+        generation: of the captures, see `Bindings`.
         check: figures of what the first forward made, for its backward to compare with.
         plain: the same by plain PyTorch, and ``values`` what the forward returned: to verify it.
         outputs: ids of the values that the forward returned.
         inputs: ids of the model's inputs that require a gradient.
         params: names of the trained parameters.
-        versions: of all parameters when the forward ran.
+        versions: of all parameters when the forward ran, and of the buffers that it left alone.
     """
 
     run_backward: Callable[[ForwardCall, Gradients], Gradients]
@@ -53,6 +54,7 @@ class ForwardCall:
     weights: Weights
     lane: Lane
     step: int
+    generation: int
     check: SelfCheck | None = None
     plain: PlainForward | None = None
     values: Values = field(default_factory=dict)
@@ -68,7 +70,9 @@ class ForwardCall:
         self.inputs = tuple(v.id for v in values if v.requires_grad and v.consumers)
         self.params = tuple(host.gradients.layout.places)
         watch(host.params.values())
-        self.versions = versions(host.params)
+        changed = {n for c in self.binding.captured.changes.values() for n in c.buffers}
+        arena = host.weights.arena
+        self.versions = versions(arena, [name for name in arena.tensors if name not in changed])
 
 
 class RunBackward(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from harmony import facts, session
 from harmony.binding import Binding
-from harmony.bindings import OTHER_WAY, Bindings, EngineOptions
+from harmony.bindings import OTHER_WAY, Bindings
 from harmony.capture import GuardError, LiveOnlyError
 from harmony.capture.lossweights import inexact_loss
 from harmony.dropin import (
@@ -28,13 +28,14 @@ from harmony.dropin import (
     hooks_of_others_off,
     input_gradients,
 )
-from harmony.errors import ConfigError, ExecutionError, HarmonyError
+from harmony.errors import ExecutionError, HarmonyError
 from harmony.feedback import Feedback
 from harmony.generation import generate
 from harmony.lanes import parameters_read
 from harmony.lending import LentGradients, check_unchanged
 from harmony.live import Live, detached
 from harmony.minibatch import joined_outputs, load_gradients, load_inputs, weighted_sum
+from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.runtime.device import DeviceContext
@@ -113,7 +114,10 @@ class Engine:
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The full optimizer, for LR schedulers and checkpoints."""
-        return None if self._optimizer is None else self._optimizer.full
+        if self._optimizer is None:
+            return None
+        self.bindings.settle_optimizer()
+        return self._optimizer.full
 
     @property
     def last_grad_norm(self) -> torch.Tensor | None:
@@ -189,6 +193,7 @@ class Engine:
         load_inputs(prepared, binding.graph, ready.inputs)
         if self._lent is not None:
             self._lent.take_back()
+        binding.host.forget_gradients()
         recall = self._recall(ready)
         job = Job(recall, ready.weights, apply_updates)
         try:
@@ -196,8 +201,6 @@ class Engine:
         except ExecutionError as error:
             self._torn = str(error) if error.torn else None
             raise
-        # What this path does not use may still have the gradient of a step that took another.
-        binding.host.publish(binding.host.gradients.layout.rest.places)
         loss = binding.graph.loss
         assert loss is not None
         total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
@@ -220,7 +223,10 @@ class Engine:
         binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
         recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
         lane = binding.lanes.take(plan.minibatch)
-        call = ForwardCall(self.backward, binding, plan, recall, weights, lane, step, check)
+        generation = self.bindings.generation
+        call = ForwardCall(
+            self.backward, binding, plan, recall, weights, lane, step, generation, check
+        )
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)
         prepared = binding.prepared(plan, Phase.FORWARD, lane)
@@ -242,15 +248,16 @@ class Engine:
             The gradients of its inputs that require one, and of the trained parameters.
         """
         self._check_whole()
+        self.bindings.check_current(call.generation)
         binding, host = call.binding, call.binding.host
         self.bindings.activate(binding)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
         prepared = binding.prepared_backward(call.plan, call.lane, frozenset(given))
         read = set(parameters_read(prepared.schedule, host.weights.layout))
-        check_unchanged(call.versions, host.params, read.intersection(host.params))
+        check_unchanged(call.versions, host.weights.arena, read)
         load_gradients(prepared, binding.graph, given, call.weights)
         if self._lent is None:
-            self._lent = LentGradients(host.gradients.arena, host.params)
+            self._lent = LentGradients(host.gradients.arena, host.weights.arena.tensors)
         self._lent.take_back()
         job = Job(call.recall, call.weights, check=call.check)
         timeline = binding.executor.run(prepared, job)
@@ -298,15 +305,6 @@ class Engine:
         """All parameters are of one step again: a state was loaded."""
         self._torn = None
 
-    def check_not_started(self, what: str) -> None:
-        """Refuse what is impossible once the parameters lie in the arena.
-
-        Raises:
-            ConfigError: if training has begun.
-        """
-        if self.bindings.arenas is not None:
-            raise ConfigError(f"{what} is possible until the first batch, not after it")
-
     def _check_whole(self) -> None:
         if self._torn is not None:
             raise HarmonyError(
@@ -337,7 +335,7 @@ def _optimizer_of(net: nn.Module, options: EngineOptions) -> PackOptimizer | Non
         dict(net.named_parameters()),
         options.optimizer,
         options.optimizer_kwargs,
-        options.param_groups,
+        options.groups_of(net),
         options.max_grad_norm,
     )
 

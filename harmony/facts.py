@@ -39,10 +39,10 @@ def of_memory(host: HostState, machine: Machine, update: UpdateCost) -> Facts:
         update: what the optimizer costs; nothing where it is the user's.
     """
     arenas = (host.weights.arena, host.gradients.arena)
-    pinned = all(arena.buffer.pinned for arena in arenas)
-    text = " + ".join(format_bytes(arena.layout.nbytes) for arena in arenas)
+    pinned = all(buffer.pinned for arena in arenas for buffer in arena.buffers)
+    text = " + ".join(format_bytes(arena.nbytes) for arena in arenas)
     places = host.gradients.layout.places.values()
-    state = sum(arena.layout.nbytes for arena in arenas)
+    state = sum(arena.nbytes for arena in arenas)
     state += sum(update.state_of(place) for place in places)
     memory = sum(device.memory_nbytes for device in machine.devices)
     return {

@@ -11,8 +11,8 @@ from harmony.planner.plan import Plan
 from harmony.planner.schedule import Op, Schedule
 from harmony.planner.tasks import Phase, TensorKind
 from harmony.planner.trial import checked_schedule
+from harmony.runtime.arenalayout import ArenaLayout
 from harmony.runtime.executor import Executor, PreparedSchedule
-from harmony.runtime.hostmem import ArenaLayout
 from harmony.runtime.step import HostValues
 
 Reached = frozenset[int]

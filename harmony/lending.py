@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from harmony.errors import HarmonyError
-from harmony.runtime.hostmem import HostArena, view_bytes
+from harmony.runtime.arena import HostArena
+from harmony.runtime.hostmem import tensor_on
 
 
 class LentGradients:
@@ -27,14 +26,11 @@ class LentGradients:
     somebody has made of one cannot be moved: there is a warning if one is still in use.
     """
 
-    def __init__(self, arena: HostArena, params: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, arena: HostArena, params: Mapping[str, torch.Tensor]) -> None:
         self._arena = arena
         self._params = params
-        self._low = arena.buffer.tensor.data_ptr()
-        self._high = self._low + arena.buffer.tensor.numel()
         self._lent: list[weakref.ref[torch.Tensor]] = []
         self._memory: dict[str, weakref.ref[Any]] = {}
-        self._has_warned = False
 
     def lend(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the gradients of these parameters, for autograd; only within a backward."""
@@ -50,54 +46,37 @@ class LentGradients:
         """Give everybody who still holds a gradient of an earlier backward a copy of it."""
         held = [gradient for ref in self._lent if (gradient := ref()) is not None]
         self._lent.clear()
-        for name, param in self._params.items():
-            if param.grad is None:
-                continue
-            if param.grad is self._arena.views.get(name):  # of a step form's step
-                param.grad = param.grad.clone()
-            else:
-                held.append(param.grad)
+        grads = [self._params[name].grad for name in self._arena.views if name in self._params]
+        held += [grad for grad in grads if grad is not None]
         for gradient in held:
             if self._is_in_arena(gradient):
                 gradient.data = gradient.detach().clone()
         del held
-        self._warn_of([name for name, memory in self._memory.items() if memory() is not None])
+        for name, memory in self._memory.items():
+            if memory() is not None:
+                self._arena.warn_of_view(name)
         self._memory.clear()
 
     def _lend(self, name: str) -> torch.Tensor:
         """Make a tensor of a parameter's gradient in a storage of its own, to see when it dies."""
-        place = self._arena.layout.places[name]
-        whole = self._arena.buffer.tensor
-        if not place.nbytes:
-            return self._arena.buffer.view(place.offset, place)
-        memory = (ctypes.c_char * place.nbytes).from_address(whole.data_ptr() + place.offset)
-        weakref.finalize(memory, id, whole).atexit = False  # keeps the arena for as long
+        buffer, place = self._arena.home(name)
+        memory = buffer.bytes_of(place)
         self._memory[name] = weakref.ref(memory)
-        # .data: a tensor that knows itself to be a view keeps hold of what it is a view of.
-        return view_bytes(torch.frombuffer(memory, dtype=torch.uint8), 0, place).data
+        return tensor_on(memory, place)
 
-    def _warn_of(self, viewed: list[str]) -> None:
-        if viewed and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"a view of the gradient of {viewed[0]} from an earlier backward is still there "
-                f"({len(viewed)} in all), and this backward overwrites what it shows: gradients "
-                "have one place on the host. Keep param.grad itself, or clone() the view",
-                stacklevel=2,
-            )
-
-    def _note(self, params: Iterable[nn.Parameter]) -> None:
+    def _note(self, params: Iterable[torch.Tensor]) -> None:
         grads = [param.grad for param in params if param.grad is not None]
         self._lent += [weakref.ref(grad) for grad in grads if self._is_in_arena(grad)]
 
     def _is_in_arena(self, tensor: torch.Tensor) -> bool:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return False
-        return self._low <= tensor.data_ptr() < self._high
+        return self._arena.covers(tensor.data_ptr())
 
 
-Version = tuple[int, int]
-"""How often a parameter was changed: by in-place operations, and by optimizers."""
+Version = tuple[int, int, int]
+"""How often a tensor was changed: by in-place operations, by optimizers, by a new value's move
+into the arena."""
 
 _steps_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _hooks: list[Any] = []
@@ -115,49 +94,55 @@ def watch(params: Iterable[nn.Parameter]) -> None:
         _hooks.append(register_optimizer_step_post_hook(_count_step))
 
 
-def versions(params: Mapping[str, nn.Parameter]) -> dict[str, Version]:
-    """Return the versions of watched parameters."""
-    return {name: (param._version, _steps_of[param]) for name, param in params.items()}
+def versions(arena: HostArena, names: Iterable[str]) -> dict[str, Version]:
+    """Return the versions of some of the watched parameters, and of buffers."""
+    return {name: _version_of(arena, name) for name in names}
+
+
+def _version_of(arena: HostArena, name: str) -> Version:
+    tensor = arena.tensors[name]
+    in_place = 0 if tensor.is_inference() else tensor._version
+    steps = _steps_of.get(tensor, 0)  # type: ignore[no-untyped-call]
+    return in_place, steps, arena.num_moves[name]
 
 
 def check_unchanged(
-    then: Mapping[str, Version], params: Mapping[str, nn.Parameter], names: Iterable[str]
+    then: Mapping[str, Version], arena: HostArena, names: Iterable[str]
 ) -> None:
     """Refuse a backward that would recompute with other weights than its forward had.
 
+    Args:
+        then: versions when the forward ran; of ``names``, those that are not in it may change.
+
     Raises:
-        HarmonyError: naming the parameters that changed; plain PyTorch refuses it too.
+        HarmonyError: naming the tensors that changed; plain PyTorch refuses it too.
     """
-    names = list(names)
-    now = versions({name: params[name] for name in names})
+    names = [name for name in names if name in then]
+    now = versions(arena, names)
     changed = [name for name in names if now[name] != then[name]]
     if not changed:
         return
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    what = "parameter" if isinstance(arena.tensors[changed[0]], nn.Parameter) else "buffer"
     raise HarmonyError(
-        f"backward() after parameter {changed[0]}{more} had been changed (by optimizer.step(), "
+        f"backward() after {what} {changed[0]}{more} had been changed (by optimizer.step(), "
         "load_state_dict() or an in-place operation) since its forward: the gradients would "
         "belong to neither. Call backward() before the parameters change, or run the forward again"
     )
 
 
-def check_own(net: nn.Module, known: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters that are not those whose memory the arena is.
-
-    Args:
-        known: the parameters that moved into the arena; empty before the first batch.
+def check_plain(net: nn.Module) -> None:
+    """Refuse tensors that stand in for parameters (`torch.func.functional_call`).
 
     Raises:
-        HarmonyError: naming a parameter that took another's place.
+        HarmonyError: naming a parameter.
     """
     for name, param in net.named_parameters():
-        other = bool(known) and known.get(name) is not param
-        if other or not isinstance(param, nn.Parameter):
+        if not isinstance(param, nn.Parameter):
             raise HarmonyError(
-                f"parameter {name} is not the one that Harmony has: it was assigned anew since "
-                "the first batch, or stands in for it (torch.func.functional_call). Copy values "
-                "into the parameter (param.copy_(...) under no_grad, load_state_dict), or make a "
-                "new Harmony model"
+                f"parameter {name} is not the model's own: a tensor stands in for it "
+                "(torch.func.functional_call). Copy values into the parameter (param.copy_(...) "
+                "under no_grad, load_state_dict) and call the model"
             )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harmony.binding import Binding
-from harmony.bindings import Bindings, EngineOptions, Paths
+from harmony.bindings import Bindings, Paths
 from harmony.capture import (
     Batch,
     LiveCapture,
@@ -26,6 +26,7 @@ from harmony.capture import (
 )
 from harmony.capture.lossweights import LiveWeights, inexact_loss
 from harmony.errors import DoesNotFitError
+from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.optimizer import PackOptimizer
@@ -62,6 +63,7 @@ class Live:
         self._captures: dict[str, LiveCapture] = {}
         self._known: dict[str, Paths] = {}
         self.size: int | None = None
+        self._generation = 0
         self._noticed: set[str] = set()
 
     def notice(self, reason: LiveOnlyError) -> None:
@@ -84,6 +86,10 @@ class Live:
         """Capture one microbatch, number ``index`` of the step, and plan for it."""
         args, kwargs, targets = call
         self._bindings.activate(None)  # the forward needs the memory
+        if self._generation != self._bindings.generation:  # the model is another
+            self._captures.clear()
+            self._known.clear()
+            self._generation = self._bindings.generation
         seed = microbatch_seed(step, index, self._options.seed)
 
         def begin() -> None:
@@ -201,11 +207,11 @@ class Live:
 
     def _publish(self, sums: dict[str, torch.Tensor]) -> None:
         assert self._bindings.arenas is not None
-        views = self._bindings.arenas[1].views
+        arena = self._bindings.arenas[1]
         for name, param in self._net.named_parameters():
             param.grad = None
             if name in sums:
-                param.grad = views[name].copy_(sums[name])
+                param.grad = arena.own(name).copy_(sums[name])
 
 
 class _ModuleState:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from harmony import session
-from harmony.bindings import EngineOptions
 from harmony.dropin import needs_graph
 from harmony.engine import Engine
 from harmony.errors import ConfigError
 from harmony.hardware import Devices, choose_devices, memory_limit
+from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.plans.file import load_plan
 from harmony.report import print_report
@@ -65,7 +65,8 @@ class Harmony(Wrapper):
             ``fused=False`` is the class's default form.
         param_groups: groups of parameters with options of their own, as `torch.optim` takes them
             (``[{"params": [...], "weight_decay": 0.0}, ...]``), or a function of the module that
-            returns them. They must hold every parameter that is not frozen.
+            returns them. They must hold every parameter that is not frozen. Without groups the
+            optimizer has all parameters; it passes over frozen ones, which have no gradient.
         max_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does before
             ``optimizer.step()``. No parameter can be updated before the whole backward is done
             then, so that updates no longer hide behind it.
@@ -128,7 +129,7 @@ class Harmony(Wrapper):
             EngineOptions(
                 optimizer=optimizer,
                 optimizer_kwargs=dict(optimizer_kwargs or {}),
-                param_groups=param_groups(module) if callable(param_groups) else param_groups,
+                param_groups=param_groups,
                 max_grad_norm=max_grad_norm,
                 loss_fn=loss_fn,
                 mode=mode if options.mode == "auto" else options.mode,

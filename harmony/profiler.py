@@ -20,8 +20,8 @@ from harmony.layergraph import Layer, LayerGraph
 from harmony.machineprofile import best_of
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.tasks import Pack, Task, TaskKind
+from harmony.runtime.arena import ArenaView
 from harmony.runtime.device import DeviceContext, streams_restored
-from harmony.runtime.hostmem import ArenaView
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Stage, Values
 from harmony.units import aligned

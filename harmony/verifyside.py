@@ -180,7 +180,7 @@ def own_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """Build the user's optimizer in its class' own default form, in the state of Harmony's."""
     full, options = engine.optimizer, engine.options
     assert full is not None and options.optimizer is not None
-    asked = {key for group in options.param_groups or () for key in group}
+    asked = {key for group in options.groups_of(engine.net) or () for key in group}
     form = {"fused", "foreach"} - asked  # Harmony's choice, or none
     groups = [
         {key: _copy(value) for key, value in group.items() if key not in {"params", *form}}

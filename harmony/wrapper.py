@@ -39,9 +39,10 @@ class Wrapper(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state of the wrapped module; values are copied, whatever ``assign`` says."""
-        make_room(self._net, state_dict)
-        result = self._net.load_state_dict(state_dict, strict=strict, assign=False)
+        """Load a state of the wrapped module, as PyTorch does."""
+        if not assign:
+            make_room(self._net, state_dict)
+        result = self._net.load_state_dict(state_dict, strict=strict, assign=assign)
         self._engine.restored()
         return result
 
@@ -52,8 +53,7 @@ class Wrapper(nn.Module):
         return self
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """Freeze or unfreeze all parameters; possible until the first batch."""
-        self._engine.check_not_started("requires_grad_")
+        """Freeze or unfreeze all parameters."""
         self._net.requires_grad_(requires_grad)
         return self
 
@@ -86,15 +86,17 @@ class Wrapper(nn.Module):
     def _apply(
         self: Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> Self:
-        """Keep the parameters on the host: Harmony moves them by itself."""
-        probe = fn(torch.empty(0))
-        if probe.device.type != "cpu":
+        """Do what PyTorch does, but for moves: Harmony moves parameters by itself."""
+        tensors = (*self._net.parameters(), *self._net.buffers())
+        found = {t.dtype: fn(torch.empty(0, dtype=t.dtype)) for t in tensors}
+        devices = {made.device for made in found.values() if made.device.type != "cpu"}
+        if devices:
             warnings.warn(
-                "parameters of a Harmony model stay on the host; "
-                f".to({probe.device}) does nothing",
+                f"parameters of a Harmony model stay on the host; .to({min(map(str, devices))}) "
+                "moves nothing",
                 stacklevel=3,
             )
-            return self
-        self._engine.check_not_started("a change of dtype")
+            dtypes = {dtype: made.dtype for dtype, made in found.items()}
+            fn = lambda tensor: tensor.to(dtypes[tensor.dtype])  # noqa: E731
         self._net._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

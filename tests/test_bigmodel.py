@@ -460,7 +460,8 @@ from torch import nn
 import harmony
 from harmony.bigmodel import materialise
 from harmony.capture import capture
-from harmony.runtime.hostmem import ArenaLayout, HostArena
+from harmony.runtime.arena import HostArena
+from harmony.runtime.arenalayout import ArenaLayout
 
 torch.set_num_threads(1)
 with harmony.meta_init():

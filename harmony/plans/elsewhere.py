@@ -26,7 +26,7 @@ from harmony.plans.command import chosen, machine_and_costs
 from harmony.profiles.model import ModelProfile
 from harmony.profiles.steady import count_work
 from harmony.runtime import native
-from harmony.runtime.hostmem import ArenaLayout
+from harmony.runtime.arenalayout import ArenaLayout
 from harmony.session import ModelRecord
 from harmony.updateprofile import UpdateCost
 

@@ -9,9 +9,11 @@ import torch
 
 from harmony.planner.schedule import DeviceSpec, Instruction, Op
 from harmony.planner.tasks import Samples, TaskKind, TensorKind, TensorRef
+from harmony.runtime.arena import Piece
+from harmony.runtime.arenalayout import ArenaLayout
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.eventissue import EventIssuer, Events
-from harmony.runtime.hostmem import ArenaLayout, HostBuffer, Piece, Place
+from harmony.runtime.hostmem import HostBuffer, Place
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.hostvalues import saved_buffer
 from harmony.runtime.packsof import packs_of, writers_of

@@ -13,7 +13,8 @@ from harmony.layergraph import LayerGraph
 from harmony.planner.schedule import Slots
 from harmony.planner.tasks import Pack, TensorKind, TensorRef
 from harmony.runtime import native
-from harmony.runtime.hostmem import ArenaView, HostBuffer, Piece, view_bytes
+from harmony.runtime.arena import ArenaView, Piece
+from harmony.runtime.hostmem import HostBuffer, view_bytes
 from harmony.runtime.optimizer import PackOptimizer
 
 
@@ -22,7 +23,7 @@ class HostState:
     """The host side of the model.
 
     Attributes:
-        params: the module's parameters by canonical name; views of the weight arena.
+        params: the module's parameters by canonical name; they live in the weight arena.
         optimizer: None where the user's own loop updates.
         touched: per gradient part of the step, which parameters it has a gradient for.
         absent: gradients of values that nothing depends on; zeros are copied in their place.
@@ -115,12 +116,18 @@ class HostState:
             raise ScheduleError(f"{ref} is used on the host before it was copied there")
         return self.touched[ref]
 
+    def forget_gradients(self) -> None:
+        """Let no parameter have the gradient of an earlier step; who holds one keeps it."""
+        for param in self.params.values():
+            param.grad = None
+        self.gradients.arena.part()
+
     def publish(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Give these parameters their gradient, or None if nothing reached them."""
         ready = []
         for name in names:
             param = self.params[name]
-            param.grad = self.gradients.views[name] if self._complete.get(name) else None
+            param.grad = self.gradients.arena.own(name) if self._complete.get(name) else None
             if param.grad is not None:
                 ready.append(param)
         return ready

@@ -118,19 +118,64 @@ class PackOptimizer:
         """
         self.max_norm = max_norm
         self.last_norm: torch.Tensor | None = None
+        self._is_final = False
+        self._factory, self._options = factory, options
+        self._build(params, groups)
+
+    def settle(
+        self, params: Mapping[str, nn.Parameter], groups: Callable[[], Groups | None]
+    ) -> None:
+        """Let it be the optimizer of these parameters from now on.
+
+        Until then it is built anew where a layer was replaced, since nobody has seen it.
+        """
+        if not self._is_final and tuple(map(id, params.values())) != self._built_for:
+            self._build(params, groups())
+        self._is_final = True
+
+    def check_covers(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Refuse to leave parameters untrained that are not frozen.
+
+        Raises:
+            ConfigError: naming those that are in no group.
+        """
+        held = {id(param) for group in self.full.param_groups for param in group["params"]}
+        missing = [n for n, p in params.items() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ConfigError(
+                f"the optimizer does not have {_listed(missing)}, so they would not be trained: "
+                "they were added, replaced or unfrozen after it was made. Add them, with "
+                'model.optimizer.add_param_group({"params": [...]}), or freeze them'
+            )
+
+    def _build(self, params: Mapping[str, nn.Parameter], groups: Groups | None) -> None:
         trainable = [p for p in params.values() if p.requires_grad]
         if not trainable:
             raise ConfigError("the model has no parameter with requires_grad=True to train")
-        given: list[Any] = trainable if groups is None else checked_groups(params, groups)
+        # Frozen ones may be unfrozen: until then they have no gradient, and are passed over.
+        every = [p for p in params.values() if p.is_floating_point() or p.is_complex()]
+        self._built_for = tuple(map(id, params.values()))
+        if groups is not None:
+            self.full = self._made(checked_groups(params, groups))
+        elif len(trainable) == len(every):
+            self.full = self._made(trainable)
+        else:
+            try:
+                self.full = self._made(every)
+            except ConfigError:  # a class that is particular, like Muon, cannot have all
+                self.full = self._made(trainable)
+        _check_steps(self.full)
+        self._coupled = why_coupled(self.full)
+
+    def _made(self, given: list[Any]) -> torch.optim.Optimizer:
+        factory, options = self._factory, self._options
         chosen = with_fused_default(factory, options, given)
         try:
-            self.full = factory(given, **chosen)
+            return factory(given, **chosen)
         except (TypeError, ValueError, RuntimeError) as error:
             name = getattr(factory, "__name__", str(factory))
             shown = dict(options)
             raise ConfigError(f"{name}(parameters, **{shown!r}) failed: {error}") from error
-        _check_steps(self.full)
-        self._coupled = why_coupled(self.full)
 
     @property
     def together(self) -> str | None:

@@ -10,8 +10,9 @@ from torch import nn
 from harmony.capture import Captured
 from harmony.layergraph import LayerGraph
 from harmony.planner.tasks import Pack, Samples, Task
+from harmony.runtime.arenalayout import ArenaLayout
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.hostmem import ArenaLayout, view_bytes
+from harmony.runtime.hostmem import view_bytes
 from harmony.runtime.kernelchoice import as_recomputed
 from harmony.runtime.recall import Recall
 from harmony.runtime.savedforward import Root, SavedForward, gradients_of, run_backward

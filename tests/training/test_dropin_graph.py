@@ -342,17 +342,14 @@ def test_transforms_and_batched_gradients_are_refused_by_name(vgpus: VirtualGPUs
         torch.autograd.grad(out, x, torch.stack([y, y]), is_grads_batched=True)
 
 
-def test_parameters_that_are_others_are_refused(vgpus: VirtualGPUs) -> None:
+def test_tensors_that_stand_in_for_parameters_are_refused(vgpus: VirtualGPUs) -> None:
     net = SkipMLP()
     model = wrapped(net)
     x, _ = vector_batch(0)
     doubled = {name: param * 2 for name, param in net.named_parameters()}
     for _ in range(2):
-        with pytest.raises(harmony.HarmonyError, match=r"parameter layers\.0\.weight is not the"):
+        with pytest.raises(harmony.HarmonyError, match=r"layers\.0\.weight is not the model's"):
             torch.func.functional_call(model, doubled, (x,))
-        model(x)
-    model.module.layers[3].bias = nn.Parameter(torch.zeros(24))
-    with pytest.raises(harmony.HarmonyError, match=r"parameter layers\.3\.bias is not the one"):
         model(x)
 
 

@@ -122,10 +122,11 @@ def test_arena_is_exact_and_replaces_the_old_memory(vgpus: VirtualGPUs) -> None:
     weights = model._engine.bindings.arenas[0]
     assert not before & {p.data_ptr() for p in net.parameters()}
     nbytes = sum(-(-p.nbytes // 64) * 64 for p in net.parameters())
-    assert weights.buffer.tensor.numel() == nbytes
-    assert weights.buffer.pinned
+    (buffer,) = weights.buffers
+    assert buffer.tensor.numel() == weights.nbytes == nbytes
+    assert buffer.pinned
     assert all(p.is_pinned() for p in net.parameters())
-    low = weights.buffer.tensor.data_ptr()
+    low = buffer.tensor.data_ptr()
     assert all(low <= p.data_ptr() < low + nbytes for p in net.parameters())
 
 
