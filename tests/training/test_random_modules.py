@@ -83,10 +83,11 @@ WAYS = st.builds(
 @contextmanager
 def plans_by_force(way: Way) -> Iterator[list[Plan]]:
     """Let every plan be of this way, verified, whatever the search would choose."""
-    choose, made = binding.choose, []
+    choose, made = binding.choose_steadily, []
 
-    def forced(graph: Any, costs: Any, machine: Any, minibatch: int, **asked: Any) -> Plan:
-        plan = choose(graph, costs, machine, minibatch, **asked)
+    def forced(steady: Any, captured: Any, *known: Any, **asked: Any) -> Plan:
+        plan = choose(steady, captured, *known, **asked)
+        graph, costs, machine, minibatch = known
         num_shares = way.num_devices if asked["mode"] == "dp" else 1
         spec = way.spec(graph.num_layers, minibatch, num_shares)
         tasks = build_tasks(graph, spec)
@@ -97,11 +98,11 @@ def plans_by_force(way: Way) -> Iterator[list[Plan]]:
         )
         return made[-1]
 
-    binding.choose = forced
+    binding.choose_steadily = forced
     try:
         yield made
     finally:
-        binding.choose = choose
+        binding.choose_steadily = choose
 
 
 class PlainTraining:

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import harmony
 from harmony import binding
-from harmony.layergraph import LayerGraph
 from harmony.planner.build import build_tasks
 from harmony.planner.passes import lower
 from harmony.planner.plan import Plan
@@ -141,10 +140,11 @@ def plans_by_force(entry: Entry, outcome: Outcome) -> Iterator[None]:
     A live model gets a plan for each path that a microbatch takes; the outcome notes the packs of
     the plan that has the fewest.
     """
-    choose = binding.choose
+    choose = binding.choose_steadily
 
-    def forced(graph: LayerGraph, costs: Any, machine: Any, minibatch: int, **asked: Any) -> Plan:
-        plan = choose(graph, costs, machine, minibatch, **asked)
+    def forced(steady: Any, captured: Any, *known: Any, **asked: Any) -> Plan:
+        plan = choose(steady, captured, *known, **asked)
+        graph, costs, machine, minibatch = known
         spec = spec_of(graph.num_layers, minibatch, entry)
         tasks = build_tasks(graph, spec)
         schedule = lower(tasks, machine, POLICY)
@@ -154,11 +154,11 @@ def plans_by_force(entry: Entry, outcome: Outcome) -> Iterator[None]:
             outcome.packs, outcome.layers = packs, graph.num_layers
         return replace(plan, spec=spec, policy=POLICY, schedules={Phase.TRAIN: schedule})
 
-    binding.choose = forced
+    binding.choose_steadily = forced
     try:
         yield
     finally:
-        binding.choose = choose
+        binding.choose_steadily = choose
 
 
 def spec_of(num_layers: int, minibatch: int, entry: Entry) -> StepSpec:
