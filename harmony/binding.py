@@ -25,6 +25,7 @@ from harmony.planner.verify import verify
 from harmony.plans.file import check_plan
 from harmony.profiler import KnownTimes, measure_layers
 from harmony.profiles.steady import Steady, choose_steadily
+from harmony.runtime import interrupts
 from harmony.runtime.arenalayout import ArenaLayout
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Executor, PreparedSchedule
@@ -126,6 +127,7 @@ class Binding:
         update: UpdateCost | None,
         known: KnownTimes,
     ) -> None:
+        interrupts.check()
         nbytes = {size: self.captured.costs_nbytes(size) for size in sizes}
         self.graph = self.host.graph = with_saved(self.graph, nbytes)
         fitting = [size for size in sizes if self._fits_alone(size, nbytes[size])]
@@ -180,6 +182,7 @@ class Binding:
             plan = self._check_pinned(pinned)
         if plan is None:
             assert self._steady is not None, "the machine is known before a plan is made"
+            interrupts.check()
             plan = choose_steadily(
                 self._steady,
                 self.captured,

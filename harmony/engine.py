@@ -7,8 +7,9 @@ an executor. The parameters' arena is one for all bindings.
 from __future__ import annotations
 
 import functools
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -28,7 +29,6 @@ from harmony.dropin import (
     hooks_of_others_off,
     input_gradients,
 )
-from harmony.errors import ExecutionError, HarmonyError
 from harmony.feedback import Feedback
 from harmony.generation import generate
 from harmony.lanes import parameters_read
@@ -40,6 +40,7 @@ from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Job
+from harmony.runtime.interrupts import held_back
 from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Values
@@ -49,6 +50,7 @@ from harmony.session import StepStats
 from harmony.signature import Call
 from harmony.stepresult import RanStep, ReadyStep, StepResult, count_tokens, recall_of
 from harmony.timeline import Timeline
+from harmony.wholeness import Wholeness
 
 if TYPE_CHECKING:
     from harmony.scriptverifier import Verifier
@@ -64,11 +66,13 @@ def _alone(
     """Let one thread at a time run a model, which has one place for its gradients and values.
 
     The same thread may come in again: `torch.utils.checkpoint` runs a forward in a backward.
+    Signals are heard when it is over, or where a step has not yet changed anything.
     """
 
     @functools.wraps(method)
     def run(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._turns:
+        self.whole.check_process()  # before any lock, which a thread may hold that is not here
+        with held_back(), self._turns:
             return method(self, *args, **kwargs)
 
     return run
@@ -82,6 +86,7 @@ class Engine:
         net: the module.
         devices: the GPUs.
         record: what the report is made of.
+        whole: whether it can go on.
         verifier: sees every forward and backward of the drop-in form, where one is set.
         optimizer: the full optimizer of the step form, once training has begun or asked for.
     """
@@ -96,11 +101,11 @@ class Engine:
         self.net = net
         self.devices = list(devices)
         self._contexts = [DeviceContext(device) for device in devices]
-        self._torn: str | None = None
         self._lent: LentGradients | None = None
         self._turns = Turns()
         self._doubted = False
         self._optimizer = _optimizer_of(net, options)
+        self.whole = Wholeness(net, self._optimizer)
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
         )
@@ -132,25 +137,44 @@ class Engine:
     # Steps
 
     @_alone
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> torch.Tensor:
+        """Run one training step, record it, and return the loss."""
+        started = time.perf_counter()
+        done = self.train_step(args, kwargs, targets)
+        loss, seconds = float(done.loss), time.perf_counter() - started
+        samples, tokens = done.num_samples, done.num_tokens
+        number = self.num_steps - 1
+        self.record.stepped(StepStats(number, loss, samples, tokens, seconds, done.timeline))
+        return done.loss
+
+    @_alone
     def train_step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> StepResult:
         """Run one training step."""
+        self.whole.check()
         call = (args, kwargs, targets)
-        try:
-            ready = self.ready("step", *call)
-            step = self.run_step(ready)
-            step.recall.states.commit()
-            minibatch = ready.plan.minibatch
-            if self._feedback is not None:
-                self._feedback.stepped(ready.binding, ready.plan, step.timeline)
-        except (LiveOnlyError, GuardError) as reason:
-            self._goes_live("step", call, reason)
-            _, minibatch = self.bindings.paths("step", call)
-            step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
-        self.num_steps += 1
-        self.last_timeline = step.timeline
+        ready: ReadyStep | None = None
+        with self.whole.together() as begun:
+            try:
+                ready = self._prepare("step", call)
+                step, minibatch = self.run_step(ready), ready.plan.minibatch
+                step.recall.states.commit(begun)
+            except (LiveOnlyError, GuardError) as reason:
+                self._goes_live("step", call, reason)
+                _, minibatch = self.bindings.paths("step", call)
+                step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
+                self._live.update(begun)
+            self.num_steps += 1
+            self.last_timeline = step.timeline
+        if self._feedback is not None and ready is not None:
+            self._feedback.stepped(ready.binding, ready.plan, step.timeline)
         return StepResult(step.loss, minibatch, count_tokens((args, kwargs)), step.timeline)
+
+    def _prepare(self, form: str, call: Call) -> ReadyStep:
+        """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
+        with held_back() as held, held.open():
+            return self.ready(form, *call)
 
     def _run_gradients(self, ready: ReadyStep) -> RanStep:
         """Run a step up to its gradients, and leave them as ``grad``."""
@@ -173,7 +197,7 @@ class Engine:
         self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> ReadyStep:
         """Capture, measure and plan for a batch, as far as that was not done before."""
-        self._check_whole()
+        self.whole.check()
         call = (args, kwargs, targets)
         try:
             binding, plan, inputs = self.bindings.find(form, call)
@@ -195,12 +219,8 @@ class Engine:
             self._lent.take_back()
         binding.host.forget_gradients()
         recall = self._recall(ready)
-        job = Job(recall, ready.weights, apply_updates)
-        try:
-            timeline = binding.executor.run(prepared, job)
-        except ExecutionError as error:
-            self._torn = str(error) if error.torn else None
-            raise
+        job = Job(recall, ready.weights, apply_updates, begun=self.whole.begun)
+        timeline = binding.executor.run(prepared, job)
         loss = binding.graph.loss
         assert loss is not None
         total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
@@ -216,10 +236,10 @@ class Engine:
             return self._forward(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._check_whole()
+        self.whole.check()
         check_surroundings()
         with hooks_of_others_off():
-            ready = self.ready("dropin", args, kwargs, None)
+            ready = self._prepare("dropin", (args, kwargs, None))
         binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
         recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
         lane = binding.lanes.take(plan.minibatch)
@@ -232,13 +252,15 @@ class Engine:
         prepared = binding.prepared(plan, Phase.FORWARD, lane)
         load_inputs(prepared, binding.graph, detached(inputs))
         self.last_timeline = binding.executor.run(prepared, Job(recall, weights, check=check))
-        self._live.commit(ready, recall)
-        self.num_steps += 1
         joined = joined_outputs(prepared, binding.graph, weights)
         if self.verifier is not None:
             call.values = {v: tensor.detach() for v, tensor in joined.items()}
         values = attach(joined, inputs, call)
-        return binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+        out = binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+        with self.whole.together() as begun:
+            self._live.commit(ready, recall, begun)
+            self.num_steps += 1
+        return out
 
     @_alone
     def backward(self, call: ForwardCall, gradients: Gradients) -> Gradients:
@@ -247,7 +269,7 @@ class Engine:
         Returns:
             The gradients of its inputs that require one, and of the trained parameters.
         """
-        self._check_whole()
+        self.whole.check()
         self.bindings.check_current(call.generation)
         binding, host = call.binding, call.binding.host
         self.bindings.activate(binding)
@@ -282,35 +304,32 @@ class Engine:
             return self._infer(args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ready = self.ready("dropin", args, kwargs, None)
+        ready = self._prepare("dropin", (args, kwargs, None))
         binding, plan, weights = ready.binding, ready.plan, ready.weights
         prepared = binding.prepared_inference(plan)
         load_inputs(prepared, binding.graph, detached(ready.inputs))
         recall = self._recall(ready, recomputed=False)
         binding.executor.run(prepared, Job(recall, weights))
-        self._live.commit(ready, recall)
         values = joined_outputs(prepared, binding.graph, weights)
-        return binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+        out = binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+        with self.whole.together() as begun:
+            self._live.commit(ready, recall, begun)
+        return out
 
     @_alone
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
-        self._check_whole()
+        self.whole.check()
         self.bindings.activate(None)  # the forwards need the memory
         return generate(self.net, self.devices[0], args, kwargs)
 
     # State
 
-    def restored(self) -> None:
-        """All parameters are of one step again: a state was loaded."""
-        self._torn = None
+    def restored(self, missing: Collection[str] = ()) -> None:
+        """Note that a state was loaded, without the tensors named ``missing``."""
+        if self.whole.restored(missing):
+            self.bindings.activate(None)  # what stays on devices may be of the step that failed
 
-    def _check_whole(self) -> None:
-        if self._torn is not None:
-            raise HarmonyError(
-                "an earlier step failed after some parameters had been updated; load a checkpoint "
-                f"with load_state_dict() before training goes on. The failure: {self._torn}"
-            )
 
     def _weights(self, binding: Binding, plan: Plan, inputs: Values) -> Weights:
         """How much each microbatch's loss counts; says once where that cannot be exact."""

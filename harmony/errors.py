@@ -63,3 +63,11 @@ class RaceError(HarmonyError):
 
 class VirtualGPUError(HarmonyError):
     """The virtual GPU could not be built, loaded or configured."""
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says; some have a text that raises by itself."""
+    try:
+        return str(error)
+    except BaseException as another:
+        return f"(its text cannot be had: {type(another).__name__})"

@@ -29,6 +29,7 @@ from harmony.errors import DoesNotFitError
 from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.interrupts import held_back
 from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.randomness import microbatch_seed
 from harmony.runtime.recall import Recall
@@ -111,9 +112,10 @@ class Live:
     def train(
         self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
     ) -> RanStep:
-        """Run forward and backward of every microbatch, then update.
+        """Run forward and backward of every microbatch; `update` is to follow.
 
-        A step that fails leaves buffers and Python attributes as they were.
+        A step that fails leaves buffers and Python attributes as they were; so does Ctrl-C, which
+        is heard in it.
 
         Args:
             run: runs a microbatch and leaves its gradients as ``grad``.
@@ -122,7 +124,8 @@ class Live:
         while True:
             before = _ModuleState(self._net)
             try:
-                done = self._train(call, minibatch, size, step, run)
+                with held_back() as held, held.open():
+                    done = self._train(call, minibatch, size, step, run)
             except BaseException as error:
                 before.restore()
                 asked = self._options.microbatch_size is not None
@@ -130,7 +133,6 @@ class Live:
                     raise
             else:
                 self.size = size
-                self._update()
                 return done
             size = -(-size // 2)
 
@@ -154,7 +156,7 @@ class Live:
             weight = weights.weigh(captured, loss, detached(ready.inputs))
             ran = run(replace(ready, weights=dict.fromkeys(ready.weights, weight)))
             total = total + ran.loss
-            self.commit(ready, ran.recall)
+            self.commit(ready, ran.recall, [])
             self._add(sums)
         if weights.doubt is not None:
             self._say(inexact_loss(weights.doubt, minibatch))
@@ -166,18 +168,29 @@ class Live:
         self._publish(sums)
         return replace(ran, loss=total)
 
-    def _update(self) -> None:
+    def update(self, begun: list[str]) -> None:
+        """Update all parameters from the gradients that `train` has left.
+
+        Args:
+            begun: hears when the first parameter is about to change.
+        """
         optimizer, params = self._optimizer, list(self._net.parameters())
         assert optimizer is not None, "only the step form trains here"
         if optimizer.max_norm is not None:
             optimizer.clip(params)
+        begun.append("all packs")
         optimizer.update_all(params)
 
-    def commit(self, ready: ReadyStep, recall: Recall) -> None:
-        """Let the model have what a forward has changed."""
-        recall.states.commit()
+    def commit(self, ready: ReadyStep, recall: Recall, begun: list[str]) -> None:
+        """Let the model have what a forward has changed.
+
+        Args:
+            begun: hears when the first change is about to be made.
+        """
+        recall.states.commit(begun)
         if not ready.moved:
             return
+        begun.append("what the forward changes")
         modules = dict(self._net.named_modules())
         for module, attribute, held in ready.moved:
             modules[module].__dict__[attribute] = held

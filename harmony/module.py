@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from harmony.report import print_report
 from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
 from harmony.runtime.randomness import drawn_seed
 from harmony.scriptverifier import verify_and_stop
-from harmony.session import ModelRecord, StepStats
+from harmony.session import ModelRecord
 from harmony.timeline import Timeline
 from harmony.verification import Verification
 from harmony.verifier import verify
@@ -179,20 +178,7 @@ class Harmony(Wrapper):
         if session.options().verify:
             raise session.Verified(self.verify(inputs, targets))
         args, kwargs = _arguments(inputs)
-        started = time.perf_counter()
-        result = engine.train_step(args, kwargs, targets)
-        loss = result.loss
-        self.record.stepped(
-            StepStats(
-                engine.num_steps - 1,
-                float(loss),
-                result.num_samples,
-                result.num_tokens,
-                time.perf_counter() - started,
-                result.timeline,
-            )
-        )
-        return loss
+        return engine.train(args, kwargs, targets)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
@@ -226,6 +212,7 @@ class Harmony(Wrapper):
             ConfigError: if there is no loss.
             DoesNotFitError: if the host has no memory for the second run, with the bytes.
         """
+        self._engine.whole.check()
         args, kwargs = _arguments(inputs)
         return verify(self._engine, args, kwargs, targets)
 

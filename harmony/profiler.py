@@ -15,11 +15,12 @@ import torch
 
 from harmony.capture import Captured, GuardError
 from harmony.capture.tape import StepKind
-from harmony.errors import ExecutionError, HarmonyError
+from harmony.errors import ExecutionError, HarmonyError, text_of
 from harmony.layergraph import Layer, LayerGraph
 from harmony.machineprofile import best_of
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.tasks import Pack, Task, TaskKind
+from harmony.runtime import interrupts
 from harmony.runtime.arena import ArenaView
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.recall import Recall
@@ -74,6 +75,7 @@ def measure_layers(
         # What the forward really makes of these samples: along the recorded path, no stand-ins.
         true = set(inputs) if not _decides(code, num_samples) else set[int]()
         for layer in graph.layers:
+            interrupts.check()
             key = (layer.signature, num_samples)
             twin = twins.setdefault(layer.signature, layer)
             if twin is layer and key in known.seconds:  # another capture, or run, has measured it
@@ -127,7 +129,7 @@ def _naming(layer: Layer, true_inputs: bool) -> Iterator[None]:
             raise _NotOnTheseValuesError from error
         raise ExecutionError(
             f"layer {layer.index} ({layer.name}) failed on the first batch, when its time was"
-            f" to be measured. {type(error).__name__}: {error}. No parameter has changed",
+            f" to be measured. {type(error).__name__}: {text_of(error)}. No parameter has changed",
             layer.name,
         ) from error
 

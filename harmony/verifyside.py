@@ -26,7 +26,7 @@ from harmony.verification import OTHER_DEVICE
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional arguments, keyword arguments, targets."""
 
-_COUNTERS = ("num_steps", "last_timeline", "_feedback", "_torn")
+_COUNTERS = ("num_steps", "last_timeline", "_feedback")
 _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1)))
 
 
@@ -119,6 +119,7 @@ def untouched(engine: Engine) -> Iterator[Snapshot]:
         finally:
             snapshot.restore()
             engine.__dict__.update(counters)
+            engine.whole.is_as_before()
 
 
 def no_gradients(engine: Engine) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from harmony.bigmodel import make_room
 from harmony.engine import Engine
 from harmony.errors import HarmonyError
+from harmony.runtime.interrupts import held_back
 
 Self = TypeVar("Self", bound="Wrapper")
 
@@ -42,8 +43,9 @@ class Wrapper(nn.Module):
         """Load a state of the wrapped module, as PyTorch does."""
         if not assign:
             make_room(self._net, state_dict)
-        result = self._net.load_state_dict(state_dict, strict=strict, assign=assign)
-        self._engine.restored()
+        with held_back():
+            result = self._net.load_state_dict(state_dict, strict=strict, assign=assign)
+            self._engine.restored(getattr(result, "missing_keys", ()))
         return result
 
     def train(self: Self, mode: bool = True) -> Self:

@@ -231,7 +231,7 @@ class DeviceProgram:
         ref, env = _ref(instruction), self._env
         if ref.kind is TensorKind.SAVED:
             saved, buffers = self._saved, self._around.saved
-            return lambda _: saved[ref].copy_from(buffers[ref])
+            return lambda _: saved[ref].memory.copy_from(buffers[ref])
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(env[ref], chunk)
@@ -322,7 +322,7 @@ def _offloading(
     """Copy what a forward saved to the host, into memory of the size that the plan said."""
 
     def issue(_: Step) -> None:
-        found = saved[ref]
+        found = saved[ref].memory
         if buffers[ref].tensor.numel() < found.nbytes:  # alignment can make it a little more
             buffers[ref] = saved_buffer(ref, found.nbytes, found.device)
         found.copy_to(buffers[ref])

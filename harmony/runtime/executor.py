@@ -7,12 +7,13 @@ schedule; an instruction is looked up once, when the schedule is prepared, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from harmony.capture import Captured
-from harmony.errors import ExecutionError, HarmonyError, PlanError
+from harmony.errors import ExecutionError, HarmonyError, PlanError, text_of
 from harmony.planner.kinds import span_kinds
 from harmony.planner.schedule import HOST, DeviceSpec, Schedule, Slots
 from harmony.planner.tasks import Pack, TaskKind, TensorKind, TensorRef
@@ -24,6 +25,7 @@ from harmony.runtime.hostmem import Place, Stash
 from harmony.runtime.hostprogram import HostProgram
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.hostvalues import is_input, reserve_saved, reserve_values
+from harmony.runtime.interrupts import held_back
 from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.recall import Recall
 from harmony.runtime.residents import Residents
@@ -67,12 +69,15 @@ class Job:
         apply_updates: whether parameters are updated; if not, the gradients are all that is new.
         check: figures of a forward that ran before, or are to be compared with a backward to
             come. A schedule that has both is checked in its first run without it.
+        begun: the updates that the run has begun; from the first one on, parameters are of two
+            steps until the run is over.
     """
 
     recall: Recall
     weights: Weights
     apply_updates: bool = True
     check: SelfCheck | None = None
+    begun: list[str] = field(default_factory=list)
 
 
 class Executor:
@@ -198,7 +203,7 @@ class Executor:
         fails (memory, shapes) mostly fails there, and then no parameter has changed.
 
         Ctrl-C lets the step end first, so that all parameters belong to the same step; a second
-        one stops at once.
+        one stops it, and says which parameters are of the step after.
 
         Raises:
             ExecutionError: if a task fails; names the task.
@@ -228,21 +233,23 @@ class Executor:
             waits=waits,
             apply_updates=job.apply_updates,
             check=check,
+            updated=job.begun,
         )
         for context in self.contexts:
             context.reset_peak()
         self._host.begin_step()
         job.recall.random.check = signals.check
         countdown = Countdown(num_programs)
-        for index, (worker, program) in enumerate(self._assign(prepared)):
-            native.trace_release(begin[index])
-            end = prepared.num_events + index
-            job_tokens = (begin[index], done[index])
-            worker.submit(self._job(program, step, job_tokens, end), countdown.done)
-        self._wait(countdown, signals)
-        for token in done:
-            native.trace_acquire(token)
-        self._raise_failure(prepared, step)
+        with held_back() as held, held.stopped_by(partial(signals.fail, "")):
+            for index, (worker, program) in enumerate(self._assign(prepared)):
+                native.trace_release(begin[index])
+                end = prepared.num_events + index
+                job_tokens = (begin[index], done[index])
+                worker.submit(self._job(program, step, job_tokens, end), countdown.done)
+            countdown.wait()
+            for token in done:
+                native.trace_acquire(token)
+            self._raise_failure(prepared, step)
         prepared.num_runs += 1
         return self._timeline(prepared, step)
 
@@ -273,6 +280,7 @@ class Executor:
                     program.finish(step)
                 else:
                     program.issue(step)
+                step.finished.append(program.name)
             except Stopped:
                 pass
             except BaseException as error:
@@ -283,30 +291,28 @@ class Executor:
 
         return job
 
-    def _wait(self, countdown: Countdown, signals: Signals) -> None:
-        try:
-            countdown.wait()
-        except KeyboardInterrupt as interrupt:
-            try:
-                countdown.wait()
-            except KeyboardInterrupt:
-                signals.fail("the step", interrupt)
-                countdown.wait()
-            raise
-
     def _raise_failure(self, prepared: PreparedSchedule, step: Step) -> None:
         if step.signals.failure is None:
             return
         where, error = step.signals.failure
+        if not where and len(step.finished) > len(prepared.programs):
+            return  # it was to stop, but was over
+        step.signals.failure = None  # its frames hold the step: a cycle with device memory in it
         for context in self.contexts:  # all of them first: a peer may still be copying to another
             context.drain()
         for program in prepared.programs:
             program.clear()
-        if isinstance(error, (HarmonyError, KeyboardInterrupt)):
-            raise error
-        done = [span.label.split()[1] for span in step.spans if span.kind == "update"]
-        done += step.updated
-        raise ExecutionError(_explain(where, error, done), where, torn=bool(done)) from error
+        torn = bool(step.updated)
+        try:
+            if isinstance(error, KeyboardInterrupt) and not where:
+                raise KeyboardInterrupt(f"Ctrl-C twice stopped the step. {_state_after(step)}")
+            if not where or not isinstance(error, Exception):
+                raise error
+            if isinstance(error, HarmonyError) and not torn:
+                raise error
+            raise ExecutionError(_explain(where, error, step), where, torn=torn) from error
+        finally:
+            del error
 
     def _timeline(self, prepared: PreparedSchedule, step: Step) -> Timeline:
         timeline = Timeline(spans=list(step.spans), step_s=step.now_s())
@@ -335,22 +341,25 @@ def _check_updates(schedule: Schedule, optimizer: PackOptimizer | None) -> None:
         )
 
 
-def _explain(where: str, error: BaseException, updated: list[str]) -> str:
+def _explain(where: str, error: BaseException, step: Step) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         reason = (
-            f"out of memory, though the plan expected to fit: {error}. Use a smaller "
+            f"out of memory, though the plan expected to fit: {text_of(error)}. Use a smaller "
             "microbatch_size, or a device_memory below what the GPU really has free"
         )
     else:
-        reason = f"{type(error).__name__}: {error}"
-    if updated:
-        state = (
-            f"Parameters of {', '.join(updated)} are already of the step after, the others of "
-            "the step before: go back to a checkpoint"
-        )
-    else:
-        state = "No parameter was changed: all are of the step before"
-    return f"{where} failed. {reason}. {state}."
+        reason = f"{type(error).__name__}: {text_of(error)}"
+    return f"{where} failed. {reason}. {_state_after(step)}."
+
+
+def _state_after(step: Step) -> str:
+    """What a step that did not come to its end has left."""
+    if not step.updated:
+        return "No parameter was changed: all are of the step before"
+    return (
+        f"Parameters of {', '.join(step.updated)} may be of the step after already, the others "
+        "are of the step before: go back to a checkpoint"
+    )
 
 
 __all__ = ["HOST", "Executor", "Job", "PreparedSchedule"]

@@ -67,6 +67,9 @@ class HostProgram:
 
     def _timed(self, index: int, instruction: Instruction, step: Step) -> None:
         start_s = step.now_s()
+        step.running[self.name] = str(instruction)
+        if _is_update(instruction):
+            step.updated.append(str(instruction.task))  # one that fails may have changed some
         self._run(instruction)
         lane = f"{HOST}.{instruction.stream}"
         span = Span(

@@ -100,19 +100,28 @@ class LayerStates:
             if _samples(task)[1] == self._minibatch:
                 self._pending.update({n: _to_host(skeleton.tensor(n)) for n in change.buffers})
 
-    def commit(self) -> None:
-        """Let the model have the changes; nothing happens to it before."""
+    def commit(self, begun: list[str] | None = None) -> None:
+        """Let the model have the changes; nothing happens to it before.
+
+        Args:
+            begun: hears when the first change is about to be made; what fails until then, a copy
+                of an attribute for instance, leaves the model as it was.
+        """
         if not self._changes:
             return
         buffers = dict(self._net.named_buffers(remove_duplicate=False))
-        for name, new in self._pending.items():
-            native.trace_host_access(f"the buffer {name}", new, write=False)
-            native.trace_host_access(f"the buffer {name}", buffers[name], write=True)
-            buffers[name].copy_(new)
-        self._pending.clear()
         modules = dict(self._net.named_modules())
-        for (module, name), held in self._running.items():
-            _set(modules[module], name, copy.deepcopy(held))
+        pairs = [(name, buffers[name], new) for name, new in self._pending.items()]
+        held = [(modules[m], name, copy.deepcopy(h)) for (m, name), h in self._running.items()]
+        if begun is not None:
+            begun.append("what the forward changes")
+        for name, buffer, new in pairs:
+            native.trace_host_access(f"the buffer {name}", new, write=False)
+            native.trace_host_access(f"the buffer {name}", buffer, write=True)
+            buffer.copy_(new)
+        self._pending.clear()
+        for module, name, value in held:
+            _set(module, name, value)
 
     def _in(self, pack: Pack) -> Iterator[tuple[int, LayerChanges]]:
         return ((layer, self._changes[layer]) for layer in self._changes if layer in pack)

@@ -6,9 +6,12 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 Job = tuple[Callable[[], None], Callable[[], None]]
 """What to run, and what to call when nothing of it is left."""
+
+_LOOK_UP_S = 0.1
 
 
 class Worker:
@@ -26,23 +29,27 @@ class Worker:
 
 
 class Countdown:
-    """Lets one thread wait until several jobs are done; Ctrl-C gets through."""
+    """Lets one thread wait until several jobs are done, and hear signals meanwhile."""
 
     def __init__(self, count: int) -> None:
-        self._left = count
-        self._condition = threading.Condition()
+        self._count = count
+        self._done: list[None] = []
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def done(self) -> None:
         """One job is done."""
-        with self._condition:
-            self._left -= 1
-            self._condition.notify_all()
+        self._done.append(None)
+        self._wake.put(None)
 
     def wait(self) -> None:
-        """Wait until all are done."""
-        with self._condition:
-            while self._left:
-                self._condition.wait()
+        """Wait until all are done.
+
+        It looks up now and then: Python calls the handler of a signal between two of its own
+        operations, and a signal that another thread was given, or made, wakes nobody who waits.
+        """
+        while len(self._done) < self._count:
+            with suppress(queue.Empty):
+                self._wake.get(timeout=_LOOK_UP_S)
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:
