@@ -37,6 +37,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostmem import HostBuffer
 from harmony.runtime.hoststate import HostState
 from harmony.runtime.optimizer import PackOptimizer
+from harmony.runtime.paramhooks import is_hooked
 from harmony.runtime.stage import Values
 from harmony.session import ModelRecord
 from harmony.signature import Attribute, Call, Signature, signature_of
@@ -117,11 +118,16 @@ class Bindings:
         key, minibatch = signature_of(
             self._net, call, form, self._options.batch_dims_of(form), self._moving
         )
-        return (key, form == "step" and self._waits()), minibatch
+        return (key, form == "step" and self.waits()), minibatch
 
-    def _waits(self) -> bool:
-        """Whether the optimizer wants all gradients on the host before its first update."""
-        return self._optimizer is not None and self._optimizer.waits is not None
+    def hooked(self) -> bool:
+        """Whether a trained parameter has hooks, which want its gradient on the host."""
+        return self._optimizer is not None and any(map(is_hooked, self._optimizer.params()))
+
+    def waits(self) -> bool:
+        """Whether all gradients are wanted on the host before the first update."""
+        optimizer = self._optimizer
+        return optimizer is not None and (optimizer.waits is not None or self.hooked())
 
     def settle_optimizer(self) -> None:
         """Let the optimizer be that of the parameters that there are now, from now on."""
@@ -268,8 +274,11 @@ class Bindings:
     def plan(self, binding: Binding, minibatch: int) -> Plan:
         """Return the plan of a binding for a minibatch."""
         options = self._options
+        # Hooks on parameters see one microbatch after the other, where these are fixed.
+        in_turn = options.microbatch_size is not None and self.hooked()
+        mode = "pp" if in_turn else options.mode
         plan = binding.plan(
-            minibatch, options.mode, options.microbatch_size, options.activations, options.plan
+            minibatch, mode, options.microbatch_size, options.activations, options.plan
         )
         mixing = [layer.name for layer in binding.graph.layers if layer.mixes_samples]
         size = plan.spec.backward_size
@@ -312,7 +321,7 @@ class Bindings:
             self._optimizer.check_covers(dict(self._net.named_parameters()))
         machine = self._measured.machine()
         update = NO_UPDATE if form != "step" else self.update_cost()
-        if form == "step" and self._options.updates == "auto" and not self._waits():
+        if form == "step" and self._options.updates == "auto" and not self.waits():
             machine = with_device_updates(machine, update)
         host = self._host_state(captured, machine)
         self._moving.update(a for change in captured.changes.values() for a in change.attributes)
@@ -373,7 +382,7 @@ class Bindings:
 
     def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
-        clips = self._waits()
+        clips = self.waits()
         return functools.cache(lambda: profile_of(name, binding, sizes, minibatch, clips=clips))
 
     def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
@@ -388,6 +397,6 @@ class Bindings:
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         options = self._options
-        clips = self._waits()
+        clips = self.waits()
         profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)
         plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)

@@ -31,6 +31,7 @@ from harmony.dropin import (
 )
 from harmony.feedback import Feedback
 from harmony.generation import generate
+from harmony.hooked import hooked_step
 from harmony.lanes import parameters_read
 from harmony.lending import LentGradients, check_unchanged
 from harmony.live import Live, detached
@@ -158,7 +159,7 @@ class Engine:
         with self.whole.together() as begun:
             try:
                 ready = self._prepare("step", call)
-                step, minibatch = self.run_step(ready), ready.plan.minibatch
+                step, minibatch = self._planned(call, ready, begun), ready.plan.minibatch
                 step.recall.states.commit(begun)
             except (LiveOnlyError, GuardError) as reason:
                 self._goes_live("step", call, reason)
@@ -167,7 +168,7 @@ class Engine:
                 self._live.update(begun)
             self.num_steps += 1
             self.last_timeline = step.timeline
-        if self._feedback is not None and ready is not None:
+        if self._feedback is not None and ready is not None and not self.bindings.hooked():
             self._feedback.stepped(ready.binding, ready.plan, step.timeline)
         return StepResult(step.loss, minibatch, count_tokens((args, kwargs)), step.timeline)
 
@@ -175,6 +176,15 @@ class Engine:
         """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
         with held_back() as held, held.open():
             return self.ready(form, *call)
+
+    def _planned(self, call: Call, ready: ReadyStep, begun: list[str]) -> RanStep:
+        """Run a planned step, with its updates; gradients go through hooks where there are any."""
+        if not self.bindings.hooked():
+            return self.run_step(ready)
+        with held_back() as held, held.open():
+            ran = hooked_step(self, call, ready, self._run_gradients)
+        self._live.update(begun)
+        return ran
 
     def _run_gradients(self, ready: ReadyStep) -> RanStep:
         """Run a step up to its gradients, and leave them as ``grad``."""

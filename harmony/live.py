@@ -25,12 +25,13 @@ from harmony.capture import (
     seed_python,
 )
 from harmony.capture.lossweights import LiveWeights, inexact_loss
-from harmony.errors import DoesNotFitError
+from harmony.errors import ConfigError, DoesNotFitError
 from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.optimizer import PackOptimizer
+from harmony.runtime.paramhooks import GradientSums, call_hooks
 from harmony.runtime.randomness import microbatch_seed
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Values
@@ -122,7 +123,7 @@ class Live:
         """
         size = min(self.size or self._options.microbatch_size or minibatch, minibatch)
         while True:
-            before = _ModuleState(self._net)
+            before = ModuleState(self._net)
             try:
                 with held_back() as held, held.open():
                     done = self._train(call, minibatch, size, step, run)
@@ -146,7 +147,8 @@ class Live:
     ) -> RanStep:
         batch = Batch.of(*call, self._options.batch_dims)
         weights = LiveWeights(minibatch)
-        sums: dict[str, torch.Tensor] = {}
+        fixed = self._options.microbatch_size is not None
+        sums = GradientSums(dict(self._net.named_parameters()), hooks_each=fixed)
         total = torch.zeros(())
         for index, low in enumerate(range(0, minibatch, size)):
             high = min(low + size, minibatch)
@@ -157,16 +159,35 @@ class Live:
             ran = run(replace(ready, weights=dict.fromkeys(ready.weights, weight)))
             total = total + ran.loss
             self.commit(ready, ran.recall, [])
-            self._add(sums)
+            if sums.hooked and high < minibatch:
+                self._check_hooks(weights)
+            sums.add()
         if weights.doubt is not None:
             self._say(inexact_loss(weights.doubt, minibatch))
         scale = weights.scale()
         if scale != 1.0:
             total = total * scale
-            for gradient in sums.values():
+            for gradient in sums.sums.values():
                 gradient.mul_(scale)
-        self._publish(sums)
+        assert self._bindings.arenas is not None
+        sums.publish(self._bindings.arenas[1].own)
+        if not fixed:
+            call_hooks(self._net.parameters())
         return replace(ran, loss=total)
+
+    def _check_hooks(self, weights: LiveWeights) -> None:
+        """Refuse hooks on gradients of microbatches whose weights only the last one tells.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        if weights.by_targets:
+            raise ConfigError(
+                "a parameter has a hook, and the forward is run live: what each microbatch's "
+                "gradient counts is known only after the last, since the loss is a mean over the "
+                "targets that count. Leave microbatch_size= out, or put the hook's work into a "
+                "step_pre_hook of the optimizer"
+            )
 
     def update(self, begun: list[str]) -> None:
         """Update all parameters from the gradients that `train` has left.
@@ -211,23 +232,8 @@ class Live:
             )
         return self._captures[form]
 
-    def _add(self, sums: dict[str, torch.Tensor]) -> None:
-        for name, param in self._net.named_parameters():
-            if param.grad is not None and name in sums:
-                sums[name].add_(param.grad)
-            elif param.grad is not None:
-                sums[name] = param.grad.clone()
 
-    def _publish(self, sums: dict[str, torch.Tensor]) -> None:
-        assert self._bindings.arenas is not None
-        arena = self._bindings.arenas[1]
-        for name, param in self._net.named_parameters():
-            param.grad = None
-            if name in sums:
-                param.grad = arena.own(name).copy_(sums[name])
-
-
-class _ModuleState:
+class ModuleState:
     """Buffers and plain attributes of a module tree, to go back to."""
 
     def __init__(self, net: nn.Module) -> None:

@@ -138,7 +138,7 @@ def _state(optimizer: PackOptimizer) -> dict[str, float]:
     """Bytes of state per element, by kind of parameter, of the largest of each."""
     full = optimizer.full
     largest: dict[str, nn.Parameter] = {}
-    for param in _params(optimizer):
+    for param in optimizer.params():
         kind = kind_of(param.dtype, param.dim())
         if kind not in largest or param.numel() > largest[kind].numel():
             largest[kind] = param
@@ -205,7 +205,7 @@ def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool | None
 def _temporary(optimizer: PackOptimizer, context: DeviceContext) -> float | None:
     """Bytes of temporaries per element of the largest parameter; None if they grow with more."""
     largest = _largest(optimizer)
-    like = [p for p in _params(optimizer) if (p.dtype, p.dim()) == (largest.dtype, largest.dim())]
+    like = [p for p in optimizer.params() if (p.dtype, p.dim()) == (largest.dtype, largest.dim())]
     like = [largest, *(p for p in like if p is not largest)][:_TRIED]
     free = native.memory_info(context.device)[0]
     count = max(1, min(_SAMPLES[0], free // 1024))
@@ -281,12 +281,8 @@ def _give_gradients(made: StandIn, step: int = 0) -> None:
         param.grad = torch.randn(param.shape, generator=generator, dtype=wide).to(param.dtype)
 
 
-def _params(optimizer: PackOptimizer) -> list[nn.Parameter]:
-    return [param for group in optimizer.full.param_groups for param in group["params"]]
-
-
 def _largest(optimizer: PackOptimizer) -> nn.Parameter:
-    return max(_params(optimizer), key=lambda param: param.numel())
+    return max(optimizer.params(), key=lambda param: param.numel())
 
 
 def _scaled(shape: Shape, count: int) -> Shape:
@@ -300,6 +296,6 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _unknown(optimizer: PackOptimizer) -> UpdateCost:
-    kinds = {kind_of(p.dtype, p.dim()): p.dtype.itemsize for p in _params(optimizer)}
+    kinds = {kind_of(p.dtype, p.dim()): p.dtype.itemsize for p in optimizer.params()}
     state = {kind: _UNKNOWN_STATES * size for kind, size in kinds.items()}
     return UpdateCost(_UNKNOWN_SECONDS, state)

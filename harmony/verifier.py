@@ -258,7 +258,7 @@ class _Comparison:
             parts=parts,
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
-        if absent and self._options.updates == "auto":
+        if absent and self._options.updates == "auto" and not engine.bindings.waits():
             snapshot.restore()
             found.gradients.update(self._gradients_on_host(absent))
         return found

@@ -270,6 +270,11 @@ class LiveWeights:
             self.doubt = str(doubt)
             return share
 
+    @property
+    def by_targets(self) -> bool:
+        """Whether `scale` may be other than 1."""
+        return self._by_targets
+
     def scale(self) -> float:
         """Return what the sums over all microbatches have still to be multiplied by."""
         if not self._by_targets or self.doubt is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,6 +192,11 @@ class PackOptimizer:
         if self.max_norm is not None:
             return f"max_grad_norm={self.max_norm}"
         return self.together
+
+    def params(self) -> Iterator[nn.Parameter]:
+        """The parameters in its groups."""
+        for group in self.full.param_groups:
+            yield from group["params"]
 
     def describe(self) -> str:
         """Name of the optimizer, whether it is fused, and whether its step is one of all."""

@@ -1,0 +1,71 @@
+"""Training steps of models whose parameters have hooks.
+
+A hook sees what it sees in plain PyTorch: the gradient of a backward. That is the whole batch's
+where Harmony chooses the microbatches, and each microbatch's where the user has fixed them. Either
+way it gets a tensor on the host, where the parameter is, and no parameter is updated before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from harmony.live import ModuleState
+from harmony.planner.tasks import Samples, TaskKind
+from harmony.runtime.paramhooks import GradientSums, call_hooks
+from harmony.signature import Call
+from harmony.stepresult import RanStep, ReadyStep
+
+if TYPE_CHECKING:
+    from harmony.engine import Engine
+
+
+Run = Callable[[ReadyStep], RanStep]
+
+
+def hooked_step(engine: Engine, call: Call, ready: ReadyStep, run: Run) -> RanStep:
+    """Run a planned step up to its gradients, with the hooks of its parameters.
+
+    Args:
+        run: runs a batch up to its gradients, and leaves them as ``grad``.
+    """
+    spec = ready.plan.spec
+    replicas = range(len(spec.shares))
+    parts = [s for r in replicas for s in spec.microbatches(r, TaskKind.BACKWARD)]
+    if len(parts) == 1 or engine.options.microbatch_size is None:
+        ran = run(ready)
+        call_hooks(engine.net.parameters())
+    else:
+        before = ModuleState(engine.net)
+        try:
+            ran = _in_parts(engine, call, ready, parts, run)
+        except BaseException:
+            before.restore()
+            raise
+    return ran
+
+
+def _in_parts(
+    engine: Engine, call: Call, whole: ReadyStep, parts: list[Samples], run: Run
+) -> RanStep:
+    """Run forward and backward of one microbatch after the other, with the hooks of each."""
+    assert engine.bindings.arenas is not None and whole.binding.graph.loss is not None
+    sums = GradientSums(dict(engine.net.named_parameters()), hooks_each=True)
+    total = torch.zeros(())
+    ran: RanStep | None = None
+    for index, samples in enumerate(parts):
+        if ran is not None:
+            ran.recall.states.commit([])
+        part = whole.binding.captured.part_of_call(call, *samples)
+        ready = engine.ready("step", *part)
+        weight = whole.weights[whole.binding.graph.loss, samples]
+        weights = dict.fromkeys(ready.weights, weight)
+        ran = run(replace(ready, weights=weights, first_index=index))
+        total = total + ran.loss
+        sums.add()
+    sums.publish(engine.bindings.arenas[1].own)
+    assert ran is not None, "a batch has samples"
+    return replace(ran, loss=total)
