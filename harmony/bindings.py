@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,11 +15,19 @@ from torch import nn
 from harmony import facts, session
 from harmony.bigmodel import check_values, materialise
 from harmony.binding import Binding, with_state
-from harmony.capture import Captured, GuardError, LiveOnlyError, capture, undisturbed
+from harmony.capture import (
+    Captured,
+    GuardError,
+    LiveOnlyError,
+    capture,
+    check_hooks,
+    undisturbed,
+)
 from harmony.errors import HarmonyError
 from harmony.lending import check_plain
 from harmony.machine import Machine
 from harmony.options import EngineOptions
+from harmony.paths import MAX_CHANGES, MAX_PATHS, Paths
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.plans.elsewhere import (
@@ -40,34 +48,13 @@ from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.paramhooks import is_hooked
 from harmony.runtime.stage import Values
 from harmony.session import ModelRecord
-from harmony.signature import Attribute, Call, Signature, signature_of
+from harmony.signature import Call, Signature, signature_of
 from harmony.updateprofile import UpdateCost, with_device_updates
-
-MAX_PATHS = 8
-"""Captures that are kept of one signature; the one used longest ago is forgotten first."""
 
 NO_UPDATE = UpdateCost(0.0)
 """Where the optimizer is the user's."""
 
 OTHER_WAY = "the forward goes another way for other values"
-
-
-@dataclass
-class Paths:
-    """What one signature has led to so far.
-
-    Attributes:
-        bindings: of each path, the one used last first.
-        live: why no tape stands for later runs; None while one does.
-    """
-
-    bindings: list[Binding] = field(default_factory=list)
-    live: LiveOnlyError | None = None
-
-    def use(self, binding: Binding) -> None:
-        """Put a binding, known or new, first."""
-        others = [other for other in self.bindings if other is not binding]
-        self.bindings = [binding, *others][:MAX_PATHS]
 
 
 class Bindings:
@@ -101,7 +88,6 @@ class Bindings:
         limits = options.device_memory_nbytes, options.host_memory_nbytes
         self._measured = Measurements(net, contexts, limits, record.warn)
         self._pinned_seen = False
-        self._moving: set[Attribute] = set()
 
     def __iter__(self) -> Iterator[Binding]:
         for paths in self._paths.values():
@@ -115,9 +101,8 @@ class Bindings:
 
     def _key(self, form: str, call: Call) -> tuple[tuple[Signature, bool], int]:
         """What paths are kept by: a plan may be one for updates that wait, or not."""
-        key, minibatch = signature_of(
-            self._net, call, form, self._options.batch_dims_of(form), self._moving
-        )
+        batch_dims = self._options.batch_dims_of(form)
+        key, minibatch = signature_of(self._net, call, form, batch_dims)
         return (key, form == "step" and self.waits()), minibatch
 
     def hooked(self) -> bool:
@@ -169,7 +154,6 @@ class Bindings:
         """Forget all captures: the model is another."""
         self.activate(None)
         self._paths.clear()
-        self._moving.clear()
         self.generation += 1
 
     def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
@@ -186,7 +170,8 @@ class Bindings:
             if paths.live is not None:
                 raise paths.live.again()
             misfit: tuple[int, int] | None = None
-            for binding in list(paths.bindings):
+            standing = paths.standing(type(self._net).__name__)
+            for binding in standing:
                 try:
                     inputs = self.measured(binding, form, minibatch, call)
                 except GuardError as error:
@@ -201,25 +186,39 @@ class Bindings:
                         self._record.forward_s = binding.forward_s(plan)
                     self._record.planned(plan, binding.predicted(plan))
                     return binding, plan, inputs
-            self._add_path(paths, form, call, misfit)
-            key, _ = self._key(form, call)
-            self._paths[key] = paths  # some attributes may now be known to move by themselves
+            self._add_path(paths, standing, form, call, misfit)
         raise LiveOnlyError("the microbatches of a minibatch take different paths", "?")
 
+    def recorded(self, form: str, call: Call) -> Captured | None:
+        """Return a recording of calls like this one, though it may not stand for it."""
+        paths, _ = self.paths(form, call)
+        return next((binding.captured for binding in paths.bindings), paths.recorded)
+
     def _add_path(
-        self, paths: Paths, form: str, call: Call, misfit: tuple[int, int] | None
+        self,
+        paths: Paths,
+        standing: Sequence[Binding],
+        form: str,
+        call: Call,
+        misfit: tuple[int, int] | None,
     ) -> None:
         """Capture the path that a microbatch takes, the whole batch at first."""
         part = call
         if misfit is not None:
-            part = paths.bindings[0].captured.part_of_call(call, *misfit)
-            if any(self._stands_for(other, part) for other in paths.bindings):
+            part = standing[0].captured.part_of_call(call, *misfit)
+            if any(self._stands_for(other, part) for other in standing):
                 raise LiveOnlyError(
                     "the microbatches of a minibatch take different paths",
-                    paths.bindings[0].captured.first_guard(),
+                    standing[0].captured.first_guard(),
                 )
         try:
-            paths.use(self._make(form, part))
+            check_hooks(self._net)
+            binding = self._make(form, part)
+            if binding.captured.as_is is not None:
+                paths.recorded = binding.captured
+                where = type(self._net).__name__
+                raise LiveOnlyError(binding.captured.as_is, where, as_is=True)
+            paths.use(binding)
         except LiveOnlyError as error:
             paths.live = error.again()
 
@@ -259,7 +258,8 @@ class Bindings:
 
     def rung(self) -> str:
         """How the model is captured, at worst: by a tape, the tape of a real run, or live."""
-        if any(paths.live is not None for paths in self._paths.values()):
+        known = self._paths.values()
+        if any(p.live is not None or p.changes > MAX_CHANGES for p in known):
             return "live"
         real = any(binding.captured.real for binding in self)
         return "real-run tape" if real else "tape"
@@ -324,8 +324,6 @@ class Bindings:
         if form == "step" and self._options.updates == "auto" and not self.waits():
             machine = with_device_updates(machine, update)
         host = self._host_state(captured, machine)
-        self._moving.update(a for change in captured.changes.values() for a in change.attributes)
-        self._moving.update((module, name) for module, name, _ in captured.moved)
         graph = with_state(captured.graph, host.gradients.layout, update)
         host = replace(host, graph=graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from harmony import facts, session
 from harmony.binding import Binding
 from harmony.bindings import OTHER_WAY, Bindings
 from harmony.capture import GuardError, LiveOnlyError
 from harmony.capture.lossweights import inexact_loss
+from harmony.direct import Direct
 from harmony.dropin import (
     ForwardCall,
     Gradients,
@@ -35,14 +35,19 @@ from harmony.hooked import hooked_step
 from harmony.lanes import parameters_read
 from harmony.lending import LentGradients, check_unchanged
 from harmony.live import Live, detached
-from harmony.minibatch import joined_outputs, load_gradients, load_inputs, weighted_sum
+from harmony.minibatch import (
+    joined_outputs,
+    load_gradients,
+    load_inputs,
+    to_device_of,
+    weighted_sum,
+)
 from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Job
 from harmony.runtime.interrupts import held_back
-from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.recall import Recall
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
@@ -105,7 +110,7 @@ class Engine:
         self._lent: LentGradients | None = None
         self._turns = Turns()
         self._doubted = False
-        self._optimizer = _optimizer_of(net, options)
+        self._optimizer = options.make_optimizer(net)
         self.whole = Wholeness(net, self._optimizer)
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
@@ -116,6 +121,7 @@ class Engine:
         self._live = Live(
             net, self._contexts[0], options, self.bindings, self._optimizer, self.record
         )
+        self._direct = Direct(net, self._contexts[0], options, self.bindings, self._live.say)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -145,7 +151,8 @@ class Engine:
         loss, seconds = float(done.loss), time.perf_counter() - started
         samples, tokens = done.num_samples, done.num_tokens
         number = self.num_steps - 1
-        self.record.stepped(StepStats(number, loss, samples, tokens, seconds, done.timeline))
+        if done.timeline is not None:  # else there is no plan to report on
+            self.record.stepped(StepStats(number, loss, samples, tokens, seconds, done.timeline))
         return done.loss
 
     @_alone
@@ -156,21 +163,41 @@ class Engine:
         self.whole.check()
         call = (args, kwargs, targets)
         ready: ReadyStep | None = None
+        timeline: Timeline | None
         with self.whole.together() as begun:
             try:
                 ready = self._prepare("step", call)
                 step, minibatch = self._planned(call, ready, begun), ready.plan.minibatch
                 step.recall.states.commit(begun)
+                loss, timeline = step.loss, step.timeline
             except (LiveOnlyError, GuardError) as reason:
-                self._goes_live("step", call, reason)
                 _, minibatch = self.bindings.paths("step", call)
-                step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
+                loss, timeline = self._train_live(call, minibatch, reason)
                 self._live.update(begun)
             self.num_steps += 1
-            self.last_timeline = step.timeline
-        if self._feedback is not None and ready is not None and not self.bindings.hooked():
-            self._feedback.stepped(ready.binding, ready.plan, step.timeline)
-        return StepResult(step.loss, minibatch, count_tokens((args, kwargs)), step.timeline)
+            self.last_timeline = timeline
+        if ready is not None and timeline is not None:
+            ready.binding.captured.bring_home(self.devices)
+            if self._feedback is not None and not self.bindings.hooked():
+                self._feedback.stepped(ready.binding, ready.plan, timeline)
+        return StepResult(loss, minibatch, count_tokens((args, kwargs)), timeline)
+
+    def _train_live(
+        self, call: Call, minibatch: int, reason: LiveOnlyError | GuardError
+    ) -> tuple[torch.Tensor, Timeline | None]:
+        """Run what no tape stands for up to its gradients: recorded on its way, or as it is."""
+        reason = self._goes_live("step", call, reason)
+        if not reason.as_is:
+            try:
+                step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
+            except LiveOnlyError as found:
+                if not found.as_is:
+                    raise
+                self._goes_live("step", call, found)
+            else:
+                return step.loss, step.timeline
+        captured = self.bindings.recorded("step", call)
+        return self._direct.train(call, minibatch, self.num_steps, captured), None
 
     def _prepare(self, form: str, call: Call) -> ReadyStep:
         """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
@@ -192,16 +219,22 @@ class Engine:
         ready.binding.host.publish_all()
         return ran
 
-    def _goes_live(self, form: str, call: Call, reason: LiveOnlyError | GuardError) -> None:
-        """Note that no tape stands for the calls of this signature.
+    def _goes_live(
+        self, form: str, call: Call, reason: LiveOnlyError | GuardError
+    ) -> LiveOnlyError:
+        """Note that no tape stands for the calls of this signature; return why.
 
         A decision by computed values shows only when the layers run; the forward of all layers
         comes before the first update, so nothing has changed then.
         """
-        if isinstance(reason, GuardError):
-            paths, _ = self.bindings.paths(form, call)
-            paths.live = LiveOnlyError(OTHER_WAY, reason.where)
-            self._live.notice(paths.live)
+        known = isinstance(reason, LiveOnlyError)
+        found = reason if known else LiveOnlyError(OTHER_WAY, reason.where)
+        assert isinstance(found, LiveOnlyError)
+        paths, _ = self.bindings.paths(form, call)
+        if not found.passing:
+            paths.live = found.again()
+        self._live.notice(found)
+        return found
 
     def ready(
         self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
@@ -212,9 +245,9 @@ class Engine:
         try:
             binding, plan, inputs = self.bindings.find(form, call)
         except LiveOnlyError as reason:
-            self._live.notice(reason)
-            if form == "step":
+            if form == "step" or reason.as_is:
                 raise
+            self._live.notice(reason)
             return self._live.ready(form, call, self.num_steps, 0)
         return ReadyStep(
             binding, plan, inputs, self._weights(binding, plan, detached(inputs))
@@ -239,11 +272,25 @@ class Engine:
     @_alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
-        try:
-            return self._forward(args, kwargs)
-        except GuardError as reason:
-            self._goes_live("dropin", (args, kwargs, None), reason)
-            return self._forward(args, kwargs)
+        return self._also_live(self._forward, args, kwargs)
+
+    def _also_live(
+        self, run: Callable[[Any, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a forward; live if it turns out that no tape stands for it."""
+        for _ in range(3):
+            try:
+                return run(args, kwargs)
+            except (GuardError, LiveOnlyError) as reason:
+                found = self._goes_live("dropin", (args, kwargs, None), reason)
+            if found.as_is:
+                break
+        self.whole.check()
+        check_surroundings()
+        out = self._direct.forward(args, kwargs, self.num_steps)
+        self.num_steps += torch.is_grad_enabled()
+        self.last_timeline = None
+        return out
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.whole.check()
@@ -266,7 +313,7 @@ class Engine:
         if self.verifier is not None:
             call.values = {v: tensor.detach() for v, tensor in joined.items()}
         values = attach(joined, inputs, call)
-        out = binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+        out = binding.captured.unflatten_output(to_device_of((args, kwargs), values))
         with self.whole.together() as begun:
             self._live.commit(ready, recall, begun)
             self.num_steps += 1
@@ -307,11 +354,7 @@ class Engine:
     @_alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward without gradients."""
-        try:
-            return self._infer(args, kwargs)
-        except GuardError as reason:
-            self._goes_live("dropin", (args, kwargs, None), reason)
-            return self._infer(args, kwargs)
+        return self._also_live(self._infer, args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ready = self._prepare("dropin", (args, kwargs, None))
@@ -321,7 +364,7 @@ class Engine:
         recall = self._recall(ready, recomputed=False)
         binding.executor.run(prepared, Job(recall, weights))
         values = joined_outputs(prepared, binding.graph, weights)
-        out = binding.captured.unflatten_output(_to_device_of((args, kwargs), values))
+        out = binding.captured.unflatten_output(to_device_of((args, kwargs), values))
         with self.whole.together() as begun:
             self._live.commit(ready, recall, begun)
         return out
@@ -355,23 +398,3 @@ class Engine:
         return recall_of(
             self.net, ready, self._contexts[0], self.num_steps, run_seed, recomputed
         )
-
-
-def _optimizer_of(net: nn.Module, options: EngineOptions) -> PackOptimizer | None:
-    if options.optimizer is None:
-        return None
-    return PackOptimizer(
-        dict(net.named_parameters()),
-        options.optimizer,
-        options.optimizer_kwargs,
-        options.groups_of(net),
-        options.max_grad_norm,
-    )
-
-
-def _to_device_of(call: Any, values: Values) -> Values:
-    """Put outputs on the device of the inputs, as plain PyTorch would."""
-    first = next((x for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)), None)
-    if first is None or first.device.type == "cpu":
-        return values
-    return {index: tensor.to(first.device) for index, tensor in values.items()}

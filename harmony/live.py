@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harmony.binding import Binding
-from harmony.bindings import Bindings, Paths
+from harmony.bindings import Bindings
 from harmony.capture import (
     Batch,
     LiveCapture,
@@ -27,6 +27,7 @@ from harmony.capture import (
 from harmony.capture.lossweights import LiveWeights, inexact_loss
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.options import EngineOptions
+from harmony.paths import Paths
 from harmony.planner.plan import Plan
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.interrupts import held_back
@@ -70,14 +71,22 @@ class Live:
 
     def notice(self, reason: LiveOnlyError) -> None:
         """Say once that, and why, the model runs live."""
-        self._say(
+        if reason.as_is:
+            self.say(
+                f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: "
+                "the model is run as it is, on one GPU, its parameters streamed and all that its "
+                "backward needs kept on the host. To be planned, and to run on all GPUs, let the "
+                "forward return what it leaves, and take what changes as an input"
+            )
+            return
+        self.say(
             f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: each "
             "microbatch is recorded on its way, which takes one forward more, and microbatches "
             "run one after the other. To be planned as a whole, let the decision be made inside "
             "of a layer (a module that is one block), or outside of the model"
         )
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Warn once."""
         if text not in self._noticed:
             self._noticed.add(text)
@@ -100,8 +109,11 @@ class Live:
             self._context.set_random_state(self._context.seeded_state(seed))
 
         captured = self._capture_of(form).capture(args, kwargs, targets, begin)
+        if captured.as_is is not None:
+            raise LiveOnlyError(captured.as_is, type(self._net).__name__, as_is=True)
         paths = self._known.setdefault(form, Paths())
-        same = (b for b in paths.bindings if same_path(b.captured, captured))
+        standing = (b for b in paths.bindings if b.captured.guards.same())
+        same = (b for b in standing if same_path(b.captured, captured))
         binding = next(same, None) or self._bindings.bind(captured, form)
         paths.use(binding)
         size = captured.num_samples  # its tape is good for no other
@@ -163,7 +175,7 @@ class Live:
                 self._check_hooks(weights)
             sums.add()
         if weights.doubt is not None:
-            self._say(inexact_loss(weights.doubt, minibatch))
+            self.say(inexact_loss(weights.doubt, minibatch))
         scale = weights.scale()
         if scale != 1.0:
             total = total * scale

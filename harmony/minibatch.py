@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from harmony.errors import ConfigError
 from harmony.layergraph import LayerGraph
@@ -79,3 +81,11 @@ def weighted_sum(
 def _is_mean(output: torch.Tensor) -> bool:
     """Whether an output that does not depend on the batch size is a loss."""
     return output.dim() == 0 and output.is_floating_point()
+
+
+def to_device_of(call: Any, values: Values) -> Values:
+    """Put outputs on the device of the inputs, as plain PyTorch would."""
+    first = next((x for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)), None)
+    if first is None or first.device.type == "cpu":
+        return values
+    return {index: tensor.to(first.device) for index, tensor in values.items()}

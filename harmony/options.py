@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harmony.planner.plan import Plan
-from harmony.runtime.optimizer import Groups, OptimizerFactory
+from harmony.runtime.optimizer import Groups, OptimizerFactory, PackOptimizer
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,15 @@ class EngineOptions:
             for name, dim in self.batch_dims.items()
             if form == "step" or not name.startswith("targets")
         }
+
+    def make_optimizer(self, net: nn.Module) -> PackOptimizer | None:
+        """The optimizer of a module's parameters; None if the user has one of their own."""
+        if self.optimizer is None:
+            return None
+        return PackOptimizer(
+            dict(net.named_parameters()),
+            self.optimizer,
+            self.optimizer_kwargs,
+            self.groups_of(net),
+            self.max_grad_norm,
+        )

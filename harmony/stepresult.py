@@ -51,12 +51,16 @@ class RanStep:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step gives back."""
+    """What a training step gives back.
+
+    Attributes:
+        timeline: None for a step that ran as it is, without a plan.
+    """
 
     loss: torch.Tensor
     num_samples: int
     num_tokens: int | None
-    timeline: Timeline
+    timeline: Timeline | None
 
 
 def count_tokens(call: Any) -> int | None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from harmony.capture.api import capture
 from harmony.capture.captured import Captured
+from harmony.capture.direct import moved, running_on
 from harmony.capture.footprint import Footprint
+from harmony.capture.hooks import check_hooks
 from harmony.capture.inputs import Batch
 from harmony.capture.isolation import autocast_dtype, undisturbed
 from harmony.capture.layered import LayerChanges
 from harmony.capture.live import LiveCapture, same_path
+from harmony.capture.outside import Outside
 from harmony.capture.params import ParamInfo
 from harmony.capture.pythonstate import is_plain, plain_attributes
 from harmony.capture.randomstate import seed_python
@@ -31,13 +34,17 @@ __all__ = [
     "LayerChanges",
     "LiveCapture",
     "LiveOnlyError",
+    "Outside",
     "ParamInfo",
     "Skeleton",
     "StreamedModule",
     "autocast_dtype",
     "capture",
+    "check_hooks",
     "is_plain",
+    "moved",
     "plain_attributes",
+    "running_on",
     "same_path",
     "seed_python",
     "undisturbed",

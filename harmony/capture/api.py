@@ -12,10 +12,11 @@ from torch import nn
 from harmony.capture.captured import Captured
 from harmony.capture.inputs import Batch
 from harmony.capture.leaves import choose_leaves
+from harmony.capture.program import Program
 from harmony.capture.refuse import check_backward_hooks, check_module
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.tapeset import first_tapes
-from harmony.capture.trace import Program, Tracer
+from harmony.capture.trace import Tracer
 from harmony.errors import ConfigError
 
 
@@ -64,9 +65,13 @@ def capture(
     program = Program(loss, output_loss)
     leaves = choose_leaves(template.root, max_layer_nbytes)
     tracer = Tracer(module, template, program, batch, leaves)
-    sizes = first_tapes(tracer, batch.num_samples)
-    check_backward_hooks(template.root, tracer.leaves)
-    return Captured(tracer, template, batch, sizes, program.has_loss)
+    try:
+        sizes = first_tapes(tracer, batch.num_samples)
+        check_backward_hooks(template.root, tracer.leaves)
+        captured = Captured(tracer, template, batch, sizes, program.has_loss)
+    finally:
+        tracer.outside.restore()
+    return captured
 
 
 def _switch_off_caches(root: nn.Module) -> None:

@@ -18,6 +18,7 @@ from harmony.capture.layered import (
     LayeredTape,
     changes_of,
 )
+from harmony.capture.losscall import run_loss
 from harmony.capture.params import (
     ParamInfo,
     dense_stride,
@@ -54,6 +55,9 @@ class Captured:
         draws_on_host: whether a layer draws from random generators that all threads share.
         real: whether the tape is that of a run with real parameters.
         moved: Python attributes that the glue has changed in a live run: module, attribute, value.
+        guards: what has to be as it was for all this to stand.
+        as_is: why it stands for nothing, so that the module has to be run as it is; None if it
+            does.
         tapes: what its layers run, for each number of samples.
         template: the module tree without parameter memory.
     """
@@ -80,6 +84,12 @@ class Captured:
         self.draws_on_host = any(step.random_on_host for step in sizes.tape.steps)
         self.real = sizes.tape.real
         self.moved = sizes.tape.attributes
+        moving = {a for change in self.changes.values() for a in change.attributes}
+        moving.update((module, name) for module, name, _ in self.moved)
+        replayed = sizes.tape.loss_call is None
+        self.guards = tracer.outside.guards(moving, loss=replayed)
+        self.as_is = tracer.outside.refusal(self.guards, loss=replayed)
+        self._outside = tracer.outside
         self.template = template
         self._batch = batch
 
@@ -87,6 +97,12 @@ class Captured:
     def tape(self) -> Tape:
         """The tape of the batch that the model was captured with."""
         return self.tapes.reference.tape
+
+    def bring_home(self, devices: Iterable[torch.device]) -> None:
+        """Bring what the loss function has kept of a step from the devices to the host."""
+        if self._outside.kept_by_loss is not None:
+            for device in devices:
+                self._outside.bring_home(device)
 
     def count_samples(self, call: Call) -> int:
         """Return the number of samples of another batch."""
@@ -131,7 +147,8 @@ class Captured:
             num_samples: samples of the microbatch.
             wanted: values to return: outputs of these layers.
             at_layer: called with each layer's index before it runs.
-            guarded: whether what the forward's Python read has to come out as recorded.
+            guarded: whether what the forward's Python read has to come out as recorded, and the
+                loss function itself runs; else its recorded steps do.
         """
         layered = self.tapes.of(num_samples)
         keep = {layered.crossing[value] for value in wanted}
@@ -298,6 +315,9 @@ def _run_layer(
     tape = layered.tape
     for index in layered.ranges[layer]:
         step = tape.steps[index]
+        if guarded and tape.loss_call is not None and index == tape.loss_call.first:
+            values[tape.loss_call.result] = run_loss(tape, values, skeleton)
+            return
         if guarded or step.kind is not StepKind.GUARD:
             run_step(step, values, skeleton)
         for number in tape.dead_after[index]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -40,13 +41,30 @@ def user_frame() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not _is_machinery(filename):
+        if not is_machinery(filename):
             return f"{filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
 
 
-def _is_machinery(filename: str) -> bool:
+def held_by_variables(until: CodeType) -> Iterator[torch.Tensor]:
+    """Yield the tensors in variables of the user's functions that run now.
+
+    Args:
+        until: the code of the function of ours that has called them.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not until:
+        if not is_machinery(frame.f_code.co_filename):
+            for held in frame.f_locals.values():
+                inner = held.values() if isinstance(held, dict) else held
+                several = inner if isinstance(held, (list, tuple, dict)) else (held,)
+                yield from (one for one in several if isinstance(one, torch.Tensor))
+        frame = frame.f_back
+
+
+def is_machinery(filename: str) -> bool:
+    """Whether a file is torch's, ours, or between the user's functions."""
     return filename.startswith(_HIDDEN) or filename.endswith(("contextlib.py", "functools.py"))
 
 
@@ -73,7 +91,7 @@ def user_frame_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         filename = trace.tb_frame.f_code.co_filename
-        if not _is_machinery(filename):
+        if not is_machinery(filename):
             place = f"{filename}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place

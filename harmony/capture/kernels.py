@@ -140,3 +140,17 @@ def _by_integers(func: Any, args: Sequence[Any]) -> bool:
     return func.overloadpacket is torch.ops.aten.index and all(
         index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
     )
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as far as PyTorch counts."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def changed_by(
+    tensors: Sequence[torch.Tensor], versions: Sequence[int], noticed: Noticed
+) -> list[torch.Tensor]:
+    """Return the tensors that a call has changed, each once."""
+    pairs = zip(tensors, versions, strict=True)
+    changed = (t for t, v in pairs if version_of(t) != v or noticed.wrote(t))
+    return list({id(tensor): tensor for tensor in changed}.values())

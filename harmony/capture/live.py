@@ -20,12 +20,15 @@ from harmony.capture.inputs import Batch
 from harmony.capture.kernels import KernelWatch
 from harmony.capture.leaves import choose_leaves
 from harmony.capture.lender import Lender
+from harmony.capture.observe import Observed
+from harmony.capture.outside import Outside
+from harmony.capture.program import Program
 from harmony.capture.record import Recorder
 from harmony.capture.refuse import check_module
 from harmony.capture.replay import FACTORIES, equal
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.tape import Constant, Step
-from harmony.capture.trace import Program, Tracer
+from harmony.capture.trace import Tracer
 
 
 class LiveCapture:
@@ -49,6 +52,7 @@ class LiveCapture:
         self._device = device
         self._program = Program(loss, output_loss)
         self._leaves = choose_leaves(module)
+        self._known: Observed | None = None
 
     def capture(
         self,
@@ -67,8 +71,13 @@ class LiveCapture:
         batch = Batch.of(args, kwargs, targets, {}).detached()
         tracer = _LiveTracer(self._module, template, self._program, batch, self._leaves)
         tracer.device, tracer.begin = self._device, begin
-        tape = tracer.trace(batch.num_samples)
-        self._leaves = tracer.leaves
+        if self._known is not None:
+            tracer.outside = Outside(self._module, self._program.loss, self._known)
+        try:
+            tape = tracer.trace(batch.num_samples)
+        finally:
+            tracer.outside.restore()
+        self._leaves, self._known = tracer.leaves, tracer.outside.observed
         sizes = _OneSize(tape, tape, (batch.num_samples, batch.num_samples))
         return Captured(tracer, template, batch, sizes, self._program.has_loss)
 

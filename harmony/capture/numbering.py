@@ -31,6 +31,10 @@ class Numbering:
         """The number that a tensor has now."""
         return self._numbers[tensor]
 
+    def find(self, tensor: torch.Tensor) -> int | None:
+        """The number that a tensor has now; None if it has none."""
+        return self._numbers.get(id(tensor))
+
     def number(self, tensor: torch.Tensor, name: str) -> int:
         """Give a tensor a number."""
         number = len(self.values)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from harmony.capture.isolation import autocast_dtype, user_frame
-from harmony.capture.kernels import KernelWatch, Noticed
+from harmony.capture.isolation import autocast_dtype, held_by_variables, user_frame
+from harmony.capture.kernels import KernelWatch, Noticed, changed_by, version_of
 from harmony.capture.leafwatch import LeafCall, LeafMustOpenError
 from harmony.capture.randomstate import PythonState
 from harmony.capture.references import References
@@ -34,6 +34,7 @@ from harmony.capture.structure import flatten, tensors_in
 from harmony.capture.tape import (
     Context,
     LeftBehind,
+    LossCall,
     StateRef,
     Step,
     StepKind,
@@ -57,6 +58,9 @@ class Recorder(TorchFunctionMode):
         steps: the calls so far.
         once: whether the tape has to stand for this one run only (`harmony.capture.live`).
         attributes: Python attributes that the glue has changed in that run.
+        inputs: numbers of the model's inputs.
+        loss_call: the call of the loss function, if there was one.
+        number_of: returns the number of a tensor; None if no step in the glue has made it.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self.once = False
         self.attributes: list[tuple[str, str, Any]] = []
+        self.inputs: list[int] = []
+        self.loss_call: LossCall | None = None
         self._device = device
         self._skeleton = skeleton
         self._leaves = leaves
@@ -82,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self._leaf: LeafCall | None = None
         kernels.on_kernel = self._notice_kernel
         self._references = References(skeleton, device, stand_ins)
+        self.number_of = self._references.numbers.find
         self._kept: list[tuple[str, str]] = []
         self._sized_by_values: set[int] = set()
         self._python_random = PythonState.now()
@@ -93,7 +100,23 @@ class Recorder(TorchFunctionMode):
 
     def add_input(self, tensor: torch.Tensor, name: str) -> int:
         """Number an input of the model."""
-        return self._references.numbers.number(tensor, name)
+        number = self._references.numbers.number(tensor, name)
+        self.inputs.append(number)
+        return number
+
+    def at_loss(
+        self, loss: Callable[[Any, Any], torch.Tensor], out: Any, targets: Any
+    ) -> torch.Tensor:
+        """Call the loss function, and remember what it was called with."""
+        leaves, structure = flatten((out, targets))
+        with torch._C.DisableTorchFunction():
+            given = tuple(self._references.given(leaf) for leaf in leaves)
+        start = len(self.steps)
+        self.loss_call = LossCall(loss, given, structure, _context())
+        found = loss(out, targets)
+        for step in self.steps[start:]:
+            step.in_loss = True
+        return found
 
     def add_output(self, leaf: Any) -> Any:
         """Return the reference to an output; what no step made gets a step that passes it on."""
@@ -139,9 +162,8 @@ class Recorder(TorchFunctionMode):
             CaptureError: naming the layer and its attribute.
         """
         for name, attribute in self._kept:
-            raise CaptureError(
-                f"{name} adds to its attribute {attribute} in the forward: the recompute would "
-                "add to it again, and your module would not see it. Return it instead"
+            raise LiveOnlyError(
+                f"{name} adds to its attribute {attribute} in the forward", name, as_is=True
             )
 
     def begin(self) -> None:
@@ -256,9 +278,9 @@ class Recorder(TorchFunctionMode):
         if tensors and (name in _READS or (func in _SIZES and self._any_by_values(tensors))):
             return self._read(func, name, args, kwargs)
         context = _context()
-        versions = [_version(tensor) for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         out, noticed = self._opaque(lambda: func(*args, **kwargs))
-        changed = _changed(tensors, versions, noticed)
+        changed = changed_by(tensors, versions, noticed)
         made = flatten(out)[0]
         if changed or any(isinstance(leaf, torch.Tensor) for leaf in made):
             for leaf in leaves:
@@ -294,7 +316,7 @@ class Recorder(TorchFunctionMode):
             check_argument(leaf, name)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         references = self._references.of_all(leaves, name)
-        versions = [_version(tensor) for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         known = self._references
         watch = LeafCall(name, module, tensors, known.state, known.made_in, known.numbers)
         moved_on = self.check_python_random()
@@ -313,7 +335,7 @@ class Recorder(TorchFunctionMode):
         step.state = watch.state()
         step.python_random = moved_on if noticed.on_host else None
         own = [self._skeleton.tensor(used) for used in step.state]
-        changed = [*_changed(tensors, versions, noticed), *filter(noticed.wrote, own)]
+        changed = [*changed_by(tensors, versions, noticed), *filter(noticed.wrote, own)]
         if watch.needs_graph:
             step.with_graph = tuple(map(_learns, leaves))
         step.counts = tuple(
@@ -351,6 +373,9 @@ class Recorder(TorchFunctionMode):
         step.mutated = tuple(known.renumber(tensor, step) for tensor in changed)
         step.outputs = tuple(known.number_output(leaf, step.name) for leaf in made)
         self._note_sizes(step)
+        if self.loss_call is not None:
+            held = map(known.numbers.find, held_by_variables(Recorder.at_loss.__code__))
+            step.held = frozenset(number for number in held if number is not None)
         self.steps.append(step)
 
     def _note_sizes(self, step: Step) -> None:
@@ -373,16 +398,3 @@ def _context() -> Context:
 
 def _learns(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else int(tensor._version)
-
-
-def _changed(
-    tensors: Sequence[torch.Tensor], versions: Sequence[int], noticed: Noticed
-) -> list[torch.Tensor]:
-    """Return the tensors that a call has changed, each once."""
-    pairs = zip(tensors, versions, strict=True)
-    changed = (t for t, v in pairs if _version(t) != v or noticed.wrote(t))
-    return list({id(tensor): tensor for tensor in changed}.values())

@@ -16,7 +16,7 @@ from harmony.capture.numbering import Numbering
 from harmony.capture.refuse import check_unknown_tensor
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
-from harmony.capture.tape import DEVICE, Constant, ModuleRef, StateRef, Step, ValueRef
+from harmony.capture.tape import DEVICE, UNKNOWN, Constant, ModuleRef, StateRef, Step, ValueRef
 from harmony.errors import CaptureError
 
 
@@ -89,6 +89,16 @@ class References:
                 [origin.name], f"a tensor made inside {origin.name} reaches {user} unreturned"
             )
         return self._constant(leaf, user)
+
+    def given(self, leaf: Any) -> Any:
+        """Return what a leaf of the loss function's arguments is; `UNKNOWN` for any other tensor.
+
+        What it gets is no use of a tensor yet.
+        """
+        known = id(leaf) in self.numbers or id(leaf) in self.state
+        if isinstance(leaf, (torch.Tensor, nn.Module, torch.device)) and not known:
+            return UNKNOWN
+        return self.of(leaf, "the loss")
 
     def number_output(self, leaf: Any, name: str) -> int | None:
         """Number a result, unless it is not a tensor or an object that is known already."""

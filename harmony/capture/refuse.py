@@ -32,16 +32,25 @@ class LiveOnlyError(CaptureError):
     Attributes:
         reason: why.
         where: file and line.
+        as_is: whether its Python has to run as it is, once: no recording of it will do.
+        passing: whether that holds for what was found now only; a later call may find it as it
+            was when a tape was recorded.
     """
 
-    def __init__(self, reason: str, where: str) -> None:
+    def __init__(
+        self, reason: str, where: str, *, as_is: bool = False, passing: bool = False
+    ) -> None:
         super().__init__(f"{reason}, at {where}: the tape of one run does not stand for another")
         self.reason = reason
         self.where = where
+        self.as_is = as_is
+        self.passing = passing
 
     def again(self) -> LiveOnlyError:
         """Return it without its traceback, which would keep all that was captured alive."""
-        return LiveOnlyError(self.reason, self.where)
+        return LiveOnlyError(
+            self.reason, self.where, as_is=self.as_is, passing=self.passing
+        )
 
 
 class UnrecordableError(CaptureError):
@@ -74,9 +83,11 @@ def check_module(module: nn.Module) -> None:
     _check_attributes(module)
     attribute = closes_over_module(module)
     if attribute is not None:
-        raise CaptureError(
+        raise LiveOnlyError(
             f"{attribute} is a function that captured a module, and would go on using its "
-            "weights: pass the module as an argument, or use functools.partial"
+            "weights: pass the module as an argument, or use functools.partial",
+            type(module).__name__,
+            as_is=True,
         )
 
 

@@ -64,13 +64,13 @@ def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
         step.python_random.restore()
     context = step.context
     if alone:
-        with _surroundings(context, skeleton.device), torch.enable_grad():
+        with surroundings(context, skeleton.device), torch.enable_grad():
             leaves, structure = flatten(target(*args, **kwargs))
         out = structure.unflatten(map(_without_graph, leaves))
     elif context.grad_enabled and context.autocast is None:
         out = target(*args, **kwargs)
     else:
-        with _surroundings(context, skeleton.device):
+        with surroundings(context, skeleton.device):
             out = target(*args, **kwargs)
     if step.kind is StepKind.GUARD:
         _check_guard(step, out)
@@ -85,7 +85,7 @@ def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
 def _arguments(
     step: Step, values: Values, skeleton: Skeleton, alone: bool
 ) -> tuple[Any, dict[str, Any]]:
-    leaves = [_resolve(leaf, values, skeleton) for leaf in step.leaves]
+    leaves = [resolve(leaf, values, skeleton) for leaf in step.leaves]
     if alone:  # with a graph of its own
         leaves = [
             leaf.detach().requires_grad_() if learns and not leaf.requires_grad else leaf
@@ -100,7 +100,8 @@ def _arguments(
     return args, kwargs
 
 
-def _resolve(leaf: Any, values: Values, skeleton: Skeleton) -> Any:
+def resolve(leaf: Any, values: Values, skeleton: Skeleton) -> Any:
+    """Return what a leaf of arguments stands for in a replay."""
     kind = type(leaf)
     if kind is ValueRef:
         return values[leaf.id]
@@ -146,7 +147,12 @@ def _take_back(left: LeftBehind, held: Any, skeleton: Skeleton) -> torch.Tensor:
     return tensor
 
 
-def _surroundings(context: Context, device: torch.device) -> ExitStack:
+def surroundings(context: Context, device: torch.device) -> ExitStack:
+    """Return what a call has to run in.
+
+    Raises:
+        CaptureError: if the device has no autocast, and it had been recorded under one.
+    """
     stack = ExitStack()
     if not context.grad_enabled:
         stack.enter_context(torch.no_grad())

@@ -140,6 +140,8 @@ def closes_over_module(module: nn.Module) -> str | None:
 
 
 def _cells(function: FunctionType) -> Iterator[Any]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents

@@ -7,7 +7,7 @@ in place gives it a new number, so that a number stands for one content.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -45,6 +45,14 @@ class _ReplayDevice(Enum):
 
 DEVICE = _ReplayDevice.DEVICE
 """Stands for the device of the inputs in arguments: becomes the device of the replay."""
+
+
+class _Unknown(Enum):
+    UNKNOWN = "unknown"
+
+
+UNKNOWN = _Unknown.UNKNOWN
+"""Stands for a tensor that the loss function is given and does not use."""
 
 
 class Constant:
@@ -116,6 +124,8 @@ class Step:
             possible only while gradients are recorded.
         expected: what a guard's read gave.
         where: file and line of the call in the user's code.
+        in_loss: whether the loss function makes the call.
+        held: in the loss function, the numbers of the tensors that its variables hold meanwhile.
     """
 
     kind: StepKind
@@ -137,6 +147,8 @@ class Step:
     with_graph: tuple[bool, ...] = ()
     expected: Any = None
     where: str = "?"
+    in_loss: bool = False
+    held: frozenset[int] = frozenset()
 
     @property
     def inputs(self) -> Iterator[int]:
@@ -149,6 +161,26 @@ class Step:
         yield from (number for number in self.outputs if number is not None)
         yield from (after for _, after in self.mutated)
         yield from (left.value for left in self.left_behind)
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The call of the loss function, which runs as it is in every step.
+
+    Attributes:
+        loss: maps ``(output, targets)`` to the scalar loss.
+        leaves: the flattened ``(output, targets)``, tensors as references.
+        structure: how to build ``(output, targets)`` from the leaves.
+        first: the step that its recording begins with.
+        result: the number of the loss.
+    """
+
+    loss: Callable[[Any, Any], torch.Tensor]
+    leaves: tuple[Any, ...]
+    structure: Structure
+    context: Context
+    first: int = -1
+    result: int = -1
 
 
 @dataclass
@@ -189,6 +221,7 @@ class Tape:
         host_program: the steps that decide the guards which depend on the inputs alone.
         real: whether it was recorded from a real run rather than with fake parameters.
         attributes: Python attributes that the glue changed: module, attribute, new value.
+        loss_call: the call of the loss function, where that can stand for its recorded steps.
     """
 
     steps: list[Step]
@@ -200,6 +233,7 @@ class Tape:
     host_program: tuple[Step, ...] = ()
     real: bool = False
     attributes: tuple[tuple[str, str, Any], ...] = ()
+    loss_call: LossCall | None = None
     last_use: list[int] = field(default_factory=list)
     producer: list[int] = field(default_factory=list)
     dead_after: list[tuple[int, ...]] = field(default_factory=list)
@@ -218,10 +252,24 @@ class Tape:
             if isinstance(leaf, ValueRef):
                 self.last_use[leaf.id] = end
         dead: list[list[int]] = [[] for _ in range(end)]
-        for number, last in enumerate(self.last_use):
+        for number, last in enumerate(self._last_alive()):
             if 0 <= last < end:
                 dead[last].append(number)
         self.dead_after = [tuple(numbers) for numbers in dead]
+
+
+    def _last_alive(self) -> list[int]:
+        """Per value, the step after which it may be freed: as when the loss itself runs."""
+        call, last_alive = self.loss_call, list(self.last_use)
+        if call is None:
+            return last_alive
+        for index in range(call.first, len(self.steps)):
+            for number in self.steps[index].held:
+                last_alive[number] = max(last_alive[number], index)
+        for leaf in call.leaves:
+            if isinstance(leaf, ValueRef):
+                last_alive[leaf.id] = len(self.steps)
+        return last_alive
 
 
 def without_dead_steps(tape: Tape) -> Tape:
@@ -229,8 +277,8 @@ def without_dead_steps(tape: Tape) -> Tape:
 
     Module steps, random steps and steps that change a tensor always stay.
     """
-    on_host = _decided_by_inputs(tape)
-    host_program = _slice(tape.steps, [i for i in on_host if _is_guard(tape.steps[i])])
+    recorded, on_host = tape.steps, _decided_by_inputs(tape)
+    host_program = _slice(recorded, [i for i in on_host if _is_guard(recorded[i])])
     needed = {leaf.id for leaf in tape.outputs if isinstance(leaf, ValueRef)}
     kept: list[Step] = []
     for index in reversed(range(len(tape.steps))):
@@ -240,8 +288,40 @@ def without_dead_steps(tape: Tape) -> Tape:
             kept.append(step)
             needed.update(step.inputs)
     tape = _renumbered(replace(tape, steps=kept[::-1], host_program=host_program))
+    tape.loss_call = _standing_alone(tape)
+    if tape.loss_call is not None:  # its decisions are its own, in every step
+        guards = [i for i in on_host if _is_guard(recorded[i]) and not recorded[i].in_loss]
+        tape.host_program = _slice(recorded, guards)
     tape.analyse()
     return tape
+
+
+def _standing_alone(tape: Tape) -> LossCall | None:
+    """Return the call of the loss if it can take the place of the steps that it was recorded as.
+
+    They have to be the last ones, use no parameter, change nothing that the forward has made, and
+    get all that they use of the forward as arguments.
+    """
+    call, flags = tape.loss_call, [step.in_loss for step in tape.steps]
+    (result, *others) = tape.outputs
+    if call is None or True not in flags or others or not isinstance(result, ValueRef):
+        return None
+    first = flags.index(True)
+    steps = tape.steps[first:]
+    made = {number for step in steps for number in step.made}
+    used = {number for step in steps for number in step.inputs} - made
+    given = {leaf.id for leaf in call.leaves if isinstance(leaf, ValueRef)}
+    changed = {before for step in steps for before, _ in step.mutated}
+    alone = all(flags[first:]) and result.id in made and made.issuperset(changed)
+    if not alone or any(step.state or isinstance(step.target, str) for step in steps):
+        return None
+    if not given.issuperset(used) or any(type(leaf) is StateRef for leaf in call.leaves):
+        return None
+    leaves = tuple(
+        UNKNOWN if isinstance(leaf, ValueRef) and leaf.id not in used else leaf
+        for leaf in call.leaves
+    )
+    return replace(call, leaves=leaves, first=first, result=result.id)
 
 
 def _renumbered(tape: Tape) -> Tape:
@@ -264,11 +344,21 @@ def _renumbered(tape: Tape) -> Tape:
             outputs=tuple(None if number is None else new[number] for number in step.outputs),
             mutated=tuple((new[before], new[after]) for before, after in step.mutated),
             left_behind=tuple(replace(left, value=new[left.value]) for left in step.left_behind),
+            held=frozenset(new[number] for number in step.held if number in new),
         )
         for step in tape.steps
     ]
     values = [tape.values[old] for old in new]
-    return replace(tape, steps=steps, values=values, outputs=tuple(map(leaf, tape.outputs)))
+    call = tape.loss_call
+    if call is not None:
+        kept = (UNKNOWN if _is_gone(given, new) else leaf(given) for given in call.leaves)
+        call = replace(call, leaves=tuple(kept))
+    outputs = tuple(map(leaf, tape.outputs))
+    return replace(tape, steps=steps, values=values, outputs=outputs, loss_call=call)
+
+
+def _is_gone(leaf: Any, kept: Container[int]) -> bool:
+    return isinstance(leaf, ValueRef) and leaf.id not in kept
 
 
 def _is_guard(step: Step) -> bool:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ from harmony.capture.isolation import autocast_dtype, undisturbed, user_frame_of
 from harmony.capture.kernels import KernelWatch
 from harmony.capture.leafwatch import LeafMustOpenError
 from harmony.capture.leaves import open_leaf
+from harmony.capture.outside import Outside, depends_on_batch
+from harmony.capture.program import CallLoss, Loss, Program
 from harmony.capture.pythonstate import PlainState
 from harmony.capture.reach import check_reach
 from harmony.capture.record import Recorder
@@ -46,39 +47,13 @@ NEEDS_VALUES = (
 _MOST_OPENED = 100
 
 
-@dataclass(frozen=True)
-class Program:
-    """What is recorded: the forward, and the loss if the step has one.
-
-    Attributes:
-        loss: maps ``(output, targets)`` to the scalar loss.
-        output_loss: whether the model returns its loss itself.
-    """
-
-    loss: Callable[[Any, Any], torch.Tensor] | None = None
-    output_loss: bool = False
-
-    @property
-    def has_loss(self) -> bool:
-        """Whether the result is the scalar loss."""
-        return self.output_loss or self.loss is not None
-
-    def __call__(self, net: nn.Module, args: Any, kwargs: Any, targets: Any) -> Any:
-        """Run it."""
-        out = net(*args, **kwargs)
-        if self.loss is not None:
-            return _scalar(self.loss(out, targets), "the loss function returned")
-        if self.output_loss:
-            return _scalar(_loss_of(out), "output_loss is set, but the model returned")
-        return out
-
-
 class Tracer:
     """Traces one module for any number of samples.
 
     Attributes:
         leaves: names of the leaf modules; fewer after a trace had to open some.
         device: where traces run.
+        outside: what the forward reads and writes beside its inputs and parameters.
     """
 
     def __init__(
@@ -91,6 +66,7 @@ class Tracer:
     ) -> None:
         self.leaves = leaves
         self.device = _trace_device(batch)
+        self.outside = Outside(source, program.loss)
         self._source = source
         self._template = template
         self._program = program
@@ -153,6 +129,7 @@ class Tracer:
             for name, leaf in named
         )
         opened = OpenedModules(twin, self.leaves)
+        self.outside.begin(twin)
         self._begin()
         recorder.begin()
         with ExitStack() as stack:
@@ -163,8 +140,12 @@ class Tracer:
                 stack.enter_context(_nothing_saved())
             stack.enter_context(kernels)
             stack.enter_context(recording(recorder))
-            out = self._program(twin.root, args, kwargs, targets)
+            with self.outside.watched():
+                out = self._program(
+                    twin.root, args, kwargs, targets, self._calls_loss(recorder, twin)
+                )
         recorder.check_python_random()
+        self.outside.end(self._judges(recorder, twin))
         recorder.check_containers()
         opened.record_changes(recorder)
         leaves, structure = flatten(out)
@@ -179,6 +160,7 @@ class Tracer:
             self.device,
             real=self._real,
             attributes=tuple(recorder.attributes),
+            loss_call=recorder.loss_call,
         )
         self._check_reach(tape, leaves, twin)
         return tape
@@ -187,6 +169,17 @@ class Tracer:
         trained = {name: p for name, p in twin.root.named_parameters() if p.requires_grad}
         names = {id(param): name for name, param in trained.items()}
         check_reach(tape, leaves, names, trained)
+
+    def _calls_loss(self, recorder: Recorder, twin: Skeleton) -> CallLoss:
+        def call(loss: Loss, out: Any, targets: Any) -> torch.Tensor:
+            with self.outside.watched_loss(self._judges(recorder, twin)):
+                return recorder.at_loss(loss, out, targets)
+
+        return call
+
+    def _judges(self, recorder: Recorder, twin: Skeleton) -> Callable[[torch.Tensor], bool]:
+        parameters = [name for name, _ in twin.root.named_parameters()]
+        return depends_on_batch(recorder, parameters, self._real)
 
     def _recorder(
         self, twin: Skeleton, stand_ins: Mapping[int, Any], kernels: KernelWatch
@@ -302,21 +295,6 @@ def _nothing_saved() -> Any:
         raise CaptureError("backward inside the forward, outside of a layer, is not supported")
 
     return torch.autograd.graph.saved_tensors_hooks(lambda _: None, unpack)
-
-
-def _loss_of(out: Any) -> Any:
-    if isinstance(out, Mapping):
-        return out.get("loss")
-    if isinstance(out, (tuple, list)):
-        return out[0] if out else None
-    return out if isinstance(out, torch.Tensor) else getattr(out, "loss", None)
-
-
-def _scalar(loss: Any, what: str) -> torch.Tensor:
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return loss
-    shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
-    raise CaptureError(f"{what} {shape!r} where a scalar tensor was expected as the loss")
 
 
 def _is_in(name: str, outer: str) -> bool:

@@ -111,10 +111,9 @@ def train(net: nn.Module, gpus: int, steps: int = 3, **options: Any) -> tuple[An
         optimizer=torch.optim.SGD,
         updates="host",
         optimizer_kwargs=SGD,
-        loss_fn=square_loss,
         devices=gpus,
         microbatch_size=2,
-        **options,
+        **{"loss_fn": square_loss, **options},
     )
     seen = []
     for step in range(steps):
@@ -211,36 +210,21 @@ def test_data_parallel_training_is_refused_for_buffers_that_change(vgpus: Virtua
 
 
 def test_a_failed_step_leaves_the_buffers_alone(vgpus: VirtualGPUs) -> None:
-    class Fails(nn.Module):
-        fails = False
+    fails: list[bool] = []
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(WIDTH))
+    def loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if fails:
+            raise ValueError("on purpose")
+        return square_loss(output, targets)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if Fails.fails:
-                raise ValueError("on purpose")
-            return x * self.weight
-
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), Fails())
-    model, _ = train(net, 2, steps=1)
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
+    model, _ = train(net, 2, steps=1, loss_fn=loss)
     before = copy.deepcopy(net.state_dict())
-    Fails.fails = True
+    fails.append(True)
     with pytest.raises(harmony.ExecutionError, match="on purpose"):
         model.train_step(*vector_batch(1, width=WIDTH))
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-class Keeps(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.seen = nn.Linear(WIDTH, WIDTH), []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(x)
-        return self.linear(x)
 
 
 class Clamps(nn.Module):
@@ -254,13 +238,7 @@ class Clamps(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [(Keeps, "adds to its attribute seen"), (Clamps, "changes the parameter .*weight")],
-)
-def test_what_cannot_be_done_twice_is_refused_by_name(
-    layer: Any, message: str, vgpus: VirtualGPUs
-) -> None:
-    net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), layer()) for _ in range(3)))
-    with pytest.raises(CaptureError, match=message):
+def test_what_cannot_be_done_twice_is_refused_by_name(vgpus: VirtualGPUs) -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), Clamps()) for _ in range(3)))
+    with pytest.raises(CaptureError, match=r"changes the parameter .*weight"):
         train(net, 2)

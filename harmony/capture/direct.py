@@ -1,0 +1,207 @@
+"""Runs a module as it is, for training: its own Python, once, on a device.
+
+Nothing is recorded and nothing is run twice, so whatever the forward reads, writes and calls
+happens as in plain PyTorch. Parameters and other tensors stay where they are and come to the
+device for each call that needs them; what the backward needs waits on the host. The device holds
+the values that the forward has in its hands, and the operands of one call.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from harmony.capture.intercept import recording
+from harmony.capture.isolation import autocast_dtype
+from harmony.capture.replay import FACTORIES
+from harmony.capture.structure import flatten
+from harmony.errors import HarmonyError
+
+_ON_HOST = {"_pack_padded_sequence": 1, "_pad_packed_sequence": 1}
+"""Functions that want one of their arguments on the CPU, and its place."""
+
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+_NORMS = frozenset({"batch_norm", "instance_norm"})
+"""Change running statistics without the tensors' version counters telling of it."""
+
+_COMPUTING = frozenset({"T", "H", "mT", "mH", "real", "imag"})
+
+
+@dataclass(frozen=True)
+class _Borrowed:
+    """What is kept of a saved tensor that is a copy of a parameter, or a view of the copy."""
+
+    origin: torch.Tensor
+    version: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """What is kept of any other saved tensor: its entries, and the form it had."""
+
+    entries: torch.Tensor
+    size: torch.Size
+
+
+class OnDevice(TorchFunctionMode):
+    """Brings tensors of the host to the device where a call mixes them with the device's.
+
+    What a call changes in place goes back to where it came from.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Run calls on ``device``."""
+        super().__init__()
+        self._device = device
+        self._thread = threading.get_ident()
+        self._lent: dict[int, tuple[StorageWeakRef, torch.Tensor, int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in FACTORIES and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": self._device}
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name not in _COMPUTING:
+                return func(*args, **kwargs)
+        if name == "__set__":
+            return func(args[0], *(_beside(args[0], value) for value in args[1:]))
+        return self.call(func, name, args, kwargs)
+
+    def call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """Run a function on the device, if any of its tensors is there."""
+        leaves, structure = flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        here = [tensor.device == self._device for tensor in tensors]
+        if all(here) or not any(here):
+            return func(*args, **kwargs)
+        stays = _wanted_on_host(name, args)
+        moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and id(tensor) not in moved and tensor is not stays:
+                moved[id(tensor)] = (tensor, self._lend(tensor))
+        versions = {key: copy._version for key, (_, copy) in moved.items()}
+        args, kwargs = structure.unflatten(
+            [moved[id(leaf)][1] if id(leaf) in moved else leaf for leaf in leaves]
+        )
+        out = func(*args, **kwargs)
+        changed = {}
+        for key, (origin, copy) in moved.items():
+            frozen = isinstance(origin, nn.Parameter)
+            if copy._version != versions[key] or (name in _NORMS and not frozen):
+                with torch.set_grad_enabled(copy.requires_grad and torch.is_grad_enabled()):
+                    origin.copy_(copy)
+                changed[id(copy)] = origin
+        if not changed:
+            return out
+        made, structure = flatten(out)
+        return structure.unflatten([changed.get(id(leaf), leaf) for leaf in made])
+
+    def call_module(
+        self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Handle a call of a module: nothing special."""
+        return call(module, *args, **kwargs)
+
+    def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle ``apply`` of a custom ``autograd.Function``, which no mode sees."""
+        if threading.get_ident() != self._thread:
+            return apply(*args, **kwargs)
+        return self.call(apply, function.__name__, args, kwargs)
+
+    def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle a call of a TorchScript function, which no mode sees either."""
+        if threading.get_ident() != self._thread:
+            return call(script, *args, **kwargs)
+        return self.call(functools.partial(call, script), "script", args, kwargs)
+
+    def keep(self, tensor: torch.Tensor) -> Any:
+        """Return what to keep of a tensor that autograd saves."""
+        if tensor.device != self._device or tensor.layout is not torch.strided:
+            return tensor
+        known = self._lent.get(tensor.untyped_storage()._cdata)
+        plain = not (tensor.is_conj() or tensor.is_neg())
+        if known is not None and plain and known[1].dtype is tensor.dtype:
+            _, origin, version = known
+            offset = int(tensor.storage_offset())
+            return _Borrowed(origin, version, tensor.size(), tensor.stride(), offset)
+        size = tensor.size()
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0:  # the same entries again and again
+                tensor = tensor.narrow(dim, 0, min(1, size[dim]))
+        return _OnHost(tensor.detach().to("cpu"), size)
+
+    def fetch(self, kept: Any) -> torch.Tensor:
+        """Return a saved tensor, on the device again.
+
+        Raises:
+            HarmonyError: if what it was a copy of has been changed since.
+        """
+        if isinstance(kept, _OnHost):
+            return kept.entries.to(self._device).expand(kept.size)
+        if not isinstance(kept, _Borrowed):
+            found: torch.Tensor = kept
+            return found
+        if kept.origin._version != kept.version:
+            raise HarmonyError(
+                f"a parameter of shape {tuple(kept.origin.shape)} that the backward needs was "
+                "changed in place after the forward: run the backward before the update"
+            )
+        copy = kept.origin.detach().to(self._device)
+        return copy.as_strided(kept.size, kept.stride, kept.offset)
+
+    def _lend(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.to(self._device)
+        if isinstance(tensor, nn.Parameter):  # others may be changed before the backward
+            storage = copy.untyped_storage()
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._lent[storage._cdata] = (reference, tensor, tensor._version)
+        return copy
+
+
+@contextmanager
+def running_on(device: torch.device) -> Iterator[OnDevice]:
+    """Run modules on a device, whose tensors stay on the host, until the block ends."""
+    mode = OnDevice(device)
+    with ExitStack() as stack:
+        if autocast_dtype() is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype()))
+        stack.enter_context(saved_tensors_hooks(mode.keep, mode.fetch))
+        stack.enter_context(recording(mode))
+        yield mode
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """Return a structure with its tensors on a device, as part of their graph."""
+    leaves, structure = flatten(tree)
+    return structure.unflatten(
+        [leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    )
+
+
+def _beside(owner: Any, value: Any) -> Any:
+    """Return a value where the tensor is whose attribute it becomes."""
+    both = isinstance(owner, torch.Tensor) and isinstance(value, torch.Tensor)
+    return value.to(owner.device) if both else value
+
+
+def _wanted_on_host(name: str, args: Any) -> Any:
+    """The argument of a function that has to stay on the CPU, if any."""
+    if name in _ON_HOST:
+        return args[_ON_HOST[name]]
+    packed = name in _RECURRENT and len(args) > 1 and isinstance(args[1], torch.Tensor)
+    return args[1] if packed and args[1].dtype is torch.int64 else None

@@ -1,0 +1,59 @@
+"""What one signature of the inputs has led to: a capture for each path of the forward, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harmony.binding import Binding
+from harmony.capture import Captured, LiveOnlyError
+
+MAX_PATHS = 8
+"""Captures that are kept of one signature; the one used longest ago is forgotten first."""
+
+MAX_CHANGES = 2
+"""Captures that follow what has changed outside; from then on such a call runs as it is."""
+
+
+@dataclass
+class Paths:
+    """What one signature has led to so far.
+
+    Attributes:
+        bindings: of each path, the one used last first.
+        live: why no tape stands for later runs; None while one does.
+        changes: how often something outside had changed that the forward reads.
+        recorded: a recording that stands for nothing, but shows how its loss adds up.
+    """
+
+    bindings: list[Binding] = field(default_factory=list)
+    live: LiveOnlyError | None = None
+    changes: int = 0
+    recorded: Captured | None = None
+
+    def use(self, binding: Binding) -> None:
+        """Put a binding, known or new, first."""
+        others = [other for other in self.bindings if other is not binding]
+        self.bindings = [binding, *others][:MAX_PATHS]
+
+    def standing(self, name: str) -> list[Binding]:
+        """Return the bindings for which all that was read outside is as it was.
+
+        Args:
+            name: of the model.
+
+        Raises:
+            LiveOnlyError: if something has changed once more, after recordings that had followed
+                it: naming it.
+        """
+        found = [binding for binding in self.bindings if binding.captured.guards.same()]
+        if self.bindings and not found:
+            self.changes += 1
+            if self.changes > MAX_CHANGES:
+                changed = self.bindings[0].captured.guards.changed()
+                raise LiveOnlyError(
+                    f"what the forward reads keeps changing: {changed}",
+                    name,
+                    as_is=True,
+                    passing=True,
+                )
+        return found
