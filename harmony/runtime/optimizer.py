@@ -54,6 +54,13 @@ def checked_groups(params: Mapping[str, nn.Parameter], groups: Groups) -> list[d
     return copies
 
 
+def _check_any(params: Mapping[str, nn.Parameter]) -> None:
+    if not any(param.requires_grad for param in params.values()):
+        raise ConfigError(
+            "the model has no parameter with requires_grad=True to train: all are frozen"
+        )
+
+
 def _name_of(param: Any, names: Mapping[int, str]) -> str:
     """Name of a member of a group: a parameter, or a pair ``(name, parameter)``."""
     if isinstance(param, tuple) and len(param) == 2:
@@ -134,11 +141,12 @@ class PackOptimizer:
         self._is_final = True
 
     def check_covers(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Refuse to leave parameters untrained that are not frozen.
+        """Refuse to leave parameters untrained that are not frozen, or to train nothing.
 
         Raises:
             ConfigError: naming those that are in no group.
         """
+        _check_any(params)
         held = {id(param) for group in self.full.param_groups for param in group["params"]}
         missing = [n for n, p in params.items() if p.requires_grad and id(p) not in held]
         if missing:
@@ -149,9 +157,8 @@ class PackOptimizer:
             )
 
     def _build(self, params: Mapping[str, nn.Parameter], groups: Groups | None) -> None:
+        _check_any(params)
         trainable = [p for p in params.values() if p.requires_grad]
-        if not trainable:
-            raise ConfigError("the model has no parameter with requires_grad=True to train")
         # Frozen ones may be unfrozen: until then they have no gradient, and are passed over.
         every = [p for p in params.values() if p.is_floating_point() or p.is_complex()]
         self._built_for = tuple(map(id, params.values()))

@@ -187,6 +187,7 @@ class Usage:
             mode="pp",
             devices=way.num_devices,
             updates=way.updates,
+            seed=0,
             **(step if way.form == "step" else {}),
         )
         own = self.model.optimizer
@@ -436,10 +437,7 @@ OPERATIONS = (
 LATER = frozenset(
     {
         "interrupt",
-        "freeze",
-        "unfreeze",
         "hook",
-        "buffer_assigned",
         "table_in_place",
         "table_assigned",
         "outside",
