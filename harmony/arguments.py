@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harmony import __version__
 from harmony.errors import ConfigError
+from harmony.files import is_file, is_folder
 from harmony.plans.arguments import MODES, Parser, count, in_folder, rate, size
 from harmony.profiles.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
 from harmony.session import Options
@@ -64,16 +65,16 @@ def parse(argv: Sequence[str]) -> Command:
     if script is None:
         raise ConfigError("which script? Usage: harmony-run SCRIPT --gpus N [script arguments]")
     path = Path(script)
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"{script} is a folder. Name the script in it")
-    if not path.is_file():
+    if not is_file(path):
         hint = _similar_file(path)
         if script == "plan":
             hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
         raise ConfigError(f"no such script: {script}{hint}")
-    if args.report is not None and not args.report.parent.is_dir():
-        raise ConfigError(f"--report {args.report}: there is no folder {args.report.parent}")
-    if args.plan is not None and not args.plan.is_file():
+    if args.report is not None:
+        in_folder("--report", args.report)
+    if args.plan is not None and not is_file(args.plan):
         raise ConfigError(f"no such plan: {args.plan}")
     return Command(path, tuple(rest), _options(args), debug=args.debug)
 
@@ -228,9 +229,12 @@ def _near(word: str) -> str | None:
 
 
 def _similar_file(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         return f" (there is no folder {path.parent})"
-    names = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
+    except OSError:  # a folder that may not be looked into
+        return ""
     close = difflib.get_close_matches(path.name, names, n=1)
     return f". Did you mean {path.parent / close[0]}?" if close else ""
 

@@ -6,17 +6,19 @@ hands out copies: this reads straight into the memory where a value is to live.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from harmony.errors import ConfigError
+from harmony.errors import ConfigError, HarmonyError
+from harmony.files import DAMAGED, check_types, is_file, is_folder, parse_json, read_json
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _CHUNK_NBYTES = 1 << 24
@@ -63,11 +65,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     Raises:
         ConfigError: if there is no such file, or it is damaged or of another kind.
     """
-    path = Path(path)
-    if path.is_dir():
+    try:
+        path = Path(path)
+    except TypeError:
+        raise ConfigError(f"{str(path)[:80]!r} is no path of a file or a folder") from None
+    if is_folder(path):
         path = _in_directory(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
+    if not is_file(path):
+        raise ConfigError(f"there is no file {str(path)[:400]}")
     if path.suffix == ".json":
         return _shards(path)
     return _one_file(path)
@@ -76,7 +81,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 def _in_directory(directory: Path) -> Path:
     for name in _WHOLE:
         for candidate in (directory / name, directory / f"{name}.index.json"):
-            if candidate.is_file():
+            if is_file(candidate):
                 return candidate
     known = ", ".join(f"{name} or {name}.index.json" for name in _WHOLE)
     raise ConfigError(f"{directory} has none of {known}: give the file itself")
@@ -84,18 +89,26 @@ def _in_directory(directory: Path) -> Path:
 
 def _shards(index: Path) -> dict[str, StoredTensor]:
     try:
-        where: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} is not an index of shards ({error!r})") from error
-    lost = [name for name in files if not (index.parent / name).is_file()]
+        where: dict[str, str] = read_json(index, "index")["weight_map"]
+        check_types(where, dict[str, str])
+    except (HarmonyError, *DAMAGED) as error:
+        raise ConfigError(f"{index} is not an index of shards ({error})") from None
+    files = sorted(set(where.values()))
+    away = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if away:
+        raise ConfigError(f"{index} names files outside of its folder: {_few(away)}")
+    lost = [name for name in files if not is_file(index.parent / name)]
     if lost:
-        raise ConfigError(f"{index} names {len(lost)} files that are not there: {lost[:4]}")
+        raise ConfigError(f"{index} names {len(lost)} files that are not there: {_few(lost)}")
     found = {name: _one_file(index.parent / name) for name in files}
     absent = [name for name, file in where.items() if name not in found[file]]
     if absent:
-        raise ConfigError(f"{index} names tensors that are in no file: {absent[:4]}")
+        raise ConfigError(f"{index} names tensors that are in no file: {_few(absent)}")
     return {name: found[file][name] for name, file in where.items()}
+
+
+def _few(names: list[str]) -> list[str]:
+    return [name[:80] for name in names[:4]]
 
 
 def _one_file(path: Path) -> dict[str, StoredTensor]:
@@ -112,10 +125,10 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
             end = os.fstat(file.fileno()).st_size
         header.pop("__metadata__", None)
         return {name: _entry(path, name, header[name], start, end) for name in header}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *DAMAGED) as error:
         raise ConfigError(
             f"{path} is damaged, or not a safetensors file ({error}): fetch it again"
-        ) from error
+        ) from None
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -125,29 +138,45 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     text = file.read(length)
     if len(text) < length:
         raise ValueError(f"it ends inside its header of {length} bytes")
-    return dict(json.loads(text)), 8 + length
+    header = parse_json(text.decode("utf-8"))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, 8 + length
 
 
 def _entry(path: Path, name: str, known: Mapping[str, Any], start: int, end: int) -> StoredTensor:
-    shape = tuple(int(size) for size in known["shape"])
-    low, high = known["data_offsets"]
+    shape, (low, high) = tuple(known["shape"]), known["data_offsets"]
+    check_types((*shape, low, high), tuple[int, ...])
+    if min((*shape, 0)) < 0:
+        raise ValueError(f"{name} of shape {shape}")
     if known["dtype"] not in _DTYPES:
         raise ValueError(f"{name} is of type {known['dtype']}, which is not known")
     dtype = _DTYPES[known["dtype"]]
-    if not 0 <= low <= high or high - low != torch.Size(shape).numel() * dtype.itemsize:
+    if not 0 <= low <= high or high - low != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {shape} and type {dtype} has bytes {low} to {high}")
     if start + high > end:
         raise ValueError(f"it has {end} bytes, and {name} would end at {start + high}")
     origin, seen = f"{path} ({name})", _identity(path)
 
     def fill(target: torch.Tensor) -> None:
-        if _identity(path) != seen:
+        with _reading(origin):
+            now = _identity(path)
+        if now != seen:
             raise ConfigError(f"{path} has been changed since it was opened")
-        with path.open("rb") as file:
+        with _reading(origin), path.open("rb") as file:
             file.seek(start + low)
             _read_into(file, target, dtype)
 
     return StoredTensor(shape, dtype, fill, origin)
+
+
+@contextmanager
+def _reading(origin: str) -> Iterator[None]:
+    """Say what it was that could not be read."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{origin} cannot be read: {error}") from None
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -178,16 +207,16 @@ def _read_into(file: BinaryIO, target: torch.Tensor, dtype: torch.dtype) -> None
 def _torch_file(path: Path) -> dict[str, StoredTensor]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         raise ConfigError(
             f"{path} holds more than tensors, which is not loaded because it could run code: save "
             "the state_dict() alone"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        ) from None
+    except Exception as error:  # what PyTorch raises of a damaged file has no end of kinds
         raise ConfigError(
-            f"{path} is damaged, or not a file of torch.save ({error}). A file in the format "
-            "before PyTorch 1.6 has to be loaded and saved again"
-        ) from error
+            f"{path} is damaged, or not a file of torch.save ({str(error)[:400]}). A file in the "
+            "format before PyTorch 1.6 has to be loaded and saved again"
+        ) from None
     if not isinstance(state, Mapping) or not _are_tensors(state):
         kind = f"a dict of {sorted(map(str, state))[:6]}" if isinstance(state, Mapping) else state
         raise ConfigError(

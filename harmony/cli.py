@@ -9,7 +9,7 @@ Exit codes: the script's own; 1 for an exception of the script or an error of Ha
 
 from __future__ import annotations
 
-import os
+import contextlib
 import runpy
 import sys
 import traceback
@@ -30,6 +30,7 @@ from harmony.plans.view import explanation
 from harmony.progress import Progress
 from harmony.report import print_report, write_report
 from harmony.session import Options
+from harmony.streams import flush_output, open_streams, stop_writing
 from harmony.units import format_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after ``harmony-run``; default: those of this process.
     """
+    open_streams()
     progress = Progress(sys.stderr)
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["plan"]:
@@ -76,7 +78,7 @@ def _plan(words: Sequence[str], progress: Progress) -> int:
     debug = "--debug" in words
     try:
         plan_command.run(parse_plan(words), sys.stdout)
-        sys.stdout.flush()
+        flush_output()
     except BrokenPipeError:
         _reader_has_gone()
     except KeyboardInterrupt:
@@ -84,16 +86,15 @@ def _plan(words: Sequence[str], progress: Progress) -> int:
     except HarmonyError as error:
         return _refuse(error, progress, debug=debug)
     except OSError as error:
-        progress.say(f"error: cannot write the plan: {error}")
-        _reader_has_gone()
-        return EXIT_ERROR
+        return _lost("the plan", error, progress)
     return 0
 
 
 def _refuse(error: HarmonyError, progress: Progress, *, debug: bool) -> int:
     """Say why nothing was started; the exit code says whether the command line is to blame."""
     if debug:
-        traceback.print_exc()
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
     progress.say(f"error: {error}")
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
 
@@ -163,16 +164,19 @@ def _run(command: Command, progress: Progress) -> int:
     except BaseException as error:
         _print_traceback(error, command.script)
         code = EXIT_ERROR
-    _flush()
-    return code
+    return _flush(code, progress)
 
 
 def _show(verification: Verification, progress: Progress) -> int:
     """Print the comparison with plain PyTorch; the exit code says whether it held."""
     from rich.console import Console
 
-    Console().print(verification.table())
-    sys.stdout.write(verification.summary() + "\n")
+    try:
+        Console().print(verification.table())
+        sys.stdout.write(verification.summary() + "\n")
+        flush_output()
+    except OSError as error:
+        return _lost("the comparison", error, progress)
     progress.say("--verify: stopped before training")
     return 0 if verification.ok else EXIT_ERROR
 
@@ -194,15 +198,17 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
         return code
     try:
         _show_runs(records, command.options)
-        sys.stdout.flush()
+        flush_output()
     except BrokenPipeError:
         _reader_has_gone()
+    except OSError as error:
+        code = code or _lost("the report", error, progress)
     if command.options.report is None:
         return code
     try:
         write_report(records, command.options.report)
-    except OSError as error:
-        progress.say(f"error: cannot write the report: {error}")
+    except HarmonyError as error:
+        progress.say(f"error: {error}")
         return code or EXIT_ERROR
     progress.say(f"report written to {command.options.report}")
     return code
@@ -222,7 +228,14 @@ def _show_runs(records: Sequence[session.ModelRecord], options: Options) -> None
 
 def _reader_has_gone() -> None:
     """Stop writing (`| head`). Python would complain once more when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stop_writing(sys.stdout)
+
+
+def _lost(what: str, error: OSError, progress: Progress) -> int:
+    """Say that standard output did not take something; return the exit code."""
+    stop_writing(sys.stdout)
+    progress.say(f"error: cannot write {what}: {error}")
+    return EXIT_ERROR
 
 
 @contextmanager
@@ -244,14 +257,16 @@ def _exit_code(error: SystemExit) -> int:
         return 0
     if isinstance(error.code, int):
         return error.code & 0xFF
-    sys.stderr.write(f"{error.code}\n")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{error.code}\n")
     return EXIT_ERROR
 
 
 def _print_traceback(error: BaseException, script: Path) -> None:
     """Print the traceback as python would have: from the script's frame on."""
     frames = _from_script(error.__traceback__, script)
-    traceback.print_exception(type(error), error, frames)
+    with contextlib.suppress(OSError, ValueError):  # standard error is closed, or its disk full
+        traceback.print_exception(type(error), error, frames)
 
 
 def _from_script(frames: TracebackType | None, script: Path) -> TracebackType | None:
@@ -262,9 +277,14 @@ def _from_script(frames: TracebackType | None, script: Path) -> TracebackType | 
     return here
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue  # closed by the script, or its reader has gone: nothing is left to save
+def _flush(code: int, progress: Progress) -> int:
+    """Write out what the script has printed; return its exit code, or 1 if some of it is lost."""
+    try:
+        flush_output()
+    except BrokenPipeError:
+        _reader_has_gone()
+    except ValueError:
+        return code  # the script has closed it
+    except OSError as error:
+        return code or _lost("what the script printed", error, progress)
+    return code

@@ -15,8 +15,21 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text with every character escaped that a terminal would obey and not show.
+
+    Messages quote names of files and of what is in them, which are not ours.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class HarmonyError(Exception):
     """Base of everything that Harmony raises on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(HarmonyError, ValueError):

@@ -50,12 +50,23 @@ def choose_devices(devices: Devices, device_memory: str | int | None) -> list[to
 def _named_devices(
     names: Sequence[str | torch.device], device_memory: str | int | None
 ) -> list[torch.device]:
-    chosen = [torch.device(name) for name in names]
+    try:
+        chosen = [torch.device(name) for name in names]
+    except (RuntimeError, TypeError) as error:
+        why = str(error).partition("\n")[0][:120]
+        raise ConfigError(f"devices={str(names)[:80]}: {why}") from None
     if not chosen:
         raise ConfigError("devices=[]: at least one device is needed")
     if any(device.type == "vgpu" for device in chosen) and not available_devices():
         _start_virtual(1 + max(device.index or 0 for device in chosen), device_memory)
-    return [torch.device(device.type, device.index or 0) for device in chosen]
+    chosen = [torch.device(device.type, device.index or 0) for device in chosen]
+    found = available_devices()
+    absent = [str(device) for device in chosen if device not in found]
+    if absent:
+        raise ConfigError(
+            f"devices={absent}: there are {', '.join(map(str, found)) or 'none'}. Name those"
+        )
+    return chosen
 
 
 def memory_limit(device_memory: str | int | None) -> int | None:

@@ -237,3 +237,37 @@ class LayerGraph:
     def _leaves(self, value: int, last: int) -> bool:
         v = self.values[value]
         return v.is_output or (bool(v.consumers) and v.consumers[-1] >= last)
+
+
+def check_graph(graph: LayerGraph) -> None:
+    """Refuse a graph whose parts name what is not there.
+
+    Raises:
+        ValueError: saying what.
+    """
+    layers, values, shared = graph.layers, graph.values, graph.shared
+    numbered = [*layers], [v.id for v in values], [s.id for s in shared]
+    if [layer.index for layer in numbered[0]] != [*range(len(layers))] or not layers:
+        raise ValueError("its layers are not numbered from 0 on")
+    if numbered[1] != [*range(len(values))] or numbered[2] != [*range(len(shared))]:
+        raise ValueError("its values or shared parameters are not numbered from 0 on")
+    for layer in layers:
+        if not {*layer.inputs, *layer.outputs} <= {*range(len(values))}:
+            raise ValueError(f"layer {layer.index} names a value that is not there")
+        if any(graph.values[v].producer != layer.index for v in layer.outputs):
+            raise ValueError(f"layer {layer.index} makes a value of another layer")
+        if any(graph.values[v].producer >= layer.index for v in layer.inputs):
+            raise ValueError(f"layer {layer.index} reads a value of a later layer")
+        if not {*layer.shared} <= {*range(len(shared))}:
+            raise ValueError(f"layer {layer.index} names a parameter that is not there")
+    used = [(v.producer, *v.consumers) for v in values] + [s.layers for s in shared]
+    if not all(MODEL_INPUT <= at < len(layers) for ats in used for at in ats):
+        raise ValueError("a value or a shared parameter names a layer that is not there")
+    if not all(s.layers and min(s.layers) >= 0 for s in shared):
+        raise ValueError("a shared parameter that no layer uses")
+    if graph.loss is not None and not 0 <= graph.loss < len(values):
+        raise ValueError(f"its loss is value {graph.loss}")
+    for part in (*layers, *values, *shared):
+        for name, held in vars(part).items():
+            if "nbytes" in name and held < 0:
+                raise ValueError(f"{name} is {held}")

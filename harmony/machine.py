@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from harmony.files import amount, check_types
+
+_NEVER_ZERO = {
+    "memory_nbytes",
+    "h2d_bytes_per_s",
+    "d2h_bytes_per_s",
+    "p2p_bytes_per_s",
+    "accumulate_bytes_per_s",
+    "num_cores",
+}
+
 
 @dataclass(frozen=True)
 class Device:
@@ -101,12 +112,16 @@ class Machine:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Machine:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            TypeError, ValueError: if something is of another type, or makes no sense.
+        """
         switches = (
             Switch(tuple(switch["devices"]), switch["h2d_bytes_per_s"], switch["d2h_bytes_per_s"])
             for switch in data.get("switches", ())
         )
-        return Machine(
+        machine = Machine(
             tuple(Device(**device) for device in data["devices"]),
             Host(**data["host"]),
             data.get("cpu_share", 0.0),
@@ -114,3 +129,21 @@ class Machine:
             data.get("peer_links", "direct"),
             data.get("updates_alike", True),
         )
+        check_types(machine, Machine)
+        _check(machine)
+        return machine
+
+
+def _check(machine: Machine) -> None:
+    """Refuse what no machine has."""
+    if not machine.devices:
+        raise ValueError("it has no devices")
+    for part in (*machine.devices, machine.host, *machine.switches, machine):
+        for name, value in vars(part).items():
+            if isinstance(value, (int, float)):
+                amount(value + 0, name)
+                if value == 0 and name in _NEVER_ZERO:
+                    raise ValueError(f"{name} is 0")
+    for switch in machine.switches:
+        if not set(switch.devices) <= set(range(machine.num_devices)):
+            raise ValueError(f"a switch of devices {switch.devices} of {machine.num_devices}")

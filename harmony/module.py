@@ -13,6 +13,7 @@ from harmony import session
 from harmony.dropin import needs_graph
 from harmony.engine import Engine
 from harmony.errors import ConfigError
+from harmony.files import check_types
 from harmony.hardware import Devices, choose_devices, memory_limit
 from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
@@ -119,6 +120,7 @@ class Harmony(Wrapper):
     ) -> None:
         super().__init__()
         _check_options(module, mode, microbatch_size, activations, updates)
+        _check_types(optimizer_kwargs, batch_dims, seed)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = session.options()
         chosen = choose_devices(devices, device_memory)
@@ -303,3 +305,16 @@ def _check_options(
         raise ConfigError(f"activations={activations!r}: choose 'auto' or 'recompute'")
     if updates not in ("auto", "host"):
         raise ConfigError(f"updates={updates!r}: choose 'auto' or 'host'")
+
+
+def _check_types(optimizer_kwargs: object, batch_dims: object, seed: object) -> None:
+    kinds: dict[str, tuple[object, Any, str]] = {
+        "optimizer_kwargs": (optimizer_kwargs, Mapping[str, Any] | None, "a dict of options"),
+        "batch_dims": (batch_dims, Mapping[str, int | None] | None, "names with dimensions"),
+        "seed": (seed, int | None, "a whole number, or None"),
+    }
+    for name, (value, kind, wanted) in kinds.items():
+        try:
+            check_types(value, kind)
+        except TypeError:
+            raise ConfigError(f"{name}={str(value)[:80]}: it is {wanted}") from None

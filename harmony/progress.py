@@ -18,7 +18,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
+from harmony.errors import printable
 from harmony.session import ModelRecord, StepStats
+from harmony.streams import stop_writing
 from harmony.units import format_seconds
 
 REDRAW_S = 0.1
@@ -73,16 +75,18 @@ class Progress:
         with self._lock:
             self.erase()
             start = "" if self._at_line_start else "\n"
-            self._stream.write(f"{start}harmony: {message}\n")
-            self._stream.flush()
+            with self._tolerant():
+                self._stream.write(f"{start}harmony: {printable(message)}\n")
+                self._stream.flush()
             self._at_line_start = True
 
     def erase(self) -> None:
         """Take the line away, before something else is written."""
         with self._lock:
             if self._drawn:
-                self._stream.write(_ERASE)
-                self._stream.flush()
+                with self._tolerant():
+                    self._stream.write(_ERASE)
+                    self._stream.flush()
                 self._drawn = False
 
     @contextmanager
@@ -112,10 +116,19 @@ class Progress:
             width = self._console.size.width - 1
             line = Text(text, style="dim", overflow="ellipsis", no_wrap=True)
             line.truncate(max(width, 10), overflow="ellipsis")
-            self._stream.write(_ERASE)
-            self._console.print(line, end="", soft_wrap=True)
-            self._stream.flush()
+            with self._tolerant():
+                self._stream.write(_ERASE)
+                self._console.print(line, end="", soft_wrap=True)
+                self._stream.flush()
             self._drawn = True
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Write no more where nothing can be written: training goes on without being watched."""
+        try:
+            yield
+        except (OSError, ValueError):
+            stop_writing(self._stream)
 
 
 def describe(stats: StepStats, elapsed_s: float) -> str:

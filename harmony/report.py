@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harmony.figures import KINDS, LINKS, Figures, GpuFigures, figures_of
+from harmony.files import write_text
 from harmony.session import ModelRecord
 from harmony.timeline import Timeline
 from harmony.trace import trace_events
@@ -101,17 +102,19 @@ def write_report(records: Sequence[ModelRecord], path: Path) -> None:
     """Write the report of each model that has a plan; the ending of ``path`` chooses the form.
 
     Raises:
-        OSError: if it cannot be written.
+        HarmonyError: if it cannot be written.
     """
     ready = [record for record in records if record.runs]
-    with path.open("w", encoding="utf-8") as file:
-        if path.name.endswith(".trace.json"):
-            json.dump(trace_events(_timelines(ready)), file)
-        elif path.suffix == ".json":
-            models = [figures_of(record).to_json() for record in ready]
-            json.dump({"models": models}, file, indent=2)
-        else:
-            print_report(ready, file)
+    if path.name.endswith(".trace.json"):
+        text = json.dumps(trace_events(_timelines(ready)))
+    elif path.suffix == ".json":
+        models = [figures_of(record).to_json() for record in ready]
+        text = json.dumps({"models": models}, indent=2)
+    else:
+        file = io.StringIO()
+        print_report(ready, file)
+        text = file.getvalue()
+    write_text(text, path, "the report")
 
 
 class Bar:

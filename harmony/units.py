@@ -10,6 +10,9 @@ ALIGN_NBYTES = 64
 """Each tensor in an arena or a slot starts at a multiple of this: on memory aligned less, CPU
 kernels may take another path, with other last bits."""
 
+MOST_NBYTES = 2**62
+"""More than any memory has, and it fits 64 bits."""
+
 _SUFFIXES = {
     "": 1,
     "b": 1,
@@ -42,16 +45,20 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ConfigError: if it is not a positive number with a known unit.
     """
-    if isinstance(text, int):
-        value = text
-    else:
-        match = _NUMBER.fullmatch(text)
-        if match is None or match[2].lower() not in _SUFFIXES:
-            raise ConfigError(f"not a size: {text!r}. Write it like 64MiB, 1.5GB or 8G")
-        value = int(float(match[1]) * _SUFFIXES[match[2].lower()])
+    value = text if isinstance(text, int) and not isinstance(text, bool) else _size(text)
     if value <= 0:
         raise ConfigError(f"a size must be positive, not {text!r}")
-    return value
+    if value > MOST_NBYTES:
+        raise ConfigError(f"no memory has {str(text)[:40]} bytes")
+    return int(value)
+
+
+def _size(text: object) -> float:
+    match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
+    if match is None or match[2].lower() not in _SUFFIXES:
+        raise ConfigError(f"not a size: {str(text)[:40]!r}. Write it like 64MiB, 1.5GB or 8G")
+    value = float(match[1]) * _SUFFIXES[match[2].lower()]
+    return int(value) if value < MOST_NBYTES else value
 
 
 def parse_rate(text: str | float) -> float:
@@ -60,12 +67,12 @@ def parse_rate(text: str | float) -> float:
     Raises:
         ConfigError: if it is not a positive size per second.
     """
-    if isinstance(text, (int, float)):
-        if text <= 0:
-            raise ConfigError(f"a rate must be positive, not {text!r}")
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        if not 0 < text < MOST_NBYTES:
+            raise ConfigError(f"a rate must be positive and finite, not {str(text)[:40]}")
         return float(text)
-    if not text.endswith("/s"):
-        raise ConfigError(f"not a rate: {text!r}. Write it like 8GB/s")
+    if not isinstance(text, str) or not text.endswith("/s"):
+        raise ConfigError(f"not a rate: {str(text)[:40]!r}. Write it like 8GB/s")
     return float(parse_bytes(text[: -len("/s")]))
 
 

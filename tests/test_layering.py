@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     "errors": 0,
+    "files": 0,
     "units": 0,
     "layergraph": 0,
     "machine": 0,

@@ -14,12 +14,12 @@ from torch import nn
 import harmony
 from harmony import profiler, session
 from harmony.errors import ConfigError
+from harmony.files import cache_folder
 from harmony.machineprofile import usable_nbytes
 from harmony.profiler import KnownTimes
 from harmony.profiles import measured
 from harmony.profiles.cache import (
     MeasureCache,
-    cache_folder,
     code_identity,
     machine_identity,
     open_cache,
@@ -249,10 +249,55 @@ def test_on_virtual_gpus_it_is_on_only_under_harmony_run(
 
 
 def test_it_lies_where_the_system_wants_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARMONY_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert cache_folder() == Path("/elsewhere/harmony")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() == Path("~/.cache/harmony").expanduser()
+    monkeypatch.setenv("HARMONY_CACHE", "/own")  # one setting for all caches
+    assert cache_folder() == Path("/own")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"cpu_share": 0.5, "seconds": [["a", 1, NaN, 1.0]]}',
+        '{"cpu_share": 0.5, "seconds": [["a", 1, -1.0, 1.0]]}',
+        '{"cpu_share": 0.5, "seconds": [["a", 1.5, 1.0, 1.0]]}',
+        '{"cpu_share": 1e999, "seconds": []}',
+        '{"cpu_share": 0.5, "seconds": [["\\u001b[2J", 1, 1.0, 1.0]]}',
+        "[]",
+        "{}",
+    ],
+)
+def test_times_that_nothing_takes_are_measured_again(folder: Path, text: str) -> None:
+    said = list[str]()
+    cache = MeasureCache(folder, "m", said.append)
+    cache.keep_times(Net(), KnownTimes({("a", 1): (1.0, 2.0)}))
+    (path,) = folder.iterdir()
+    path.write_text(text)
+    assert cache.times(Net()).seconds == {}
+    assert len(said) == 1 and "measuring again" in said[0] and str(path) in said[0]
+
+
+@pytest.mark.parametrize("field", ["h2d_bytes_per_s", "memory_nbytes", "task_overhead_s"])
+@pytest.mark.parametrize("value", ["-1", "0", "null", '"1"', "1e999"])
+def test_a_machine_that_nobody_has_is_measured_again(
+    folder: Path, contexts: list[DeviceContext], field: str, value: str
+) -> None:
+    if (field, value) == ("task_overhead_s", "0"):
+        return  # that is what it is
+    said = list[str]()
+    cache = MeasureCache(folder, "m", said.append)
+    cache.machine(contexts, None, None, lambda: server(2))
+    (path,) = folder.iterdir()
+    data = json.loads(path.read_text())
+    for device in data["devices"]:
+        device[field] = "HERE"
+    path.write_text(json.dumps(data).replace('"HERE"', value))
+    assert cache.machine(contexts, None, None, lambda: server(2, rate=3e9)) == server(2, rate=3e9)
+    assert len(said) == 1 and "measuring again" in said[0]
 
 
 def test_the_files_are_json(folder: Path) -> None:

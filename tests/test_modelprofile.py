@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from harmony.errors import ConfigError, HarmonyError, PlanError
+from harmony.files import write_json
 from harmony.profiles.analytic import LayerWork, Work, WorkTable
 from harmony.profiles.catalog import find_gpu
-from harmony.profiles.model import ModelProfile, load_profile, save_profile, write_json
+from harmony.profiles.model import ModelProfile, load_profile, save_profile
 from tests.toys import chain, server, uniform_costs
 
 GRAPH = chain(6, tied=True, skips=((1, 4),), random_layer=2)
@@ -161,11 +162,11 @@ def test_what_is_no_ordinary_file_is_written_to_and_not_replaced(tmp_path: Path)
 def test_a_full_disk_is_no_wrong_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, text: str, encoding: str) -> None:
-        path.touch()
+    def full(descriptor: int, *_: str, **__: str) -> None:
+        os.close(descriptor)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("harmony.files.os.fdopen", full)
     with pytest.raises(HarmonyError, match=r"cannot write the plan to .*No space") as caught:
         write_json({"a": 1}, tmp_path / "plan.json", "the plan")
     assert not isinstance(caught.value, ConfigError)

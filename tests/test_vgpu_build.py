@@ -82,3 +82,83 @@ def test_exit_with_work_still_enqueued():
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0 and not done.stderr
+
+
+# What is in the cache is code: it is loaded only if nobody else can have written it
+
+
+def damage(library):
+    """Cut a library off."""
+    library.write_bytes(library.read_bytes()[:100])
+
+
+def exchange(library):
+    """Put another library in its place."""
+    library.write_bytes(b"another")
+
+
+def link(library):
+    """Put a link in its place."""
+    elsewhere = library.with_name("elsewhere.so")
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+def folder(library):
+    """Put a folder in its place."""
+    library.unlink()
+    library.mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        damage,
+        exchange,
+        link,
+        folder,
+        lambda library: library.chmod(0o777),
+        lambda library: library.parent.chmod(0o777),
+        lambda library: library.with_suffix(".sha256").unlink(),
+    ],
+    ids=["damaged", "exchanged", "link", "folder", "writable", "folder writable", "no digest"],
+)
+def test_a_library_that_is_not_what_was_built_is_built_again(small_sources, spoil):
+    library = vgpu_build.library_path()
+    good = library.read_bytes()
+    spoil(library)
+    assert vgpu_build.library_path() == library
+    assert library.read_bytes() == good and not library.is_symlink()
+    assert library.stat().st_mode & 0o022 == 0 and library.parent.stat().st_mode & 0o022 == 0
+
+
+def test_a_library_of_somebody_else_is_never_loaded(small_sources, monkeypatch):
+    """Whoever owns the folder could exchange it again: it is built for this process alone."""
+    library = vgpu_build.library_path()
+    monkeypatch.setattr(vgpu_build.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(vgpu_build, "_ADMINISTRATOR", 54321)
+    with pytest.warns(UserWarning, match="cannot be kept for the next run.*HARMONY_CACHE"):
+        found = vgpu_build.library_path()
+    assert found != library and found.exists()
+
+
+def test_a_lock_is_not_opened_through_a_link(small_sources, tmp_path):
+    library = vgpu_build.library_path()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (library.parent / "lock").unlink()
+    (library.parent / "lock").symlink_to(victim)
+    library.unlink()
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert vgpu_build.library_path() != library
+    assert victim.read_text() == "precious"
+
+
+def test_without_a_folder_for_the_cache_it_is_built_for_the_process(
+    small_sources, monkeypatch, tmp_path
+):
+    """As on a read-only home: it takes its 20 seconds in every run, and trains."""
+    (tmp_path / "occupied").write_text("a file")
+    monkeypatch.setenv("HARMONY_CACHE", str(tmp_path / "occupied"))
+    with pytest.warns(UserWarning, match="HARMONY_CACHE names a folder for it"):
+        assert vgpu_build.library_path().exists()

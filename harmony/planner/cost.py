@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from harmony.errors import PlanError
+from harmony.files import check_types
 from harmony.layergraph import LayerGraph, Value
 
 
@@ -90,8 +91,17 @@ class CostTable:
 
     @staticmethod
     def from_json(data: Sequence[Mapping[str, Any]]) -> CostTable:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            TypeError, ValueError: if something is of another type, or makes no sense.
+        """
         layers = [{int(size): LayerCost(**cost) for size, cost in layer.items()} for layer in data]
+        for layer in layers:
+            for size, cost in layer.items():
+                check_types(cost, LayerCost)
+                if size < 1 or min(asdict(cost).values()) < 0:
+                    raise ValueError(f"a cost of {size} samples: {cost}")
         return CostTable(tuple(layers))
 
 

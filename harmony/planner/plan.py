@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from harmony.errors import PlanError
+from harmony.files import DAMAGED, MOST_DIGITS, amount, check_types
 from harmony.machine import Machine
 from harmony.planner.decisions import Decision
 from harmony.planner.policy import Policy
@@ -126,9 +128,12 @@ class Plan:
             PlanError: if a part is missing or a schedule cannot be read.
         """
         try:
-            return _read(data)
-        except (KeyError, TypeError, ValueError) as error:
+            plan = _read(data)
+            check_types(plan, Plan, trusted=(Schedule,))
+            _check(plan)
+        except DAMAGED as error:
             raise PlanError(f"not a plan of this version of Harmony: {error!r}") from None
+        return plan
 
 
 def _bounds(packs: Sequence[Pack]) -> list[list[int]]:
@@ -163,7 +168,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
             }
         ),
         machine=Machine.from_json(data["machine"]),
-        schedules={Phase(p): Schedule.parse(text) for p, text in data["schedules"].items()},
+        schedules={Phase(p): _schedule(text) for p, text in data["schedules"].items()},
         step_s=data["step_s"],
         peak_nbytes=tuple(data["peak_nbytes"]),
         host_nbytes=data["host_nbytes"],
@@ -176,6 +181,52 @@ def _read(data: Mapping[str, Any]) -> Plan:
         bound_reason=data.get("bound_reason", ""),
         decisions=tuple(_decision(item) for item in data.get("decisions", ())),
     )
+
+
+def _check(plan: Plan) -> None:
+    """Refuse what no plan can be, whatever the model; `verify` checks the rest with the model.
+
+    Raises:
+        ValueError: saying what.
+    """
+    spec, num_devices = plan.spec, plan.machine.num_devices
+    forward, backward = spec.forward_packs, spec.backward_packs
+    amounts = (plan.step_s, plan.host_nbytes, plan.bound_s, spec.saved_runs)
+    for value in (*amounts, *plan.peak_nbytes, *plan.traffic.values()):
+        amount(value)
+    if spec.phase not in plan.schedules:
+        raise ValueError(f"no schedule of {spec.phase.value}")
+    if not all(s.num_devices == num_devices for s in plan.schedules.values()):
+        raise ValueError(f"schedules of another number of devices than {num_devices}")
+    if len(plan.peak_nbytes) != num_devices or len(spec.shares) > num_devices:
+        raise ValueError(f"{len(spec.shares)} shares and {len(plan.peak_nbytes)} peaks")
+    if not spec.shares or not _follow(spec.shares, spec.minibatch):
+        raise ValueError(f"shares of {spec.minibatch} samples: {spec.shares}")
+    if min(spec.forward_size, spec.backward_size) < 1:
+        raise ValueError(f"microbatches of {spec.forward_size} and {spec.backward_size}")
+    for packs in (forward, backward):
+        if not _follow([(p.first, p.last) for p in packs], packs[-1].last if packs else 0):
+            raise ValueError(f"packs {_bounds(packs)[:4]}")
+    if not backward:
+        raise ValueError("no packs")
+    if not {*spec.saved, *plan.policy.offload, *plan.policy.resident} <= {*backward}:
+        raise ValueError("packs that stay are none of the BACKWARD packs")
+
+
+def _follow(ranges: Sequence[tuple[int, int]], end: int) -> bool:
+    """Whether ranges follow one another from 0 to ``end``, none of them empty."""
+    at = 0
+    for low, high in ranges:
+        if low != at or high <= low:
+            return False
+        at = high
+    return at == end
+
+
+def _schedule(text: str) -> Schedule:
+    if re.search(rf"\d{{{MOST_DIGITS + 1}}}", text):
+        raise ValueError("a schedule with a number of too many digits")
+    return Schedule.parse(text)
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:

@@ -49,6 +49,9 @@ RUNS_PER_LAYER = 10
 SURPRISED = 3
 """How many times as many they may have while something is estimated to be clearly faster."""
 
+MOST_SAMPLES = 2**30
+"""Of a minibatch: trying its divisors, and its microbatches, takes time."""
+
 UNEQUAL = 3
 """Of how many candidates that recompute everything unequal microbatch sizes are tried."""
 
@@ -154,6 +157,8 @@ def ask(
     size = microbatch_size
     if minibatch < 1:
         raise ConfigError(f"a minibatch needs at least 1 sample, not {minibatch}")
+    if minibatch > MOST_SAMPLES:
+        raise ConfigError(f"a minibatch has at most {MOST_SAMPLES} samples, not {minibatch}")
     if mode not in ("auto", "pp", "dp"):
         raise ConfigError(f'mode is "auto", "pp" or "dp", not {mode!r}')
     if size != "auto" and (not isinstance(size, int) or size < 1):

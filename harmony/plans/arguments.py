@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harmony.errors import ConfigError
+from harmony.files import MOST_DIGITS, is_folder
 from harmony.profiles.catalog import HOSTS, TOPOLOGIES
 from harmony.units import parse_bytes, parse_rate
 
@@ -178,7 +179,7 @@ def count(name: str, text: str) -> int:
     Raises:
         ConfigError: naming the option, if it is not one of at least 1.
     """
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
         raise ConfigError(f"{name} {text}: it takes a whole number, at least 1")
     return int(text)
 
@@ -189,8 +190,8 @@ def in_folder(name: str, path: Path) -> Path:
     Raises:
         ConfigError: naming the option, if it is not.
     """
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise ConfigError(f"{name} {path}: there is no folder {path.parent}")
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"{name} {path}: that is a folder, name a file")
     return path

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harmony.errors import PlanError
+from harmony.files import read_json, write_json
 from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Pack, Phase
-from harmony.profiles.model import read_json, write_json
 from harmony.units import format_bytes, format_seconds
 
 FORMAT = "harmony-plan"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harmony.errors import PlanError
+from harmony.files import amount
 from harmony.layergraph import LayerGraph
 from harmony.planner.cost import CostTable
 from harmony.profiles.catalog import LAUNCH_S, MEMORY_SHARE, Gpu
@@ -66,8 +67,8 @@ class Work:
     def from_json(data: Sequence[Any]) -> Work:
         """Read what ``to_json`` wrote."""
         flops, product, other, kernels = data
-        counts = {str(dtype): float(count) for dtype, count in flops.items()}
-        return Work(counts, float(product), float(other), float(kernels))
+        counts = {str(dtype): amount(count) for dtype, count in flops.items()}
+        return Work(counts, amount(product), amount(other), amount(kernels))
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,10 @@ class WorkTable:
         def read(pair: Sequence[Any]) -> LayerWork:
             return LayerWork(Work.from_json(pair[0]), Work.from_json(pair[1]))
 
-        return WorkTable(tuple({int(n): read(p) for n, p in layer.items()} for layer in data))
+        table = WorkTable(tuple({int(n): read(p) for n, p in layer.items()} for layer in data))
+        if not all(layer and min(layer) >= 1 for layer in table.by_layer):
+            raise ValueError("work of no samples")
+        return table
 
 
 def _between(low: Work, high: Work, share: float) -> Work:

@@ -1,7 +1,7 @@
 """What earlier runs measured on this machine, kept on disk so that a start need not measure again.
 
 One JSON file for each machine (its links), each model on it (seconds of its layers) and each
-optimizer, under ``$XDG_CACHE_HOME/harmony`` or ``~/.cache/harmony``. The key of a file holds all
+optimizer, in `harmony.files.cache_folder`. The key of a file holds all
 that its figures depend on and software can see: devices, driver, CPU, threads, the versions of
 torch and of Harmony, and the code of the layers. How much memory is free is never kept.
 
@@ -13,7 +13,6 @@ what else the CPU does just then, and short programs and tests should measure it
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -29,10 +28,10 @@ from torch import nn
 import harmony
 from harmony import session
 from harmony.errors import ConfigError, HarmonyError
+from harmony.files import DAMAGED, amount, cache_folder, check_types, read_json, write_json
 from harmony.machine import Machine
 from harmony.machineprofile import usable_nbytes
 from harmony.profiler import KnownTimes
-from harmony.profiles.model import write_json
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.hostlimits import available_host_nbytes
@@ -65,14 +64,6 @@ def open_cache(
     if wanted in ("off", "0") or not options.cache or (not wanted and not usual):
         return None
     return MeasureCache(cache_folder(), machine_identity(contexts), say)
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification of XDG has relative paths ignored.
-    base = Path(home) if home and Path(home).is_absolute() else Path("~/.cache").expanduser()
-    return base / "harmony"
 
 
 class MeasureCache:
@@ -145,11 +136,9 @@ class MeasureCache:
     def _read(self, kind: str, name: str, parse: Callable[[Any], T]) -> T | None:
         path = self._path(kind, name)
         try:
-            return parse(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._say(f"measuring again: the cache {path} cannot be read ({error!r})")
+            return parse(read_json(path, "cache")) if path.exists() else None
+        except (OSError, HarmonyError, *DAMAGED) as error:
+            self._say(f"measuring again: the cache {path} cannot be read ({error})")
             return None
 
     def _write(self, kind: str, name: str, data: object) -> None:
@@ -163,16 +152,17 @@ class MeasureCache:
 
 def _read_times(data: Any) -> KnownTimes:
     share = data["cpu_share"]
-    known = KnownTimes(cpu_share=None if share is None else float(share))
+    known = KnownTimes(cpu_share=None if share is None else amount(share))
     for signature, num_samples, forward_s, backward_s in data["seconds"]:
-        known.seconds[str(signature), int(num_samples)] = (float(forward_s), float(backward_s))
+        check_types((signature, num_samples), tuple[str, int])
+        known.seconds[signature, num_samples] = amount(forward_s), amount(backward_s)
     return known
 
 
 def _read_update(data: Any) -> UpdateCost:
-    state = {str(kind): float(nbytes) for kind, nbytes in data["state_nbytes"].items()}
+    state = {str(kind): amount(nbytes) for kind, nbytes in data["state_nbytes"].items()}
     names = ("seconds", "device_bytes_per_s", "temporary_nbytes")
-    seconds, rate, temporary = (float(data[name]) for name in names)
+    seconds, rate, temporary = (amount(data[name], name) for name in names)
     return UpdateCost(seconds, state, rate, temporary, bool(data["alike"]))
 
 

@@ -184,6 +184,9 @@ GPUS = (
          server=True),
 )  # fmt: skip
 
+MOST_GPUS = 256
+"""Of one server, to be planned for."""
+
 PCIE_BYTES_PER_S = {3: 12.3e9, 4: 24.8e9, 5: 55.6e9}
 """Copies between pinned host memory and a GPU on 16 lanes, one direction. Generation 3: the 11.5
 GiB/s that the original Harmony measured on a GTX 1080 Ti; 4 and 5: nvbandwidth on an A100 and on
@@ -343,6 +346,8 @@ def machine_of(
 def _check_parts(gpu: Gpu, count: int, topology: str, gpu_memory_nbytes: int | None) -> None:
     if count < 1:
         raise ConfigError(f"a machine needs at least 1 GPU, not {count}")
+    if count > MOST_GPUS:
+        raise ConfigError(f"a machine has at most {MOST_GPUS} GPUs, not {count}")
     if topology not in TOPOLOGIES:
         raise ConfigError(f"no topology {topology!r}; known: {', '.join(TOPOLOGIES)}")
     if topology == "nvlink" and not gpu.peer_bytes_per_s:

@@ -6,16 +6,14 @@ format of the original Harmony's published ones (see `harmony.planner.paper.prof
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harmony.errors import ConfigError, HarmonyError, PlanError
-from harmony.layergraph import Layer, LayerGraph, SharedParam, Value
+from harmony.errors import PlanError
+from harmony.files import DAMAGED, check_types, read_json, write_json
+from harmony.layergraph import Layer, LayerGraph, SharedParam, Value, check_graph
 from harmony.machine import Machine
 from harmony.planner.cost import CostTable
 from harmony.planner.tasks import Phase
@@ -101,7 +99,7 @@ class ModelProfile:
             )
         try:
             profile = _read(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DAMAGED as error:
             raise PlanError(f"it is damaged: {error!r}") from None
         if data.get("fingerprint") != profile.fingerprint:
             raise PlanError("it was changed after it was saved: its fingerprint does not match")
@@ -149,7 +147,7 @@ def _read(data: Mapping[str, Any]) -> ModelProfile:
     costs = CostTable.from_json(data["costs"])
     if len(costs.by_layer) != graph.num_layers:
         raise ValueError(f"{graph.num_layers} layers, costs of {len(costs.by_layer)}")
-    return ModelProfile(
+    profile = ModelProfile(
         name=str(data["name"]),
         graph=graph,
         costs=costs,
@@ -159,9 +157,16 @@ def _read(data: Mapping[str, Any]) -> ModelProfile:
         minibatch=data["minibatch"],
         torch_version=str(data["torch_version"]),
         phase=Phase(data["phase"]),
-        clips=bool(data["clips"]),
-        num_params=int(data["num_params"]),
+        clips=data["clips"],
+        num_params=data["num_params"],
     )
+    check_types(profile, ModelProfile)
+    counted = graph.num_layers if profile.work is None else len(profile.work.by_layer)
+    if counted != graph.num_layers:
+        raise ValueError(f"{graph.num_layers} layers, work of {counted}")
+    if profile.num_params < 0 or (profile.minibatch or 1) < 1:
+        raise ValueError(f"{profile.num_params} parameters, minibatch {profile.minibatch}")
+    return profile
 
 
 def graph_to_json(graph: LayerGraph) -> dict[str, Any]:
@@ -170,13 +175,20 @@ def graph_to_json(graph: LayerGraph) -> dict[str, Any]:
 
 
 def graph_from_json(data: Mapping[str, Any]) -> LayerGraph:
-    """Read what `graph_to_json` wrote."""
-    return LayerGraph(
+    """Read what `graph_to_json` wrote.
+
+    Raises:
+        TypeError, ValueError: if something is of another type, or makes no sense.
+    """
+    graph = LayerGraph(
         tuple(Layer(**_tuples(layer)) for layer in data["layers"]),
         tuple(Value(**_tuples(value)) for value in data["values"]),
         tuple(SharedParam(**_tuples(param)) for param in data["shared"]),
         data["loss"],
     )
+    check_types(graph, LayerGraph)
+    check_graph(graph)
+    return graph
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,47 +229,3 @@ def _of_the_paper(data: Mapping[str, Any], path: Path) -> ModelProfile:
     return ModelProfile(
         str(data.get("model", path.stem)), graph, costs, PAPER_GPU, num_params=elements
     )
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ConfigError: if there is no such file.
-        PlanError: if it holds no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such {what}: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the {what} {path}: {error}") from None
-    except ValueError as error:
-        raise PlanError(f"{path}: it is not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise PlanError(f"{path}: it is not a {what}")
-    return data
-
-
-def write_json(data: object, path: Path, what: str) -> None:
-    """Write JSON to a file by way of a neighbour, so that nobody ever sees half of it.
-
-    What is no ordinary file (a pipe, ``/dev/stdout``) is written to, not replaced.
-
-    Raises:
-        ConfigError: if it cannot be written there.
-        HarmonyError: if it could be, were the disk not full or broken.
-    """
-    text = json.dumps(data, indent=1) + "\n"
-    ordinary = path.is_file() or not path.exists()
-    part = path.with_name(f".{path.name}.{os.getpid()}") if ordinary else path
-    try:
-        part.write_text(text, encoding="utf-8")
-        if ordinary:
-            part.replace(path)
-    except OSError as error:
-        if ordinary:
-            part.unlink(missing_ok=True)
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        kind = HarmonyError if failed else ConfigError
-        raise kind(f"cannot write {what} to {path}: {error}") from None

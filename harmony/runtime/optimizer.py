@@ -92,7 +92,8 @@ def check_optimizer_options(
             f"optimizer is an object; give the class and its options: optimizer="
             f"{type(optimizer).__name__}, optimizer_kwargs={{...}}"
         )
-    if max_norm is not None and not max_norm > 0:
+    is_number = isinstance(max_norm, (int, float, torch.Tensor))
+    if max_norm is not None and not (is_number and max_norm > 0):
         raise ConfigError(f"max_grad_norm={max_norm!r}: a positive number, or None")
     given = {"optimizer_kwargs": options, "param_groups": groups, "max_grad_norm": max_norm}
     without = [name for name, value in given.items() if value]

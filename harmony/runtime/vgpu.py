@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.backend_registration
 
-from harmony.errors import VirtualGPUError
+from harmony.errors import ConfigError, VirtualGPUError
 from harmony.runtime.vgpu_build import library_path
 from harmony.runtime.vgpu_device import VirtualGPUModule
 from harmony.units import parse_bytes, parse_rate
@@ -39,6 +39,14 @@ _DEFAULTS: dict[str, Any] = {
     "jitter_us": 0.0,
     "jitter_seed": 0,
     "num_threads": 1,
+}
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "count": (int, 1, MAX_COUNT),
+    "delay_us": (float, 0, 1e7),
+    "slowdown": (float, 1, 1e6),
+    "jitter_us": (float, 0, 1e7),
+    "jitter_seed": (int, 0, 2**63 - 1),
+    "num_threads": (int, 1, 1024),
 }
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **{key: type(value) for key, value in _DEFAULTS.items()},
@@ -88,10 +96,11 @@ def virtual_gpus(
 
     Raises:
         VirtualGPUError: if it cannot be built, or if memory that must go is in use.
-        ConfigError: if a size or a rate cannot be parsed.
+        ConfigError: if a size or a rate cannot be parsed, or a number is out of its range.
     """
     given = {key: value for key, value in locals().items() if value is not None}
     chosen = _DEFAULTS | _settings_from_environment() | given
+    _check_settings(chosen)
     rates = [chosen.get(key, chosen.get("link")) for key in ("h2d", "d2h", "p2p")]
     parsed_rates = [parse_rate(rate) if rate is not None else 0.0 for rate in rates]
     nbytes = parse_bytes(chosen["memory"])
@@ -103,6 +112,19 @@ def virtual_gpus(
     library.vgpu_set_num_threads(chosen["num_threads"])
     _current.clear()
     _current.update(chosen, memory=nbytes)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse numbers that no virtual GPU can have.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for key, (kind, low, high) in _RANGES.items():
+        value = settings[key]
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not fits or not low <= value <= high:
+            raise ConfigError(f"virtual GPUs: {key} is {low} to {high}, not {str(value)[:40]}")
 
 
 def current_settings() -> dict[str, Any]:

@@ -2,41 +2,112 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from harmony.errors import VirtualGPUError
+from harmony.files import cache_folder
 
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unused-parameter")
+_ADMINISTRATOR = 0
 
 
 def library_path() -> Path:
     """Return the built library, building it first if this torch has none in the cache (20 s).
 
-    The cache is ``$HARMONY_CACHE``, or ``~/.cache/harmony``. Several processes may call this at
-    once: one builds, the others wait.
+    Several processes may call this at once: one builds, the others wait. What is in the cache is
+    only used if it is ours, nobody else may write to it, and it is what was built; else it is
+    built again. Without a folder to keep it in it is built for this process alone.
 
     Raises:
         VirtualGPUError: without a C++ compiler, or if the compiler fails.
     """
     sources = source_directory()
     compiler = _compiler()
-    directory = _cache_directory() / f"vgpu-{_fingerprint(sources, compiler)}"
+    directory = cache_folder() / f"vgpu-{_fingerprint(sources, compiler)}"
     library = directory / "libvgpu.so"
-    if library.exists():
+    if _is_sound(library):
         return library
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            _build(sources, compiler, library)
+    try:
+        with _locked(directory):
+            if not _is_sound(library):
+                _build(sources, compiler, library)
+        if _is_sound(library):
+            return library
+        why = f"{directory} is not ours alone"
+    except OSError as error:
+        why = str(error)
+    warnings.warn(
+        f"the virtual GPU cannot be kept for the next run ({why}): it is built for this process. "
+        "HARMONY_CACHE names a folder for it",
+        stacklevel=2,
+    )
+    return _build_for_now(sources, compiler)
+
+
+def _build_for_now(sources: Path, compiler: str) -> Path:
+    """Build the library in a folder that goes when the process ends."""
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix="harmony-vgpu-"))
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        library = scratch / "libvgpu.so"
+        _build(sources, compiler, library)
+    except OSError as error:
+        raise VirtualGPUError(
+            f"no place to build the virtual GPU: {error}. HARMONY_CACHE names a folder for it"
+        ) from None
     return library
+
+
+def _is_sound(library: Path) -> bool:
+    """Whether a library is there, nobody else can have written to it, and no byte has changed."""
+    try:
+        for path in (library.parent, library):
+            status = path.lstat()
+            if status.st_uid not in (os.geteuid(), _ADMINISTRATOR) or status.st_mode & 0o022:
+                return False
+        if not stat.S_ISREG(library.lstat().st_mode) or library.parent.is_symlink():
+            return False
+        return _digest_file(library).read_text(encoding="ascii") == _digest(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Make a folder that only we can write to, and let one process at a time work in it.
+
+    Raises:
+        OSError: if it cannot be made, or is somebody else's.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(f"{directory} is somebody else's")
+    directory.chmod(0o700)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(directory / "lock", flags, 0o600), "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def source_directory() -> Path:
@@ -49,11 +120,6 @@ def source_directory() -> Path:
         f"the virtual GPU's sources are neither in {package.parent / 'kernels' / 'vgpu'} nor in "
         f"{package / '_kernels' / 'vgpu'}; reinstall harmony"
     )
-
-
-def _cache_directory() -> Path:
-    configured = os.environ.get("HARMONY_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "harmony"
 
 
 def _compiler() -> str:
@@ -71,7 +137,9 @@ def _fingerprint(sources: Path, compiler: str) -> str:
     """Whatever the library depends on: sources, torch, compiler, flags."""
     import torch
 
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, errors="replace", check=False
+    )
     digest = hashlib.sha256()
     for part in (torch.__version__, torch.__file__, compiler, version.stdout, *_FLAGS):
         digest.update(part.encode() + b"\0")
@@ -102,7 +170,9 @@ def _build(sources: Path, compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         output = Path(scratch) / library.name
         command = _command(sources, compiler, output)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise VirtualGPUError(
@@ -110,4 +180,10 @@ def _build(sources: Path, compiler: str, library: Path) -> None:
                 + "; ".join(errors[:3] or [done.stderr[-500:]])
                 + f"\nthe command was: {' '.join(command)}"
             )
-        output.replace(library)
+        output.chmod(0o700)
+        _digest_file(output).write_text(_digest(output), encoding="ascii")
+        # What was there goes with its name: a folder or a link cannot be in the way.
+        for made, place in ((_digest_file(output), _digest_file(library)), (output, library)):
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            made.replace(place)

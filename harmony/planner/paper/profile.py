@@ -24,7 +24,6 @@ least what was measured, and layers that run together at least what they can nee
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harmony.errors import PlanError
+from harmony.files import parse_json, read_text
 from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
 from harmony.planner.cost import CostTable, LayerCost
 
@@ -162,7 +162,7 @@ def read_profile(path: str | Path) -> PaperProfile:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
     except FileNotFoundError:
         raise PlanError(f"no profile {path}. Name a folder that has it") from None
     except (OSError, ValueError) as error:

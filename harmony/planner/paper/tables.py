@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harmony.errors import PlanError
+from harmony.files import read_text
 from harmony.planner.paper.fourtuple import FourTuple, Mode
 from harmony.planner.paper.profile import PaperProfile, read_profile
 from harmony.planner.paper.traffic import Traffic
@@ -106,7 +107,7 @@ def _rows(
     path: Path, needed: Sequence[str], parse: Callable[[Mapping[str, str]], T]
 ) -> Iterator[T]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise PlanError(f"{path} cannot be read: {error}") from None
     reader = csv.DictReader(text.splitlines())
