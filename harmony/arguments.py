@@ -72,8 +72,8 @@ def parse(argv: Sequence[str]) -> Command:
         if script == "plan":
             hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
         raise ConfigError(f"no such script: {script}{hint}")
-    if args.report is not None:
-        in_folder("--report", args.report)
+    if args.report is not None and not is_folder(args.report.parent):
+        raise ConfigError(f"--report {args.report}: there is no folder {args.report.parent}")
     if args.plan is not None and not is_file(args.plan):
         raise ConfigError(f"no such plan: {args.plan}")
     return Command(path, tuple(rest), _options(args), debug=args.debug)
