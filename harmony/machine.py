@@ -142,8 +142,9 @@ def _check(machine: Machine) -> None:
         for name, value in vars(part).items():
             if isinstance(value, (int, float)):
                 amount(value + 0, name)
-                if value == 0 and name in _NEVER_ZERO:
-                    raise ValueError(f"{name} is 0")
+                too_slow = 0 < value < 1 and name.endswith("_per_s")
+                if too_slow or (value == 0 and name in _NEVER_ZERO):
+                    raise ValueError(f"{name} is {value}")
     for switch in machine.switches:
         if not set(switch.devices) <= set(range(machine.num_devices)):
             raise ValueError(f"a switch of devices {switch.devices} of {machine.num_devices}")
