@@ -49,10 +49,7 @@ from harmony.runtime.paramhooks import is_hooked
 from harmony.runtime.stage import Values
 from harmony.session import ModelRecord
 from harmony.signature import Call, Signature, signature_of
-from harmony.updateprofile import UpdateCost, with_device_updates
-
-NO_UPDATE = UpdateCost(0.0)
-"""Where the optimizer is the user's."""
+from harmony.updateprofile import NO_UPDATE, UpdateCost, with_device_updates
 
 OTHER_WAY = "the forward goes another way for other values"
 

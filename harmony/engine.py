@@ -115,6 +115,9 @@ class Engine:
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
         )
+        if options.optimizer is None and (notice := facts.sparse_notice(net)) is not None:
+            self.record.warn(notice)
+            warnings.warn(notice, stacklevel=4)
         watched = options.replan and options.plan is None
         self._feedback = Feedback(self.record, options.activations) if watched else None
         self.bindings = Bindings(net, self._contexts, options, self._optimizer, self.record)

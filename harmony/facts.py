@@ -32,6 +32,18 @@ def of_model(
     return facts
 
 
+def sparse_notice(net: nn.Module) -> str | None:
+    """Say that gradients which plain PyTorch makes sparse are dense; None if there are none."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    sparse = [n for n, m in net.named_modules() if isinstance(m, kinds) and m.sparse]
+    if not sparse:
+        return None
+    return (
+        f"{sparse[0]} has sparse=True: its gradient is dense here, with the same sums. "
+        "torch.optim.SparseAdam cannot take it; use torch.optim.Adam, or another optimizer"
+    )
+
+
 def of_memory(host: HostState, machine: Machine, update: UpdateCost) -> Facts:
     """Return what is known once the parameters lie in the arena.
 

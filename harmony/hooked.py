@@ -32,6 +32,9 @@ def hooked_step(engine: Engine, call: Call, ready: ReadyStep, run: Run) -> RanSt
     Args:
         run: runs a batch up to its gradients, and leaves them as ``grad``.
     """
+    engine.record.warn(
+        "a parameter has a hook: gradients go to the host, and all updates wait for the backward"
+    )
     spec = ready.plan.spec
     replicas = range(len(spec.shares))
     parts = [s for r in replicas for s in spec.microbatches(r, TaskKind.BACKWARD)]

@@ -77,6 +77,10 @@ class UpdateCost:
         return math.ceil(self.temporary_nbytes * _count(place.shape))
 
 
+NO_UPDATE = UpdateCost(0.0)
+"""Where the optimizer is the user's."""
+
+
 def with_device_updates(machine: Machine, cost: UpdateCost) -> Machine:
     """The machine, with the speed of this optimizer on its devices."""
     devices = (
@@ -171,7 +175,7 @@ def _on_a_device(optimizer: PackOptimizer, context: DeviceContext) -> tuple[floa
         temporary = None if alike is None else _temporary(optimizer, context)
         if alike is None or temporary is None:
             return 0.0, 0.0, False
-        return _rate(optimizer, context), temporary, alike
+        return _rate(optimizer, context, temporary), temporary, alike
     except Exception:  # an optimizer of the user's may be for the CPU only
         return 0.0, 0.0, False
 
@@ -230,9 +234,10 @@ def _temporary(optimizer: PackOptimizer, context: DeviceContext) -> float | None
     return max(few, many) / num_elements
 
 
-def _rate(optimizer: PackOptimizer, context: DeviceContext) -> float:
+def _rate(optimizer: PackOptimizer, context: DeviceContext, temporary: float) -> float:
     largest = _largest(optimizer)
-    count = min(_SAMPLES[-1], native.memory_info(context.device)[0] // 64)
+    free = native.memory_info(context.device)[0]
+    count = max(1, min(_SAMPLES[-1], int(free / (64 + 2 * temporary))))
     rate = 0.0
     for most in (min(_SAMPLES[0], count), count):
         made = stand_in(optimizer.full, {id(largest): _scaled(tuple(largest.shape), most)})

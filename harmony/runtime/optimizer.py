@@ -282,8 +282,8 @@ def _check_steps(optimizer: Any) -> None:
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise ConfigError(
-            f"{name} wants sparse gradients; Harmony's are dense. Use torch.optim.Adam, and "
-            "embeddings without sparse=True"
+            f"{name} wants sparse gradients; Harmony's are dense, with the same sums. Use "
+            "torch.optim.Adam, or another optimizer"
         )
 
 

@@ -46,7 +46,10 @@ class GradientSink:
         def keep_gradient(param: torch.Tensor) -> None:
             if name not in self.touched and param.grad is not None:
                 view = self.views[name]
-                view.copy_(param.grad)
+                if param.grad.layout is torch.strided:
+                    view.copy_(param.grad)
+                else:  # of an embedding with ``sparse=True``; its rows have their places here
+                    view.zero_().add_(param.grad)
                 param.grad = view
                 self.touched.add(name)
 
