@@ -1,4 +1,4 @@
-"""What an optimizer keeps and takes while it updates: measured on copies, planned, never beyond."""
+"""What an optimizer keeps, and takes while it updates: measured on copies, and planned."""
 
 from __future__ import annotations
 
