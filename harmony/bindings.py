@@ -27,7 +27,7 @@ from harmony.errors import HarmonyError
 from harmony.lending import check_plain
 from harmony.machine import Machine
 from harmony.options import EngineOptions
-from harmony.paths import MAX_CHANGES, MAX_PATHS, Paths
+from harmony.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.plans.elsewhere import (
@@ -94,7 +94,7 @@ class Bindings:
         """Return what the signature of a call has led to, and its number of samples."""
         self._take_in()
         key, minibatch = self._key(form, call)
-        return self._paths.setdefault(key, Paths()), minibatch
+        return use_last(self._paths, key), minibatch
 
     def _key(self, form: str, call: Call) -> tuple[tuple[Signature, bool], int]:
         """What paths are kept by: a plan may be one for updates that wait, or not."""

@@ -6,6 +6,7 @@ Only plans that compute the same bits are considered (`harmony.planner.numerics`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from harmony.binding import Binding
 from harmony.errors import PlanError
@@ -32,9 +33,10 @@ MOST_SWITCHES = 2
 
 @dataclass
 class _Watched:
-    """The steps of one plan so far."""
+    """The steps of one plan so far, and how often the plan was changed before."""
 
     plan: Plan
+    switches: int = 0
     num_steps: int = 0
     timelines: list[Timeline] = field(default_factory=list)
 
@@ -45,37 +47,37 @@ class Feedback:
     def __init__(self, record: ModelRecord, activations: str = "auto") -> None:
         self._record = record
         self._activations = activations
-        self._watched: dict[tuple[int, int], _Watched] = {}
-        self._switches: dict[tuple[int, int], int] = {}
+        # Of a capture that is forgotten nothing is left here.
+        self._watched: WeakKeyDictionary[Binding, dict[int, _Watched]] = WeakKeyDictionary()
 
     def stepped(self, binding: Binding, plan: Plan, timeline: Timeline) -> None:
         """Note a step; after a few, plan again with what they took."""
-        key = id(binding), plan.minibatch
-        watched = self._watched.get(key)
+        known = self._watched.setdefault(binding, {})
+        watched = known.get(plan.minibatch)
         if watched is None or watched.plan is not plan:
-            watched = self._watched[key] = _Watched(plan)
+            switches = 0 if watched is None else watched.switches
+            watched = known[plan.minibatch] = _Watched(plan, switches)
         watched.num_steps += 1
         if not WARM_UP < watched.num_steps <= WARM_UP + NUM_STEPS:
             return
         watched.timelines.append(timeline)
         if len(watched.timelines) == NUM_STEPS:
-            self._reconsider(key, binding, plan, watched.timelines)
+            self._reconsider(binding, watched)
             watched.timelines.clear()
 
-    def _reconsider(
-        self, key: tuple[int, int], binding: Binding, plan: Plan, timelines: list[Timeline]
-    ) -> None:
+    def _reconsider(self, binding: Binding, watched: _Watched) -> None:
+        plan, timelines = watched.plan, watched.timelines
         assert binding.costs is not None, "a plan that ran was made from costs"
         found = refine(
             plan.schedule, binding.costs, binding.machine, binding.predicted(plan), timelines
         )
-        if found.worst * WORTHWHILE < 1 or self._switches.get(key, 0) >= MOST_SWITCHES:
+        if found.worst * WORTHWHILE < 1 or watched.switches >= MOST_SWITCHES:
             return
         now_s = predict_s(plan.schedule, binding.graph, found.costs, found.machine)
         better = better_plan(binding, plan, found, now_s, self._activations)
         if better is None:
             return
-        self._switches[key] = self._switches.get(key, 0) + 1
+        watched.switches += 1
         binding.learn(found.costs, found.machine, better)
         self._record.facts["plan changed"] = (
             f"after {WARM_UP + NUM_STEPS} steps: the costs measured in them predict "

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from harmony.binding import Binding
 from harmony.capture import Captured, LiveOnlyError
 
+K = TypeVar("K", bound=Hashable)
+
 MAX_PATHS = 8
 """Captures that are kept of one signature; the one used longest ago is forgotten first."""
+
+MAX_SIGNATURES = 24
+"""Signatures that a model keeps what they led to of: every length of a text has its own."""
 
 MAX_CHANGES = 2
 """Captures that follow what has changed outside; from then on such a call runs as it is."""
@@ -57,3 +64,15 @@ class Paths:
                     passing=True,
                 )
         return found
+
+
+def use_last(known: dict[K, Paths], key: K) -> Paths:
+    """Return what a signature has led to, and forget that of the one used longest ago.
+
+    A forward that waits for its backward holds its binding itself.
+    """
+    found = known[key] = known.pop(key) if key in known else Paths()
+    while len(known) > MAX_SIGNATURES:
+        for binding in known.pop(next(iter(known))).bindings:
+            binding.release()
+    return found
