@@ -165,7 +165,8 @@ class _Comparison:
             return in_parts
         if at_once is not None and agree(found, at_once):
             return at_once
-        return self._weighted(found, snapshot, factor) or in_parts
+        weighted = self._weighted(found, snapshot, factor)
+        return weighted if weighted is not None and agree(found, weighted) else in_parts
 
     def _say_what_splitting_does(
         self, whole: Reference | None, parts: Reference, found: Found, snapshot: Snapshot

@@ -5,8 +5,9 @@
 
 Each model trains three steps on two virtual GPUs in a plan of at least four packs, dropout on, the
 race checker on; loss, gradients, buffers and parameters are compared after each step (see
-`tests/zoo/check.py`). Prints a table; exits 1 if any model differs by more than its entry allows
-or cannot be trained. ``--write`` puts the table into docs/models.md.
+`tests/zoo/check.py`). Prints a table; exits 1 if any model differs by more than its entry allows,
+or is not trained unless its entry says that it is refused, by name. ``--write`` puts the table
+into docs/models.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+import harmony
 from tests.zoo import ZOO, Entry
 from tests.zoo.check import NUM_DEVICES, NUM_STEPS, Outcome, check
 
@@ -41,6 +43,7 @@ class Row:
 
     Attributes:
         failure: why it could not be trained or compared, in a line; empty if it could.
+        refused: whether Harmony refused it by name, as its entry says.
         skipped: which package is missing; empty if none is.
     """
 
@@ -49,17 +52,22 @@ class Row:
     seconds: float
     failure: str = ""
     skipped: str = ""
+    refused: bool = False
 
     @property
     def passed(self) -> bool:
         """Whether all that the entry asks for holds."""
-        return bool(self.skipped) or (self.outcome is not None and not self.outcome.misses)
+        if self.skipped or self.refused:
+            return True
+        return self.outcome is not None and not self.outcome.misses
 
     @property
     def verdict(self) -> str:
         """One word."""
         if self.skipped:
             return "skipped"
+        if self.refused:
+            return "refused"
         return "ok" if self.passed else "MISSED"
 
 
@@ -85,6 +93,7 @@ def main() -> int:
     missed = [row.entry.name for row in rows if not row.passed]
     trained = sum(row.outcome is not None and row.passed for row in rows)
     console.print(f"{trained} of {len(rows)} models are trained as plain PyTorch trains them")
+    console.print(f"{sum(row.refused for row in rows)} are refused by name, as expected")
     if missed:
         console.print(f"missed: {', '.join(missed)}", markup=False)
     return 1 if missed else 0
@@ -105,15 +114,18 @@ def run(entry: Entry, show_traceback: bool) -> Row:
     missing = entry.missing()
     if missing is not None:
         return Row(entry, None, 0.0, skipped=missing)
-    failure, outcome = "", None
+    failure, outcome, refused = "", None, False
     try:
         outcome = check(entry)
+    except harmony.HarmonyError as error:
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        refused = bool(entry.refused) and entry.refused in str(error)
     except Exception as error:  # every model gets its row
         if show_traceback:
             traceback.print_exc()
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
     gc.collect()
-    return Row(entry, outcome, time.perf_counter() - started, failure)
+    return Row(entry, outcome, time.perf_counter() - started, failure, refused=refused)
 
 
 def cells(row: Row) -> Iterator[str]:
@@ -196,8 +208,9 @@ def write(rows: Sequence[Row]) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    passed = sum(row.passed for row in rows)
-    head = f"{passed} of {len(rows)} models.\n\n"
+    refused = sum(row.refused for row in rows)
+    passed = sum(row.passed for row in rows) - refused
+    head = f"{passed} of {len(rows)} models; {refused} refused by name.\n\n"
     DOCUMENT.write_text(f"{before}{BEGIN}\n{head}{markdown(rows)}\n{END}{after}", encoding="utf-8")
 
 

@@ -42,6 +42,7 @@ class Entry:
             microbatches' losses.
         needs: packages beyond those that the tests install.
         slow: takes more than ten seconds.
+        refused: what Harmony says where it refuses the model by name; empty where it trains.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Entry:
     whole_batch: bool = False
     needs: tuple[str, ...] = ()
     slow: bool = False
+    refused: str = ""
 
     def make(self) -> nn.Module:
         """Return the module in train mode, the same one each time."""
