@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -76,7 +77,8 @@ class Binding:
         self.graph = graph
         self.machine = machine
         self.host = host
-        self.executor = Executor(contexts, host, captured, self.place_of)
+        # Not a method of this: what the executor holds must not hold the executor.
+        self.executor = Executor(contexts, host, captured, partial(_place_of, captured))
         self.lanes = Lanes(self.executor)
         self.costs: CostTable | None = None
         self._contexts = contexts
@@ -98,11 +100,6 @@ class Binding:
     def form(self) -> Phase:
         """``TRAIN`` for whole steps, ``BACKWARD`` for a loop of the caller's own."""
         return self._form
-
-    def place_of(self, index: int, num_samples: int) -> Place:
-        """Form of a value for a number of samples."""
-        shape, stride, dtype = self.captured.value_form(index, num_samples)
-        return Place(0, shape, stride, dtype)
 
     def measure(
         self,
@@ -299,6 +296,12 @@ class Binding:
     def checked(self, plan: Plan) -> None:
         """Note that a forward and its backward have agreed."""
         self._checked.add(plan.minibatch)
+
+
+def _place_of(captured: Captured, index: int, num_samples: int) -> Place:
+    """Form of a value for a number of samples."""
+    shape, stride, dtype = captured.value_form(index, num_samples)
+    return Place(0, shape, stride, dtype)
 
 
 def _is_scalar(captured: Captured, value: int) -> bool:

@@ -5,7 +5,6 @@ They share one arena of parameters, and take turns in having the memory of the d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -33,7 +32,7 @@ from harmony.planner.tasks import Phase
 from harmony.plans.elsewhere import (
     only_captured,
     plan_elsewhere,
-    profile_of,
+    profile_later,
     unmeasured_profile,
 )
 from harmony.plans.file import check_minibatch
@@ -151,6 +150,7 @@ class Bindings:
         """Forget all captures: the model is another."""
         self.activate(None)
         self._paths.clear()
+        self._stages.clear()
         self.generation += 1
 
     def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
@@ -377,8 +377,7 @@ class Bindings:
 
     def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
-        clips = self.waits()
-        return functools.cache(lambda: profile_of(name, binding, sizes, minibatch, clips=clips))
+        return profile_later(name, binding, sizes, minibatch, clips=self.waits())
 
     def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
         """Plan for the machine that the command line describes, and end the script.

@@ -10,7 +10,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import nn
@@ -46,9 +46,10 @@ from harmony.options import EngineOptions
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.executor import Job
+from harmony.runtime.executor import Job, PreparedSchedule
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.recall import Recall
+from harmony.runtime.room import with_room
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
 from harmony.runtime.turns import Turns
@@ -56,32 +57,13 @@ from harmony.session import StepStats
 from harmony.signature import Call
 from harmony.stepresult import RanStep, ReadyStep, StepResult, count_tokens, recall_of
 from harmony.timeline import Timeline
-from harmony.wholeness import Wholeness
+from harmony.wholeness import Wholeness, alone
 
 if TYPE_CHECKING:
     from harmony.scriptverifier import Verifier
 
 
 P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _alone(
-    method: Callable[Concatenate[Engine, P], R],
-) -> Callable[Concatenate[Engine, P], R]:
-    """Let one thread at a time run a model, which has one place for its gradients and values.
-
-    The same thread may come in again: `torch.utils.checkpoint` runs a forward in a backward.
-    Signals are heard when it is over, or where a step has not yet changed anything.
-    """
-
-    @functools.wraps(method)
-    def run(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self.whole.check_process()  # before any lock, which a thread may hold that is not here
-        with held_back(), self._turns:
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 class Engine:
@@ -93,6 +75,7 @@ class Engine:
         devices: the GPUs.
         record: what the report is made of.
         whole: whether it can go on.
+        turns: who runs it now.
         verifier: sees every forward and backward of the drop-in form, where one is set.
         optimizer: the full optimizer of the step form, once training has begun or asked for.
     """
@@ -108,7 +91,7 @@ class Engine:
         self.devices = list(devices)
         self._contexts = [DeviceContext(device) for device in devices]
         self._lent: LentGradients | None = None
-        self._turns = Turns()
+        self.turns = Turns()
         self._doubted = False
         self._optimizer = options.make_optimizer(net)
         self.whole = Wholeness(net, self._optimizer)
@@ -146,7 +129,7 @@ class Engine:
 
     # Steps
 
-    @_alone
+    @alone
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> torch.Tensor:
         """Run one training step, record it, and return the loss."""
         started = time.perf_counter()
@@ -158,7 +141,7 @@ class Engine:
             self.record.stepped(StepStats(number, loss, samples, tokens, seconds, done.timeline))
         return done.loss
 
-    @_alone
+    @alone
     def train_step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> StepResult:
@@ -211,8 +194,7 @@ class Engine:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
         if not self.bindings.hooked():
             return self.run_step(ready)
-        with held_back() as held, held.open():
-            ran = hooked_step(self, call, ready, self._run_gradients)
+        ran = hooked_step(self, call, ready, self._run_gradients)
         self._live.update(begun)
         return ran
 
@@ -245,8 +227,9 @@ class Engine:
         """Capture, measure and plan for a batch, as far as that was not done before."""
         self.whole.check()
         call = (args, kwargs, targets)
+        find = functools.partial(self.bindings.find, form, call)
         try:
-            binding, plan, inputs = self.bindings.find(form, call)
+            binding, plan, inputs = with_room("measuring the model", self.devices, find)
         except LiveOnlyError as reason:
             if form == "step" or reason.as_is:
                 raise
@@ -259,7 +242,7 @@ class Engine:
     def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
         """Run the schedule of a training step, with its updates or up to the gradients."""
         binding, plan = ready.binding, ready.plan
-        prepared = binding.prepared(plan, Phase.TRAIN)
+        prepared = self._with_slots(binding.prepared, plan, Phase.TRAIN)
         load_inputs(prepared, binding.graph, ready.inputs)
         if self._lent is not None:
             self._lent.take_back()
@@ -272,7 +255,7 @@ class Engine:
         total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
         return RanStep(total, timeline, recall)
 
-    @_alone
+    @alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
         return self._also_live(self._forward, args, kwargs)
@@ -309,7 +292,7 @@ class Engine:
         )
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)
-        prepared = binding.prepared(plan, Phase.FORWARD, lane)
+        prepared = self._with_slots(binding.prepared, plan, Phase.FORWARD, lane)
         load_inputs(prepared, binding.graph, detached(inputs))
         self.last_timeline = binding.executor.run(prepared, Job(recall, weights, check=check))
         joined = joined_outputs(prepared, binding.graph, weights)
@@ -322,7 +305,7 @@ class Engine:
             self.num_steps += 1
         return out
 
-    @_alone
+    @alone
     def backward(self, call: ForwardCall, gradients: Gradients) -> Gradients:
         """Run the backward of a forward, from the gradients of its outputs.
 
@@ -334,7 +317,8 @@ class Engine:
         binding, host = call.binding, call.binding.host
         self.bindings.activate(binding)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
-        prepared = binding.prepared_backward(call.plan, call.lane, frozenset(given))
+        prepare, reached = binding.prepared_backward, frozenset(given)
+        prepared = self._with_slots(prepare, call.plan, call.lane, reached)
         read = set(parameters_read(prepared.schedule, host.weights.layout))
         check_unchanged(call.versions, host.weights.arena, read)
         load_gradients(prepared, binding.graph, given, call.weights)
@@ -354,7 +338,7 @@ class Engine:
             self.verifier.after_backward(call, given, made)
         return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
 
-    @_alone
+    @alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward without gradients."""
         return self._also_live(self._infer, args, kwargs)
@@ -362,7 +346,7 @@ class Engine:
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ready = self._prepare("dropin", (args, kwargs, None))
         binding, plan, weights = ready.binding, ready.plan, ready.weights
-        prepared = binding.prepared_inference(plan)
+        prepared = self._with_slots(binding.prepared_inference, plan)
         load_inputs(prepared, binding.graph, detached(ready.inputs))
         recall = self._recall(ready, recomputed=False)
         binding.executor.run(prepared, Job(recall, weights))
@@ -372,20 +356,36 @@ class Engine:
             self._live.commit(ready, recall, begun)
         return out
 
-    @_alone
+    @alone
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
         self.whole.check()
         self.bindings.activate(None)  # the forwards need the memory
         return generate(self.net, self.devices[0], args, kwargs)
 
+    def _with_slots(
+        self, prepare: Callable[P, PreparedSchedule], *args: P.args, **kwargs: P.kwargs
+    ) -> PreparedSchedule:
+        """Prepare a schedule, whose slots take device memory."""
+        run = functools.partial(prepare, *args, **kwargs)
+        return with_room("preparing the plan", self.devices, run)
+
     # State
+
+    @alone
+    def close(self) -> None:
+        """Give back threads, device memory and the arena; the module keeps all values."""
+        self.whole.closed = True
+        self._lent = None
+        self.verifier = None
+        self._live.forget()
+        self.bindings.forget()
+        self.bindings.arenas = None
 
     def restored(self, missing: Collection[str] = ()) -> None:
         """Note that a state was loaded, without the tensors named ``missing``."""
         if self.whole.restored(missing):
             self.bindings.activate(None)  # what stays on devices may be of the step that failed
-
 
     def _weights(self, binding: Binding, plan: Plan, inputs: Values) -> Weights:
         """How much each microbatch's loss counts; says once where that cannot be exact."""

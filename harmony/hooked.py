@@ -15,6 +15,7 @@ import torch
 
 from harmony.live import ModuleState
 from harmony.planner.tasks import Samples, TaskKind
+from harmony.runtime.interrupts import held_back
 from harmony.runtime.paramhooks import GradientSums, call_hooks
 from harmony.signature import Call
 from harmony.stepresult import RanStep, ReadyStep
@@ -44,7 +45,8 @@ def hooked_step(engine: Engine, call: Call, ready: ReadyStep, run: Run) -> RanSt
     else:
         before = ModuleState(engine.net)
         try:
-            ran = _in_parts(engine, call, ready, parts, run)
+            with held_back() as held, held.open():
+                ran = _in_parts(engine, call, ready, parts, run)
         except BaseException:
             before.restore()
             raise

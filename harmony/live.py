@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ from harmony.runtime.optimizer import PackOptimizer
 from harmony.runtime.paramhooks import GradientSums, call_hooks
 from harmony.runtime.randomness import microbatch_seed
 from harmony.runtime.recall import Recall
+from harmony.runtime.room import with_room
 from harmony.runtime.stage import Values
 from harmony.session import ModelRecord
 from harmony.signature import Call
@@ -93,22 +95,28 @@ class Live:
             self._record.warn(text)
             warnings.warn(text, stacklevel=6)
 
+    def forget(self) -> None:
+        """Forget all captures."""
+        self._captures.clear()
+        self._known.clear()
+
     def ready(self, form: str, call: Call, step: int, index: int) -> ReadyStep:
         """Capture one microbatch, number ``index`` of the step, and plan for it."""
         args, kwargs, targets = call
         self._bindings.activate(None)  # the forward needs the memory
         if self._generation != self._bindings.generation:  # the model is another
-            self._captures.clear()
-            self._known.clear()
+            self.forget()
             self._generation = self._bindings.generation
-        seed = microbatch_seed(step, index, self._options.seed)
+        # Whatever is captured holds on to `begin`, so that must not hold on to the model.
+        seed, context = microbatch_seed(step, index, self._options.seed), self._context
 
         def begin() -> None:
             torch.default_generator.manual_seed(seed)
             seed_python(seed)
-            self._context.set_random_state(self._context.seeded_state(seed))
+            context.set_random_state(context.seeded_state(seed))
 
-        captured = self._capture_of(form).capture(args, kwargs, targets, begin)
+        capture = partial(self._capture_of(form).capture, args, kwargs, targets, begin)
+        captured = with_room("the forward of a microbatch", [context.device], capture)
         if captured.as_is is not None:
             raise LiveOnlyError(captured.as_is, type(self._net).__name__, as_is=True)
         paths = self._known.setdefault(form, Paths())
@@ -117,7 +125,8 @@ class Live:
         binding = next(same, None) or self._bindings.bind(captured, form)
         paths.use(binding)
         size = captured.num_samples  # its tape is good for no other
-        inputs = self._bindings.measured(binding, form, size, call, [size])
+        measure = partial(self._bindings.measured, binding, form, size, call, [size])
+        inputs = with_room("measuring the layers", [context.device], measure)
         plan = self._plan(binding, size)
         weights, _ = binding.weights(detached(inputs), plan.spec)
         return ReadyStep(binding, plan, inputs, weights, index, captured.moved)

@@ -218,6 +218,21 @@ class Harmony(Wrapper):
         args, kwargs = _arguments(inputs)
         return verify(self._engine, args, kwargs, targets)
 
+    def close(self) -> None:
+        """Give back all threads, GPU memory and pinned memory of the model, at once.
+
+        The module (``model.module``) keeps its values and is an ordinary one again; its parameters
+        are on the host. Training and calling this wrapper are errors from now on. ``del model``
+        does the same as soon as nothing else holds the model.
+        """
+        self._engine.close()
+
+    def __enter__(self) -> Harmony:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # What is to be seen of it
 
     @property

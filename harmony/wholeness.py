@@ -7,16 +7,47 @@ refuses to go on until a state is loaded.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from harmony.errors import HarmonyError, text_of
+from harmony.runtime.interrupts import held_back
 from harmony.runtime.optimizer import PackOptimizer
+from harmony.runtime.room import out_of_memory
+
+if TYPE_CHECKING:
+    from harmony.engine import Engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def alone(
+    method: Callable[Concatenate[Engine, P], R],
+) -> Callable[Concatenate[Engine, P], R]:
+    """Let one thread at a time run a model, which has one place for its gradients and values.
+
+    The same thread may come in again: `torch.utils.checkpoint` runs a forward in a backward.
+    Signals are heard when it is over, or where a step has not yet changed anything.
+    """
+
+    @functools.wraps(method)
+    def run(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.whole.check_process()  # before any lock, which a thread may hold that is not here
+        with held_back(), self.turns:
+            try:
+                return method(self, *args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(method.__name__, self.devices, error) from error
+
+    return run
 
 
 class Wholeness:

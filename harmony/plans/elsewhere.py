@@ -6,7 +6,9 @@ and bytes of each, counted on tensors without memory. Nothing of the model is co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -15,7 +17,7 @@ import torch
 from harmony import session
 from harmony.binding import Binding, with_saved, with_state
 from harmony.capture import Captured, LiveOnlyError
-from harmony.errors import CaptureError
+from harmony.errors import CaptureError, HarmonyError
 from harmony.figures import forward_seconds
 from harmony.layergraph import LayerGraph
 from harmony.planner.cost import CostTable, LayerCost
@@ -54,6 +56,27 @@ def profile_of(
         clips=clips,
         num_params=_num_params(binding.captured),
     )
+
+
+def profile_later(
+    name: str, binding: Binding, sizes: Sequence[int], minibatch: int, *, clips: bool
+) -> Callable[[], ModelProfile]:
+    """Return what makes the profile when it is asked for; arguments as for `profile_of`.
+
+    The record that holds it may outlive the model, and must not keep its memory, except where
+    nothing but the plan is wanted.
+    """
+    kept = binding if session.options().plan_only else None
+    alive = weakref.ref(binding)
+
+    @functools.cache
+    def profile() -> ModelProfile:
+        found = kept or alive()
+        if found is None:
+            raise HarmonyError("the model is gone, and its profile was never asked for")
+        return profile_of(name, found, sizes, minibatch, clips=clips)
+
+    return profile
 
 
 def unmeasured_profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -48,6 +49,7 @@ class Measurements:
     def machine(self) -> Machine:
         """Links and memory of the devices and the host."""
         if self._machine is None:
+            gc.collect()  # nobody holds it any more: such memory is free
             cache, limits = self._opened(), self._limits
             if cache is None:
                 self._machine = measure_machine(self._contexts, *limits)

@@ -173,7 +173,7 @@ class Executor:
             wanted = _slot_sizes(schedule, index)
             if wanted == self._slot_sizes[index]:
                 continue
-            self._slot_sizes[index] = wanted
+            self._slot_sizes[index] = _NO_SLOTS  # until all of them are there
             self._stages[index].set_slots([], [])  # give the old ones back first
             device = self.contexts[index].device
             self.contexts[index].enter()
@@ -185,6 +185,7 @@ class Executor:
             ]
             weights = [*slots[0], *resident.weights]
             self._stages[index].set_slots(weights, [*slots[1], *resident.gradients])
+            self._slot_sizes[index] = wanted
 
     def _reserve_residents(self, index: int, refs: Sequence[TensorRef]) -> Residents:
         """Return what is resident on a device; what was, and is no longer, leaves first."""

@@ -7,6 +7,7 @@ block up to a power of two, which can double the memory of the host.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import warnings
 import weakref
@@ -39,6 +40,9 @@ class HostBuffer:
         """
         size = max(nbytes, 1)
         free = available_host_nbytes()
+        if size > free:
+            gc.collect()  # nothing is refused for memory that nobody holds
+            free = available_host_nbytes()
         if size > free:
             raise DoesNotFitError(
                 f"{purpose} needs {format_bytes(size)} of host memory, but only "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import struct
 import threading
@@ -105,7 +106,11 @@ def virtual_gpus(
     parsed_rates = [parse_rate(rate) if rate is not None else 0.0 for rate in rates]
     nbytes = parse_bytes(chosen["memory"])
     library = _load()
-    _check(library.vgpu_configure(chosen["count"], nbytes))
+    error = library.vgpu_configure(chosen["count"], nbytes)
+    if error is not None:
+        gc.collect()  # tensors that nobody holds any more are in nobody's way
+        error = library.vgpu_configure(chosen["count"], nbytes)
+    _check(error)
     library.vgpu_set_links(*parsed_rates)
     timing = (chosen[key] for key in ("delay_us", "slowdown", "jitter_us", "jitter_seed"))
     library.vgpu_set_timing(*timing)
