@@ -11,11 +11,13 @@ import torch
 
 from harmony.capture import Captured, GuardError
 from harmony.capture.lossweights import LossWeigher
+from harmony.errors import PlanError
 from harmony.figures import forward_seconds
 from harmony.lanes import Lane, Lanes, Reached, backward_schedule, differentiable_outputs
 from harmony.layergraph import Layer, LayerGraph, SharedParam
 from harmony.machine import Machine
 from harmony.planner.build import build_tasks
+from harmony.planner.candidates import REMEDY
 from harmony.planner.cost import CostTable, LayerCost
 from harmony.planner.plan import Plan
 from harmony.planner.schedule import Schedule
@@ -35,6 +37,7 @@ from harmony.runtime.hoststate import HostState
 from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
+from harmony.splitting import Model, Rule, try_splitting
 from harmony.timeline import Timeline
 from harmony.updateprofile import UpdateCost
 
@@ -89,6 +92,8 @@ class Binding:
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._inferences: dict[int, tuple[Plan, Schedule]] = {}
         self._weigher = LossWeigher(captured)
+        self._rules: Mapping[int, Rule] = {}
+        self._tried = False
         self._checked: set[int] = set()
 
     @property
@@ -100,6 +105,45 @@ class Binding:
     def form(self) -> Phase:
         """``TRAIN`` for whole steps, ``BACKWARD`` for a loop of the caller's own."""
         return self._form
+
+    def try_splitting(
+        self, inputs: Values, minibatch: int, asked: int | None, loss_name: str
+    ) -> None:
+        """Find out whether batches may be parted, with the first that has more than one sample.
+
+        Args:
+            inputs: the batch, by value.
+            asked: the microbatch size that the caller has chosen: then they are, and all that is
+                asked is how outputs with several rows a sample are put together.
+            loss_name: of the caller's loss function, for the reason.
+        """
+        values = self.graph.values
+        parted = any(values[v].batch_dim is not None for v in self.graph.input_ids)
+        if self._tried or minibatch < 2 or not parted:
+            return
+        self._tried = True
+        if asked is None:
+            needed = not self.graph.whole_batch
+        else:
+            forms = (self.captured.value_form(v, minibatch)[0] for v in self.graph.output_ids)
+            dims = (values[v].batch_dim for v in self.graph.output_ids)
+            pairs = zip(forms, dims, strict=True)
+            needed = asked < minibatch and any(
+                dim is not None and shape[dim] != minibatch for shape, dim in pairs
+            )
+        if not needed:
+            return
+        model = Model(self.captured, self.graph, self.host.weights, self._weigher, loss_name)
+        # It runs on memory as it was found: an anomaly there means nothing.
+        with torch.autograd.set_detect_anomaly(False):
+            verdict = try_splitting(model, self._contexts[0], inputs, minibatch, asked)
+        self._rules = verdict.rules
+        self.graph = self.host.graph = verdict.applied(self.graph)
+
+    def forbid_parts(self, why: str) -> None:
+        """Let every minibatch be one microbatch from now on."""
+        self.graph = self.host.graph = replace(self.graph, whole_batch=why)
+        self._plans.clear()
 
     def measure(
         self,
@@ -176,14 +220,17 @@ class Binding:
         assert self.costs is not None, "measure comes before plan"
         plan = self._plans.get(minibatch)
         if plan is None and pinned is not None and pinned.minibatch == minibatch:
-            plan = self._check_pinned(pinned)
+            plan = self._check_pinned(pinned, microbatch_size)
         if plan is None:
             assert self._steady is not None, "the machine is known before a plan is made"
             interrupts.check()
+            graph = self.graph
+            if microbatch_size is not None:  # of FORWARD too: layers may mix samples
+                graph = replace(graph, sizes=(microbatch_size,))
             plan = choose_steadily(
                 self._steady,
                 self.captured,
-                self.graph,
+                graph,
                 self.costs,
                 self.machine,
                 minibatch,
@@ -214,16 +261,26 @@ class Binding:
         assert self.costs is not None, "measure comes before plan"
         return forward_seconds(plan, self.graph, self.costs, self.machine)
 
-    def misfit(self, inputs: Values, spec: StepSpec) -> Samples | None:
-        """Return the first microbatch for which the forward takes another path, if any."""
-        for samples in microbatches_of(spec):
+    def misfit(self, inputs: Values, spec: StepSpec, asked: int | None) -> Samples | None:
+        """Return the first microbatch for which the forward takes another path, if any.
+
+        The batch as a whole comes first, unless a microbatch size was asked for: what it decides
+        is what plain PyTorch does.
+        """
+        whole = [(0, spec.minibatch)] if asked is None else []
+        for samples in dict.fromkeys([*whole, *microbatches_of(spec)]):
             try:
                 self.captured.split(inputs, *samples)
             except GuardError:
                 return samples
         return None
 
-    def _check_pinned(self, plan: Plan) -> Plan:
+    def _check_pinned(self, plan: Plan, microbatch_size: int | None) -> Plan:
+        why = self.graph.whole_batch
+        if why and microbatch_size is None and len(microbatches_of(plan.spec)) > 1:
+            raise PlanError(
+                f"the plan parts a batch of {plan.minibatch} samples, but {why}. {REMEDY}"
+            )
         check_plan(plan, self.graph, self.machine, self._form)
         tasks = build_tasks(self.graph, plan.spec)
         verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
@@ -280,6 +337,10 @@ class Binding:
         for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
             every = [s for r in range(len(spec.shares)) for s in spec.microbatches(r, kind)]
             for value in scalars:
+                rule = self._rules.get(value, Rule.READ)
+                if rule is not Rule.READ:
+                    weights.update({(value, s): w for s, w in rule.weights(every).items()})
+                    continue
                 found = self._weigher.weigh(value, inputs, every)
                 weights.update({(value, s): weight for s, weight in found.weights.items()})
                 if self.graph.values[value].requires_grad:

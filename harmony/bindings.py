@@ -23,10 +23,12 @@ from harmony.capture import (
     undisturbed,
 )
 from harmony.errors import HarmonyError
+from harmony.layergraph import LayerGraph
 from harmony.lending import check_plain
 from harmony.machine import Machine
 from harmony.options import EngineOptions
 from harmony.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
+from harmony.planner.candidates import sizes_that_work
 from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.plans.elsewhere import (
@@ -169,13 +171,14 @@ class Bindings:
             misfit: tuple[int, int] | None = None
             standing = paths.standing(type(self._net).__name__)
             for binding in standing:
+                if binding.captured.only_size not in (None, minibatch):
+                    continue
                 try:
                     inputs = self.measured(binding, form, minibatch, call)
                 except GuardError as error:
                     paths.live = LiveOnlyError(OTHER_WAY, error.where)
                     raise paths.live.again() from error
-                plan = self.plan(binding, minibatch)
-                misfit = binding.misfit(inputs, plan.spec)
+                plan, misfit = self._fitting(binding, minibatch, inputs)
                 if misfit is None:
                     paths.use(binding)
                     self._record.profile = self._profile_of(binding, minibatch)
@@ -185,6 +188,23 @@ class Bindings:
                     return binding, plan, inputs
             self._add_path(paths, standing, form, call, misfit)
         raise LiveOnlyError("the microbatches of a minibatch take different paths", "?")
+
+    def _fitting(
+        self, binding: Binding, minibatch: int, inputs: Values
+    ) -> tuple[Plan, tuple[int, int] | None]:
+        """Return a plan, and a microbatch that takes another path than the binding's, if any.
+
+        Where only parts of the batch do, the batch is not parted.
+        """
+        plan, options = self.plan(binding, minibatch), self._options
+        misfit = binding.misfit(inputs, plan.spec, options.microbatch_size)
+        whole = (0, minibatch)
+        if misfit in (None, whole) or options.microbatch_size is not None:
+            return plan, misfit
+        if options.mode == "dp" or options.plan is not None:
+            return plan, misfit
+        binding.forbid_parts("parts of a batch take another way through the forward than it does")
+        return self.plan(binding, minibatch), None
 
     def recorded(self, form: str, call: Call) -> Captured | None:
         """Return a recording of calls like this one, though it may not stand for it."""
@@ -244,14 +264,22 @@ class Bindings:
         """
         inputs = binding.captured.flatten_inputs(*call)
         self.activate(binding)
+        with undisturbed(self._contexts[0].device):
+            binding.try_splitting(
+                inputs, minibatch, self._options.microbatch_size, self._loss_name(form)
+            )
         if binding.costs is None:
-            sizes = sizes or self._sizes_to_measure(minibatch)
+            sizes = sizes or self._sizes_to_measure(minibatch, binding.graph)
             update = self.update_cost() if form == "step" else None
             known = self._measured.times()
             with undisturbed(self._contexts[0].device):
                 binding.measure(inputs, sizes, update, known)
             self._measured.keep()
         return inputs
+
+    def _loss_name(self, form: str) -> str:
+        loss = self._options.loss_fn if form == "step" else None
+        return "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
 
     def rung(self) -> str:
         """How the model is captured, at worst: by a tape, the tape of a real run, or live."""
@@ -274,18 +302,9 @@ class Bindings:
         # Hooks on parameters see one microbatch after the other, where these are fixed.
         in_turn = options.microbatch_size is not None and self.hooked()
         mode = "pp" if in_turn else options.mode
-        plan = binding.plan(
+        return binding.plan(
             minibatch, mode, options.microbatch_size, options.activations, options.plan
         )
-        mixing = [layer.name for layer in binding.graph.layers if layer.mixes_samples]
-        size = plan.spec.backward_size
-        if mixing and size < minibatch and options.microbatch_size is None:
-            self._record.warn(
-                f"{mixing[0]} looks at all samples of a microbatch together (as BatchNorm does), "
-                f"so results depend on the size of the microbatches, which is {size} of "
-                f"{minibatch} here: choose it yourself with microbatch_size="
-            )
-        return plan
 
     def _make(self, form: str, call: Call) -> Binding:
         if self.arenas is None:
@@ -355,10 +374,12 @@ class Bindings:
         self._record.facts.update(facts.of_memory(host, machine, update))
         return host
 
-    def _sizes_to_measure(self, minibatch: int) -> list[int]:
+    def _sizes_to_measure(self, minibatch: int, graph: LayerGraph) -> list[int]:
         """Microbatch sizes to measure: the one that was asked for, or a few to interpolate."""
         if self._options.microbatch_size is not None:
             return [min(self._options.microbatch_size, minibatch)]
+        if graph.whole_batch or graph.sizes:
+            return list(sizes_that_work(graph, minibatch))
         return sorted({1, max(1, minibatch // 4), minibatch})
 
     def update_cost(self) -> UpdateCost:
@@ -376,7 +397,7 @@ class Bindings:
         check_minibatch(plan, minibatch)
 
     def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
-        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
+        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch, binding.graph)
         return profile_later(name, binding, sizes, minibatch, clips=self.waits())
 
     def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
@@ -388,7 +409,8 @@ class Bindings:
         with only_captured():
             captured = self._capture(form, call)
         update = self.update_cost() if form == "step" else NO_UPDATE
-        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch)
+        name = type(self._net).__name__
+        sizes = self._sizes_to_measure(minibatch, captured.graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         options = self._options
         clips = self.waits()

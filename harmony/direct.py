@@ -15,7 +15,7 @@ from torch import nn
 
 from harmony.bindings import Bindings
 from harmony.capture import Batch, Captured, Outside, moved, running_on, seed_python, undisturbed
-from harmony.capture.lossweights import LossWeigher, inexact_loss
+from harmony.capture.lossweights import LossWeigher, parts_asked_for
 from harmony.capture.program import Program
 from harmony.errors import DoesNotFitError
 from harmony.options import EngineOptions
@@ -50,7 +50,6 @@ class Direct:
         self._bindings = bindings
         self._say = say
         self._outside: dict[str, Outside] = {}
-        self._size: int | None = None
 
     def train(
         self, call: Call, minibatch: int, step: int, captured: Captured | None
@@ -67,21 +66,16 @@ class Direct:
         loss_fn = self._options.loss_fn
         program = Program(loss_fn, output_loss=loss_fn is None)
         asked = self._options.microbatch_size
-        size = min(self._size or asked or minibatch, minibatch)
+        # Parts of a batch that nobody asked for might be another training.
+        size = min(asked or minibatch, minibatch)
         outside = self._of("step", loss_fn)
-        while True:
-            ranges = [(low, min(low + size, minibatch)) for low in range(0, minibatch, size)]
-            weights = self._weights(call, ranges, captured)
-            try:
-                with self._as_before(outside), held_back() as held, held.open():
-                    total = self._gradients(program, call, ranges, weights, step, outside)
-            except torch.OutOfMemoryError as error:
-                if size == 1 or asked is not None:
-                    raise self._does_not_fit(size, error) from None
-                size = -(-size // 2)
-            else:
-                self._size = size
-                return total
+        ranges = [(low, min(low + size, minibatch)) for low in range(0, minibatch, size)]
+        weights = self._weights(call, ranges, captured)
+        try:
+            with self._as_before(outside), held_back() as held, held.open():
+                return self._gradients(program, call, ranges, weights, step, outside)
+        except torch.OutOfMemoryError as error:
+            raise self._does_not_fit(size, error) from None
 
     def forward(self, args: Any, kwargs: Any, step: int) -> Any:
         """Run the forward; its outputs are part of autograd's graph as in plain PyTorch."""
@@ -142,7 +136,7 @@ class Direct:
             known = LossWeigher(captured).weigh(captured.graph.loss, inputs, ranges)
             found, doubt = dict(known.weights), known.doubt
         if doubt is not None:
-            self._say(inexact_loss(doubt, minibatch))
+            self._say(parts_asked_for(doubt, minibatch, ranges[0][1]))
         return found
 
     def _seed(self, step: int, index: int) -> None:
@@ -185,8 +179,8 @@ class Direct:
         what = "the batch" if size is None else f"a microbatch of {size} samples"
         return DoesNotFitError(
             f"{what} does not fit {self._context.device} ({limit}), where the model is run as it "
-            f"is ({error}). Use smaller batches, or let the forward leave nothing behind, so that "
-            "it can be recorded and planned"
+            f"is ({error}). Use smaller batches, say with microbatch_size= that smaller ones are "
+            "meant, or let the forward leave nothing behind, so that it can be planned"
         )
 
 

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from harmony import facts, session
-from harmony.binding import Binding
 from harmony.bindings import OTHER_WAY, Bindings
 from harmony.capture import GuardError, LiveOnlyError
-from harmony.capture.lossweights import inexact_loss
+from harmony.capture.lossweights import parts_asked_for
 from harmony.direct import Direct
 from harmony.dropin import (
     ForwardCall,
@@ -43,15 +42,12 @@ from harmony.minibatch import (
     weighted_sum,
 )
 from harmony.options import EngineOptions
-from harmony.planner.plan import Plan
 from harmony.planner.tasks import Phase
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.executor import Job, PreparedSchedule
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.recall import Recall
 from harmony.runtime.room import with_room
-from harmony.runtime.stage import Values
-from harmony.runtime.step import Weights
 from harmony.runtime.turns import Turns
 from harmony.session import StepStats
 from harmony.signature import Call
@@ -92,7 +88,6 @@ class Engine:
         self._contexts = [DeviceContext(device) for device in devices]
         self._lent: LentGradients | None = None
         self.turns = Turns()
-        self._doubted = False
         self._optimizer = options.make_optimizer(net)
         self.whole = Wholeness(net, self._optimizer)
         self.record = session.register(
@@ -235,9 +230,13 @@ class Engine:
                 raise
             self._live.notice(reason)
             return self._live.ready(form, call, self.num_steps, 0)
-        return ReadyStep(
-            binding, plan, inputs, self._weights(binding, plan, detached(inputs))
-        )
+        weights, doubt = binding.weights(detached(inputs), plan.spec)
+        if doubt is not None and self.options.microbatch_size is None:
+            binding.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
+            return self.ready(form, args, kwargs, targets)
+        if doubt is not None:
+            self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
+        return ReadyStep(binding, plan, inputs, weights)
 
     def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
         """Run the schedule of a training step, with its updates or up to the gradients."""
@@ -387,14 +386,6 @@ class Engine:
         if self.whole.restored(missing):
             self.bindings.activate(None)  # what stays on devices may be of the step that failed
 
-    def _weights(self, binding: Binding, plan: Plan, inputs: Values) -> Weights:
-        """How much each microbatch's loss counts; says once where that cannot be exact."""
-        weights, doubt = binding.weights(inputs, plan.spec)
-        if doubt is not None and not self._doubted:
-            self._doubted = True
-            self.record.warn(inexact_loss(doubt, plan.minibatch))
-            warnings.warn(inexact_loss(doubt, plan.minibatch), stacklevel=5)
-        return weights
 
     def _recall(self, ready: ReadyStep, recomputed: bool = True) -> Recall:
         run_seed = self.options.seed

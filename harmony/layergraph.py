@@ -31,6 +31,9 @@ class Value:
         batch_dim: the dimension that counts samples; None if it does not depend on the batch.
         requires_grad: whether a gradient flows back through it.
         is_output: whether the model returns it.
+        groups: the entries of the batch dimension are so many groups, one after the other, each
+            with rows of every sample: 2 for ``cat([x, y])``, the number of time steps for a
+            sequence whose samples are along dimension 1 and that was flattened.
     """
 
     id: int
@@ -42,6 +45,7 @@ class Value:
     batch_dim: int | None = 0
     requires_grad: bool = True
     is_output: bool = False
+    groups: int = 1
 
     def nbytes(self, num_samples: int) -> int:
         """Bytes of this value for a microbatch of ``num_samples`` samples."""
@@ -122,12 +126,17 @@ class LayerGraph:
     Attributes:
         loss: id of the value that is the loss, whose gradient the step itself starts from; None
             where the loss is computed outside (then gradients of the outputs come from outside).
+        whole_batch: why a minibatch has to be one microbatch of one replica to be the training
+            that was written down; empty where it may be parted.
+        sizes: the only microbatch sizes that are known to work, where some do not; empty for any.
     """
 
     layers: tuple[Layer, ...]
     values: tuple[Value, ...]
     shared: tuple[SharedParam, ...] = ()
     loss: int | None = None
+    whole_batch: str = ""
+    sizes: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:

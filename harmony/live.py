@@ -25,10 +25,11 @@ from harmony.capture import (
     same_path,
     seed_python,
 )
-from harmony.capture.lossweights import LiveWeights, inexact_loss
+from harmony.capture.lossweights import LiveWeights, parts_asked_for
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.options import EngineOptions
 from harmony.paths import Paths
+from harmony.planner.candidates import REMEDY
 from harmony.planner.plan import Plan
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.interrupts import held_back
@@ -100,8 +101,14 @@ class Live:
         self._captures.clear()
         self._known.clear()
 
-    def ready(self, form: str, call: Call, step: int, index: int) -> ReadyStep:
-        """Capture one microbatch, number ``index`` of the step, and plan for it."""
+    def ready(
+        self, form: str, call: Call, step: int, index: int, num_samples: int | None = None
+    ) -> ReadyStep:
+        """Capture one microbatch, number ``index`` of the step, and plan for it.
+
+        Args:
+            num_samples: of the microbatch, where it is a part of the batch.
+        """
         args, kwargs, targets = call
         self._bindings.activate(None)  # the forward needs the memory
         if self._generation != self._bindings.generation:  # the model is another
@@ -115,7 +122,8 @@ class Live:
             seed_python(seed)
             context.set_random_state(context.seeded_state(seed))
 
-        capture = partial(self._capture_of(form).capture, args, kwargs, targets, begin)
+        run = self._capture_of(form).capture
+        capture = partial(run, args, kwargs, targets, begin, num_samples)
         captured = with_room("the forward of a microbatch", [context.device], capture)
         if captured.as_is is not None:
             raise LiveOnlyError(captured.as_is, type(self._net).__name__, as_is=True)
@@ -142,21 +150,22 @@ class Live:
         Args:
             run: runs a microbatch and leaves its gradients as ``grad``.
         """
-        size = min(self.size or self._options.microbatch_size or minibatch, minibatch)
-        while True:
-            before = ModuleState(self._net)
-            try:
-                with held_back() as held, held.open():
-                    done = self._train(call, minibatch, size, step, run)
-            except BaseException as error:
-                before.restore()
-                asked = self._options.microbatch_size is not None
-                if not isinstance(error, DoesNotFitError) or size == 1 or asked:
-                    raise
-            else:
-                self.size = size
-                return done
-            size = -(-size // 2)
+        asked = self._options.microbatch_size
+        size = min(asked or minibatch, minibatch)
+        before = ModuleState(self._net)
+        try:
+            with held_back() as held, held.open():
+                done = self._train(call, minibatch, size, step, run)
+        except BaseException as error:
+            before.restore()
+            if not isinstance(error, DoesNotFitError) or asked is not None:
+                raise
+            raise DoesNotFitError(
+                f"{error}. The {minibatch} samples are one microbatch, since what the forward does"
+                f" is known only as it runs. {REMEDY}"
+            ) from error
+        self.size = size
+        return done
 
     def _train(
         self,
@@ -173,7 +182,8 @@ class Live:
         total = torch.zeros(())
         for index, low in enumerate(range(0, minibatch, size)):
             high = min(low + size, minibatch)
-            ready = self.ready("step", batch.part(*call, low, high), step, index)
+            part = batch.part(*call, low, high)
+            ready = self.ready("step", part, step, index, high - low)
             captured, loss = ready.binding.captured, ready.binding.graph.loss
             assert loss is not None
             weight = weights.weigh(captured, loss, detached(ready.inputs))
@@ -184,7 +194,7 @@ class Live:
                 self._check_hooks(weights)
             sums.add()
         if weights.doubt is not None:
-            self.say(inexact_loss(weights.doubt, minibatch))
+            self._record.warn(parts_asked_for(weights.doubt, minibatch, size))
         scale = weights.scale()
         if scale != 1.0:
             total = total * scale

@@ -12,14 +12,16 @@ from harmony.errors import ConfigError
 from harmony.layergraph import LayerGraph
 from harmony.planner.tasks import Samples, TensorKind
 from harmony.runtime.executor import PreparedSchedule
+from harmony.runtime.rows import joined
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
 
 
 def load_inputs(prepared: PreparedSchedule, graph: LayerGraph, inputs: Values) -> None:
     """Copy a whole minibatch into the pinned copies that the devices read."""
+    num_samples = prepared.schedule.minibatch
     for index, stash in prepared.inputs.items():
-        stash.fill(inputs[index], graph.values[index].batch_dim)
+        stash.fill(inputs[index], graph.values[index].batch_dim, num_samples)
 
 
 def joined_outputs(prepared: PreparedSchedule, graph: LayerGraph, weights: Weights) -> Values:
@@ -33,7 +35,8 @@ def joined_outputs(prepared: PreparedSchedule, graph: LayerGraph, weights: Weigh
         chunks = stash.chunks()
         value = graph.values[index]
         if value.batch_dim is not None:
-            found[index] = torch.cat([chunk for _, chunk in chunks], value.batch_dim)
+            parts = [chunk for _, chunk in chunks]
+            found[index] = joined(parts, value.batch_dim, value.groups)
         elif _is_mean(chunks[0][1]):
             found[index] = weighted_sum(chunks, index, weights)
         elif value.requires_grad and len(chunks) > 1:
@@ -59,9 +62,9 @@ def load_gradients(
         stash = prepared.values.get((TensorKind.VALUE_GRADIENT, index))
         if stash is None or gradient is None:
             continue
-        dim = graph.values[index].batch_dim
+        dim, groups = graph.values[index].batch_dim, graph.values[index].groups
         if dim is not None or not _is_mean(gradient):
-            stash.fill(gradient, dim)
+            stash.fill(gradient, dim, prepared.schedule.minibatch, groups)
             continue
         for samples, chunk in stash.chunks():
             chunk.copy_(gradient * weights[index, samples])

@@ -70,11 +70,11 @@ class Harmony(Wrapper):
         max_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does before
             ``optimizer.step()``. No parameter can be updated before the whole backward is done
             then, so that updates no longer hide behind it.
-        loss_fn: ``loss_fn(output, targets)``, a mean over the samples; None if the module returns
-            its own loss.
+        loss_fn: ``loss_fn(output, targets)``, a scalar; None if the module returns its own loss.
         mode: ``"pp"`` (packs of layers wrap around the GPUs), ``"dp"`` (each GPU runs all packs
             on its share of the batch), or ``"auto"``: whichever is predicted to be faster.
-        microbatch_size: samples of a microbatch, or ``"auto"``.
+        microbatch_size: samples of a microbatch, which is a batch of its own wherever samples mix;
+            or ``"auto"``: any size that gives what the whole batch would.
         devices: how many GPUs, or which; default: all. Without a GPU, virtual ones are made.
         device_memory: bytes to use of each GPU, e.g. ``"8GiB"``; default: all that is free.
         batch_dims: the dimension that counts samples, for inputs where it is not dimension 0, or
@@ -163,7 +163,7 @@ class Harmony(Wrapper):
             targets: what ``loss_fn`` takes beside the output; None if the module returns its loss.
 
         Returns:
-            The loss, a scalar on the CPU: the mean over the microbatches, weighted by their size.
+            The loss of the whole batch, a scalar on the CPU.
 
         Raises:
             ConfigError: without an optimizer, or if the batch makes no sense.

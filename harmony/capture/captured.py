@@ -50,6 +50,7 @@ class Captured:
         buffers: buffers likewise. A buffer that several layers use is a ``SharedParam`` without
             gradient.
         num_samples: samples of the batch that the model was captured with.
+        only_size: the one number of samples that it runs for, or None where it is not the only.
         changes: by layer, what its forward leaves changed; layers that change nothing are left
             out.
         draws_on_host: whether a layer draws from random generators that all threads share.
@@ -80,6 +81,7 @@ class Captured:
         self.params: list[ParamInfo] = built.params
         self.buffers: list[ParamInfo] = built.buffers
         self.num_samples = batch.num_samples
+        self.only_size = batch.num_samples if sizes.only else None
         self.changes = dict(_changes(reference, template))
         self.draws_on_host = any(step.random_on_host for step in sizes.tape.steps)
         self.real = sizes.tape.real

@@ -15,6 +15,9 @@ from harmony.capture.tape import Step, StepKind, Tape, TapeValue
 from harmony.errors import CaptureError
 from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
 
+_LOGICAL = frozenset({"all", "any", "_is_all_true", "_is_any_true"})
+_OF_SIZES = frozenset({"numel", "size", "shape", "nelement", "stride", "nbytes"})
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -22,11 +25,13 @@ class Sizes:
 
     Attributes:
         num_samples: of each.
+        only: why there is no tape for another number of samples; empty where there may be one.
     """
 
     tape: Tape
     other: Tape
     num_samples: tuple[int, int]
+    only: str = ""
 
     def batch_dims(self, number: int) -> tuple[int, ...]:
         """Dimensions of a value that depend on the number of samples."""
@@ -38,6 +43,10 @@ class Sizes:
         one, two = (t.values[number].shape[dim] for t in (self.tape, self.other))
         rows, rest = divmod(one, self.num_samples[0])
         return rows if not rest and rows * self.num_samples[1] == two else None
+
+    def is_linear(self, number: int) -> bool:
+        """Whether the size of a value is linear in the number of samples."""
+        return self._linear(number) is not None
 
     def inseparable_on(self, tape: Tape) -> frozenset[int]:
         """Values that cannot cross layers: their size depends on more than the number of samples.
@@ -79,6 +88,26 @@ class Sizes:
         if rest or fixed < 0 or len(self.batch_dims(number)) > 1:
             return None
         return per_sample, fixed
+
+
+class OneSize(Sizes):
+    """A tape for one number of samples: nothing in it is to be parted along the batch."""
+
+    @staticmethod
+    def of(tape: Tape, num_samples: int, only: str = "") -> OneSize:
+        """Take a tape alone."""
+        return OneSize(tape, tape, (num_samples, num_samples), only)
+
+    def batch_dims(self, number: int) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def rows_per_sample(self, number: int, dim: int) -> int | None:
+        """None."""
+        return None
+
+    def _linear(self, number: int) -> tuple[int, int] | None:
+        return 0, self.tape.values[number].nbytes
 
 
 def _value_dependent(tape: Tape) -> set[int]:
@@ -129,7 +158,8 @@ def build_graph(
     if has_loss:
         (output,) = sizes.tape.outputs
         loss = layers.ids[output.id]
-    graph = LayerGraph(made, tuple(values), tuple(shared), loss)
+    whole = sizes.only or _one_of_a_kind(sizes.tape, layers, skeleton)
+    graph = LayerGraph(made, tuple(values), tuple(shared), loss, whole)
     return BuiltGraph(graph, placed, placed_buffers)
 
 
@@ -235,6 +265,31 @@ def _mixes(step: Step, made: int, tape: Tape, batched: set[int]) -> bool:
         return False
     real = not tape.values[made].fake
     return any(n in batched and not (real and tape.values[n].fake) for n in step.inputs)
+
+
+def _one_of_a_kind(tape: Tape, layers: LayeredTape, skeleton: Skeleton) -> str:
+    """Why a batch in parts is not the batch, as far as the steps tell; empty if they do not."""
+    for step in tape.steps:
+        if step.kind is StepKind.GUARD and not _same_for_parts(step, tape):
+            return f"the forward decides by what it computes of all samples ({step.where})"
+        if isinstance(step.target, str):
+            inside = skeleton.modules[step.target].named_modules()
+            norm = next((n for n, module in inside if _is_batch_norm(module)), None)
+            if norm is not None:
+                name = ".".join(part for part in (step.name, norm) if part)
+                return f"{name} normalises over all samples of a microbatch (as BatchNorm does)"
+        if step.changes:
+            return f"{step.name} changes {step.changes[0]} once for every microbatch"
+    return ""
+
+
+def _same_for_parts(guard: Step, tape: Tape) -> bool:
+    """Whether a decision that comes out the same for all parts does so for the whole."""
+    inputs = list(guard.inputs)
+    if guard.name in _OF_SIZES and all(not tape.values[n].shape for n in inputs):
+        return True  # a scalar is one for every batch
+    made_by = [tape.producer[number] for number in inputs]
+    return all(i >= 0 and tape.steps[i].name in _LOGICAL for i in made_by)
 
 
 def _is_batch_norm(module: object) -> bool:

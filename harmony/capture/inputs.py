@@ -39,18 +39,24 @@ class Batch:
         kwargs: Mapping[str, Any],
         targets: Any,
         batch_dims: Mapping[str, int | None],
+        num_samples: int | None = None,
     ) -> Batch:
         """Take the inputs apart and find their batch dimensions.
 
         The batch is dimension 0 of the first tensor that has a dimension, in the order in which
         the caller gave them; other tensors of that many rows are batched along dimension 0 too.
         ``batch_dims`` overrides this by name.
+
+        Args:
+            num_samples: how many samples there are, where these are some of the caller's: what
+                is left of a batch does not tell which of its inputs have samples.
         """
         names, leaves, structure = _take_apart(args, kwargs, targets)
         unknown = set(batch_dims).difference(names)
         if unknown:
             raise ConfigError(f"batch_dims names {sorted(unknown)}; the inputs are {names}")
-        num_samples = _count_samples(args, kwargs, targets, batch_dims)
+        if num_samples is None:
+            num_samples = _count_samples(args, kwargs, targets, batch_dims)
         dims = tuple(
             batch_dims.get(name, _batch_dim(leaf, num_samples))
             for name, leaf in zip(names, leaves, strict=True)
@@ -82,7 +88,9 @@ class Batch:
             leaf if dim is None else leaf.narrow(dim, low, high - low)
             for leaf, dim in zip(leaves, self.batch_dims, strict=True)
         ]
-        return to_call(self.structure, parts)
+        some, named, target = to_call(self.structure, parts)
+        # In the caller's order, by which samples are counted.
+        return some, {name: named[name] for name in kwargs}, target
 
     def take(
         self, num_samples: int, device: torch.device, first: int = 0

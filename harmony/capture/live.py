@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harmony.capture.captured import Captured
-from harmony.capture.graph import Sizes
+from harmony.capture.graph import OneSize
 from harmony.capture.inputs import Batch
 from harmony.capture.kernels import KernelWatch
 from harmony.capture.leaves import choose_leaves
@@ -60,15 +60,17 @@ class LiveCapture:
         kwargs: Mapping[str, Any],
         targets: Any,
         begin: Callable[[], None],
+        num_samples: int | None = None,
     ) -> Captured:
         """Run the forward on a microbatch and return its layers, good for this microbatch.
 
         Args:
+            num_samples: of the microbatch, where it is a part of the caller's batch.
             begin: called where the forward begins, to seed the random generators; what they were
                 is restored afterwards.
         """
         template = Skeleton(self._module, torch.device("cpu"))
-        batch = Batch.of(args, kwargs, targets, {}).detached()
+        batch = Batch.of(args, kwargs, targets, {}, num_samples).detached()
         tracer = _LiveTracer(self._module, template, self._program, batch, self._leaves)
         tracer.device, tracer.begin = self._device, begin
         if self._known is not None:
@@ -78,7 +80,7 @@ class LiveCapture:
         finally:
             tracer.outside.restore()
         self._leaves, self._known = tracer.leaves, tracer.outside.observed
-        sizes = _OneSize(tape, tape, (batch.num_samples, batch.num_samples))
+        sizes = OneSize.of(tape, batch.num_samples)
         return Captured(tracer, template, batch, sizes, self._program.has_loss)
 
 
@@ -90,19 +92,6 @@ def same_path(first: Captured, second: Captured) -> bool:
         and [_form(value) for value in one.values] == [_form(value) for value in two.values]
         and all(map(_same_step, one.steps, two.steps))
     )
-
-
-class _OneSize(Sizes):
-    """A tape for one number of samples: nothing in it is to be parted along the batch."""
-
-    def batch_dims(self, number: int) -> tuple[int, ...]:
-        return ()
-
-    def rows_per_sample(self, number: int, dim: int) -> int | None:
-        return None
-
-    def _linear(self, number: int) -> tuple[int, int] | None:
-        return 0, self.tape.values[number].nbytes
 
 
 class _LiveTracer(Tracer):

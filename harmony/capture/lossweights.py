@@ -50,14 +50,12 @@ class _Reading:
     repeat: int
 
 
-def inexact_loss(doubt: str, minibatch: int) -> str:
-    """Say that the sum over microbatches may not be the whole batch's loss, and the remedy."""
+def parts_asked_for(doubt: str, minibatch: int, size: int) -> str:
+    """Say that the caller's microbatches make another loss than the whole batch would."""
     return (
-        "the loss of the whole batch cannot be put together exactly from its microbatches: "
-        f"{doubt}. Each weighs by its number of samples. Exact are a mean over samples or "
-        "targets, and a sum (reduction='sum' divided by a number of your own; "
-        "num_items_in_batch= for Hugging Face models); or train the batch as one microbatch "
-        f"(microbatch_size={minibatch})"
+        f"the loss of {minibatch} samples is not put together from its microbatches of {size}: "
+        f"{doubt}. They were asked for with microbatch_size={size}, so each counts by its number "
+        "of samples, as where gradients are accumulated"
     )
 
 

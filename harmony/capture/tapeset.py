@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from harmony.capture.graph import Sizes
+import torch
+
+from harmony.capture.graph import OneSize, Sizes
+from harmony.capture.isolation import user_frame_of
 from harmony.capture.layered import LayeredTape, check_same_layers, difference
 from harmony.capture.layers import cut_layers
 from harmony.capture.refuse import LiveOnlyError
-from harmony.capture.tape import StepKind, Tape
+from harmony.capture.tape import StepKind, Tape, ValueRef
 from harmony.capture.trace import Tracer
-from harmony.errors import CaptureError
+from harmony.errors import CaptureError, HarmonyError
 
 _MOST_TRIED = 8
 """Choices of samples that are tried until one takes the path that was recorded."""
@@ -43,6 +48,7 @@ class TapeSet:
         self._param_nbytes = dict(param_nbytes)
         self._sizes = sizes
         self._num_samples = num_samples
+        self._only = sizes.only
         self._traced_for = sizes.num_samples[0]
         self.reference = self._cut(sizes.tape)
         self._tapes = {self._traced_for: self.reference}
@@ -54,6 +60,7 @@ class TapeSet:
 
         Raises:
             LiveOnlyError: if the layers exchange other values for this size.
+            CaptureError: if the forward fails for so many samples.
         """
         known = self._tapes.get(num_samples)
         if known is not None:
@@ -84,9 +91,13 @@ class TapeSet:
 
     def _trace(self, num_samples: int) -> LayeredTape:
         """Trace another number of samples, of those that take the same path."""
+        if self._only:
+            raise CaptureError(
+                f"{num_samples} samples, where only {self._traced_for} are possible: {self._only}"
+            )
         where = (self._traced_for, num_samples)
         for first in range(min(self._num_samples, _MOST_TRIED)):
-            layered = self._cut(self._tracer.trace(num_samples, first))
+            layered = self._cut(trace_other(self._tracer, num_samples, first))
             try:
                 check_same_layers(self.reference, layered, where)
                 self._check_sizes(layered, num_samples)
@@ -121,16 +132,78 @@ class TapeSet:
 def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
     """Trace two sizes that take the same path, to see what depends on the number of samples.
 
-    One sample would not do: sizes of one broadcast, and count as contiguous.
+    One sample would not do: sizes of one broadcast, and count as contiguous. Where the forward
+    runs for the batch as it is but for no other number of samples, that is the only size.
 
     Raises:
         LiveOnlyError: if every two sizes take different paths.
     """
     size = max(num_samples, 2)
     others = [size // 2, 2 * size] if size >= 4 else [2 * size]
+    found: str | None = None
+    failure = ""
     for other in others:
-        tapes = tracer.trace_both(size, other)
+        before = tracer.state
+        try:
+            tapes = _trace_both(tracer, size, other)
+        except LiveOnlyError:
+            raise
+        except CaptureError as error:
+            failure = failure or str(error)
+            tracer.state = before  # what that try has found out may be of its size only
+            continue
         found = difference(*tapes, (size, other))
         if found is None:
-            return Sizes(*tapes, (size, other))
+            sizes = Sizes(*tapes, (size, other))
+            failure = _output_of_all(sizes)
+            if not failure:
+                return sizes
+            break
+    if failure:
+        return OneSize.of(tracer.trace(num_samples), num_samples, failure)
     raise LiveOnlyError(str(found), tracer.name)
+
+
+def _output_of_all(sizes: Sizes) -> str:
+    """Name an output that is not made of parts: similarities of all pairs, for instance."""
+    for leaf in sizes.tape.outputs:
+        if isinstance(leaf, ValueRef) and not sizes.is_linear(leaf.id):
+            shapes = [tuple(tape.values[leaf.id].shape) for tape in (sizes.tape, sizes.other)]
+            return (
+                f"an output ({sizes.tape.values[leaf.id].name}) has the shapes {shapes[0]} and "
+                f"{shapes[1]} for {sizes.num_samples[0]} and {sizes.num_samples[1]} samples"
+            )
+    return ""
+
+
+def _trace_both(tracer: Tracer, one: int, two: int) -> tuple[Tape, Tape]:
+    """Record two sizes with the same leaves: either may have to open some."""
+    while True:
+        leaves = tracer.leaves
+        tapes = trace_other(tracer, one), trace_other(tracer, two)
+        if tracer.leaves == leaves:
+            return tapes
+
+
+def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Tape:
+    """Record the forward on a number of samples that the caller did not choose.
+
+    Raises:
+        CaptureError: if it fails for so many, whatever it is that it raises.
+    """
+    # torch logs what a kernel refuses, with a page of its stack, before it raises.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_off, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return tracer.trace(num_samples, first)
+    except (HarmonyError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the forward fails for {num_samples} samples of this batch "
+            f"({type(error).__name__}: {error}, at {user_frame_of(error)})"
+        ) from error
+    finally:
+        log.disabled = was_off

@@ -107,13 +107,14 @@ class Tracer:
                 self._use_real_parameters(error)
         raise CaptureError(f"gave up after opening {_MOST_OPENED} modules; {self.leaves} are left")
 
-    def trace_both(self, one: int, two: int) -> tuple[Tape, Tape]:
-        """Record two sizes with the same leaves: either may have to open some."""
-        while True:
-            leaves = self.leaves
-            tapes = self.trace(one), self.trace(two)
-            if self.leaves == leaves:
-                return tapes
+    @property
+    def state(self) -> tuple[set[str], bool]:
+        """What the traces so far have found out: the leaves, and whether values are needed."""
+        return self.leaves, self._real
+
+    @state.setter
+    def state(self, state: tuple[set[str], bool]) -> None:
+        self.leaves, self._real = state
 
     def _attempt(self, num_samples: int, first: int) -> Tape:
         twin = Skeleton(self._template.root, self.device)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from harmony.layergraph import LayerGraph
 from harmony.machine import Machine
 from harmony.planner.footprint import parked
 from harmony.planner.numerics import Numerics, numerics_of
@@ -36,6 +37,12 @@ POLICIES = (Policy(2, 2, 2), Policy(2, 2, 4), Policy(1, 1, 1))
 
 MANY = 128
 """More packs than this are only tried where fewer than half as many do not fit."""
+
+REMEDY = (
+    "If smaller microbatches are meant, each as a batch of its own, say so with microbatch_size=; "
+    "if an input has its samples along another dimension than 0, or has none, with batch_dims="
+)
+"""What to do where a batch may not be parted."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,22 @@ def replicas_of(mode: str, num_devices: int, minibatch: int, *, ordered: bool) -
     if mode == "dp":
         return (most,)
     return tuple(r for r in range(1, most + 1) if num_devices % r == 0 or r == most)
+
+
+def sizes_that_work(graph: LayerGraph, minibatch: int) -> tuple[int, ...]:
+    """Microbatch sizes of a model whose batches cannot be parted anyhow; the whole is one."""
+    known = () if graph.whole_batch else graph.sizes
+    fine = {size for size in known if size < minibatch and minibatch % size in (0, *known)}
+    return tuple(sorted({*fine, minibatch}))
+
+
+def one_replica(graph: LayerGraph, minibatch: int, mode: str) -> str:
+    """Say why a batch cannot be parted between replicas, and the remedy."""
+    why = graph.whole_batch or f"only microbatches of {list(graph.sizes)} samples work"
+    return (
+        f"mode={mode!r} parts the {minibatch} samples of a batch between GPUs, but {why}. "
+        f"{REMEDY}, or use mode='pp' or 'auto'"
+    )
 
 
 def layout(question: Question, replicas: int) -> Layout:
@@ -355,7 +378,8 @@ def larger_forward(question: Question, found: Candidate) -> Iterator[Candidate]:
     nothing is recomputed.
     """
     spec = found.spec
-    pinned = question.packer.graph.pins_microbatch() or question.like is not None
+    graph = question.packer.graph
+    pinned = graph.pins_microbatch() or bool(graph.sizes) or question.like is not None
     if question.phase is not Phase.TRAIN or pinned or spec.saved:
         return
     share = min(high - low for low, high in spec.shares)

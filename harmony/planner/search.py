@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 from harmony.errors import ConfigError, DoesNotFitError
@@ -18,13 +19,16 @@ from harmony.machine import Machine
 from harmony.planner.bound import binding
 from harmony.planner.candidates import (
     POLICIES,
+    REMEDY,
     Candidate,
     Question,
     larger_forward,
+    one_replica,
     replicas_of,
+    sizes_that_work,
 )
 from harmony.planner.cost import CostTable
-from harmony.planner.decisions import decide
+from harmony.planner.decisions import Decision, decide
 from harmony.planner.lowerbound import lower_bound
 from harmony.planner.memory import arena_nbytes
 from harmony.planner.packing import Budget, Packer, check_layers, suggest_memory
@@ -111,7 +115,15 @@ def choose(
     _check_host(graph, machine)
     search = _Search(question)
     with _no_collection():
-        best = search.run()
+        try:
+            best = search.run()
+        except DoesNotFitError as error:
+            if microbatch_size != "auto" or not graph.whole_batch:
+                raise
+            raise DoesNotFitError(
+                f"{error}. The {minibatch} samples have to be one microbatch: {graph.whole_batch}."
+                f" {REMEDY}"
+            ) from None
         return search.plan_of(best)
 
 
@@ -176,9 +188,13 @@ def ask(
             "to happen in order. Use mode='pp' or 'auto'"
         )
     counts = replicas_of(mode, machine.num_devices, minibatch, ordered=ordered)
+    sizes: tuple[int, ...] | None = (size,) if isinstance(size, int) else None
+    if sizes is None and (graph.whole_batch or graph.sizes):
+        if several and (mode == "dp" or (replicas or 1) > 1):
+            raise ConfigError(one_replica(graph, minibatch, mode))
+        counts, sizes = (1,), sizes_that_work(graph, minibatch)
     if replicas is not None:
         counts = (replicas,)
-    sizes = (size,) if isinstance(size, int) else None
     recompute = activations == "recompute"
     packer = Packer(graph, costs)
     model = None
@@ -256,13 +272,26 @@ class _Search:
             model=self.graph.fingerprint,
             bound_s=bounds.step_s,
             bound_reason=bounds.reason,
-            decisions=decide(
-                candidate,
-                best.tried.total_s,
-                self.ranking.estimates(),
-                self.simulated,
-                self.ranking.refused,
-            ),
+            decisions=self._decisions(best),
+        )
+
+    def _decisions(self, best: Fitting) -> tuple[Decision, ...]:
+        """What was decided, and why; what the model leaves no choice of, too."""
+        found = decide(
+            best.tried.candidate,
+            best.tried.total_s,
+            self.ranking.estimates(),
+            self.simulated,
+            self.ranking.refused,
+        )
+        why, minibatch = self.graph.whole_batch, self.question.minibatch
+        if not why or self.question.sizes != (minibatch,):
+            return found
+        return tuple(
+            replace(item, why=f"one microbatch: {why}")
+            if item.name in ("replicas", "microbatch size")
+            else item
+            for item in found
         )
 
     def _most_promising(self) -> list[Tried]:

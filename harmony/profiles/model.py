@@ -185,6 +185,8 @@ def graph_from_json(data: Mapping[str, Any]) -> LayerGraph:
         tuple(Value(**_tuples(value)) for value in data["values"]),
         tuple(SharedParam(**_tuples(param)) for param in data["shared"]),
         data["loss"],
+        str(data.get("whole_batch", "")),
+        tuple(data.get("sizes", ())),
     )
     check_types(graph, LayerGraph)
     check_graph(graph)

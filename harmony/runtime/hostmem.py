@@ -21,6 +21,7 @@ from harmony.errors import DoesNotFitError
 from harmony.planner.tasks import Samples
 from harmony.runtime import native
 from harmony.runtime.hostlimits import available_host_nbytes
+from harmony.runtime.rows import rows_of
 from harmony.units import aligned, format_bytes
 
 
@@ -140,10 +141,19 @@ class Stash:
             self._dims[samples] = batch_dim
             offset += aligned(place.nbytes)
 
-    def fill(self, whole: torch.Tensor, batch_dim: int | None) -> None:
-        """Copy a tensor of the whole minibatch into the microbatches' chunks."""
-        for (low, high), chunk in self._chunks.items():
-            part = whole if batch_dim is None else whole.narrow(batch_dim, low, high - low)
+    def fill(
+        self, whole: torch.Tensor, batch_dim: int | None, num_samples: int, groups: int = 1
+    ) -> None:
+        """Copy a tensor of the whole minibatch into the microbatches' chunks.
+
+        Args:
+            num_samples: of the minibatch.
+            groups: of its rows (see `harmony.runtime.rows`).
+        """
+        for samples, chunk in self._chunks.items():
+            part = whole
+            if batch_dim is not None:
+                part = rows_of(whole, batch_dim, groups, samples, num_samples)
             chunk.copy_(part)
 
     def chunks(self) -> list[tuple[Samples, torch.Tensor]]:

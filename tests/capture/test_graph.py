@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harmony.capture import Captured, capture
-from harmony.errors import CaptureError, ConfigError
+from harmony.errors import ConfigError
 from harmony.layergraph import MODEL_INPUT
 
 from .models import CASES, GPT, Block, LongSkip, ids, llama, make, mlp, token_loss, vectors
@@ -244,11 +244,13 @@ class Contrastive(nn.Module):
         return self.last(h) * pairs.sum()
 
 
-def test_a_value_of_quadratic_size_stays_inside_a_layer_or_is_refused() -> None:
+def test_a_value_of_quadratic_size_stays_inside_a_layer_or_its_batch_is_the_only_one() -> None:
     captured = capture(Contrastive(), (torch.randn(4, 8),))
     assert all(value.nbytes(4) <= 4 * 8 * 4 for value in captured.graph.values)
-    with pytest.raises(CaptureError, match="linear in the number of samples"):
-        capture(nn.Sequential(Pairs(), Pairs()), (torch.randn(4, 8),))
+    alone = capture(nn.Sequential(Pairs(), nn.Linear(4, 8), Pairs()), (torch.randn(4, 8),))
+    assert alone.only_size == 4 and "samples" in alone.graph.whole_batch
+    returned = capture(Pairs(), (torch.randn(4, 8),))
+    assert returned.only_size == 4 and "(4, 4)" in returned.graph.whole_batch
 
 
 class Pairs(nn.Module):

@@ -1,0 +1,13 @@
+"""Whether a batch may be parted: tried, on values of the first batch of each signature.
+
+A few samples run together and in parts, layer by layer (`trial`): what a layer makes of a sample
+may not depend on the others (`samples` says which those are), and the loss and its gradients have
+to be those of the parts put together by a rule (`losses`).
+"""
+
+from __future__ import annotations
+
+from harmony.splitting.losses import Rule
+from harmony.splitting.trial import Model, Verdict, try_splitting
+
+__all__ = ["Model", "Rule", "Verdict", "try_splitting"]

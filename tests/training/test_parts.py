@@ -1,0 +1,477 @@
+"""Batches are parted only where the parts make the whole: losses and modules that mix samples.
+
+Each is compared with plain PyTorch on the whole batch, bit for bit where it is one microbatch of
+one replica, since the same operations run then.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import harmony
+from tests.training.conftest import VirtualGPUs
+from tests.training.plain import gradients_of
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SAMPLES = 12
+CLASSES = 5
+
+# Whole batch and microbatches add the same terms in another order.
+TOLERANCE = 1e-6
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+INPUTS = normal(SAMPLES, 16, seed=1)
+LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=torch.Generator().manual_seed(2))
+WANTED = normal(SAMPLES, CLASSES, seed=3)
+UNEVEN = normal(SAMPLES, CLASSES, seed=4) < torch.linspace(-2, 2, SAMPLES)[:, None]
+TIMES = normal(SAMPLES, seed=5).exp()
+SEEN = normal(SAMPLES, seed=6) > -0.5
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+
+
+# Losses
+
+
+def pairs(out: torch.Tensor, _: Any) -> torch.Tensor:
+    """The case of shared/cases/pairs_loss: both halves of the batch, of one shape each."""
+    half = len(out) // 2
+    return -F.logsigmoid((out[:half] - out[half:]).sum(-1)).mean()
+
+
+def info_nce(out: torch.Tensor, _: Any) -> torch.Tensor:
+    unit = F.normalize(out, dim=-1)
+    return F.cross_entropy(unit @ unit.T / 0.1, torch.arange(len(out)))
+
+
+def triplets(out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    gaps = torch.cdist(out, out)
+    same = labels[:, None] == labels
+    chosen = (same[:, :, None] & ~same[:, None, :]).float()
+    return (F.relu(gaps[:, :, None] - gaps[:, None, :] + 0.2) * chosen).sum() / len(out) ** 2
+
+
+def flat_for_these_outputs(out: torch.Tensor, _: Any) -> torch.Tensor:
+    """A hinge between samples that is 0 unless they are close, as they are not."""
+    return F.relu(0.001 - torch.cdist(out, out)).sum() / len(out) + out.square().mean()
+
+
+def correlation(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return 1 - torch.corrcoef(torch.stack([out[:, 0], wanted[:, 0]]))[0, 1]
+
+
+def dice(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    chance, truth = out.sigmoid(), (wanted > 0).float()
+    return 1 - 2 * (chance * truth).sum() / (chance.sum() + truth.sum())
+
+
+def quantile(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (out - wanted).abs().flatten().quantile(0.9)
+
+
+def cox(out: torch.Tensor, survival: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    times, seen = survival
+    order = times.argsort(descending=True)
+    hazard = out[:, 0][order]
+    return -((hazard - hazard.logcumsumexp(0)) * seen[order]).sum() / len(times)
+
+
+def hardest(out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    each = F.cross_entropy(out, labels, reduction="none")
+    return each.topk(max(1, len(each) // 4))[0].mean()
+
+
+def sorted_errors(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    errors = (out - wanted).abs().flatten().sort(descending=True)[0]
+    return (errors * torch.linspace(1, 0, len(errors))).mean()
+
+
+def centred(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Nothing in it has another shape than in a loss that mixes nothing."""
+    gap = out - wanted
+    return (gap - gap.mean(0)).square().mean()
+
+
+def picked(out: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """A mean over as many entries as a mask of two dimensions has."""
+    wanted, mask = targets
+    return ((out - wanted) ** 2)[mask].mean()
+
+
+def two_means(out: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Over masked entries and over all: no weight of a part serves both."""
+    wanted, mask = targets
+    gaps = (out - wanted) ** 2
+    return (gaps * mask).sum() / mask.sum() + gaps.mean()
+
+
+class Contrast(nn.Module):
+    """The same as `info_nce`, hidden in a module of the user's own."""
+
+    def forward(self, out: torch.Tensor, targets: Any) -> torch.Tensor:
+        return info_nce(out, targets)
+
+
+MIXING: dict[str, tuple[Any, Any]] = {
+    "pairs": (pairs, LABELS),
+    "info_nce": (info_nce, LABELS),
+    "triplets": (triplets, LABELS),
+    "flat": (flat_for_these_outputs, LABELS),
+    "correlation": (correlation, WANTED),
+    "dice": (dice, WANTED),
+    "quantile": (quantile, WANTED),
+    "cox": (cox, (TIMES, SEEN.float())),
+    "hardest": (hardest, LABELS),
+    "sorted": (sorted_errors, WANTED),
+    "centred": (centred, WANTED),
+    "picked": (picked, (WANTED, UNEVEN)),
+    "two_means": (two_means, (WANTED, UNEVEN.float())),
+    "all_ones": (two_means, (WANTED, torch.ones(SAMPLES, CLASSES))),
+    "module": (Contrast(), LABELS),
+}
+
+
+def wrap(net: nn.Module, loss_fn: Any = None, **options: Any) -> harmony.Harmony:
+    return harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        updates="host",
+        loss_fn=loss_fn,
+        **{"devices": 2, **options},
+    )
+
+
+def assert_same(net: nn.Module, twin: nn.Module) -> None:
+    wanted = gradients_of(twin)
+    for name, gradient in gradients_of(net).items():
+        expected = wanted[name]
+        assert (gradient is None) == (expected is None), name
+        assert gradient is None or torch.equal(gradient, expected), name
+
+
+def assert_near(net: nn.Module, twin: nn.Module) -> None:
+    wanted = gradients_of(twin)
+    for name, gradient in gradients_of(net).items():
+        expected = wanted[name]
+        assert gradient is not None and expected is not None
+        assert (gradient - expected).abs().max() <= TOLERANCE * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "auto") for name in MIXING), ("pairs", "pp"), ("picked", "pp")]
+)
+def test_a_loss_that_mixes_samples_is_that_of_the_whole_batch(
+    vgpus: VirtualGPUs, name: str, mode: str
+) -> None:
+    loss_fn, targets = MIXING[name]
+    net = mlp()
+    twin = copy.deepcopy(net)
+    model = wrap(net, loss_fn, mode=mode)
+    loss = model.train_step(INPUTS, targets)
+    whole = loss_fn(twin(INPUTS), targets)
+    whole.backward()
+    assert torch.equal(loss, whole.detach())
+    assert_same(net, twin)
+    assert model.plan is not None
+    why = {item.name: item.why for item in model.plan.decisions}
+    assert "one microbatch: the loss (" in why["microbatch size"]
+    assert "mixes samples" in why["microbatch size"]
+
+
+@pytest.mark.parametrize("name", ["pairs", "info_nce", "picked", "module"])
+def test_replicas_are_refused_for_a_loss_that_mixes_samples(
+    vgpus: VirtualGPUs, name: str
+) -> None:
+    loss_fn, targets = MIXING[name]
+    called = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    model = wrap(mlp(), loss_fn, mode="dp")
+    with pytest.raises(harmony.ConfigError, match=rf"mode='dp'.*{called}.*microbatch_size="):
+        model.train_step(INPUTS, targets)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_name_of_the_loss(
+    vgpus: VirtualGPUs,
+) -> None:
+    net = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 256))
+    batch = normal(512, 16), torch.zeros(512)
+    model = wrap(net, pairs, device_memory="800KiB", mode="pp")
+    with pytest.raises(harmony.HarmonyError, match=r"loss \(pairs\).*microbatch_size="):
+        model.train_step(*batch)
+    asked = wrap(net, pairs, device_memory="1800KiB", mode="pp", microbatch_size=32)
+    assert torch.isfinite(asked.train_step(*batch))
+
+
+def own_mean(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (out - wanted).abs().mean()
+
+
+FINE: dict[str, tuple[Any, Any]] = {
+    "cross_entropy": (F.cross_entropy, LABELS),
+    "masked": (lambda o, t: ((o - t[0]) ** 2 * t[1]).sum() / t[1].sum(), (WANTED, UNEVEN.float())),
+    "sigmoid": (lambda o, t: F.binary_cross_entropy(o.sigmoid(), (t > 0).float()), WANTED),
+    "batchmean": (lambda o, t: F.kl_div(o.log_softmax(1), t.softmax(1), reduction="batchmean"),
+                  WANTED),
+    "sum": (lambda o, t: F.mse_loss(o, t, reduction="sum"), WANTED),
+    "normal": (lambda o, t: -torch.distributions.Normal(o, 1.0).log_prob(t).mean(), WANTED),
+    "own": (own_mean, WANTED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FINE))
+def test_a_loss_that_mixes_nothing_is_parted_still(vgpus: VirtualGPUs, name: str) -> None:
+    loss_fn, targets = FINE[name]
+    net = mlp()
+    twin = copy.deepcopy(net)
+    model = wrap(net, loss_fn, mode="dp")
+    loss = model.train_step(INPUTS, targets)
+    whole = loss_fn(twin(INPUTS), targets)
+    whole.backward()
+    torch.testing.assert_close(loss, whole.detach(), rtol=TOLERANCE, atol=0.0)
+    assert_near(net, twin)
+    assert model.plan is not None and len(model.plan.spec.shares) == 2
+
+
+def test_a_loss_of_consecutive_pairs_is_not_parted_between_them(vgpus: VirtualGPUs) -> None:
+    def ranking(out: torch.Tensor, _: Any) -> torch.Tensor:
+        return F.margin_ranking_loss(out[::2, 0], out[1::2, 0], torch.ones(len(out) // 2))
+
+    net = mlp()
+    twin = copy.deepcopy(net)
+    model = wrap(net, ranking, mode="pp", device_memory="12KiB")
+    whole = ranking(twin(INPUTS), None)
+    whole.backward()
+    loss = model.train_step(INPUTS, LABELS)
+    torch.testing.assert_close(loss, whole.detach(), rtol=TOLERANCE, atol=0.0)
+    assert model.plan is not None and model.plan.spec.backward_size in (2, SAMPLES)
+
+
+# Modules
+
+
+class Mixes(nn.Module):
+    """A layer between two others whose results depend on all samples of the batch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+        self.norm = nn.BatchNorm1d(16) if how == "norm" else nn.Identity()
+        self.register_buffer("offsets", normal(SAMPLES, 16, seed=7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        if self.how == "norm":
+            h = self.norm(h)
+        elif self.how == "attention":
+            h = F.scaled_dot_product_attention(h[None], h[None], h[None])[0]
+        elif self.how == "mean":
+            h = h - h.mean(0)
+        elif self.how == "neighbour":
+            h = h + h.roll(1, 0)
+        elif self.how == "buffer":
+            h = h + self.offsets
+        elif self.how == "size":
+            h = h.view(SAMPLES, 4, 4).flatten(1)
+        elif self.how == "rank":
+            h = h + h[:, :1].argsort(0) / len(h)
+        return self.last(h.tanh())
+
+
+KINDS = ["norm", "attention", "mean", "neighbour", "buffer", "size", "rank"]
+
+
+@pytest.mark.parametrize("form", ["step", "dropin"])
+@pytest.mark.parametrize("how", KINDS)
+def test_a_module_that_mixes_samples_sees_the_whole_batch(
+    vgpus: VirtualGPUs, how: str, form: str
+) -> None:
+    torch.manual_seed(0)
+    net = Mixes(how)
+    twin = copy.deepcopy(net)
+    whole = F.cross_entropy(twin(INPUTS), LABELS)
+    whole.backward()
+    if form == "step":
+        model = wrap(net, F.cross_entropy)
+        loss = model.train_step(INPUTS, LABELS)
+    else:
+        model = harmony.Harmony(net, devices=2)
+        loss = F.cross_entropy(model(INPUTS), LABELS)
+        loss.backward()
+    assert torch.equal(loss.detach(), whole.detach())
+    assert_same(net, twin)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), twin.buffers(), strict=True))
+    assert model.plan is not None and model.plan.spec.backward_size == SAMPLES
+    refused = wrap(Mixes(how), F.cross_entropy, mode="dp")
+    with pytest.raises(harmony.HarmonyError, match="mode='dp'"):
+        refused.train_step(INPUTS, LABELS)
+
+
+def test_a_norm_over_the_batch_with_all_defaults(vgpus: VirtualGPUs) -> None:
+    """A microbatch of one sample that nobody asked for, which BatchNorm1d refuses."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, CLASSES)
+    )
+    twin = copy.deepcopy(net)
+    loss = F.cross_entropy(harmony.Harmony(net)(INPUTS), LABELS)
+    loss.backward()
+    whole = F.cross_entropy(twin(INPUTS), LABELS)
+    whole.backward()
+    assert torch.equal(loss.detach(), whole.detach())
+    assert_same(net, twin)
+
+
+def test_a_size_that_was_asked_for_and_fails_is_one_error(vgpus: VirtualGPUs) -> None:
+    net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, CLASSES))
+    model = wrap(net, F.cross_entropy, microbatch_size=1, mode="pp")
+    with pytest.raises(harmony.HarmonyError, match="1 samples"):
+        model.train_step(INPUTS, LABELS)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_mixes_nothing(vgpus: VirtualGPUs, rate: float) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Dropout(rate), nn.Linear(16, 16), nn.Dropout(rate),
+                        nn.Linear(16, CLASSES))  # fmt: skip
+    model = wrap(net, F.cross_entropy, mode="dp")
+    model.train_step(INPUTS, LABELS)
+    assert model.plan is not None and len(model.plan.spec.shares) == 2
+
+
+# Graphs, whose edges count no samples
+
+
+class Graph(nn.Module):
+    """Edges hold numbers of nodes: half of the nodes have other edges, or none."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.a(x))
+        if self.how == "adjacency":
+            return self.b(edges @ h)
+        source, target = edges.T if self.how == "rows" else edges
+        return self.b(h.index_add(0, target, h[source]))
+
+
+def edges_of(how: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(8)
+    if how == "adjacency":
+        return torch.rand(SAMPLES, SAMPLES, generator=generator)
+    if how == "near":  # all of them fit into half of the batch, too
+        return torch.randint(0, 2, (2, 30), generator=generator)
+    count = SAMPLES if how == "rows" else 30
+    found = torch.randint(0, SAMPLES, (2, count), generator=generator)
+    return found.T.contiguous() if how == "rows" else found
+
+
+@pytest.mark.parametrize("form", ["step", "dropin"])
+@pytest.mark.parametrize("how", ["columns", "rows", "near", "adjacency"])
+def test_a_graph_is_one_microbatch(vgpus: VirtualGPUs, how: str, form: str) -> None:
+    torch.manual_seed(0)
+    net = Graph(how)
+    twin = copy.deepcopy(net)
+    batch = INPUTS, edges_of(how)
+    whole = F.cross_entropy(twin(*batch), LABELS)
+    whole.backward()
+    if form == "step":
+        loss = wrap(net, F.cross_entropy).train_step(batch, LABELS)
+    else:
+        loss = F.cross_entropy(harmony.Harmony(net, devices=2)(*batch), LABELS)
+        loss.backward()
+    assert torch.equal(loss.detach(), whole.detach())
+    assert_same(net, twin)
+
+
+def test_graphs_of_other_sizes_follow(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = Graph("adjacency")
+    twin = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=2)
+    for count in (12, 9, 12):
+        batch = INPUTS[:count], edges_of("adjacency")[:count, :count]
+        for one in (model, twin):
+            one.zero_grad()
+            F.cross_entropy(one(*batch), LABELS[:count]).backward()
+        assert_same(net, twin)
+
+
+# Losses inside of models
+
+
+class Clip(nn.Module):
+    """Two towers; returns its loss over all pairs of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = mlp(), mlp()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        one, two = F.normalize(self.one(x), dim=-1), F.normalize(self.two(y), dim=-1)
+        logits = self.scale.exp() * one @ two.T
+        aim = torch.arange(len(x))
+        loss = (F.cross_entropy(logits, aim) + F.cross_entropy(logits.T, aim)) / 2
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("form", ["step", "dropin"])
+def test_a_contrastive_model_returns_the_loss_of_the_whole_batch(
+    vgpus: VirtualGPUs, form: str
+) -> None:
+    net = Clip()
+    twin = copy.deepcopy(net)
+    batch = {"x": INPUTS, "y": normal(SAMPLES, 16, seed=9)}
+    whole = twin(**batch)["loss"]
+    whole.backward()
+    if form == "step":
+        loss = wrap(net).train_step(batch)
+    else:
+        loss = harmony.Harmony(net, devices=2)(**batch)["loss"]
+        loss.backward()
+    assert torch.equal(loss.detach(), whole.detach())
+    assert_same(net, twin)
+
+
+@pytest.mark.parametrize("form", ["step", "dropin"])
+def test_hugging_face_clip(vgpus: VirtualGPUs, form: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 40, "max_position_embeddings": 8, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    net = transformers.CLIPModel(config).train()
+    twin = copy.deepcopy(net)
+    ids = torch.randint(3, 40, (6, 8), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "pixel_values": normal(6, 3, 8, 8), "return_loss": True}
+    whole = twin(**batch).loss
+    whole.backward()
+    if form == "step":
+        loss = wrap(net).train_step(batch)
+    else:
+        loss = harmony.Harmony(net, devices=2)(**batch).loss
+        loss.backward()
+    assert torch.equal(loss.detach(), whole.detach())
+    assert_same(net, twin)
