@@ -337,7 +337,9 @@ class Bindings:
             self._optimizer.check_covers(dict(self._net.named_parameters()))
         machine = self._measured.machine()
         update = NO_UPDATE if form != "step" else self.update_cost()
-        if form == "step" and self._options.updates == "auto" and not self.waits():
+        if form == "step" and self.waits():
+            machine = replace(machine, updates_wait=True)
+        elif form == "step" and self._options.updates == "auto":
             machine = with_device_updates(machine, update)
         host = self._host_state(captured, machine)
         graph = with_state(captured.graph, host.gradients.layout, update)

@@ -92,6 +92,7 @@ class Machine:
             NVLink) or over the sender's link to the host, the receiver's, and the switches that
             they do not share (``"host"``: PCIe).
         updates_alike: whether an update on a device has the same bits as one on the host.
+        updates_wait: whether no parameter is updated before all gradients are on the host.
     """
 
     devices: tuple[Device, ...]
@@ -100,6 +101,7 @@ class Machine:
     switches: tuple[Switch, ...] = ()
     peer_links: Literal["direct", "host"] = "direct"
     updates_alike: bool = True
+    updates_wait: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -128,6 +130,7 @@ class Machine:
             tuple(switches),
             data.get("peer_links", "direct"),
             data.get("updates_alike", True),
+            data.get("updates_wait", False),
         )
         check_types(machine, Machine)
         _check(machine)

@@ -163,6 +163,7 @@ class _Work:
         self.activities = Activities()
         self.made: list[tuple[int, int, int]] = []
         self._threads = [_Thread() for _ in range(schedule.num_devices + 1)]
+        self._late: list[int] = []
         self._events: dict[int, _Event] = {}
         self._sizes: dict[tuple[object, ...], int] = {}
         self._seconds: dict[tuple[object, ...], float] = {}
@@ -195,6 +196,16 @@ class _Work:
         for thread, program in zip(self._threads, programs, strict=True):
             if thread.next < len(program):
                 issue_order(self.schedule)  # says which wait for each other
+        self._start_late(programs[-1])
+
+    def _start_late(self, program: tuple[Instruction, ...]) -> None:
+        """Start the host's updates where they wait for everything else."""
+        host = self._threads[-1]
+        after = [last for thread in self._threads for last in thread.last.values()]
+        for index in self._late:
+            host.waits.setdefault(HOST_STREAM, []).extend(after)
+            self._start(host, self.schedule.num_devices, index, program[index])
+            after = []
 
     def _issue(
         self,
@@ -224,10 +235,17 @@ class _Work:
                 assert step.event is not None
                 events[step.event] = self._record(thread, number, step.stream)
                 awake.extend(reversed(asleep.pop(step.event, [])))
+            elif self._waits(number, step):
+                self._late.append(index)
             else:
                 self._start(thread, number, index, step)
         thread.next = len(program)
         return None
+
+    def _waits(self, program: int, step: Instruction) -> bool:
+        is_update = step.task is not None and step.task.kind is TaskKind.UPDATE
+        is_host = program == self.schedule.num_devices
+        return is_host and is_update and self.machine.updates_wait
 
     def _record(self, thread: _Thread, program: int, stream: str) -> _Event:
         waits = thread.waits.get(stream, [])

@@ -145,7 +145,7 @@ def _run(shape: Outline, machine: Machine, policy: Policy, rates: list[_Rates]) 
         _Lane(rates[seat], [s for s in shape.stages if s.seat == seat and s.weights])
         for seat in range(shape.ring)
     ]
-    host_s = worked_s = 0.0
+    host_s = worked_s = late_s = 0.0
     arrival = (0.0, 0.0)
     for stage in shape.stages:
         lane = lanes[stage.seat]
@@ -154,13 +154,17 @@ def _run(shape: Outline, machine: Machine, policy: Policy, rates: list[_Rates]) 
         if stage.kind is TaskKind.BACKWARD and stage.gradients:
             ready_s = _finish(lane, stage)
             work_s = (shape.replicas - 1) * stage.gradients / machine.host.accumulate_bytes_per_s
-            work_s += stage.update_s * lane.rates.slowdown
+            update_s = stage.update_s * lane.rates.slowdown
+            if machine.updates_wait:
+                late_s += update_s
+            else:
+                work_s += update_s
             if work_s:
                 host_s = max(host_s, ready_s) + work_s
                 worked_s += work_s
     over = max(host_s, *(max(lane.compute, lane.d2h, lane.p2p) for lane in lanes))
     busy = tuple((lane.busy[0], lane.busy[1], lane.busy[2]) for lane in lanes)
-    return Sketch(over, busy, worked_s)
+    return Sketch(over + late_s, busy, worked_s + late_s)
 
 
 def _run_stage(

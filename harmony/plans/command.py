@@ -185,11 +185,11 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
 
 
 def _with_updates(machine: Machine, profile: ModelProfile) -> Machine:
-    """The machine, without updates on its GPUs where they would have to wait for the norm."""
+    """The machine, without updates on its GPUs where they have to wait for all gradients."""
     if not profile.clips:
         return machine
     devices = tuple(replace(device, update_bytes_per_s=0.0) for device in machine.devices)
-    return replace(machine, devices=devices)
+    return replace(machine, devices=devices, updates_wait=True)
 
 
 def _gpu_of(request: PlanRequest, profile: ModelProfile) -> Gpu | None:

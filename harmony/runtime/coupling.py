@@ -24,6 +24,8 @@ from harmony.runtime.standins import NoStandInError, StandIn, stand_in
 SCALES = (1.0, 1e3, 1e-3, 1.0)
 """Sizes of the gradients of the steps that are tried: some couple only what is large or small."""
 
+FAILS = "its step fails where it is tried"
+
 _SEED = 20221
 
 _OF_TORCH = ("_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured")
@@ -62,14 +64,15 @@ def _found_by_trying(optimizer: torch.optim.Optimizer, reach: PythonReach) -> st
         except Exception as error:
             if scale != scale:  # it may well refuse gradients that are no numbers
                 return None
-            return f"its step fails where it is tried ({type(error).__name__}: {error})"
+            return f"{FAILS} ({type(error).__name__}: {error})"
         if reach.changed():
             return "its step changes what other steps see"
         expected = snapshot(whole)
         for part, packs in zip(parts, cuts, strict=True):
-            _give_gradients(part, number, scale)
             try:
                 for pack in packs:
+                    # The gradients of others are not there yet, or those of the step before.
+                    _give_gradients(part, number, scale, pack)
                     step_part(part.optimizer, [part.params[i] for i in pack])
             except Exception as error:
                 return f"its step for some of them fails ({type(error).__name__}: {error})"
@@ -90,16 +93,23 @@ def _halves(params: Sequence[nn.Parameter]) -> list[list[int]]:
     return [part for part in halves if part]
 
 
-def _give_gradients(made: StandIn, step: int, scale: float) -> None:
-    """The same ones for every copy; one that is no number, where the scale is none."""
+def _give_gradients(
+    made: StandIn, step: int, scale: float, chosen: Sequence[int] | None = None
+) -> None:
+    """The same ones for every copy; one that is no number, where the scale is none.
+
+    Args:
+        chosen: which of the parameters get theirs; by default all, and those in no group.
+    """
     generator = torch.Generator().manual_seed(_SEED + step)
-    for number, param in enumerate(made.params):
+    for number, param in enumerate((*made.params, *made.others)):
         wide = torch.complex64 if param.is_complex() else torch.float32
         values = torch.randn(param.shape, generator=generator, dtype=wide)
         factor = scale
         if scale != scale:
             factor = scale if number == 0 else 1.0
-        param.grad = (values * factor).to(param.dtype) if param.requires_grad else None
+        gets = param.requires_grad and (chosen is None or number in chosen)
+        param.grad = (values * factor).to(param.dtype) if gets else None
 
 
 @contextmanager

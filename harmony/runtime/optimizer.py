@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from harmony.errors import ConfigError
-from harmony.runtime.coupling import closure_wanted, why_coupled
+from harmony.runtime.coupling import FAILS, closure_wanted, why_coupled
 from harmony.runtime.fused import with_fused_default
 from harmony.runtime.partstep import moved, step_part
 
@@ -174,6 +174,10 @@ class PackOptimizer:
                 self.full = self._made(trainable)
         _check_steps(self.full)
         self._coupled = why_coupled(self.full)
+        if groups is None and (self._coupled or "").startswith(FAILS):
+            # It may be one that does not pass over parameters without a gradient.
+            self.full = self._made(trainable)
+            self._coupled = why_coupled(self.full)
 
     def _made(self, given: list[Any]) -> torch.optim.Optimizer:
         factory, options = self._factory, self._options

@@ -383,6 +383,23 @@ def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(before, after, strict=True))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_updates_that_wait_begin_when_all_else_is_over(data: st.DataObject) -> None:
+    """As with a clipped norm, or an optimizer that looks at all gradients together."""
+    graph, schedule, num_devices = drawn(data)
+    table, own = uniform_costs(graph), server(num_devices)
+    waiting = replace(own, updates_wait=True)
+    at_once = simulate(schedule, graph, table, own)
+    found = simulate(schedule, graph, table, waiting)
+    late = [s for s in found.spans if s.kind == "update" and s.lane.startswith("host")]
+    others = [s for s in found.spans if s not in late]
+    if late:
+        assert min(s.start_s for s in late) >= max(s.end_s for s in others) * (1 - 1e-9)
+    assert len(found.spans) == len(at_once.spans)
+    assert found.step_s >= at_once.step_s * (1 - 1e-9)
+
+
 def test_threads_that_wait_for_each_other_are_shown() -> None:
     schedule = Schedule.parse(
         """

@@ -88,6 +88,21 @@ class Noisy(_Own):
             param.sub_(param.grad, alpha=group["lr"]).add_(torch.randn_like(param), alpha=1e-3)
 
 
+class FollowsLast(_Own):
+    """Keeps the last parameter beside its groups, and goes by its gradient, where there is one."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        params = list(params)
+        super().__init__(params, lr)
+        self.last = params[-1]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        factor = 1.0 if self.last.grad is None else float(self.last.grad.norm())
+        for group, param in self.trained():
+            param.sub_(param.grad, alpha=group["lr"] * factor)
+
+
 class FirstHoldsAll(_Own):
     """Keeps what belongs to all in the state of the first parameter."""
 
@@ -194,6 +209,7 @@ COUPLED: tuple[Callable[..., torch.optim.Optimizer], ...] = (
     CountsOnItself,
     CountsInGroup,
     SkipsBadSteps,
+    FollowsLast,
     FirstHoldsAll,
     Distance,
     Lookahead,

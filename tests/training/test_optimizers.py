@@ -235,6 +235,27 @@ def test_an_optimizer_that_cannot_be_tried_takes_one_step(vgpus: VirtualGPUs) ->
     assert "fails where it is tried" in model.record.facts["optimizer"]
 
 
+def test_an_optimizer_that_wants_a_gradient_of_each_gets_what_is_trained(
+    vgpus: VirtualGPUs,
+) -> None:
+    class Strict(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for param in self.param_groups[0]["params"]:
+                param.sub_(param.grad, alpha=0.1)
+
+    net = SkipMLP()
+    net.layers[2].requires_grad_(False)
+    frozen = net.layers[2].weight.detach().clone()
+    model = model_of(net, Strict)
+    model.train_step(*vector_batch(0))
+    assert model.record.facts["optimizer"] == "Strict"
+    assert torch.equal(net.layers[2].weight, frozen)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, "own"])
 def test_a_step_that_needs_a_closure_is_refused(vgpus: VirtualGPUs, kind: Any) -> None:
     class Closes(torch.optim.SGD):
