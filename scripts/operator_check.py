@@ -2,7 +2,8 @@
 
 For ``vgpu_coverage.py`` and the tests. An operator is run on the database's samples as a function,
 in place and with ``out=``, forward and backward, and twice, since what the first run of a geometry
-finds out is remembered for the second.
+finds out is remembered for the second. The function is run once more on the first samples with
+inputs and gradients whose elements lie in another order, with gaps, or in one place (`LAYOUTS`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ DTYPES = (torch.float32, torch.complex64, torch.int64, torch.int32, torch.uint8,
           torch.float8_e4m3fn)  # fmt: skip
 # Arguments besides the first that PyTorch wants on the host, on CUDA too.
 TAKES_HOST_ARGUMENTS = {"tensor_split"}
+
+# Layouts of the inputs and of the gradients of the outputs.
+LAYOUTS = (("permuted", ""), ("", "permuted"), ("permuted", "permuted"), ("", "expanded"),
+           ("gaps", "gaps"))  # fmt: skip
+MOST_LAID_OUT = 8
+"""Samples of an operator that are run in each of them."""
 
 # What can come of an operator, from good to bad.
 MEANING = {
@@ -95,6 +102,27 @@ def placed(tree: Any, device: str, offset: int = 0) -> Any:
     return tree_map_only(str, lambda s: device if s == "cpu" else s, tree)
 
 
+def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the same values in another layout: dimensions in reverse order in memory, with gaps.
+
+    "expanded" has the values of one element only. What is not dense and contiguous stays.
+    """
+    if not layout or t.layout != torch.strided or t.is_nested or not t.is_contiguous():
+        return t
+    if t.is_conj() or t.is_neg() or t.is_quantized or t.dim() == 0 or t.numel() == 0:
+        return t
+    with torch.no_grad():
+        if layout == "expanded":
+            other = t.reshape(-1)[:1].clone().expand(t.shape)
+        elif layout == "gaps":
+            spaced = torch.zeros((*t.shape[:-1], 2 * t.shape[-1]), dtype=t.dtype)
+            other = spaced[..., ::2].copy_(t)
+        else:
+            order = tuple(reversed(range(t.dim())))
+            other = t.permute(order).contiguous().permute(order)
+    return other.requires_grad_() if t.requires_grad else other
+
+
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """Return the tensors of a structure, in order."""
     return [x for x in tree_flatten(tree)[0] if isinstance(x, torch.Tensor)]
@@ -132,11 +160,13 @@ def forms(op: Any) -> dict[str, Callable[..., Any]]:
 
 
 def run_sample(op: Any, form: Callable[..., Any], sample: Any, device: str,
-               offset: int = 0) -> Run:  # fmt: skip
+               offset: int = 0, layouts: tuple[str, str] = ("", "")) -> Run:  # fmt: skip
     """Run an operator and its backward, with the same random numbers on each device."""
-    value = placed(sample.input, device, offset)
+    given = (sample.input, sample.args, sample.kwargs)
+    given = tree_map_only(torch.Tensor, lambda t: laid_out(t, layouts[0]), given)
+    value = placed(given[0], device, offset)
     elsewhere = "cpu" if op.name in TAKES_HOST_ARGUMENTS else device
-    args, kwargs = placed((sample.args, sample.kwargs), elsewhere, offset)
+    args, kwargs = placed(given[1:], elsewhere, offset)
     leaves = [t for t in tensors_in((value, args, kwargs)) if t.requires_grad]
     torch.manual_seed(1)
     result = form(value, *args, **kwargs)
@@ -144,7 +174,7 @@ def run_sample(op: Any, form: Callable[..., Any], sample: Any, device: str,
     roots = [t for t in tensors_in(checked) if t.requires_grad]
     if roots and leaves and op.supports_autograd:
         generator = torch.Generator().manual_seed(2)
-        seeds = [copy_to(cotangent(t, generator), device) for t in roots]
+        seeds = [copy_to(laid_out(cotangent(t, generator), layouts[1]), device) for t in roots]
         torch.autograd.backward(roots, seeds)
     outputs = [to_host(x) for x in tree_flatten(result)[0]]
     return Run(outputs, [None if t.grad is None else to_host(t.grad) for t in leaves])
@@ -315,29 +345,40 @@ def check(op: Any, num_samples: int | None = None) -> Verdict:
     torch.manual_seed(0)
     rank = list(MEANING).index
     samples = op.sample_inputs("cpu", dtype, requires_grad=needs_grad)
-    for sample in itertools.islice(samples, num_samples):
-        for how, form in forms(op).items():
+    for number, sample in enumerate(itertools.islice(samples, num_samples)):
+        for how, form, layouts in ways(op, number):
             try:
-                expected = run_sample(op, form, sample, "cpu")
+                expected = run_sample(op, form, sample, "cpu", layouts=layouts)
             except Exception as error:  # the sample is not for this form, or not for CPU
                 if verdict.outcome == "skipped":
                     verdict.reason = "CPU: " + first_line(error)
                 continue
             verdict.num_samples += 1
-            outcome, reason = check_sample(op, form, sample, expected)
+            outcome, reason = check_sample(op, form, sample, expected, layouts)
             if verdict.outcome == "skipped" or rank(outcome) > rank(verdict.outcome):
                 verdict.outcome, verdict.reason = outcome, reason and how + reason
     return verdict
 
 
-def check_sample(op: Any, form: Callable[..., Any], sample: Any, expected: Run) -> tuple[str, str]:
+def ways(op: Any, number: int) -> Iterator[tuple[str, Callable[..., Any], tuple[str, str]]]:
+    """Yield the ways in which to run sample ``number``: a name, the form, the layouts."""
+    yield from ((how, form, ("", "")) for how, form in forms(op).items())
+    if number < MOST_LAID_OUT:
+        for layouts in LAYOUTS:
+            inputs, gradients = (layout or "plain" for layout in layouts)
+            yield f"{inputs} inputs, {gradients} gradients: ", op, layouts
+
+
+def check_sample(op: Any, form: Callable[..., Any], sample: Any, expected: Run,
+                 layouts: tuple[str, str] = ("", "")) -> tuple[str, str]:  # fmt: skip
     """Compare one sample, twice: the second time what the first one found out is remembered."""
     def again(offset: int) -> Run:
-        return run_sample(op, form, sample, "cpu", offset)
+        return run_sample(op, form, sample, "cpu", offset, layouts)
 
     try:
         for _ in range(2):
-            found = compare(op, expected, run_sample(op, form, sample, "vgpu:0"), again)
+            actual = run_sample(op, form, sample, "vgpu:0", layouts=layouts)
+            found = compare(op, expected, actual, again)
             if found[0] != "identical":
                 break
     except Exception as error:

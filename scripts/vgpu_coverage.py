@@ -5,7 +5,7 @@ Runs every entry of PyTorch's operator database (``op_db``) on its own samples, 
 backward, on the CPU and on a virtual GPU, and compares. Each operator runs in a worker process
 under a time limit, so that one that crashes does not end the sweep.
 
-    python scripts/vgpu_coverage.py                  # all, two minutes on two cores
+    python scripts/vgpu_coverage.py                  # all, five minutes on two cores
     python scripts/vgpu_coverage.py --only mm nn.functional.conv2d
     python scripts/vgpu_coverage.py --write-docs     # and renew the table of docs/virtual-gpu.md
 

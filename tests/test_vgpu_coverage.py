@@ -28,6 +28,7 @@ softmax.with_dtype gather scatter scatter_add index_put index_add masked_select 
 nonzero_static unique histc sort topk cumsum std norm fft.rfft2 fft.hfft2 fft.irfftn linalg.svd
 linalg.eig linalg.lstsq linalg.qr linalg.solve to_sparse sparse.mm.reduce sparse.sampled_addmm
 tensor_split multinomial bernoulli cdist mode native_batch_norm torch._scaled_mm
+abs complex logical_and log_softmax nn.functional.l1_loss
 """
 NAMES = SUBSET.split()
 

@@ -1,4 +1,4 @@
-"""Hands the calls of modules, custom functions and TorchScript to a mode while it is on.
+"""Hands calls of modules, custom functions, TorchScript and vmap to a mode while it is on.
 
 No mode of PyTorch's sees these as what they are, so their methods are replaced meanwhile.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import apis as _apis
 
 
 @contextmanager
@@ -19,6 +20,8 @@ def recording(recorder: Any) -> Iterator[None]:
     call = nn.Module.__call__
     apply = torch.autograd.Function.__dict__["apply"]
     scripted = torch.jit.ScriptFunction.__call__
+    apis: Any = _apis
+    vmap = apis.vmap_impl
 
     def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder.call_module(module, call, args, kwargs)
@@ -29,9 +32,13 @@ def recording(recorder: Any) -> Iterator[None]:
     def call_script(script: Any, *args: Any, **kwargs: Any) -> Any:
         return recorder.call_script(script, scripted, args, kwargs)
 
+    def call_vmap(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_vmap(function, vmap, args, kwargs)
+
     setattr(nn.Module, "__call__", call_module)  # noqa: B010
     setattr(torch.autograd.Function, "apply", classmethod(call_apply))  # noqa: B010
     setattr(torch.jit.ScriptFunction, "__call__", call_script)  # noqa: B010
+    apis.vmap_impl = call_vmap
     try:
         with recorder:
             yield
@@ -39,3 +46,4 @@ def recording(recorder: Any) -> Iterator[None]:
         setattr(nn.Module, "__call__", call)  # noqa: B010
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
         setattr(torch.jit.ScriptFunction, "__call__", scripted)  # noqa: B010
+        apis.vmap_impl = vmap

@@ -16,6 +16,7 @@ from harmony.capture.fakekernels import FakeKernels
 
 _SEEDED = torch.Tag.nondeterministic_seeded
 _DYNAMIC = torch.Tag.dynamic_output_shape
+_READ = torch.ops.aten._local_scalar_dense.default
 # Kernels that change running statistics though their schema does not say so: the places of those
 # in the arguments, and of the flag that they are in use.
 _NORMS = {
@@ -33,11 +34,13 @@ class Noticed:
         drawn: whether one drew random numbers.
         on_host: whether that may have been from the CPU's generator.
         dynamic: whether the shape of a result depends on values.
+        read: whether one handed a value to the host.
         written: the storages that were written to.
     """
 
     drawn: bool = False
     dynamic: bool = False
+    read: bool = False
     on_host: bool = False
     written: set[int] = field(default_factory=set)
 
@@ -77,6 +80,7 @@ class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if places:
             self._note(list(_written(func, places, is_norm, args, kwargs)))
         out = self._kernels.run(func, types, args, kwargs)
+        self._noticed.read |= func is _READ
         if _DYNAMIC in func.tags and not _by_integers(func, args):
             self._noticed.dynamic = True
         if seeded and _is_on(func, args, kwargs):

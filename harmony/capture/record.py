@@ -8,29 +8,26 @@ and the result are noticed.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from harmony.capture.calls import CallHandler
 from harmony.capture.isolation import autocast_dtype, held_by_variables, user_frame
 from harmony.capture.kernels import KernelWatch, Noticed, changed_by, version_of
-from harmony.capture.leafwatch import LeafCall, LeafMustOpenError
+from harmony.capture.leafwatch import LeafCall
 from harmony.capture.randomstate import PythonState
-from harmony.capture.references import References
+from harmony.capture.references import References, with_devices
 from harmony.capture.refuse import (
     LiveOnlyError,
-    UnrecordableError,
     check_argument,
-    check_custom,
     check_function,
     check_transform,
 )
 from harmony.capture.skeleton import Skeleton
-from harmony.capture.structure import flatten, tensors_in
+from harmony.capture.structure import flatten
 from harmony.capture.tape import (
     Context,
     LeftBehind,
@@ -51,7 +48,7 @@ _SIZES = frozenset({_TENSOR.shape.__get__, _TENSOR.nbytes.__get__, torch.numel})
 _SIZES |= {_TENSOR.size, _TENSOR.numel, _TENSOR.nelement, _TENSOR.stride, _TENSOR.__len__}
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(CallHandler):
     """Records what runs inside it, on one thread.
 
     Attributes:
@@ -71,7 +68,7 @@ class Recorder(TorchFunctionMode):
         stand_ins: Mapping[int, Any],
         kernels: KernelWatch,
     ) -> None:
-        super().__init__()
+        super().__init__(leaves, References(skeleton, device, stand_ins), kernels)
         self.steps: list[Step] = []
         self.once = False
         self.attributes: list[tuple[str, str, Any]] = []
@@ -79,15 +76,6 @@ class Recorder(TorchFunctionMode):
         self.loss_call: LossCall | None = None
         self._device = device
         self._skeleton = skeleton
-        self._leaves = leaves
-        self._kernels = kernels
-        self._thread = threading.get_ident()
-        self._busy = False
-        self._handling = False
-        self._unseen: str | None = None
-        self._leaf: LeafCall | None = None
-        kernels.on_kernel = self._notice_kernel
-        self._references = References(skeleton, device, stand_ins)
         self.number_of = self._references.numbers.find
         self._kept: list[tuple[str, str]] = []
         self._sized_by_values: set[int] = set()
@@ -190,88 +178,8 @@ class Recorder(TorchFunctionMode):
             )
         return now
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if threading.get_ident() != self._thread or self._busy:
-            return func(*args, **kwargs)
-        if self._leaf is not None:
-            return self._leaf.call(func, args, kwargs)
-        name = getattr(func, "__name__", str(func))
-        return self._handle(lambda: self._call_function(func, name, args, kwargs))
-
-    def call_module(
-        self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        """Handle a call of a module: a leaf becomes a step, another one is opened."""
-        module = self._references.own_module(module)
-        name = self._references.module_names.get(id(module))
-        elsewhere = threading.get_ident() != self._thread or self._busy or self._leaf is not None
-        if name is None or elsewhere:
-            return call(module, *args, **kwargs)
-        if name not in self._leaves:
-            return self._call_opened(module, name, call, args, kwargs)
-        with torch._C.DisableTorchFunction():  # no detour through this mode for what we look at
-            return self._handle(lambda: self._call_leaf(module, name, call, args, kwargs))
-
-    def _call_opened(
-        self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        """Call a module whose forward is recorded; what cannot be is said to be inside it."""
-        try:
-            self._check_unseen()  # of the caller's
-            try:
-                return call(module, *args, **kwargs)
-            finally:
-                self._check_unseen()
-        except (UnrecordableError, LeafMustOpenError) as error:
-            if error.inside is None:
-                error.inside = name
-            raise
-
-    def _handle(self, call: Callable[[], Any]) -> Any:
-        """Run what this mode was called for; kernels outside of that are nobody's."""
-        self._check_unseen()
-        before, self._handling = self._handling, True
-        try:
-            return call()
-        finally:
-            self._handling = before
-
-    def _notice_kernel(self, name: str, args: Any) -> None:
-        """A kernel runs: below autograd, if no function that this mode sees has led to it.
-
-        One that gets nothing of the forward only makes a constant.
-        """
-        if self._handling or self._unseen is not None:
-            return
-        known = self._references
-        if any(id(t) in known.numbers or id(t) in known.state for t in tensors_in(args)):
-            self._unseen = f"{name} at {user_frame()}"
-
-    def _check_unseen(self) -> None:
-        if self._unseen is not None:
-            seen, self._unseen = self._unseen, None
-            raise UnrecordableError(
-                f"{seen} is called from below PyTorch's Python functions (by a C++ extension, for "
-                "instance), where a recording does not see it: call it inside a module that is "
-                "recorded as a layer"
-            )
-
-    def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Handle ``apply`` of a custom ``autograd.Function``: a step, in the glue."""
-        if threading.get_ident() != self._thread or self._busy or self._leaf is not None:
-            return apply(*args, **kwargs)
-        name = f"{function.__name__}.apply"
-        check_custom(name, args)
-        return self._handle(lambda: self._call_function(apply, name, args, kwargs))
-
-    def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Handle a TorchScript function, which no mode sees inside: a step, in the glue."""
-        if threading.get_ident() != self._thread or self._busy or self._leaf is not None:
-            return call(script, *args, **kwargs)
-        return self._handle(lambda: self._call_function(script, script.name, args, kwargs))
-
     def _call_function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        args, kwargs = with_devices(name, args, kwargs)
         (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         check_function(name, func, bool(tensors))
@@ -365,7 +273,10 @@ class Recorder(TorchFunctionMode):
         used = {known.state[id(tensor)] for tensor in tensors if id(tensor) in known.state}
         step.state = tuple(dict.fromkeys((*step.state, *sorted(used))))
         step.random, step.random_on_host = noticed.drawn, noticed.on_host
-        step.dynamic = noticed.dynamic
+        picks_one = step.name == "__getitem__" and not step.structure.nested
+        step.dynamic = noticed.dynamic or (
+            step.kind is StepKind.FUNCTION and noticed.read and not picks_one
+        )
         step.where = user_frame()
         kept = [tensor for tensor in changed if id(tensor) in known.state]
         step.changes = tuple(dict.fromkeys(known.changed_buffer(tensor, step) for tensor in kept))
@@ -376,20 +287,14 @@ class Recorder(TorchFunctionMode):
         if self.loss_call is not None:
             held = map(known.numbers.find, held_by_variables(Recorder.at_loss.__code__))
             step.held = frozenset(number for number in held if number is not None)
+        of_nothing = step.kind is StepKind.FUNCTION and not step.state
+        if of_nothing and known.made_of_nothing.issuperset(step.inputs):
+            known.made_of_nothing.update(step.made)
         self.steps.append(step)
 
     def _note_sizes(self, step: Step) -> None:
         if step.dynamic or not self._sized_by_values.isdisjoint(step.inputs):
             self._sized_by_values.update(step.made)
-
-    def _opaque(self, call: Callable[[], Any]) -> tuple[Any, Noticed]:
-        """Run without recording; tell what the kernels did."""
-        self._busy = True
-        self._kernels.take()
-        try:
-            return call(), self._kernels.take()
-        finally:
-            self._busy = False
 
 
 def _context() -> Context:

@@ -19,6 +19,9 @@ from harmony.capture.structure import flatten
 from harmony.capture.tape import DEVICE, UNKNOWN, Constant, ModuleRef, StateRef, Step, ValueRef
 from harmony.errors import CaptureError
 
+_MOVES = frozenset({"to", "type_as", "cuda", "xpu", "as_tensor", "asarray"})
+"""Functions that return their argument itself if it is where, and what, it should be."""
+
 
 class References:
     """What the tensors and modules of one forward are, while it is recorded.
@@ -28,6 +31,7 @@ class References:
         made_in: the call of a leaf module that made a tensor, and may not have returned it.
         state: names of parameters and buffers, by the id of the tensor.
         module_names: names of modules, by id.
+        made_of_nothing: numbers of tensors that depend on no input, parameter or buffer.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class References:
         self.made_in: IdentityMap[LeafCall] = IdentityMap()
         self.state = {id(skeleton.tensor(name)): name for name in skeleton.names}
         self.module_names = {id(module): name for name, module in skeleton.modules.items()}
+        self.made_of_nothing: set[int] = set()
         self._device = device
         self._stand_ins = stand_ins
         self._constants: dict[int, Constant] = {}
@@ -74,7 +79,7 @@ class References:
             CaptureError: if nothing tells where the tensor comes from.
         """
         if isinstance(leaf, torch.device):
-            return DEVICE if leaf == self._device else leaf
+            return DEVICE if leaf.type == self._device.type else leaf
         if isinstance(leaf, nn.Module) and id(leaf) in self.module_names:
             return ModuleRef(self.module_names[id(leaf)])
         if not isinstance(leaf, torch.Tensor):
@@ -101,9 +106,16 @@ class References:
         return self.of(leaf, "the loss")
 
     def number_output(self, leaf: Any, name: str) -> int | None:
-        """Number a result, unless it is not a tensor or an object that is known already."""
+        """Number a result, unless it is not a tensor or an object that is known already.
+
+        A constant that the trace makes where it runs, and moves to where it is already, is another
+        tensor in the replay: what follows reads the moved one.
+        """
         if not isinstance(leaf, torch.Tensor):
             return None
+        if name in _MOVES and id(leaf) in self.numbers:
+            number = self.numbers.of(leaf)
+            return self.numbers.number(leaf, name) if number in self.made_of_nothing else None
         if id(leaf) in self.numbers or id(leaf) in self.state or id(leaf) in self._constants:
             return None
         return self.numbers.number(leaf, name)
@@ -152,3 +164,12 @@ class References:
             self._constants[id(tensor)] = Constant(tensor.detach())
             self._alive.append(tensor)
         return self._constants[id(tensor)]
+
+
+def with_devices(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments in which a device that is given by name is one that can be replaced."""
+    if isinstance(kwargs.get("device"), str):
+        kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
+    if name == "to" and len(args) > 1 and isinstance(args[1], str):
+        args = (args[0], torch.device(args[1]), *args[2:])
+    return args, kwargs

@@ -105,13 +105,18 @@ def check_function(name: str, func: Any, has_tensors: bool) -> None:
         )
 
 
+def in_transform() -> bool:
+    """Whether a function transform of ``torch.func`` is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_transform(name: str) -> None:
     """Refuse what a function transform calls: its tensors are not what they seem.
 
     Raises:
         UnrecordableError: naming the function and the line.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise UnrecordableError(
             f"torch.func transform (vmap, grad, ...) around {name} at {user_frame()}: "
             "call it inside a module that is recorded as a layer"
@@ -132,10 +137,12 @@ def check_argument(leaf: Any, user: str) -> None:
             f"{user} gets a {names[0]} at {user_frame()}: a KV cache would be updated twice by "
             "the recompute. Call the model with use_cache=False"
         )
-    if isinstance(leaf, slice):
-        hidden = any(isinstance(end, torch.Tensor) for end in (leaf.start, leaf.stop, leaf.step))
-        remedy = "turn the bound into an int first"
-    elif isinstance(getattr(leaf, "__self__", None), nn.Module):
+    if isinstance(leaf, torch.Generator):
+        raise UnrecordableError(
+            f"{user} at {user_frame()} draws from a generator of the forward's own, which the "
+            "recording would not make anew: draw inside a module that is recorded as a layer"
+        )
+    if isinstance(getattr(leaf, "__self__", None), nn.Module):
         hidden, remedy = True, "pass the module itself"
     else:
         hidden, remedy = hides_tensors(leaf), "pass the tensors as arguments"

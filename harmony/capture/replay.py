@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
@@ -31,8 +32,7 @@ Values = dict[int, torch.Tensor]
 _MISSING = object()
 # Factories that make their tensor on the default device unless told otherwise: in the glue they
 # follow the inputs, so that a model written for one device runs on any.
-FACTORIES = frozenset({"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "zeros"})
-FACTORIES |= {"rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices"}
+FACTORIES = frozenset(function.__name__ for function in _device_constructors())
 _ON_HOST = {"_pack_padded_sequence": 1}
 """Functions that want one of their arguments on the CPU, and its place."""
 

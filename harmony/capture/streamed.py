@@ -94,6 +94,10 @@ class _Streaming(TorchFunctionMode):
         with self._lender.among(args, kwargs) as (args, kwargs, _):
             return call(script, *args, **kwargs)
 
+    def call_vmap(self, function: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle ``torch.vmap``: nothing special."""
+        return call(function, *args, **kwargs)
+
 
 def _moved(leaf: Any, device: torch.device) -> Any:
     return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf

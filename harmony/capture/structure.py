@@ -16,12 +16,12 @@ class Structure:
     """What is left of a structure without its leaves.
 
     torch's pytrees (lists, tuples, dicts, named tuples, Hugging Face outputs), and dataclasses
-    that nobody registered as such.
+    and slices that nobody registered as such.
 
     Attributes:
         spec: the pytree.
         num_leaves: how many leaves it takes.
-        nested: per leaf of the pytree that is a dataclass with tensors: the class, the names of
+        nested: per leaf of the pytree that is one of those, with tensors: the class, the names of
             its fields, and the structure of their values.
     """
 
@@ -55,7 +55,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
         if not _holds_tensors(leaf):
             leaves.append(leaf)
             continue
-        names = tuple(field.name for field in dataclasses.fields(leaf))
+        names = _fields(leaf)
         inner_leaves, inner = flatten([getattr(leaf, name) for name in names])
         nested.append((index, type(leaf), names, inner))
         leaves += inner_leaves
@@ -67,15 +67,22 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
-def _holds_tensors(leaf: Any) -> bool:
+def _fields(leaf: Any) -> tuple[str, ...]:
+    if isinstance(leaf, slice):
+        return ("start", "stop", "step")
     if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-        return False
-    fields = (getattr(leaf, field.name, None) for field in dataclasses.fields(leaf))
-    return any(tensors_in(value) for value in fields)
+        return ()
+    return tuple(field.name for field in dataclasses.fields(leaf))
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    return any(tensors_in(getattr(leaf, name, None)) for name in _fields(leaf))
 
 
 def _rebuild(kind: type, names: tuple[str, ...], values: list[Any]) -> Any:
     """Make an instance without calling ``__init__``, which may compute or check things."""
+    if kind is slice:
+        return slice(*values)
     instance: Any = object.__new__(kind)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(instance, name, value)

@@ -120,7 +120,7 @@ void run_async(const c10::OperatorHandle& op, const OpInfo& info, const Stack& a
 // An `out=` of unknown shape: the kernel resizes a tensor on the host, which is then copied.
 void copy_to_output(const OpInfo& info, const at::Tensor& output, const at::Tensor& result,
                     int device) {
-  resize_tensor(output, result.sizes(), std::nullopt);
+  reshape_output(output, result.sizes(), result.strides());
   Accesses accesses;
   add_access(accesses, output, true);
   submit(device, info.name, accesses,
@@ -137,18 +137,20 @@ void run_sync(const c10::OperatorHandle& op, const OpInfo& info, const Stack& ar
     return info.is_out[i] && arguments[i].isTensor() && is_vgpu(arguments[i].toTensor());
   };
   std::vector<std::pair<at::Tensor, at::Tensor>> outputs;
+  std::vector<at::Tensor> outs(arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
     if (!is_vgpu_output(i)) continue;
     at::Tensor output = arguments[i].toTensor();
     at::Tensor fresh = at::empty({0}, output.options().device(at::kCPU));
     outputs.emplace_back(output, fresh);
+    outs[i] = fresh;
     (*results)[i] = fresh;
   }
   submit(device, info.name, accesses, [op, results] { op.callBoxed(results.get()); });
   current_stream(device).synchronize();
+  if (guess || (info.has_wrong_meta && outputs.empty()))
+    remember_outputs(op, info, arguments, *results, outs, guess);
   for (const auto& [output, result] : outputs) copy_to_output(info, output, result, device);
-  if ((guess || info.has_wrong_meta) && outputs.empty())
-    remember_outputs(op, info, arguments, *results, guess);
   push_results(info, arguments, std::move(*results), device, stack);
 }
 

@@ -137,18 +137,23 @@ OutputPlan make_plan(const OpInfo& info, const Stack& meta_results) {
   return plan;
 }
 
-// Gives out= arguments the sizes the Meta kernel gave their Meta counterparts.
-bool resize_outputs(const OpInfo& info, const Stack& arguments, const Stack& meta_arguments) {
-  bool resized = false;
+// For each argument the geometry that an out= of another shape gets.
+std::vector<Geometry> other_shapes(const OpInfo& info, const Stack& arguments,
+                                   const Stack& made) {
+  std::vector<Geometry> found(arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
-    if (!info.is_written[i] || !arguments[i].isTensor()) continue;
-    const auto& t = arguments[i].toTensor();
-    const auto& meta = meta_arguments[i].toTensor();
-    if (!is_vgpu(t) || meta.sizes().equals(t.sizes())) continue;
-    resize_tensor(t, meta.sizes(), std::nullopt);
-    resized = true;
+    if (!info.is_written[i] || !arguments[i].isTensor() || !made[i].isTensor()) continue;
+    const auto &t = arguments[i].toTensor(), &other = made[i].toTensor();
+    if (!is_vgpu(t) || !other.defined() || other.sizes().equals(t.sizes())) continue;
+    found[i] = geometry_of(other);
   }
-  return resized;
+  return found;
+}
+
+void resize_outputs(const OutputPlan& plan, const Stack& arguments) {
+  for (size_t i = 0; i < plan.outs.size(); ++i)
+    if (plan.outs[i].is_defined)
+      reshape_output(arguments[i].toTensor(), plan.outs[i].sizes, plan.outs[i].strides);
 }
 
 // Whether the strides are those of a fresh tensor, to the last dimension of size one: CPU kernels
@@ -162,23 +167,27 @@ bool has_plain_strides(const at::Tensor& t) {
   return true;
 }
 
-// Structured operators have one function for the geometry on all devices. The Meta kernels of the
-// others are written apart from the CPU kernels, often after CUDA's, and disagree about memory
-// formats and about the type of statistics of bfloat16 and float16.
+// Most Meta kernels are written apart from the CPU kernels, often after CUDA's, and disagree about
+// memory formats and about the type of statistics of bfloat16 and float16. Structured operators
+// have one function for the geometry on all devices, but some have a formula in Python in its
+// place, with other strides; and what the kernel writes into memory of other strides than its own
+// is wrong without a word. So where arguments have strides of their own, the CPU kernel tells.
 bool is_certain(const OpInfo& info, const OutputPlan& plan, const Stack& arguments) {
-  if (info.out_op) return true;
   bool makes_tensors = false, all_plain = true;
   for (const auto& result : plan.results) makes_tensors |= !result.tensors.empty();
+  for (const auto& out : plan.outs) makes_tensors |= out.is_defined;
   for (const auto& value : arguments)
     for_each_tensor(value, [&](const at::Tensor& t) {
       if (!t.defined()) return;
-      all_plain &= has_plain_strides(t) && !at::isReducedFloatingType(t.scalar_type());
+      all_plain &= has_plain_strides(t);
+      all_plain &= info.out_op || !at::isReducedFloatingType(t.scalar_type());
     });
   return !makes_tensors || all_plain;
 }
 
 bool has_same_sizes(const OutputPlan& a, const OutputPlan& b) {
   auto same = [](const Geometry& g, const Geometry& h) { return g.sizes == h.sizes; };
+  if (!std::equal(a.outs.begin(), a.outs.end(), b.outs.begin(), b.outs.end(), same)) return false;
   for (size_t i = 0; i < a.results.size(); ++i) {
     const auto &x = a.results[i].tensors, &y = b.results[i].tensors;
     if (!std::equal(x.begin(), x.end(), y.begin(), y.end(), same)) return false;
@@ -213,21 +222,33 @@ PlanCache& plan_cache() {
 
 }  // namespace
 
+void reshape_output(const at::Tensor& t, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (t.sizes().equals(sizes)) return;
+  resize_tensor(t, sizes, std::nullopt);
+  auto like = at::detail::empty_strided_meta(sizes, strides, t.scalar_type());
+  if (like.is_non_overlapping_and_dense())
+    t.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+}
+
 std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, const OpInfo& info,
                                                const Stack& arguments) {
   Key key;
   bool is_cacheable = key.add_all(op, arguments);
   if (is_cacheable)
-    if (auto plan = plan_cache().find(key.bytes)) return plan;
+    if (auto plan = plan_cache().find(key.bytes)) {
+      resize_outputs(*plan, arguments);
+      return plan;
+    }
   if (info.has_wrong_meta) return nullptr;
   try {
     Stack meta_arguments = to_meta(arguments);
     Stack meta_results = meta_arguments;
     op.callBoxed(&meta_results);
-    is_cacheable &= !resize_outputs(info, arguments, meta_arguments);
     auto plan = std::make_shared<OutputPlan>(make_plan(info, meta_results));
+    plan->outs = other_shapes(info, arguments, meta_arguments);
     plan->is_certain = is_certain(info, *plan, arguments);
     if (is_cacheable && plan->is_certain) plan_cache().store(key.bytes, plan);
+    if (plan->is_certain) resize_outputs(*plan, arguments);
     return plan;
   } catch (const std::exception&) {
     return nullptr;  // data-dependent, no Meta kernel, or wrong arguments: the CPU kernel tells
@@ -235,13 +256,16 @@ std::shared_ptr<const OutputPlan> plan_outputs(const c10::OperatorHandle& op, co
 }
 
 void remember_outputs(const c10::OperatorHandle& op, const OpInfo& info, const Stack& arguments,
-                      const Stack& cpu_results, const OutputPlan* guess) {
+                      const Stack& cpu_results, const std::vector<at::Tensor>& outs,
+                      const OutputPlan* guess) {
   for (const auto& value : cpu_results) {
     bool all_dense = true;
     for_each_tensor(value, [&](const at::Tensor& t) { all_dense &= !t.defined() || is_dense(t); });
     if (!all_dense) return;  // how many elements a sparse tensor holds depends on data
   }
-  auto plan = std::make_shared<const OutputPlan>(make_plan(info, cpu_results));
+  auto plan = std::make_shared<OutputPlan>(make_plan(info, cpu_results));
+  Stack made(outs.begin(), outs.end());
+  plan->outs = other_shapes(info, arguments, made);
   if (guess && !has_same_sizes(*guess, *plan)) return;
   Key key;
   if (key.add_all(op, arguments)) plan_cache().store(key.bytes, plan);

@@ -26,7 +26,7 @@ class Two(nn.Module):
     def __init__(self, between: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.between = between
+        self.between, self.scale = between, 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.between(self, self.first(x)))
@@ -38,7 +38,7 @@ def with_hook(net: Any, h: torch.Tensor) -> torch.Tensor:
 
 
 def with_vmap(net: Any, h: torch.Tensor) -> torch.Tensor:
-    return torch.func.vmap(lambda row: row * 2)(h)
+    return torch.func.vmap(lambda row: row * net.scale)(h)
 
 
 def with_reentrant_checkpoint(net: Any, h: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_what_the_glue_may_not_do(between: Any, message: str) -> None:
     ("between", "message"),
     [
         (with_hook, rf"register_hook outside of a layer at .*{LINE}"),
-        (with_vmap, rf"torch.func transform .*{LINE}"),
+        (with_vmap, rf"torch.vmap at .*{LINE} maps a function that reaches tensors"),
         (with_reentrant_checkpoint, rf"{LINE}.*use_reentrant=False"),
         (with_inner_gradient, rf"grad outside of a layer at .*{LINE}"),
     ],

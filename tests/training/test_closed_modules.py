@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn import functional as F
 
 import harmony
@@ -183,6 +185,96 @@ def test_a_module_that_cannot_be_recorded_is_one_layer(between: Any, vgpus: Virt
     assert layers_of(model) == ["0", "1"]
 
 
+class Mapped(nn.Module):
+    """What ``torch.vmap`` makes, between two layers, of a mask or a parameter."""
+
+    def __init__(self, between: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.randn(8))
+        self.between = between
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.between(self, self.a(x), mask)))
+
+
+def closes_over_a_parameter(net: Any, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    scale = net.scale
+    return torch.vmap(lambda row: torch.tanh(row * scale))(h)
+
+
+def mask_of_indices(net: Any, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The way of transformers: nested functions of indices, one of which reads the padding."""
+    functions = (lambda b, q: mask[b, q], lambda b, q: q >= 1)
+
+    def both(b: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return functions[0](b, q) & functions[1](b, q)
+
+    mapped = torch.vmap(torch.vmap(both, in_dims=(None, 0)), in_dims=(0, None))
+    with TransformGetItemToIndex():
+        allowed = mapped(torch.arange(len(h), device=h.device), torch.arange(8, device=h.device))
+    return torch.where(allowed, h, 0.0)
+
+
+def given_by_partial(net: Any, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def weighed(row: torch.Tensor, table: dict[str, torch.Tensor]) -> torch.Tensor:
+        return row * table["scale"]
+
+    return torch.vmap(functools.partial(weighed, table={"scale": net.scale}))(h)
+
+
+@pytest.mark.parametrize(
+    "between", [closes_over_a_parameter, mask_of_indices, given_by_partial]
+)
+def test_a_mapped_function_is_one_step_of_the_glue(between: Any, vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    inputs = [
+        ((torch.randn(4, 8), torch.rand(4, 8) > 0.3), torch.randint(0, 4, (4,)))
+        for _ in range(3)
+    ]
+    model = assert_same_training(Mapped(between), inputs)
+    assert {"a", "b"} <= set(layers_of(model))
+
+
+def cut_at_the_longest(h: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return h[:, : lengths.max()]
+
+
+def divided_by_what_is_left(h: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    left = h[:, lengths.min() :]
+    return left / left.shape[1]
+
+
+def made_as_long(h: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    longest = lengths.max()
+    return h[:, :longest] * torch.full((longest, 8), 0.5, device=h.device)
+
+
+def picked_by_a_range(h: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return h[:, torch.arange(lengths.max(), device=h.device)]
+
+
+class Cut(nn.Module):
+    def __init__(self, cut: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.cut = nn.Linear(8, 8), nn.Linear(8, 4), cut
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.b(self.cut(torch.relu(self.a(x)), lengths)).mean(1)
+
+
+@pytest.mark.parametrize(
+    "cut", [cut_at_the_longest, divided_by_what_is_left, made_as_long, picked_by_a_range]
+)
+def test_a_bound_that_is_a_tensor_is_read_anew(cut: Any, vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    inputs = [
+        ((torch.randn(4, 6, 8), torch.randint(1, 6, (4,))), torch.randint(0, 4, (4,)))
+        for _ in range(4)
+    ]
+    assert_same_training(Cut(cut), inputs)
+
+
 def test_tensors_hidden_in_an_object_go_through_one_layer(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Between(lambda net, h: net.bag(Bag(h)))
@@ -198,7 +290,7 @@ def test_what_becomes_one_layer_is_said_with_the_line() -> None:
 
 def test_a_loss_that_cannot_be_recorded_is_refused_by_name() -> None:
     def loss(out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return torch.vmap(lambda row, target: F.cross_entropy(row, target))(out, targets).mean()
+        return torch.func.grad(lambda x: F.cross_entropy(x, targets))(out).square().mean()
 
     with pytest.raises(CaptureError, match=r"torch\.func transform .*test_closed_modules"):
         harmony.capture.capture(
