@@ -102,8 +102,8 @@ class LeafCall:
         """Return buffers in whose place the call put others; the old ones are put back."""
         replaced = []
         for owner, key, buffer in self._buffers:
-            if owner._buffers.get(key) is not buffer:
-                owner._buffers[key] = buffer
+            if getattr(owner, key, None) is not buffer:
+                setattr(owner, key, buffer)
                 replaced.append(buffer)
         return replaced
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harmony.errors import CaptureError
-
-_PRIMITIVES = (OptimizedModule, nn.RNNBase, nn.MultiheadAttention, _BatchNorm)
+_SCRIPTED: Any = torch.jit.ScriptModule
+_PRIMITIVES = (OptimizedModule, _SCRIPTED, nn.RNNBase, nn.MultiheadAttention, _BatchNorm)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LARGE_SHARE = 1 / 8
 
@@ -24,14 +24,10 @@ def choose_leaves(root: nn.Module, max_layer_nbytes: int | None = None) -> set[s
     that sits in a ``ModuleList``), or a module outside of blocks that is simple or small. A block
     is opened if it is larger than ``max_layer_nbytes``, or if it is a stage: a large part of the
     model that consists of blocks itself. The root is opened if it has children.
-
-    Raises:
-        CaptureError: if a module was compiled by `torch.jit`, parameters and all.
     """
-    _refuse_scripts(root)
     rule = _Rule(root, max_layer_nbytes)
     names = {id(module): name for name, module in root.named_modules()}
-    if not list(root.children()):
+    if not list(root.children()) or isinstance(root, torch.jit.ScriptModule):
         return {""}
     return {names[id(leaf)] for child in root.children() for leaf in rule.leaves(child)}
 
@@ -43,17 +39,6 @@ def open_leaf(root: nn.Module, name: str) -> set[str] | None:
         return None
     names = {id(module): name for name, module in root.named_modules()}
     return {names[id(inner)] for child in leaf.children() for inner in _callable_parts(child)}
-
-
-def _refuse_scripts(root: nn.Module) -> None:
-    """Refuse what keeps its parameters where they cannot be exchanged for those on a device."""
-    for name, module in root.named_modules():
-        held = isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None)
-        if held is not None and held is not False:
-            raise CaptureError(
-                f"{name or 'the model'} is a ScriptModule, which keeps its parameters inside of "
-                "TorchScript. Wrap the module as it was before torch.jit.script or torch.jit.trace"
-            )
 
 
 def nbytes_of(module: nn.Module) -> int:

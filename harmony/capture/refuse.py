@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from harmony.capture.isolation import user_frame
-from harmony.capture.skeleton import closes_over_module, plain_tensors
+from harmony.capture.skeleton import Skeleton, closes_over_module, plain_tensors
+from harmony.capture.tape import Step
 from harmony.errors import CaptureError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
@@ -177,6 +178,21 @@ def check_in_layer(name: str, func: Any) -> None:
             f"backward inside the forward at {user_frame()} would add to gradients of parameters "
             "once more in the recompute: call torch.autograd.grad there"
         )
+
+
+def check_buffers(steps: Iterable[Step], template: Skeleton) -> None:
+    """Refuse buffers that get their shape in the first forward, as those of observers do.
+
+    Raises:
+        CaptureError: naming the buffer and who writes it.
+    """
+    for step in steps:
+        for name in step.changes:
+            if template.placeholder(name).numel() == 0:
+                raise CaptureError(
+                    f"the buffer {name} is empty, and {step.name} at {step.where} gives it a "
+                    "shape: run the module itself once, on a batch, before its first step here"
+                )
 
 
 def check_backward_hooks(root: nn.Module, leaves: Set[str]) -> None:

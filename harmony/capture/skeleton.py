@@ -43,6 +43,10 @@ class Skeleton:
         self._placeholders = placeholders
         self._slots = _find_slots(self.root, placeholders)
         self._bound = dict(placeholders)
+        scripted = _scripted_slots(self.root, module)
+        for name, slots in scripted.items():
+            self._slots[name] += slots
+        self.release(scripted)  # TorchScript makes copies of its own
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,6 +123,36 @@ def _find_slots(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[st
             for key, held in pairs:
                 if id(held) in names:
                     slots[names[id(held)]].append((container, key))
+    return slots
+
+
+class _Scripted:
+    """The parameters and buffers of a TorchScript module, which it keeps out of Python's reach."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = getattr(self._module, name)
+        return found
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        setattr(self._module, name, tensor)
+
+
+def _scripted_slots(root: nn.Module, source: nn.Module) -> dict[str, list[Slot]]:
+    """Places of tensors in the TorchScript modules of a copy, by their name in the source."""
+    named = (*source.named_parameters(), *source.named_buffers())
+    names = {id(tensor): name for name, tensor in named}
+    slots: dict[str, list[Slot]] = {}
+    sources = dict(source.named_modules(remove_duplicate=False))
+    for place, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            original = sources[place]
+            for group in (original._parameters, original._buffers):
+                for key, tensor in group.items():
+                    if tensor is not None:
+                        slots.setdefault(names[id(tensor)], []).append((_Scripted(module), key))
     return slots
 
 

@@ -33,7 +33,7 @@ from harmony.capture.program import CallLoss, Loss, Program
 from harmony.capture.pythonstate import PlainState
 from harmony.capture.reach import check_reach
 from harmony.capture.record import Recorder
-from harmony.capture.refuse import LiveOnlyError, UnrecordableError
+from harmony.capture.refuse import LiveOnlyError, UnrecordableError, check_buffers
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
 from harmony.capture.tape import StepKind, Tape, without_dead_steps
@@ -152,6 +152,7 @@ class Tracer:
         leaves, structure = flatten(out)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
         _check_guards(recorder)
+        check_buffers(recorder.steps, self._template)
         tape = Tape(
             recorder.steps,
             recorder.values,

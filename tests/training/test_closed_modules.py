@@ -102,6 +102,30 @@ def test_a_torchscript_function_in_the_forward_gets_its_gradients(
     assert len(layers_of(model)) > 1
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(self.linear(x)))
+
+
+@pytest.mark.parametrize("how", ["scripted", "traced", "scripted as a whole"])
+def test_a_torchscript_module_is_one_layer(how: str, vgpus: VirtualGPUs) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.Linear(8, 8), Normed(), nn.Linear(8, 4))
+        if how == "scripted as a whole":
+            return torch.jit.script(whole)
+        by_tracing = functools.partial(torch.jit.trace, example_inputs=torch.randn(4, 8))
+        whole[1] = (torch.jit.script if how == "scripted" else by_tracing)(whole[1])
+        return whole
+
+    model = assert_same_training(make(), batches(4), plain=make())
+    assert len(layers_of(model)) == (1 if "whole" in how else 3)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -795,7 +795,7 @@ ENTRIES = (
     Entry("qat", FAMILY, "quantised in training, observers that follow", Quantised,
           row_batch, class_loss),
     Entry("script_module", FAMILY, "a ScriptModule with parameters", Scripted,
-          row_batch, class_loss, refused="is a ScriptModule"),
+          row_batch, class_loss),
     Entry("script_function", FAMILY, "a script function", lambda: Scripted(False),
           row_batch, class_loss),
     Entry("reversal", FAMILY, "a gradient that is turned round", Adversarial,
