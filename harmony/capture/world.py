@@ -44,6 +44,9 @@ _LEFT_ALONE |= {"importlib", "_frozen_importlib_external", "_frozen_importlib", 
 _GLOBAL_RANDOM = getattr(random, "_inst", None)
 """Python's own generator, whose state is compared elsewhere."""
 
+_PATCHED = (nn.Module, torch.Tensor, torch.autograd.Function, torch.jit.ScriptFunction)
+"""Classes that a recording changes itself while it is on."""
+
 _PLACES = ("__code__", "__defaults__", "__kwdefaults__")
 
 
@@ -118,6 +121,8 @@ class Walk:
         for path, module in root.named_modules():
             where = f"{path or type(root).__name__}."
             held = module.__dict__
+            if isinstance(module, torch.jit.ScriptModule):  # compiled: Python changes nothing in it
+                continue
             for name, value in held.items():
                 if name not in _MACHINERY and (path, name) not in moving:
                     entry = self._entry(where + name, held, name, value)
@@ -253,7 +258,7 @@ class Walk:
         self.holders.append(Names(f"an attribute of {name}", own, self._names))
 
     def _class(self, name: str, kind: type) -> None:
-        if _home_of(kind) == "builtins" or kind in (nn.Module, torch.Tensor):
+        if _home_of(kind) == "builtins" or kind in _PATCHED:
             return
         own = vars(kind)
         for key in [key for key in own if key in self._names]:
