@@ -121,7 +121,7 @@ class Walk:
         for path, module in root.named_modules():
             where = f"{path or type(root).__name__}."
             held = module.__dict__
-            if isinstance(module, torch.jit.ScriptModule):  # compiled: Python changes nothing in it
+            if isinstance(module, torch.jit.ScriptModule):  # compiled
                 continue
             for name, value in held.items():
                 if name not in _MACHINERY and (path, name) not in moving:
