@@ -194,6 +194,13 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
             f"{command.script} never made a harmony.Harmony model, so there is nothing to report. "
             "Wrap the module: model = harmony.Harmony(module, ...)"
         )
+    for idle in (record for record in session.records() if not record.runs):
+        if code == 0 and not command.options.verify:
+            progress.say(
+                f"a harmony.Harmony model of {idle.name} was made, but never ran: nothing was "
+                "trained by it. Call the model itself, not the module that it wraps or a part of "
+                "it, or model.train_step(inputs, targets)"
+            )
     if not records:
         return code
     try:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from harmony import session
+from harmony.bypass import Bypass, within
 from harmony.dropin import needs_graph
 from harmony.engine import Engine
 from harmony.errors import ConfigError
@@ -150,10 +152,12 @@ class Harmony(Wrapper):
         # Not registered as a child: names of parameters are the module's own, without a prefix.
         self.__dict__["_net"] = module
         self.__dict__["_engine"] = engine
+        self.__dict__["_bypass"] = Bypass(module, updates_itself=optimizer is not None)
         self.training = module.training
 
     # Training
 
+    @_disable_dynamo
     def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
         """Train on one minibatch: forward, loss, backward and update, planned as a whole.
 
@@ -170,6 +174,7 @@ class Harmony(Wrapper):
             ExecutionError: if a task fails; says which, and what became of the parameters.
         """
         engine = self._engine
+        self._bypass.watch(engine.bindings.generation)
         if engine.options.optimizer is None:
             raise ConfigError(
                 "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW). "
@@ -182,8 +187,10 @@ class Harmony(Wrapper):
         args, kwargs = _arguments(inputs)
         return engine.train(args, kwargs, targets)
 
+    @_disable_dynamo  # in a compiled function, or as torch.compile(model), it just runs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
+        self._bypass.watch(self._engine.bindings.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
             return self._engine.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
@@ -216,7 +223,8 @@ class Harmony(Wrapper):
         """
         self._engine.whole.check()
         args, kwargs = _arguments(inputs)
-        return verify(self._engine, args, kwargs, targets)
+        with within():
+            return verify(self._engine, args, kwargs, targets)
 
     def close(self) -> None:
         """Give back all threads, GPU memory and pinned memory of the model, at once.
@@ -226,6 +234,7 @@ class Harmony(Wrapper):
         does the same as soon as nothing else holds the model.
         """
         self._engine.close()
+        self._bypass.is_over = True
 
     def __enter__(self) -> Harmony:
         return self

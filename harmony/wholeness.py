@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from harmony.bypass import within
 from harmony.errors import HarmonyError, text_of
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.optimizer import PackOptimizer
@@ -41,7 +42,7 @@ def alone(
     @functools.wraps(method)
     def run(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.whole.check_process()  # before any lock, which a thread may hold that is not here
-        with held_back(), self.turns:
+        with held_back(), self.turns, within():
             try:
                 return method(self, *args, **kwargs)
             except torch.OutOfMemoryError as error:

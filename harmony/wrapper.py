@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harmony.bigmodel import make_room
+from harmony.bypass import Bypass
 from harmony.engine import Engine
 from harmony.errors import HarmonyError
 from harmony.runtime.interrupts import held_back
@@ -22,6 +23,7 @@ class Wrapper(nn.Module):
 
     _net: nn.Module
     _engine: Engine
+    _bypass: Bypass
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

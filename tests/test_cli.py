@@ -116,6 +116,17 @@ def test_a_script_without_harmony_is_told_so(run: RunScript) -> None:
     assert "never made a harmony.Harmony model" in err
 
 
+def test_a_model_that_never_ran_is_named(run: RunScript) -> None:
+    code, _, err = run(
+        "import torch, harmony\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "model = harmony.Harmony(net)\n"
+        "net(torch.randn(2, 4)).sum().backward()\n"
+    )
+    assert code == 0
+    assert "a harmony.Harmony model of Sequential was made, but never ran" in err
+
+
 @pytest.mark.parametrize(
     ("statement", "code", "shown"),
     [

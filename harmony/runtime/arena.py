@@ -196,9 +196,7 @@ class HostArena:
             )
 
     def _move(self, name: str, tensor: torch.Tensor) -> None:
-        values = tensor.detach()
-        tensor.data = self._new(name)
-        tensor.copy_(values)  # counts as a change
+        tensor.data = self._new(name).copy_(tensor)  # the version stays: others may have saved it
         self.num_moves[name] += 1
 
     def _copy_guest(self, name: str, tensor: torch.Tensor) -> None:
