@@ -371,7 +371,8 @@ class Bindings:
             arenas[0].adopt(self._net, materialise)
         views = ArenaView(arenas[0], weights), ArenaView(arenas[1], gradients)
         params = dict(self._net.named_parameters())
-        host = HostState(graph, *views, params, self._optimizer, stages=self._stages)
+        host = HostState(graph, *views, params, self._optimizer, self.generation)
+        host.stages = self._stages
         update = self._measured.known_update or NO_UPDATE
         self._record.facts.update(facts.of_memory(host, machine, update))
         return host

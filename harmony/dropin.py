@@ -38,7 +38,6 @@ class ForwardCall:
         weights: how much the scalars of each microbatch count.
         lane: the host copies of its values; free again when the call dies.
         step: number of the forward.
-        generation: of the captures, see `Bindings`.
         check: figures of what the first forward made, for its backward to compare with.
         plain: the same by plain PyTorch, and ``values`` what the forward returned: to verify it.
         outputs: ids of the values that the forward returned.
@@ -54,7 +53,6 @@ class ForwardCall:
     weights: Weights
     lane: Lane
     step: int
-    generation: int
     check: SelfCheck | None = None
     plain: PlainForward | None = None
     values: Values = field(default_factory=dict)

@@ -285,10 +285,7 @@ class Engine:
         binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
         recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
         lane = binding.lanes.take(plan.minibatch)
-        generation = self.bindings.generation
-        call = ForwardCall(
-            self.backward, binding, plan, recall, weights, lane, step, generation, check
-        )
+        call = ForwardCall(self.backward, binding, plan, recall, weights, lane, step, check)
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)
         prepared = self._with_slots(binding.prepared, plan, Phase.FORWARD, lane)
@@ -312,7 +309,7 @@ class Engine:
             The gradients of its inputs that require one, and of the trained parameters.
         """
         self.whole.check()
-        self.bindings.check_current(call.generation)
+        self.bindings.check_current(call.binding.host.generation)
         binding, host = call.binding, call.binding.host
         self.bindings.activate(binding)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}

@@ -25,6 +25,7 @@ class HostState:
     Attributes:
         params: the module's parameters by canonical name; they live in the weight arena.
         optimizer: None where the user's own loop updates.
+        generation: of the model, which is another where layers were replaced.
         touched: per gradient part of the step, which parameters it has a gradient for.
         absent: gradients of values that nothing depends on; zeros are copied in their place.
         staged: per gradient part that is added on the host, where it lands.
@@ -36,6 +37,7 @@ class HostState:
     gradients: ArenaView
     params: Mapping[str, nn.Parameter]
     optimizer: PackOptimizer | None = None
+    generation: int = 0
     touched: dict[TensorRef, frozenset[str]] = field(default_factory=dict)
     absent: set[TensorRef] = field(default_factory=set)
     staged: dict[TensorRef, torch.Tensor] = field(default_factory=dict)
