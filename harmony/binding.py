@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -13,6 +13,14 @@ from harmony.capture import Captured, GuardError
 from harmony.capture.lossweights import LossWeigher
 from harmony.errors import PlanError
 from harmony.figures import forward_seconds
+from harmony.kin import (
+    adapted,
+    ratio_between,
+    same_updates,
+    stretched,
+    with_bytes,
+    with_saved_of,
+)
 from harmony.lanes import Lane, Lanes, Reached, backward_schedule, differentiable_outputs
 from harmony.layergraph import Layer, LayerGraph, SharedParam
 from harmony.machine import Machine
@@ -88,6 +96,8 @@ class Binding:
         self._form = form
         self._steady = steady
         self._plans: dict[int, Plan] = {}
+        self._asked: dict[int, tuple[object, ...]] = {}
+        self._kin: Binding | None = None
         self._predicted: dict[int, tuple[Plan, Timeline]] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._inferences: dict[int, tuple[Plan, Schedule]] = {}
@@ -194,6 +204,45 @@ class Binding:
         # Of the time that a layer takes on a virtual GPU, only what it computes needs a core.
         self.machine = replace(self.machine, cpu_share=self.machine.cpu_share * cpu_share)
 
+    def borrow(self, others: Iterable[Binding]) -> bool:
+        """Take costs from a binding of another length that was measured, if there is one."""
+        found: list[tuple[float, int, float, Binding]] = []
+        for other in others:
+            if other.costs is not None and other._kin is None and other.form is self.form:
+                ratio = ratio_between(self.graph, other.graph)
+                if ratio is not None and same_updates(self.machine, other.machine):
+                    found.append((abs(ratio - 1.0), len(found), ratio, other))
+        if not found:
+            return False
+        _, _, ratio, kin = min(found)
+        assert kin.costs is not None
+        self._kin, self.machine = kin, kin.machine
+        self.costs = stretched(kin.costs, ratio)
+        self.graph = self.host.graph = with_saved_of(self.graph, self.costs)
+        return True
+
+    def _adapted(self, minibatch: int, asked: tuple[object, ...], activations: str) -> Plan | None:
+        """A plan like that of the other length, if one was made for what is asked now."""
+        kin, plan = self._kin, None
+        if kin is None:
+            return None
+        same = ratio_between(self.graph, kin.graph) is not None  # it may have learnt of this one
+        like = kin._plans.get(minibatch) if kin._asked.get(minibatch) == asked else None
+        if same and like is not None:
+            assert self.costs is not None
+            plan = adapted(self.graph, self.costs, self.machine, like, activations)
+        if plan is None:
+            self._count_bytes()
+        return plan
+
+    def _count_bytes(self) -> None:
+        """Have the bytes of layers themselves, in place of bounds: a plan of its own is due."""
+        assert self.costs is not None
+        sizes = sorted(set().union(*self.costs.by_layer))
+        nbytes = {size: self.captured.costs_nbytes(size) for size in sizes}
+        self.graph = self.host.graph = with_saved(self.graph, nbytes)
+        self.costs, self._kin = with_bytes(self.costs, nbytes), None
+
     def _fits_alone(self, size: int, nbytes: Sequence[tuple[int, int, int]]) -> bool:
         limit = self.machine.devices[0].memory_nbytes
         return all(
@@ -221,6 +270,9 @@ class Binding:
         plan = self._plans.get(minibatch)
         if plan is None and pinned is not None and pinned.minibatch == minibatch:
             plan = self._check_pinned(pinned, microbatch_size)
+        asked = mode, microbatch_size, activations
+        if plan is None:
+            plan = self._adapted(minibatch, asked, activations)
         if plan is None:
             assert self._steady is not None, "the machine is known before a plan is made"
             interrupts.check()
@@ -239,6 +291,7 @@ class Binding:
                 activations=activations,
                 phase=self._form,
             )
+            self._asked[minibatch] = asked
         self._plans[minibatch] = plan
         return plan
 
@@ -388,23 +441,6 @@ def with_saved(
         for layer in graph.layers
     )
     return replace(graph, layers=layers)
-
-
-def with_bytes(
-    costs: CostTable, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
-) -> CostTable:
-    """Return the costs at all sizes whose bytes are known, also those that could not be timed."""
-
-    def row(index: int) -> dict[int, LayerCost]:
-        timed = {size: costs.layer(index, size) for size in nbytes}
-        return {
-            size: LayerCost(
-                cost.forward_s, cost.backward_s, cost.update_s, *nbytes[size][index]
-            )
-            for size, cost in timed.items()
-        }
-
-    return CostTable(tuple(row(index) for index in range(len(costs.by_layer))))
 
 
 def with_state(graph: LayerGraph, layout: ArenaLayout, update: UpdateCost) -> LayerGraph:

@@ -268,7 +268,7 @@ class Bindings:
             binding.try_splitting(
                 inputs, minibatch, self._options.microbatch_size, self._loss_name(form)
             )
-        if binding.costs is None:
+        if binding.costs is None and not binding.borrow(self):
             sizes = sizes or self._sizes_to_measure(minibatch, binding.graph)
             update = self.update_cost() if form == "step" else None
             known = self._measured.times()
