@@ -4,14 +4,16 @@
 
 Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, if
 ``--verify`` found a difference, or if nothing fits; 2 for a command line that makes no sense;
-130 for Ctrl-C.
+130 for Ctrl-C; 143 if the process is asked to end (SIGTERM). Either way the report is written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import runpy
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,9 +41,14 @@ if TYPE_CHECKING:
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 VIRTUAL_MEMORY_NBYTES = 64 * 2**20
 """Memory of a virtual GPU if the command line does not say: small, to have something to stream."""
+
+
+class _Terminated(SystemExit):
+    """Somebody has asked the process to end: the script tidies up as behind ``sys.exit``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +57,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after ``harmony-run``; default: those of this process.
     """
+    try:
+        with _terminable():
+            code = _main(argv)
+    except KeyboardInterrupt:  # before the script, or behind it
+        code = EXIT_INTERRUPTED
+    except _Terminated:
+        code = EXIT_TERMINATED
+    if argv is None and code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends: no traceback, no other exit code
+    return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the script as an exception, so that its report is written."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _Terminated(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """Do what `main` does."""
     open_streams()
     progress = Progress(sys.stderr)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -150,6 +189,9 @@ def _run(command: Command, progress: Progress) -> int:
         progress.say("--plan-only: stopped before training")
     except session.Verified as found:
         code = _show(found.verification, progress)
+    except _Terminated:
+        progress.say(f"asked to end at step {progress.next_step}")
+        code = EXIT_TERMINATED
     except SystemExit as error:
         code = _exit_code(error)
     except KeyboardInterrupt:

@@ -313,8 +313,16 @@ def command(tmp_path: Path, text: str, *words: str) -> tuple[list[str], dict[str
 
 
 @pytest.mark.timeout(60)
-def test_ctrl_c_in_a_running_script(tmp_path: Path) -> None:
-    text = f"{TRAIN}\nimport signal\nprint('ready', flush=True)\nsignal.pause()"
+@pytest.mark.parametrize(
+    ("number", "code", "words_of_it"),
+    [(signal.SIGINT, 130, "interrupted at step 3"), (signal.SIGTERM, 143, "asked to end at")],
+)
+def test_a_signal_in_a_running_script_ends_it_with_its_report(
+    tmp_path: Path, number: signal.Signals, code: int, words_of_it: str
+) -> None:
+    """The script sets the handler: a shell may have started the tests with SIGINT ignored."""
+    text = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{TRAIN}"
+    text += "\nprint('ready', flush=True)\nsignal.pause()"
     words, env = command(tmp_path, text)
     process = subprocess.Popen(
         words, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -322,10 +330,10 @@ def test_ctrl_c_in_a_running_script(tmp_path: Path) -> None:
     assert process.stdout is not None
     while "ready" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate()
-    assert process.returncode == 130
-    assert "harmony: interrupted at step 3" in err
+    assert process.returncode == code
+    assert f"harmony: {words_of_it}" in err
     assert "Traceback" not in err
     assert "Harmony · GPT" in out
 

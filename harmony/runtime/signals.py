@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 from harmony.runtime import native
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error of its own: another thread has failed
     """Another thread of the step has failed; this one has nothing left to do."""
+
+
+_alive: weakref.WeakSet[Signals] = weakref.WeakSet()
+
+
+def stop_all(error: BaseException) -> None:
+    """End all steps that run now with this exception."""
+    for signals in list(_alive):
+        signals.fail("", error)
 
 
 class Signals:
@@ -24,6 +34,7 @@ class Signals:
         self._issued: set[int] = set()
         self._tokens = native.new_tokens(num_events)
         self.failure: tuple[str, BaseException] | None = None
+        _alive.add(self)
 
     def issue(self, event: int) -> None:
         """Say that an event has been recorded."""

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
+from harmony.runtime.signals import stop_all
+
 Job = tuple[Callable[[], None], Callable[[], None]]
 """What to run, and what to call when nothing of it is left."""
 
 _LOOK_UP_S = 0.1
+
+_LAST_JOB_S = 10.0
+"""An update of the user's own that takes longer than this is left alone at exit."""
+
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
     """A daemon thread that runs one job at a time."""
 
     def __init__(self, name: str) -> None:
+        if not _workers:
+            # Each time, to come before what was registered first: the end of the virtual GPUs.
+            atexit.unregister(_rest)
+            atexit.register(_rest)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, self._jobs.put, None)
+        _workers.add(self)
 
     def submit(self, job: Callable[[], None], done: Callable[[], None]) -> None:
         """Run ``job`` on the thread, which must not raise; then let go of it and call ``done``."""
         self._jobs.put((job, done))
+
+
+    def end(self) -> None:
+        """Take no job any more."""
+        self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the last job."""
+        self._thread.join(timeout_s)
 
 
 class Countdown:
@@ -50,6 +74,19 @@ class Countdown:
         while len(self._done) < self._count:
             with suppress(queue.Empty):
                 self._wake.get(timeout=_LOOK_UP_S)
+
+
+def _rest() -> None:
+    """Stop the steps that other threads still run, and wait for the workers.
+
+    Python cannot exit while a thread is in PyTorch: that one would be ended there, by abort.
+    """
+    workers = list(_workers)
+    for worker in workers:
+        worker.end()
+    stop_all(SystemExit("the program ends"))
+    for worker in workers:
+        worker.join(_LAST_JOB_S)
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:

@@ -1,0 +1,391 @@
+"""Faults of all kinds, at all kinds of places: afterwards the state is of one step, or refused.
+
+    scripts/inject_faults.py [--faults 200] [--seed 0]
+
+Each fault (an exception, Ctrl-C once or twice, out of memory) comes once, in a chosen call of a
+chosen function: while the model is captured, measured and planned, in each kind of instruction, in
+the update, in what comes behind it, and in what the user has written. After each, parameters,
+buffers, optimizer state, random state and the number of steps have to be those before the step, or
+those of a model that was not disturbed; else the next step has to be refused until a state is
+loaded. Ctrl-C has to come up. A process that does not end in time counts as a hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import faulthandler
+import importlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import harmony
+from harmony.runtime import interrupts
+
+WIDTH = 16
+FORMS = ("step", "device", "dropin", "live")
+CASE_S = 90
+
+PREPARING = {
+    "capture": "harmony.bindings:capture",
+    "costs": "harmony.binding:Binding._measure",
+    "measuring": "harmony.profiler:_LayerRun.measure",
+    "planning": "harmony.binding:choose_steadily",
+    "slots": "harmony.runtime.executor:Executor._reserve_slots",
+    "prepare": "harmony.runtime.deviceprogram:DeviceProgram._prepare",
+}
+RUNNING = {
+    "inputs": "harmony.engine:load_inputs",
+    "submit": "harmony.runtime.workers:Worker.submit",
+    "forward": "harmony.runtime.stage:Stage.forward",
+    "forward saving": "harmony.runtime.stage:Stage.forward_saving",
+    "backward": "harmony.runtime.stage:Stage.backward",
+    "backward saved": "harmony.runtime.stage:Stage.backward_saved",
+    "copies": "harmony.runtime.deviceprogram:_copy_all",
+    "copy": "harmony.runtime.deviceprogram:_copy",
+    "event": "harmony.runtime.signals:Signals.issue",
+    "gradients": "harmony.runtime.hoststate:HostState.settle",
+    "end of device": "harmony.runtime.device:DeviceContext.synchronize",
+    "layer state": "harmony.runtime.layerstate:LayerStates.leave",
+    "random state": "harmony.runtime.device:DeviceContext.set_random_state",
+    "user's layer": f"{__name__}:Layer.inside",
+}
+BEHIND = {
+    "loss": "harmony.engine:weighted_sum",
+    "commit": "harmony.runtime.layerstate:LayerStates.commit",
+    "set": "harmony.runtime.layerstate:_set",
+    "record": "harmony.session:ModelRecord.stepped",
+}
+UPDATES = {
+    "update": "harmony.runtime.hoststate:HostState.update",
+    "optimizer": "harmony.runtime.optimizer:PackOptimizer._update",
+    "user's optimizer": f"{__name__}:Own.inside",
+}
+DROPIN = {
+    "outputs": "harmony.engine:joined_outputs",
+    "attach": "harmony.engine:attach",
+    "output gradients": "harmony.engine:load_gradients",
+    "lend": "harmony.lending:LentGradients.lend",
+    "take back": "harmony.lending:LentGradients.take_back",
+}
+PLACES = {
+    "step": PREPARING | RUNNING | BEHIND | UPDATES,
+    "device": PREPARING | RUNNING | BEHIND | UPDATES,
+    "dropin": PREPARING | RUNNING | DROPIN | {"commit": BEHIND["commit"]},
+    "live": PREPARING | RUNNING | BEHIND | UPDATES | {"live": "harmony.live:Live.ready"},
+}
+FAULTS = ("error", "no text", "ctrl-c", "ctrl-c twice", "out of memory", "exit", "harmony's own")
+
+
+class NoTextError(Exception):
+    """An exception whose text cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Layer(nn.Linear):
+    """A layer of the user's own."""
+
+    def inside(self) -> None:
+        """Where it may fail."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run it."""
+        self.inside()
+        return torch.tanh(super().forward(x))
+
+
+class Own(torch.optim.SGD):
+    """An optimizer of the user's own, with state."""
+
+    def inside(self) -> None:
+        """Where it may fail."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take a step."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                self.inside()
+                mean = self.state[param].setdefault("mean", torch.zeros_like(param))
+                mean.mul_(0.9).add_(param.grad)
+                param.add_(mean, alpha=-group["lr"])
+
+
+class Net(nn.Module):
+    """Layers, a BatchNorm, dropout; one that decides by what it computes if it is to run live."""
+
+    def __init__(self, wanders: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(WIDTH, WIDTH) for _ in range(3))
+        self.norm, self.drop, self.wanders = nn.BatchNorm1d(WIDTH), nn.Dropout(0.2), wanders
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run it."""
+        x = self.norm(self.layers[0](x))
+        if self.wanders and x.sum() > 0:
+            x = torch.tanh(x)
+        return self.layers[2](self.drop(self.layers[1](x)))
+
+
+class Subject:
+    """A model that is disturbed, and what it would be without."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"devices": 2, "microbatch_size": 4, "mode": "pp", "seed": 0}
+        options |= {"device_memory": "16KiB", "replan": False}
+        if form != "dropin":
+            options |= {"optimizer": Own, "optimizer_kwargs": {"lr": 0.1}}
+            options |= {"loss_fn": nn.functional.mse_loss}
+            options |= {"updates": "auto" if form == "device" else "host"}
+        if form == "device":
+            options["device_memory"] = "1MiB"
+        self.model = harmony.Harmony(Net(form == "live"), **options)
+        self.own = Own(self.model.parameters(), lr=0.1) if form == "dropin" else None
+        self.batches = [(torch.randn(8, WIDTH), torch.randn(8, WIDTH)) for _ in range(3)]
+        self.train(0)
+        self.start = self.saved()
+        self.states = [self.state()]
+        for step in (1, 2):
+            self.train(step)
+            self.states.append(self.state())
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The model's, or the loop's own."""
+        found = self.own or self.model.optimizer
+        assert found is not None
+        return found
+
+    def train(self, step: int) -> None:
+        """Take a step, in the form that it is for."""
+        x, y = self.batches[step]
+        if self.own is None:
+            self.model.train_step(x, y)
+            return
+        self.own.zero_grad()
+        nn.functional.mse_loss(self.model(x), y).backward()
+        self.own.step()
+
+    def state(self) -> list[torch.Tensor]:
+        """All that has to be of one step."""
+        held = [self.optimizer.state.get(p, {}).get("mean") for p in self.model.parameters()]
+        tensors = [*self.model.state_dict().values(), *(t for t in held if t is not None)]
+        return [*(t.detach().clone() for t in tensors), torch.tensor(self.model.num_steps)]
+
+    def saved(self) -> tuple[Any, Any, int]:
+        """A checkpoint."""
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        return copy.deepcopy(model), copy.deepcopy(optimizer), self.model.num_steps
+
+    def load(self) -> None:
+        """Go back to the checkpoint."""
+        model, optimizer, steps = copy.deepcopy(self.start)
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.model.num_steps = steps
+        self.model.zero_grad()
+
+
+def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    """Whether two states are equal, bit for bit."""
+    return len(one) == len(two) and all(map(torch.equal, one, two))
+
+
+def throw(fault: str) -> None:
+    """Let a fault happen here."""
+    if fault == "error":
+        raise ValueError("injected")
+    if fault == "no text":
+        raise NoTextError
+    if fault == "out of memory":
+        raise torch.OutOfMemoryError("injected: out of memory")
+    if fault == "exit":
+        raise SystemExit(3)
+    if fault == "harmony's own":
+        raise harmony.HarmonyError("injected")
+    for number in range(1, 3 if fault == "ctrl-c twice" else 2):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        until = time.monotonic() + 1.0
+        while interrupts._held and len(interrupts._held[0]._came) < number:
+            if time.monotonic() > until:
+                break
+
+
+class Injection:
+    """One fault, in one call of one function."""
+
+    def __init__(self, place: str, fault: str, call: int, after: bool) -> None:
+        module, _, name = place.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parts, self.name = name.split(".")
+        for part in parts:
+            owner = getattr(owner, part)
+        self.owner, self.fault, self.left, self.after = owner, fault, call, after
+        self.original = vars(owner)[self.name]
+        self.happened = False
+
+    def __enter__(self) -> Injection:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left or self.happened:
+                return self.original(*args, **kwargs)
+            self.happened = True
+            found = self.original(*args, **kwargs) if self.after else None
+            throw(self.fault)
+            return found if self.after else self.original(*args, **kwargs)
+
+        setattr(self.owner, self.name, wrapped)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.owner, self.name, self.original)
+
+
+def run_case(subject: Subject, rng: random.Random) -> dict[str, str]:
+    """Inject one fault and say what became of it; drawn again where the place is not reached."""
+    for _ in range(8):
+        case = _try_case(subject, rng)
+        if case["result"] != "did not happen":
+            break
+    return case
+
+
+def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
+    place, fault = rng.choice(sorted(PLACES[subject.form])), rng.choice(FAULTS)
+    call, after = rng.choice((1, 1, 2, 3, 5)), rng.random() < 0.5
+    subject.load()
+    if place in PREPARING:
+        subject.model._engine.bindings.forget()
+        subject.model._engine._live.forget()
+    case = {"place": place, "fault": fault, "call": f"{call} {'after' if after else 'before'}"}
+    generators = torch.get_rng_state()
+    caught: BaseException | None = None
+    with Injection(PLACES[subject.form][place], fault, call, after) as injection:
+        try:
+            subject.train(1)
+        except BaseException as error:
+            caught = error
+    return case | {"result": judge(subject, injection, caught, generators)}
+
+
+def judge(
+    subject: Subject,
+    injection: Injection,
+    caught: BaseException | None,
+    generators: torch.Tensor,
+) -> str:
+    """What a fault has led to; anything that begins with BAD is not to happen."""
+    if not injection.happened:
+        return "did not happen"
+    if injection.fault.startswith("ctrl-c") and not isinstance(caught, KeyboardInterrupt):
+        return f"BAD: Ctrl-C was lost ({type(caught).__name__})"
+    if isinstance(caught, torch.OutOfMemoryError):
+        return "BAD: a raw OutOfMemoryError"
+    if not torch.equal(torch.get_rng_state(), generators):
+        return "BAD: the random state is another"
+    found = subject.state()
+    at = next((i for i, state in enumerate(subject.states) if same(found, state)), None)
+    if at == 0 and subject.own is not None and _is_half_way(subject):
+        at = None
+    try:
+        subject.train(1 if at == 0 else 2)
+    except harmony.HarmonyError as error:
+        if "load a checkpoint" in str(error):
+            return "refused until a state is loaded"
+        return f"BAD: the next step fails: {error}"
+    except BaseException as error:
+        return f"BAD: the next step fails: {type(error).__name__}"
+    if at is None:
+        half = subject.own is not None and subject.model.num_steps == 3
+        return "the forward has run" if half else "BAD: torn, and the next step is accepted"
+    if not same(subject.state(), subject.states[at + 1]):
+        return f"BAD: the next step, after state {at}, computes something else"
+    return "as before the step" if at == 0 else "as after the step"
+
+
+def _is_half_way(subject: Subject) -> bool:
+    """Drop-in: the forward has been committed, as in plain PyTorch, and the backward failed."""
+    return subject.model.num_steps != int(subject.states[0][-1])
+
+
+def work(form: str, seed: int, first: int, last: int) -> None:
+    """Run some cases in this process; a line of JSON for each."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    interrupts.SAME_S = 0.0
+    harmony.virtual_gpus(count=2, memory="64MiB")
+    faulthandler.dump_traceback_later(CASE_S, exit=True)
+    subject = Subject(form)
+    for number in range(first, last):
+        faulthandler.dump_traceback_later(CASE_S, exit=True)
+        case = run_case(subject, random.Random(f"{seed} {form} {number}"))
+        print(json.dumps({"form": form, "number": number, **case}), flush=True)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def run_form(form: str, seed: int, count: int, report: Callable[[dict[str, str]], None]) -> None:
+    """Run the cases of a form in processes of their own, a new one after each that fails."""
+    first = 0
+    while first < count:
+        words = [sys.executable, __file__, "--work", form, str(seed), str(first), str(count)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        for case in cases:
+            report(case)
+        first += len(cases)
+        if first < count:
+            tail = " | ".join(done.stderr.strip().splitlines()[-3:])
+            lost = {"form": form, "place": "?", "fault": "?", "call": str(first)}
+            report(lost | {"result": f"BAD: hang or crash (exit {done.returncode}): {tail}"})
+            first += 1
+
+
+def main() -> int:
+    """Run the command line; the exit code says whether all was well."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.work:
+        form, *numbers = given.work
+        work(form, *map(int, numbers))
+        return 0
+    results: collections.Counter[str] = collections.Counter()
+    bad = []
+
+    def report(case: dict[str, str]) -> None:
+        results[case["result"].split(":")[0]] += 1
+        if case["result"].startswith("BAD"):
+            bad.append(case)
+            print("  ".join(f"{key}={value}" for key, value in case.items()), flush=True)
+
+    for index, form in enumerate(given.forms):
+        share = given.faults * (index + 1) // len(given.forms)
+        run_form(form, given.seed, share - given.faults * index // len(given.forms), report)
+    print(f"{sum(results.values())} faults: " + ", ".join(f"{v} {k}" for k, v in results.items()))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
