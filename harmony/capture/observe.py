@@ -8,6 +8,7 @@ something that nobody can look up again, such as the clock, are noted too.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import sysconfig
@@ -79,12 +80,16 @@ def observing() -> Iterator[Observed]:
                 where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 observed.unguardable.setdefault(why, where)
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    # A collection would run callbacks and finalizers that are no part of what is observed.
+    gc.disable()
     sys.setprofile(hear)
     try:
         yield observed
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 def is_read(code: CodeType) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import gc
 import itertools
 import os
 import types
@@ -365,3 +366,33 @@ def test_what_cannot_be_looked_at_runs_as_it_is(dropin: bool, vgpus: VirtualGPUs
         found = F.cross_entropy(model(x), y) if dropin else model.train_step(x, y)
         assert torch.equal(found, wanted), step
     assert model.rung == "live"
+
+
+COLLECTIONS = 0
+
+
+def test_collections_of_garbage_are_no_part_of_a_forward(vgpus: VirtualGPUs) -> None:
+    """A callback of the collector (Hypothesis has one) may run in any line of any forward."""
+
+    def count(phase: str, info: Any) -> None:
+        global COLLECTIONS
+        COLLECTIONS += 1
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(count)
+    gc.set_threshold(50, 2, 2)
+    try:
+        model = harmony.Harmony(
+            nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)),
+            optimizer=torch.optim.SGD,
+            optimizer_kwargs={"lr": 0.1},
+            loss_fn=nn.functional.mse_loss,
+            devices=1,
+        )
+        x = torch.randn(8, 24)
+        for _ in range(2):
+            model.train_step(x, x)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(count)
+    assert COLLECTIONS and model.rung == "tape"
