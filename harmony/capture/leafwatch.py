@@ -48,19 +48,27 @@ class LeafCall:
         state: dict[int, str],
         made_in: IdentityMap[LeafCall],
         outside: Container[int],
+        of_data: IdentityMap[bool],
     ) -> None:
+        """Watch a call.
+
+        Args:
+            of_data: gets the tensors that depend on the content of arguments or parameters.
+        """
         self.name = name
         self.needs_graph = False
         self._module = module
         self._state_names = state
         self._made_in = made_in
         self._outside = outside
+        self._of_data = of_data
         self._attributes = {
             (id(owner), attribute): tensor
             for owner in module.modules()
             for attribute, tensor in plain_tensors(owner)
         }
         self._given = {id(tensor) for tensor in arguments}
+        self._data = self._given.union(map(id, module.parameters()))
         self._given |= {id(tensor) for tensor in self._attributes.values()}
         self._buffers = [
             (owner, key, buffer)
@@ -78,10 +86,15 @@ class LeafCall:
         check_in_layer(name, func)
         if name in NEED_A_GRAPH and "__get__" not in str(func):
             self.needs_graph = True
+        of_data = False
         for tensor in _tensors((*args, *kwargs.values())):
             self._check_known(tensor)
+            of_data |= id(tensor) in self._data or id(tensor) in self._of_data
+        of_data &= not by_shape_only(getattr(func, "__name__", ""))
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
+            if of_data:
+                self._of_data[tensor] = True
             known = id(tensor) in self._state_names or id(tensor) in self._outside
             if not known and id(tensor) not in self._given and id(tensor) not in self._made_in:
                 self._made_in[tensor] = self
@@ -132,6 +145,11 @@ class LeafCall:
             raise LeafMustOpenError(
                 [self.name], f"{self.name} uses a tensor of the forward that was not passed to it"
             )
+
+
+def by_shape_only(name: str) -> bool:
+    """Whether a function takes the form of its argument alone, not its content."""
+    return name.startswith("new_") or name.endswith("_like")
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

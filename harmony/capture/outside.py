@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harmony.capture.holders import MISSING, Entry, Holder, Names, Whole
+from harmony.capture.leafwatch import by_shape_only
 from harmony.capture.observe import Observed, is_users, observing
 from harmony.capture.pythonstate import is_plain
 from harmony.capture.record import Recorder
@@ -42,6 +43,7 @@ class Outside:
     Attributes:
         reason: why the last trace stands for no other run, if so: what was read or written.
         kept_by_loss: what the loss function has written to, if anything.
+        alone: whether each trace is to be undone at once.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Outside:
         """
         self.reason: str | None = None
         self.kept_by_loss: str | None = None
+        self.alone = False
         self._source = source
         self._loss = loss
         self._forward = _reachable(source, loss) if known is None else known
@@ -121,6 +124,21 @@ class Outside:
         if written is not None:
             self.reason = f"the forward changes {written}"
 
+    def moved_objects(self) -> list[tuple[str, str]]:
+        """Attributes of the copy's modules that hold an object in which something has changed."""
+        held = [
+            (entry.name, path, name)
+            for entry, path, name in self._copied.attributes
+            if not is_plain(entry.expected) and not isinstance(entry.expected, torch.Tensor)
+        ]
+        changed = [h.name for h in self._copied.holders if not h.same()]
+        inside = [(f"{about}.", path, name) for about, path, name in held]
+        return [
+            (path, name)
+            for about, path, name in inside
+            if any(about in f"{other}." and other != about[:-1] for other in changed)
+        ]
+
     def guards(self, moving: Collection[tuple[str, str]], loss: bool) -> World:
         """Return what has to be as it is now for the recording to stand.
 
@@ -153,10 +171,21 @@ class Outside:
         for holder in self._walk(self.observed, loss=True).holders:
             holder.replace(home.of)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undo what a trace in the block has left, if each is to be undone at once."""
+        try:
+            yield
+        finally:
+            if self.alone:
+                self.restore()
+
     def restore(self) -> None:
-        """Undo what traces have left in the user's objects."""
+        """Undo what traces have left in the user's objects, now and after each later trace."""
+        self.alone = True
         if self._initial is not None:
             self._initial.restore()
+            self._initial = None
 
     def _walk(
         self, observed: Observed, loss: bool, moving: Collection[tuple[str, str]] = ()
@@ -188,7 +217,8 @@ class _Judge:
 
         Plain attributes of modules, and containers of plain values there, are.
         """
-        direct = {id(entry): entry for entry, _, _ in walk.attributes}
+        direct = {id(entry): entry for entry, *_ in walk.attributes}
+        made_by_hooks = _made_by_torchs_hooks(walk)
         containers = {id(entry.expected) for entry in direct.values()}
 
 
@@ -200,8 +230,8 @@ class _Judge:
             return id(holder) in direct and _both_plain(direct[id(holder)])
 
         changed = (holder for holder in walk.holders if not holder.same())
-        found = (h.name for h in changed if not is_recorded(h) and self._is_written(h))
-        return next(found, None)
+        found = (h for h in changed if id(h) not in made_by_hooks and not is_recorded(h))
+        return next((h.name for h in found if self._is_written(h)), None)
 
     def _is_written(self, holder: Holder) -> bool:
         if isinstance(holder, Entry):
@@ -226,6 +256,16 @@ class _Judge:
 
     def _is_set_up(self, value: Any) -> bool:
         return is_plain(value) or self._is_table(value)
+
+
+def _made_by_torchs_hooks(walk: Walk) -> set[int]:
+    """Holders of attributes that hooks of PyTorch compute before each forward (weight norm)."""
+    return {
+        id(entry)
+        for entry, module, name in walk.owners()
+        for hook in module._forward_pre_hooks.values()
+        if type(hook).__module__.startswith("torch.") and getattr(hook, "name", None) == name
+    }
 
 
 def _both_plain(entry: Entry) -> bool:
@@ -255,34 +295,32 @@ class Home:
 
 
 def depends_on_batch(
-    recorder: Recorder, parameters: Collection[str], real: bool
+    recorder: Recorder, parameters: Collection[str]
 ) -> Callable[[torch.Tensor], bool]:
     """Return what tells whether a tensor depends on the content of inputs or parameters.
 
     Args:
         parameters: their names.
-        real: whether the parameters were real: then nothing shows what depends on them.
     """
     tainted: set[int] = set(recorder.inputs)
     moving = {name for step in recorder.steps for name in step.changes}
     moving.update(parameters)
     for step in recorder.steps:
         trained = not moving.isdisjoint(step.state)
-        of_data = not tainted.isdisjoint(step.inputs) and not _by_shape_only(step.name)
+        of_data = not tainted.isdisjoint(step.inputs) and not by_shape_only(step.name)
+        left = {left.value for left in step.left_behind}
+        if step.random:
+            tainted.update(left)
         if of_data or trained or step.random:
-            tainted.update(step.made)
+            tainted.update(number for number in step.made if number not in left)
 
     def depends(tensor: torch.Tensor) -> bool:
         number = recorder.number_of(tensor)
         if isinstance(tensor, FakeTensor) or tensor.requires_grad:
             return True
-        return real if number is None else number in tainted
+        return id(tensor) in recorder.of_data or number in tainted
 
     return depends
-
-
-def _by_shape_only(name: str) -> bool:
-    return name.startswith("new_") or name.endswith("_like")
 
 
 def _reachable(source: nn.Module, loss: Callable[..., Any] | None) -> Observed:

@@ -17,7 +17,6 @@ from torch import nn
 from harmony.capture.calls import CallHandler
 from harmony.capture.isolation import autocast_dtype, held_by_variables, user_frame
 from harmony.capture.kernels import KernelWatch, Noticed, changed_by, version_of
-from harmony.capture.leafwatch import LeafCall
 from harmony.capture.randomstate import PythonState
 from harmony.capture.references import References, with_devices
 from harmony.capture.refuse import (
@@ -57,6 +56,7 @@ class Recorder(CallHandler):
         attributes: Python attributes that the glue has changed in that run.
         inputs: numbers of the model's inputs.
         loss_call: the call of the loss function, if there was one.
+        of_data: tensors that leaf modules have made of the content of others.
         number_of: returns the number of a tensor; None if no step in the glue has made it.
     """
 
@@ -76,6 +76,7 @@ class Recorder(CallHandler):
         self.loss_call: LossCall | None = None
         self._device = device
         self._skeleton = skeleton
+        self.of_data = self._references.of_data
         self.number_of = self._references.numbers.find
         self._kept: list[tuple[str, str]] = []
         self._sized_by_values: set[int] = set()
@@ -99,12 +100,8 @@ class Recorder(CallHandler):
         leaves, structure = flatten((out, targets))
         with torch._C.DisableTorchFunction():
             given = tuple(self._references.given(leaf) for leaf in leaves)
-        start = len(self.steps)
         self.loss_call = LossCall(loss, given, structure, _context())
-        found = loss(out, targets)
-        for step in self.steps[start:]:
-            step.in_loss = True
-        return found
+        return loss(out, targets)
 
     def add_output(self, leaf: Any) -> Any:
         """Return the reference to an output; what no step made gets a step that passes it on."""
@@ -211,6 +208,7 @@ class Recorder(CallHandler):
         out, _ = self._opaque(lambda: func(*args, **kwargs))
         step = Step(StepKind.GUARD, name, func, references, structure, _context())
         step.expected, step.where = out, user_frame()
+        step.in_loss = self.loss_call is not None
         step.state = tuple(leaf.name for leaf in references if isinstance(leaf, StateRef))
         self.steps.append(step)
         return out
@@ -226,7 +224,7 @@ class Recorder(CallHandler):
         references = self._references.of_all(leaves, name)
         versions = [version_of(tensor) for tensor in tensors]
         known = self._references
-        watch = LeafCall(name, module, tensors, known.state, known.made_in, known.numbers)
+        watch = known.watch(name, module, tensors)
         moved_on = self.check_python_random()
         self._leaf = watch
         self._kernels.take()
@@ -285,6 +283,7 @@ class Recorder(CallHandler):
         step.outputs = tuple(known.number_output(leaf, step.name) for leaf in made)
         self._note_sizes(step)
         if self.loss_call is not None:
+            step.in_loss = True
             held = map(known.numbers.find, held_by_variables(Recorder.at_loss.__code__))
             step.held = frozenset(number for number in held if number is not None)
         of_nothing = step.kind is StepKind.FUNCTION and not step.state

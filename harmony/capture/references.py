@@ -32,6 +32,7 @@ class References:
         state: names of parameters and buffers, by the id of the tensor.
         module_names: names of modules, by id.
         made_of_nothing: numbers of tensors that depend on no input, parameter or buffer.
+        of_data: tensors that leaf modules have made of the content of others.
     """
 
     def __init__(
@@ -42,10 +43,18 @@ class References:
         self.state = {id(skeleton.tensor(name)): name for name in skeleton.names}
         self.module_names = {id(module): name for name, module in skeleton.modules.items()}
         self.made_of_nothing: set[int] = set()
+        self.of_data: IdentityMap[bool] = IdentityMap()
         self._device = device
         self._stand_ins = stand_ins
         self._constants: dict[int, Constant] = {}
         self._alive: list[torch.Tensor] = []
+
+    def watch(
+        self, name: str, module: nn.Module, arguments: Sequence[torch.Tensor]
+    ) -> LeafCall:
+        """Return what watches a call of a leaf module."""
+        known = (self.state, self.made_in, self.numbers, self.of_data)
+        return LeafCall(name, module, arguments, *known)
 
     def stand_in(self, args: Any, kwargs: Any) -> Any:
         """Replace the user's own parameters and modules, reached through a closure, by ours.

@@ -33,7 +33,7 @@ from harmony.capture.program import CallLoss, Loss, Program
 from harmony.capture.pythonstate import PlainState
 from harmony.capture.reach import check_reach
 from harmony.capture.record import Recorder
-from harmony.capture.refuse import LiveOnlyError, UnrecordableError, check_buffers
+from harmony.capture.refuse import LiveOnlyError, UnrecordableError, check_buffers, hides_tensors
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.structure import flatten
 from harmony.capture.tape import StepKind, Tape, without_dead_steps
@@ -73,6 +73,7 @@ class Tracer:
         self._batch = batch
         self._real = False
         self._settled = False
+        self._set_up = False
         self._closed: dict[str, str] = {}
 
     @property
@@ -88,7 +89,7 @@ class Tracer:
         """
         for _ in range(_MOST_OPENED):
             try:
-                with undisturbed(self.device):
+                with undisturbed(self.device), self.outside.undone():
                     return without_dead_steps(self._attempt(num_samples, first))
             except LeafMustOpenError as request:
                 self._open(request)
@@ -98,10 +99,12 @@ class Tracer:
                 self._close(error.inside, str(error))
             except _AttributesMovedError as moved:
                 self._settle(moved)
+            except _ObjectsMovedError:
+                pass
             except NEEDS_VALUES as error:
                 self._use_real_parameters(error)
             except RuntimeError as error:
-                # Some fake kernels refuse what the real ones do; if not, the error comes again.
+                # Some fake kernels refuse what real ones do; if not, the error comes again.
                 if self._real or self._on_meta():
                     raise
                 self._use_real_parameters(error)
@@ -147,6 +150,7 @@ class Tracer:
                 )
         recorder.check_python_random()
         self.outside.end(self._judges(recorder, twin))
+        self._settle_objects(twin)
         recorder.check_containers()
         opened.record_changes(recorder)
         leaves, structure = flatten(out)
@@ -181,7 +185,7 @@ class Tracer:
 
     def _judges(self, recorder: Recorder, twin: Skeleton) -> Callable[[torch.Tensor], bool]:
         parameters = [name for name, _ in twin.root.named_parameters()]
-        return depends_on_batch(recorder, parameters, self._real)
+        return depends_on_batch(recorder, parameters)
 
     def _recorder(
         self, twin: Skeleton, stand_ins: Mapping[int, Any], kernels: KernelWatch
@@ -245,6 +249,18 @@ class Tracer:
                 settled.__dict__[hooks].update(module.__dict__[hooks])
             settled._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
 
+    def _settle_objects(self, twin: Skeleton) -> None:
+        """Start anew from objects on modules as the forward has set them up; once."""
+        moved = [] if self._set_up or self.outside.reason is None else self.outside.moved_objects()
+        self._set_up |= bool(moved)
+        for path, name in moved:
+            old = self._template.modules[path].__dict__.get(name)
+            new = twin.modules[path].__dict__[name]
+            for module in () if hides_tensors(new) else self._template.modules.values():
+                module.__dict__.update({k: new for k, v in module.__dict__.items() if v is old})
+        if moved:
+            raise _ObjectsMovedError
+
     def _on_meta(self) -> bool:
         return any(param.device.type == "meta" for param in self._source.parameters())
 
@@ -301,6 +317,10 @@ def _nothing_saved() -> Any:
 
 def _is_in(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(outer + ".")
+
+
+class _ObjectsMovedError(Exception):
+    """The forward has set up something in objects that modules hold."""
 
 
 class _AttributesMovedError(Exception):

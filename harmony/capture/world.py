@@ -10,7 +10,7 @@ import functools
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -101,10 +101,12 @@ class Walk:
         self.functions: list[FunctionType] = []
         self.attributes: list[tuple[Entry, str, str]] = []
         self._codes = observed.codes
-        self._names = observed.names() | {"forward"}
+        named = (name for name in observed.names() if name[:2] != "__")
+        self._names = frozenset((*named, "forward"))
         self._seen = {id(held) for held in ignored}
         self._entries: set[tuple[int, str]] = set()
         self._alive: list[Any] = []
+        self._modules: dict[str, nn.Module] = {}
         self._pending: deque[tuple[str, Any]] = deque()
 
     def world(self) -> World:
@@ -118,17 +120,18 @@ class Walk:
             moving: attributes that the forward itself changes: module, attribute.
         """
         self._seen.update(map(id, root.modules()))
+        self._modules = dict(root.named_modules())
         for path, module in root.named_modules():
             where = f"{path or type(root).__name__}."
             held = module.__dict__
             if isinstance(module, torch.jit.ScriptModule):  # compiled
                 continue
+            among = _Names(path, moving, _is_torchs(type(module)))
             for name, value in held.items():
-                if name not in _MACHINERY and (path, name) not in moving:
+                if name in among:
                     entry = self._entry(where + name, held, name, value)
                     if entry is not None:
                         self.attributes.append((entry, path, name))
-            among = _NotMachinery(path, moving)
             about = f"an attribute of {where[:-1]}"
             self.holders.append(Names(about, held, among, nn.Module))
             for hooks in _HOOKS:
@@ -136,6 +139,11 @@ class Walk:
                     self.visit(f"a hook of {where[:-1]}", hook)
             self.visit(type(module).__name__, type(module))
         self._run()
+
+    def owners(self) -> Iterator[tuple[Entry, nn.Module, str]]:
+        """Yield the attributes of modules: holder, module, attribute."""
+        for entry, path, name in self.attributes:
+            yield entry, self._modules[path], name
 
     def code(self, codes: Mapping[CodeType, dict[str, Any]]) -> None:
         """Walk over the globals that code names."""
@@ -251,14 +259,22 @@ class Walk:
         self.visit(kind.__name__, kind)
 
     def _named(self, name: str, held: Any, own: dict[str, Any]) -> None:
-        if isinstance(held, ModuleType) and held.__name__.split(".")[0] in ("torch", "harmony"):
-            return
+        if isinstance(held, ModuleType):
+            package = held.__name__.split(".")[0]
+            pythons = package in sys.stdlib_module_names and package != "os"
+            if pythons or package in ("torch", "harmony"):
+                return
         for key in [key for key in own if key in self._names]:
             self._entry(f"{name}.{key}", own, key, own[key])
         self.holders.append(Names(f"an attribute of {name}", own, self._names))
 
     def _class(self, name: str, kind: type) -> None:
-        if _home_of(kind) == "builtins" or kind in _PATCHED:
+        home = _home_of(kind)
+        layers = home.startswith(("torch.nn.modules", "torch.nn.utils"))
+        package = home.split(".")[0]
+        if package in sys.stdlib_module_names or (package == "torch" and not layers):
+            return
+        if kind in _PATCHED:
             return
         own = vars(kind)
         for key in [key for key in own if key in self._names]:
@@ -302,14 +318,22 @@ class Walk:
         self.visit(name, get(name, None))
 
 
-class _NotMachinery:
-    """The names of a module's attributes that are its own and do not move by themselves."""
+class _Names:
+    """The names of a module's attributes that are its own and do not move by themselves.
 
-    def __init__(self, path: str, moving: Collection[tuple[str, str]]) -> None:
-        self._path, self._moving = path, moving
+    What PyTorch's own layers keep for themselves, such as lists of their parameters, is not.
+    """
+
+    def __init__(self, path: str, moving: Collection[tuple[str, str]], torchs: bool) -> None:
+        self._path, self._moving, self._torchs = path, moving, torchs
 
     def __contains__(self, name: object) -> bool:
-        return name not in _MACHINERY and (self._path, name) not in self._moving
+        private = self._torchs and str(name)[:1] == "_"
+        return not private and name not in _MACHINERY and (self._path, name) not in self._moving
+
+
+def _is_torchs(kind: type) -> bool:
+    return _home_of(kind).startswith("torch.nn.modules.")
 
 
 def _putter(holder: dict[str, Any]) -> Callable[[Any, Any], Any]:
