@@ -65,9 +65,7 @@ class Direct:
         self._bindings.activate(None)  # it needs the memory
         loss_fn = self._options.loss_fn
         program = Program(loss_fn, output_loss=loss_fn is None)
-        asked = self._options.microbatch_size
-        # Parts of a batch that nobody asked for might be another training.
-        size = min(asked or minibatch, minibatch)
+        size = min(self._options.microbatch_size or minibatch, minibatch)
         outside = self._of("step", loss_fn)
         ranges = [(low, min(low + size, minibatch)) for low in range(0, minibatch, size)]
         weights = self._weights(call, ranges, captured)
@@ -75,6 +73,7 @@ class Direct:
             with self._as_before(outside), held_back() as held, held.open():
                 return self._gradients(program, call, ranges, weights, step, outside)
         except torch.OutOfMemoryError as error:
+            # Smaller microbatches may be other training: only the user can say that they are not.
             raise self._does_not_fit(size, error) from None
 
     def forward(self, args: Any, kwargs: Any, step: int) -> Any:
