@@ -322,7 +322,7 @@ def _half() -> tuple[harmony.Harmony, Any]:
     def loss_fn(out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(out.float(), targets)
 
-    return harmony.Harmony(net, loss_fn=loss_fn, microbatch_size=8, devices=1, **options), loss_fn
+    return harmony.Harmony(net, loss_fn=loss_fn, microbatch_size=16, devices=1, **options), loss_fn
 
 
 @pytest.mark.parametrize("make_model", [_pairs, _coupled, _hooked, _half])
