@@ -46,7 +46,7 @@ def everything(model: harmony.Harmony) -> list[Any]:
         *(p.detach().clone() for p in net.parameters()),
         *(None if p.grad is None else p.grad.clone() for p in net.parameters()),
         *(b.clone() for b in net.buffers()),
-        *(t.clone() if isinstance(t, torch.Tensor) else t for t in tensors),
+        *(t.cpu().clone() if isinstance(t, torch.Tensor) else t for t in tensors),
         model.num_steps,
         torch.get_rng_state(),
         random.getstate(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -235,16 +236,19 @@ def test_a_wrong_weight_of_a_microbatch_is_found(
     targets[:3] = -100  # the microbatches count unequal numbers of labels
     found = model.verify(inputs, targets)
     assert found.ok and found.num_microbatches == 2, found.summary()
-    weights = Engine._weights
+    ready = Engine.ready
 
-    def wrong(engine: Engine, *args: Any) -> Any:
-        return dict.fromkeys(weights(engine, *args), 0.5)
+    def weighted(*values: float) -> Callable[..., Any]:
+        def wrong(*args: Any) -> Any:
+            step = ready(*args)
+            keys = sorted(step.weights)
+            return replace(step, weights=dict(zip(keys, values * len(keys), strict=False)))
 
-    monkeypatch.setattr(Engine, "_weights", wrong)
+        return wrong
+
+    monkeypatch.setattr(Engine, "ready", weighted(0.5, 0.5))
     assert model.verify(inputs, targets).ok is (size == 4)  # 4 + 4 samples: as plain PyTorch
-    monkeypatch.setattr(
-        Engine, "_weights", lambda *args: dict(zip(weights(*args), (0.3, 0.7) * 2, strict=False))
-    )
+    monkeypatch.setattr(Engine, "ready", weighted(0.3, 0.7))
     assert not model.verify(inputs, targets).ok
 
 
@@ -296,7 +300,7 @@ def is_right(model: harmony.Harmony, loss_fn: Any, *batch: torch.Tensor) -> bool
 def _pairs() -> tuple[harmony.Harmony, Any]:
     net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     options: Any = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}}
-    return harmony.Harmony(net, loss_fn=pairs, mode="dp", devices=2, **options), pairs
+    return harmony.Harmony(net, loss_fn=pairs, devices=2, **options), pairs
 
 
 def _coupled() -> tuple[harmony.Harmony, Any]:
