@@ -178,6 +178,8 @@ class PackOptimizer:
             # It may be one that does not pass over parameters without a gradient.
             self.full = self._made(trainable)
             self._coupled = why_coupled(self.full)
+        if isinstance(self.full, torch.optim.Optimizer):
+            self.full.register_state_dict_post_hook(_on_host)
 
     def _made(self, given: list[Any]) -> torch.optim.Optimizer:
         factory, options = self._factory, self._options
@@ -289,6 +291,20 @@ def _check_steps(optimizer: Any) -> None:
             f"{name} wants sparse gradients; Harmony's are dense, with the same sums. Use "
             "torch.optim.Adam, or another optimizer"
         )
+
+
+def _on_host(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Let a saved state be where the parameters are, though some of it is on devices now."""
+    state = {
+        key: {
+            name: value.cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in held.items()
+        }
+        if isinstance(held, dict)
+        else held
+        for key, held in saved.get("state", {}).items()
+    }
+    return {**saved, "state": state}
 
 
 def _why_watched(optimizer: Any) -> str | None:

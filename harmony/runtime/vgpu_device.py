@@ -56,6 +56,10 @@ class VirtualGPUModule(ModuleType):
         """Return the current stream of a device."""
         return torch.accelerator.current_stream(self._index(device))
 
+    def stream(self, stream: torch.Stream) -> torch.Stream:
+        """Return a context that makes a stream current: streams are their own."""
+        return stream
+
     def set_stream(self, stream: torch.Stream) -> None:
         """Make a stream current on its device."""
         torch.accelerator.set_stream(stream)

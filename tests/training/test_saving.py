@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
 from accelerate import Accelerator
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
@@ -24,6 +25,7 @@ import harmony
 
 from .conftest import VirtualGPUs
 from .models import GPT, square_loss, token_batch, token_loss, vector_batch
+from .test_residents import resident_model
 
 
 class Net(GPT):
@@ -192,3 +194,29 @@ def test_shared_memory_is_left_with_a_warning(vgpus: VirtualGPUs) -> None:
             for module in (model, plain):
                 module.share_memory()
                 assert all(tensor.is_shared() for tensor in module.state_dict().values())
+
+
+def test_the_state_of_the_optimizer_is_saved_where_the_parameters_are(vgpus: VirtualGPUs) -> None:
+    model = resident_model(GPT(dropout=0.0))
+    optimizer = model.optimizer
+    for step in range(2):
+        model.train_step(*token_batch(step))
+    held = [v.device.type for state in optimizer.state.values() for v in state.values()]
+    assert "vgpu" in held, "it is about state on a device"
+    saved = optimizer.state_dict()["state"]
+    devices = {v.device.type for state in saved.values() for v in state.values()}
+    assert devices == {"cpu"}, "so that it can be loaded where there is no such device"
+    whole = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    losses = [model.train_step(*token_batch(step)) for step in range(2, 4)]
+    model.load_state_dict(whole["model"])
+    optimizer.load_state_dict(whole["optimizer"])
+    model.num_steps = 2
+    assert [model.train_step(*token_batch(step)) for step in range(2, 4)] == losses
+
+
+def test_a_distributed_checkpoint_keeps_every_tensor(vgpus: VirtualGPUs, tmp_path: Path) -> None:
+    state = trained().state_dict()
+    checkpoint.save({"model": state}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = {"model": {name: torch.zeros_like(tensor) for name, tensor in state.items()}}
+    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    assert_equal(loaded["model"], state)
