@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 
 from harmony.capture import Captured, GuardError
-from harmony.capture.lossweights import LossWeigher
 from harmony.errors import PlanError
 from harmony.figures import forward_seconds
 from harmony.kin import (
@@ -45,7 +44,7 @@ from harmony.runtime.hoststate import HostState
 from harmony.runtime.selfcheck import SelfCheck
 from harmony.runtime.stage import Values
 from harmony.runtime.step import Weights
-from harmony.splitting import Model, Rule, try_splitting
+from harmony.splitting import Splitting
 from harmony.timeline import Timeline
 from harmony.updateprofile import UpdateCost
 
@@ -101,9 +100,7 @@ class Binding:
         self._predicted: dict[int, tuple[Plan, Timeline]] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._inferences: dict[int, tuple[Plan, Schedule]] = {}
-        self._weigher = LossWeigher(captured)
-        self._rules: Mapping[int, Rule] = {}
-        self._tried = False
+        self._splitting = Splitting(captured)
         self._checked: set[int] = set()
 
     @property
@@ -119,36 +116,16 @@ class Binding:
     def try_splitting(
         self, inputs: Values, minibatch: int, asked: int | None, loss_name: str
     ) -> None:
-        """Find out whether batches may be parted, with the first that has more than one sample.
-
-        Args:
-            inputs: the batch, by value.
-            asked: the microbatch size that the caller has chosen: then they are, and all that is
-                asked is how outputs with several rows a sample are put together.
-            loss_name: of the caller's loss function, for the reason.
-        """
-        values = self.graph.values
-        parted = any(values[v].batch_dim is not None for v in self.graph.input_ids)
-        if self._tried or minibatch < 2 or not parted:
-            return
-        self._tried = True
-        if asked is None:
-            needed = not self.graph.whole_batch
-        else:
-            forms = (self.captured.value_form(v, minibatch)[0] for v in self.graph.output_ids)
-            dims = (values[v].batch_dim for v in self.graph.output_ids)
-            pairs = zip(forms, dims, strict=True)
-            needed = asked < minibatch and any(
-                dim is not None and shape[dim] != minibatch for shape, dim in pairs
-            )
-        if not needed:
-            return
-        model = Model(self.captured, self.graph, self.host.weights, self._weigher, loss_name)
-        # It runs on memory as it was found: an anomaly there means nothing.
-        with torch.autograd.set_detect_anomaly(False):
-            verdict = try_splitting(model, self._contexts[0], inputs, minibatch, asked)
-        self._rules = verdict.rules
-        self.graph = self.host.graph = verdict.applied(self.graph)
+        """Find out whether batches may be parted (see `harmony.splitting.Splitting.found`)."""
+        self.graph = self.host.graph = self._splitting.found(
+            self.graph,
+            self.host.weights,
+            self._contexts[0],
+            inputs,
+            minibatch,
+            asked,
+            loss_name,
+        )
 
     def forbid_parts(self, why: str) -> None:
         """Let every minibatch be one microbatch from now on."""
@@ -390,14 +367,10 @@ class Binding:
         for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
             every = [s for r in range(len(spec.shares)) for s in spec.microbatches(r, kind)]
             for value in scalars:
-                rule = self._rules.get(value, Rule.READ)
-                if rule is not Rule.READ:
-                    weights.update({(value, s): w for s, w in rule.weights(every).items()})
-                    continue
-                found = self._weigher.weigh(value, inputs, every)
-                weights.update({(value, s): weight for s, weight in found.weights.items()})
+                found, why = self._splitting.weigh(value, inputs, every)
+                weights.update({(value, s): weight for s, weight in found.items()})
                 if self.graph.values[value].requires_grad:
-                    doubt = doubt or found.doubt
+                    doubt = doubt or why
         return weights, doubt
 
     def self_check(self, plan: Plan) -> SelfCheck | None:

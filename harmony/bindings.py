@@ -264,10 +264,9 @@ class Bindings:
         """
         inputs = binding.captured.flatten_inputs(*call)
         self.activate(binding)
+        asked = self._options.microbatch_size
         with undisturbed(self._contexts[0].device):
-            binding.try_splitting(
-                inputs, minibatch, self._options.microbatch_size, self._loss_name(form)
-            )
+            binding.try_splitting(inputs, minibatch, asked, self._options.loss_name(form))
         if binding.costs is None and not binding.borrow(self):
             sizes = sizes or self._sizes_to_measure(minibatch, binding.graph)
             update = self.update_cost() if form == "step" else None
@@ -276,10 +275,6 @@ class Bindings:
                 binding.measure(inputs, sizes, update, known)
             self._measured.keep()
         return inputs
-
-    def _loss_name(self, form: str) -> str:
-        loss = self._options.loss_fn if form == "step" else None
-        return "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
 
     def rung(self) -> str:
         """How the model is captured, at worst: by a tape, the tape of a real run, or live."""

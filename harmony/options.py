@@ -46,6 +46,11 @@ class EngineOptions:
             if form == "step" or not name.startswith("targets")
         }
 
+    def loss_name(self, form: str) -> str:
+        """The name of the loss function of a form; empty where the model makes its loss."""
+        loss = self.loss_fn if form == "step" else None
+        return "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+
     def make_optimizer(self, net: nn.Module) -> PackOptimizer | None:
         """The optimizer of a module's parameters; None if the user has one of their own."""
         if self.optimizer is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
@@ -195,9 +194,7 @@ def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Tape:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_off, log.disabled = log.disabled, True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return tracer.trace(num_samples, first)
+        return tracer.trace(num_samples, first)
     except (HarmonyError, torch.OutOfMemoryError):
         raise
     except Exception as error:

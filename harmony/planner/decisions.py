@@ -8,7 +8,7 @@ value of an aspect is what choosing that value would have given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harmony.planner.candidates import Candidate
 from harmony.planner.tasks import TaskKind
@@ -70,6 +70,15 @@ def decide(
     mine = aspects(chosen)
     return tuple(
         _decision(name, mine[name], chosen_s, best[name], missing[name]) for name in _ASPECTS
+    )
+
+
+def without_choice(decisions: Iterable[Decision], why: str) -> tuple[Decision, ...]:
+    """Say of decisions that the model left none of, why: a batch that may not be parted."""
+    fixed = ("replicas", "microbatch size") if why else ()
+    return tuple(
+        replace(item, why=f"one microbatch: {why}") if item.name in fixed else item
+        for item in decisions
     )
 
 

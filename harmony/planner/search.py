@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Literal
 
 from harmony.errors import ConfigError, DoesNotFitError
@@ -28,7 +27,7 @@ from harmony.planner.candidates import (
     sizes_that_work,
 )
 from harmony.planner.cost import CostTable
-from harmony.planner.decisions import Decision, decide
+from harmony.planner.decisions import Decision, decide, without_choice
 from harmony.planner.lowerbound import lower_bound
 from harmony.planner.memory import arena_nbytes
 from harmony.planner.packing import Budget, Packer, check_layers, suggest_memory
@@ -284,15 +283,8 @@ class _Search:
             self.simulated,
             self.ranking.refused,
         )
-        why, minibatch = self.graph.whole_batch, self.question.minibatch
-        if not why or self.question.sizes != (minibatch,):
-            return found
-        return tuple(
-            replace(item, why=f"one microbatch: {why}")
-            if item.name in ("replicas", "microbatch size")
-            else item
-            for item in found
-        )
+        is_whole = self.question.sizes == (self.question.minibatch,)
+        return without_choice(found, self.graph.whole_batch) if is_whole else found
 
     def _most_promising(self) -> list[Tried]:
         """Simulate candidates by estimated time, until the estimates are clearly worse."""

@@ -7,7 +7,6 @@ to be those of the parts put together by a rule (`losses`).
 
 from __future__ import annotations
 
-from harmony.splitting.losses import Rule
-from harmony.splitting.trial import Model, Verdict, try_splitting
+from harmony.splitting.known import Splitting
 
-__all__ = ["Model", "Rule", "Verdict", "try_splitting"]
+__all__ = ["Splitting"]

@@ -104,8 +104,7 @@ def try_splitting(
             except torch.OutOfMemoryError as error:
                 last = error
             except _FailedError as failed:
-                if count == num_samples:
-                    return Verdict()  # the batch itself fails: that is for the step to say
+                # If the whole batch fails too, that is for its measurement to say.
                 return Verdict(f"the forward fails for {count} samples of a batch ({failed})")
     return Verdict(f"not even 2 samples could be compared ({last})")
 
