@@ -6,6 +6,7 @@ They share one arena of parameters, and take turns in having the memory of the d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from harmony.capture import (
     LiveOnlyError,
     capture,
     check_hooks,
+    or_as_it_is,
     undisturbed,
 )
 from harmony.errors import HarmonyError
@@ -237,6 +239,8 @@ class Bindings:
                 raise LiveOnlyError(binding.captured.as_is, where, as_is=True)
             paths.use(binding)
         except LiveOnlyError as error:
+            if error.passing:
+                raise
             paths.live = error.again()
 
     def _stands_for(self, binding: Binding, call: Call) -> bool:
@@ -308,7 +312,7 @@ class Bindings:
 
     def _capture(self, form: str, call: Call) -> Captured:
         options, (args, kwargs, targets) = self._options, call
-        try:
+        with or_as_it_is(self._net), self._blaming_difference():
             return capture(
                 self._net,
                 args,
@@ -318,6 +322,12 @@ class Bindings:
                 output_loss=form == "step" and options.loss_fn is None,
                 batch_dims=options.batch_dims_of(form),
             )
+
+    @contextmanager
+    def _blaming_difference(self) -> Iterator[None]:
+        """Say of a forward that fails since the model was changed that this may be why."""
+        try:
+            yield
         except Exception as error:
             if self._difference is None or isinstance(error, HarmonyError):
                 raise

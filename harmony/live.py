@@ -21,6 +21,7 @@ from harmony.capture import (
     Batch,
     LiveCapture,
     LiveOnlyError,
+    or_as_it_is,
     plain_attributes,
     same_path,
     seed_python,
@@ -124,7 +125,8 @@ class Live:
 
         run = self._capture_of(form).capture
         capture = partial(run, args, kwargs, targets, begin, num_samples)
-        captured = with_room("the forward of a microbatch", [context.device], capture)
+        with or_as_it_is(self._net):
+            captured = with_room("the forward of a microbatch", [context.device], capture)
         if captured.as_is is not None:
             raise LiveOnlyError(captured.as_is, type(self._net).__name__, as_is=True)
         paths = self._known.setdefault(form, Paths())

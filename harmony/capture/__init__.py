@@ -21,7 +21,7 @@ from harmony.capture.outside import Outside
 from harmony.capture.params import ParamInfo
 from harmony.capture.pythonstate import is_plain, plain_attributes
 from harmony.capture.randomstate import seed_python
-from harmony.capture.refuse import LiveOnlyError
+from harmony.capture.refuse import LiveOnlyError, or_as_it_is
 from harmony.capture.replay import GuardError
 from harmony.capture.skeleton import Skeleton
 from harmony.capture.streamed import StreamedModule
@@ -43,6 +43,7 @@ __all__ = [
     "check_hooks",
     "is_plain",
     "moved",
+    "or_as_it_is",
     "plain_attributes",
     "running_on",
     "same_path",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from harmony.capture.isolation import user_frame
+from harmony.capture.isolation import user_frame, user_frame_of
 from harmony.capture.skeleton import Skeleton, closes_over_module, plain_tensors
 from harmony.capture.tape import Step
-from harmony.errors import CaptureError
+from harmony.errors import CaptureError, HarmonyError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
 _HARMLESS = (torch.Tensor, nn.Module, type, bool, int, float, str, torch.dtype, torch.device)
@@ -52,6 +53,41 @@ class LiveOnlyError(CaptureError):
         return LiveOnlyError(
             self.reason, self.where, as_is=self.as_is, passing=self.passing
         )
+
+
+@contextmanager
+def or_as_it_is(net: nn.Module) -> Iterator[None]:
+    """Let a module whose forward cannot be recorded run as it is, since plain PyTorch runs it.
+
+    An error that is not ours may be the caller's own: then the module fails as it is too, and
+    nothing is concluded for later calls.
+
+    Raises:
+        CaptureError: for modules that no way of running them takes.
+        LiveOnlyError: in the place of whatever recording raises.
+    """
+    check_module(net)
+    try:
+        yield
+    except LiveOnlyError:
+        raise
+    except Exception as error:
+        ours = isinstance(error, CaptureError)
+        other = isinstance(error, HarmonyError) and not ours
+        if other or isinstance(error, torch.OutOfMemoryError) or _on_meta(net):
+            raise
+        text = " ".join(str(error).split())
+        why = text if ours else f"{type(error).__name__}: {text}"
+        raise LiveOnlyError(
+            f"the forward cannot be recorded ({why})",
+            user_frame_of(error),
+            as_is=True,
+            passing=not ours,
+        ) from error
+
+
+def _on_meta(net: nn.Module) -> bool:
+    return any(param.device.type == "meta" for param in net.parameters())
 
 
 class UnrecordableError(CaptureError):
