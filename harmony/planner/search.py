@@ -188,6 +188,8 @@ def ask(
         )
     counts = replicas_of(mode, machine.num_devices, minibatch, ordered=ordered)
     sizes: tuple[int, ...] | None = (size,) if isinstance(size, int) else None
+    if isinstance(size, int) and mode == "auto":  # no replica may have smaller microbatches
+        counts = tuple(r for r in counts if r == 1 or minibatch % (r * size) == 0)
     if sizes is None and (graph.whole_batch or graph.sizes):
         if several and (mode == "dp" or (replicas or 1) > 1):
             raise ConfigError(one_replica(graph, minibatch, mode))
