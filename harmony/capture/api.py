@@ -67,6 +67,7 @@ def capture(
     tracer = Tracer(module, template, program, batch, leaves)
     try:
         sizes = first_tapes(tracer, batch.num_samples)
+        tracer.warn_of_closed()  # only now: what tries find out is not to be heard
         check_backward_hooks(template.root, tracer.leaves)
         captured = Captured(tracer, template, batch, sizes, program.has_loss)
     finally:

@@ -111,13 +111,13 @@ class Tracer:
         raise CaptureError(f"gave up after opening {_MOST_OPENED} modules; {self.leaves} are left")
 
     @property
-    def state(self) -> tuple[set[str], bool]:
-        """What the traces so far have found out: the leaves, and whether values are needed."""
-        return self.leaves, self._real
+    def state(self) -> tuple[set[str], bool, dict[str, str]]:
+        """What the traces so far have found out: leaves, why some are, and whether values count."""
+        return self.leaves, self._real, dict(self._closed)
 
     @state.setter
-    def state(self, state: tuple[set[str], bool]) -> None:
-        self.leaves, self._real = state
+    def state(self, state: tuple[set[str], bool, dict[str, str]]) -> None:
+        self.leaves, self._real, self._closed = state
 
     def _attempt(self, num_samples: int, first: int) -> Tape:
         twin = Skeleton(self._template.root, self.device)
@@ -221,12 +221,16 @@ class Tracer:
         """Let a module be one leaf: its Python runs as it is, whatever it does."""
         self._closed[name] = reason
         self.leaves = {leaf for leaf in self.leaves if not _is_in(leaf, name)} | {name}
-        module = self._template.modules[name]
-        warnings.warn(
-            f"{name or 'the model'} ({type(module).__name__}) is one layer, which has to fit on a "
-            f"GPU as a whole: {reason}",
-            stacklevel=2,
-        )
+
+    def warn_of_closed(self) -> None:
+        """Say which modules became one layer each, and why."""
+        for name, reason in self._closed.items():
+            module = self._template.modules[name]
+            warnings.warn(
+                f"{name or 'the model'} ({type(module).__name__}) is one layer, which has to fit "
+                f"on a GPU as a whole: {reason}",
+                stacklevel=3,
+            )
 
     def _settle(self, moved: _AttributesMovedError) -> None:
         """Start from what the forward left on opened modules; once, as it may be set up lazily.
