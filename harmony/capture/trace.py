@@ -112,7 +112,7 @@ class Tracer:
 
     @property
     def state(self) -> tuple[set[str], bool, dict[str, str]]:
-        """What the traces so far have found out: leaves, why some are, and whether values count."""
+        """What the traces so far have found out: leaves, whether values count, why some are."""
         return self.leaves, self._real, dict(self._closed)
 
     @state.setter
