@@ -62,7 +62,7 @@ def test_where_any_two_devices_slow_each_other_down_only_what_all_get_is_known()
 def test_a_machine_reads_back_what_it_wrote() -> None:
     machine = with_device_updates(
         Machine(
-            (Device("toy", 1, 2.0, 3.0, 4.0),),
+            (Device("toy", 1, 2.0, 3.0, 4.0), Device("toy", 1, 2.0, 3.0, 4.0)),
             Host(5, memory_bytes_per_s=7.0),
             1.5,
             (Switch((0, 1), 3.0, 4.0),),
@@ -73,7 +73,8 @@ def test_a_machine_reads_back_what_it_wrote() -> None:
     assert machine.devices[0].update_bytes_per_s == 9.0
     assert Machine.from_json(machine.to_json()) == machine
     assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
-    old = {"devices": [], "host": {"memory_nbytes": 5}}
+    bare = {"name": "toy", "memory_nbytes": 1, "h2d_bytes_per_s": 1.0, "d2h_bytes_per_s": 1.0}
+    old = {"devices": [{**bare, "p2p_bytes_per_s": 1.0}], "host": {"memory_nbytes": 5}}
     assert Machine.from_json(old).switches == ()
 
 
