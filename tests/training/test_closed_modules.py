@@ -299,6 +299,52 @@ def test_a_bound_that_is_a_tensor_is_read_anew(cut: Any, vgpus: VirtualGPUs) -> 
     assert_same_training(Cut(cut), inputs)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_attention_masks_that_transformers_maps_are_steps(vgpus: VirtualGPUs) -> None:
+    """PaliGemma makes its mask by ``torch.vmap``, of which tokens are an image's."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projection_dim": 32}
+    config = transformers.PaliGemmaConfig(
+        text_config={**text, "pad_token_id": 0, "model_type": "gemma", "use_cache": False},
+        vision_config=vision,
+        projection_dim=32,
+        image_token_index=60,
+        hidden_size=32,
+    )
+    net = transformers.PaliGemmaForConditionalGeneration(config).train()
+    plain = transformers.PaliGemmaForConditionalGeneration(config).train()
+    plain.load_state_dict(net.state_dict())
+    ids = torch.cat([torch.full((2, 16), 60), torch.randint(1, 59, (2, 8))], 1)
+    batch = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(2, 3, 16, 16),
+        "token_type_ids": torch.cat([torch.zeros(2, 20), torch.ones(2, 4)], 1).long(),
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.clamp(max=59),
+    }
+    wanted = plain(**batch).loss
+    wanted.backward()
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        devices=2,
+        microbatch_size=2,
+        mode="pp",
+        updates="host",
+    )
+    assert torch.equal(model.train_step(batch), wanted.detach())
+    assert model.rung == "tape"
+    assert len(layers_of(model)) > 5
+    own = dict(net.named_parameters())
+    for name, param in plain.named_parameters():
+        assert param.grad is None or torch.equal(own[name].grad, param.grad), name
+
+
 def test_tensors_hidden_in_an_object_go_through_one_layer(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Between(lambda net, h: net.bag(Bag(h)))

@@ -22,8 +22,7 @@ PENDING = frozenset({"hubert", "vit_mae"})
 """Models that are known to fail; the tests leave them out, the script does not.
 
 ``vit_mae`` for a mean over a mask that is drawn; ``hubert`` because the whole batch, which it is
-compared with,
-draws other dropout than microbatches do.
+compared with, draws other dropout than microbatches do.
 """
 
 SAMPLE = 8
