@@ -87,7 +87,9 @@ def observing() -> Iterator[Observed]:
     try:
         yield observed
     finally:
-        sys.setprofile(before)
+        sys.setprofile(before if callable(before) else None)
+        if before is not None and not callable(before):  # cProfile's, which is no function
+            before.enable()
         if collects:
             gc.enable()
 

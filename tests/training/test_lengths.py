@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import gc
+import sys
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -213,3 +215,19 @@ def test_bytes_of_another_length_are_bounded_from_above() -> None:
     assert more.backward_nbytes == cost.backward_nbytes * 1.25**2
     assert more.forward_s == cost.forward_s * 1.25
     assert less.layer(0, 1).backward_nbytes == cost.backward_nbytes
+
+
+def test_a_script_may_be_profiled(vgpus: VirtualGPUs) -> None:
+    """Recording watches calls as well, and puts back what it found: cProfile's is no function."""
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        model = harmony.Harmony(
+            torch.nn.Linear(4, 4),
+            optimizer=torch.optim.SGD,
+            loss_fn=torch.nn.functional.mse_loss,
+        )
+        model.train_step(torch.ones(2, 4), torch.zeros(2, 4))
+        assert sys.getprofile() is profile
+    finally:
+        profile.disable()
