@@ -205,6 +205,8 @@ class Binding:
             return None
         same = ratio_between(self.graph, kin.graph) is not None  # it may have learnt of this one
         like = kin._plans.get(minibatch) if kin._asked.get(minibatch) == asked else None
+        if like is not None and self.graph.whole_batch and len(microbatches_of(like.spec)) > 1:
+            like = None  # batches of the other length may be parted, these may not
         if same and like is not None:
             assert self.costs is not None
             plan = adapted(self.graph, self.costs, self.machine, like, activations)
