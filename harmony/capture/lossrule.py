@@ -128,6 +128,8 @@ class _Walk:
         inputs = [number for number in tape.inputs if number is not None]
         self._of_batch = _reached(tape, {n for n in inputs if self._dims(n)}, state=False)
         self._learned = _reached(tape, set(), state=True)
+        drawn = {made for step in tape.steps if step.random for made in step.made}
+        self._drawn = _reached(tape, drawn, state=False)
 
     def terms(self, number: int, so_far: Term) -> Iterator[Term]:
         """Yield the parts of a value that does not grow with the batch."""
@@ -187,6 +189,9 @@ class _Walk:
 
     def _varies(self, number: int) -> bool:
         """Whether a factor that the inputs decide may be another for another microbatch."""
+        if number in self._drawn:
+            name = self._tape.values[number].name
+            raise UnknownRuleError(f"{name}, a factor of it, depends on random numbers")
         steps = host_steps(self._tape, [number])
         if steps is None:
             return False  # made of parameters: every microbatch has the same

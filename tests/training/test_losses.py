@@ -211,6 +211,32 @@ def test_what_cannot_be_put_together_is_one_microbatch(vgpus: VirtualGPUs, name:
     assert_near(net, loss, twin, loss_fn(twin(inputs), targets))
 
 
+class Masked(nn.Module):
+    """A mean over a mask that is drawn, as masked autoencoders have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        mask = (torch.rand(inputs.shape, device=inputs.device) > 0.5).float()
+        return ((self.layer(inputs) - inputs).square() * mask).sum() / mask.sum()
+
+
+def test_a_mean_over_a_drawn_mask_is_not_taken_for_a_sum(vgpus: VirtualGPUs) -> None:
+    """Its divisor does not depend on the inputs, but is no constant either."""
+    inputs, _ = vectors()
+    torch.manual_seed(0)
+    net = Masked()
+    twin = copy.deepcopy(net)
+    loss = wrap(net, None, microbatch_size=4).train_step(inputs)
+    parts = []
+    for index in range(2):
+        torch.manual_seed(harmony.microbatch_seed(0, index))
+        parts.append(twin(inputs[4 * index : 4 * index + 4]) / 2)
+    assert_near(net, loss, twin, parts[0] + parts[1])
+
+
 @pytest.mark.parametrize("name", list(MIXING))
 def test_microbatches_that_were_asked_for_count_by_their_samples(
     vgpus: VirtualGPUs, name: str
