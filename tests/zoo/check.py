@@ -290,6 +290,8 @@ def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float
     """Largest difference relative to the largest entry; 0 only for equal bits."""
     if found is None or expected is None:
         return 0.0 if found is expected else math.inf
+    if expected.is_sparse:  # plain PyTorch's; ours are dense
+        expected = expected.to_dense()
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf
     if _bits(found).equal(_bits(expected)):
