@@ -242,17 +242,29 @@ class Executor:
         job.recall.random.check = signals.check
         countdown = Countdown(num_programs)
         with held_back() as held, held.stopped_by(partial(signals.fail, "")):
-            for index, (worker, program) in enumerate(self._assign(prepared)):
-                native.trace_release(begin[index])
-                end = prepared.num_events + index
-                job_tokens = (begin[index], done[index])
-                worker.submit(self._job(program, step, job_tokens, end), countdown.done)
-            countdown.wait()
+            try:
+                for index, (worker, program) in enumerate(self._assign(prepared)):
+                    native.trace_release(begin[index])
+                    end = prepared.num_events + index
+                    job_tokens = (begin[index], done[index])
+                    worker.submit(self._job(program, step, job_tokens, end), countdown.done)
+                countdown.wait()
+            except BaseException as error:  # some have their job, and would wait for the others
+                signals.fail("the start of the step", error)
+                self._drain_workers()
             for token in done:
                 native.trace_acquire(token)
             self._raise_failure(prepared, step)
         prepared.num_runs += 1
         return self._timeline(prepared, step)
+
+    def _drain_workers(self) -> None:
+        """Wait until no thread has a job any more."""
+        workers = [*self._workers, self._update_worker]
+        countdown = Countdown(len(workers))
+        for worker in workers:
+            worker.submit(lambda: None, countdown.done)
+        countdown.wait()
 
     def new_check(self, *schedules: Schedule) -> SelfCheck | None:
         """Return an empty self-check of a forward and its backward; None if nothing runs twice."""
