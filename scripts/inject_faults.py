@@ -188,7 +188,8 @@ class Subject:
         """All that has to be of one step."""
         held = [self.optimizer.state.get(p, {}).get("mean") for p in self.model.parameters()]
         tensors = [*self.model.state_dict().values(), *(t for t in held if t is not None)]
-        return [*(t.detach().clone() for t in tensors), torch.tensor(self.model.num_steps)]
+        found = [tensor.detach().cpu().clone() for tensor in tensors]  # some may be on a GPU
+        return [*found, torch.tensor(self.model.num_steps)]
 
     def saved(self) -> tuple[Any, Any, int]:
         """A checkpoint."""
