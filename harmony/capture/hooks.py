@@ -12,6 +12,7 @@ import dis
 import functools
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -63,8 +64,27 @@ def _only_computes(hook: Any) -> bool:
         return True
     if function is None:
         return False
-    torchs_own = (function.__module__ or "").startswith("torch.")
-    return torchs_own or all(map(_is_computing, _nested(function.__code__)))
+    if _is_torchs(function):
+        return True
+    computing = all(map(_is_computing, _nested(function.__code__)))
+    return computing and all(_is_torchs(held) for held in _brought(hook) if callable(held))
+
+
+def _is_torchs(held: Any) -> bool:
+    return (getattr(held, "__module__", None) or "").split(".")[0] == "torch"
+
+
+def _brought(hook: Any) -> Iterator[Any]:
+    """What a hook has with it beside what it is called with: it may call that."""
+    while isinstance(hook, functools.partial):
+        yield from (*hook.args, *hook.keywords.values())
+        hook = hook.func
+    function = _function(hook)
+    assert function is not None
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing is in it yet
+            yield cell.cell_contents
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
 
 
 def _is_computing(code: CodeType) -> bool:

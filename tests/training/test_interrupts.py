@@ -100,7 +100,7 @@ def once(call: Callable[..., Any], before: Callable[[], None]) -> Callable[..., 
 def test_one_interrupt_lets_the_step_end_and_everything_is_of_it(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """shared/cases ctrl_c_once: buffers and num_steps were of the step before."""
+    """Buffers and num_steps were once of the step before."""
     model, twin = pair()
     (bound,) = model._engine.bindings
     places = [
@@ -123,7 +123,7 @@ def test_one_interrupt_lets_the_step_end_and_everything_is_of_it(
 def test_two_interrupts_stop_the_step_and_the_model_wants_a_state(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """shared/cases ctrl_c_twice: parameters were torn, and nothing said so."""
+    """Parameters were once torn, and nothing said so."""
     model, twin = pair()
     assert model.optimizer is not None
     saved = {name: tensor.clone() for name, tensor in twin.state_dict().items()}

@@ -49,7 +49,7 @@ def mlp() -> nn.Module:
 
 
 def pairs(out: torch.Tensor, _: Any) -> torch.Tensor:
-    """The case of shared/cases/pairs_loss: both halves of the batch, of one shape each."""
+    """Both halves of the batch, of one shape each."""
     half = len(out) // 2
     return -F.logsigmoid((out[:half] - out[half:]).sum(-1)).mean()
 
