@@ -61,5 +61,14 @@ def moved(
     scalars_too = bool(group.get("fused") or group.get("capturable"))
     for key, held in state.items():
         if isinstance(held, torch.Tensor) and (held.dim() or scalars_too):
-            state[key] = held if held.device == device else held.to(device)
+            state[key] = held if held.device == device else _copied(held, device)
     return state
+
+
+def _copied(held: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device; from another one by way of the host, which waits for it.
+
+    A copy between devices would still read when the memory of the old tensor is given back on a
+    stream that does not know of it. That a pack moves is rare.
+    """
+    return (held if held.device.type == "cpu" else held.cpu()).to(device)

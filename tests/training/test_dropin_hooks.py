@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import harmony
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import SkipMLP, square_loss, vector_batch
 from tests.training.test_dropin_graph import same_gradients, wrapped
