@@ -20,6 +20,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
 
 from harmony.capture.intercept import recording
 from harmony.capture.isolation import autocast_dtype
@@ -121,6 +123,9 @@ class OnDevice(TorchFunctionMode):
         """Handle ``apply`` of a custom ``autograd.Function``, which no mode sees."""
         if threading.get_ident() != self._thread:
             return apply(*args, **kwargs)
+        if function is CheckpointFunction:  # see `_without_checkpoints`
+            run, _, *given = args
+            return run(*given)
         return self.call(apply, function.__name__, args, kwargs)
 
     def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -182,7 +187,40 @@ def running_on(device: torch.device) -> Iterator[OnDevice]:
             stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype()))
         stack.enter_context(saved_tensors_hooks(mode.keep, mode.fetch))
         stack.enter_context(recording(mode))
+        stack.enter_context(_without_checkpoints())
         yield mode
+
+
+_as_it_is = threading.local()
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Let `torch.utils.checkpoint` run its functions once, in this thread, until the block ends.
+
+    What is saved waits on the host anyway, and a thread of autograd's that ran them again would
+    find the parameters there. The values are the same.
+    """
+    before = getattr(_as_it_is, "running", False)
+    _as_it_is.running = True
+    try:
+        yield
+    finally:
+        _as_it_is.running = before
+
+
+_checkpointed = checkpoint._checkpoint_without_reentrant_generator
+
+
+@functools.wraps(_checkpointed)
+def _checkpointed_or_kept(*args: Any, **kwargs: Any) -> Iterator[None]:
+    if getattr(_as_it_is, "running", False):
+        return iter((None,))
+    found: Iterator[None] = _checkpointed(*args, **kwargs)
+    return found
+
+
+checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept
 
 
 def moved(tree: Any, device: torch.device) -> Any:

@@ -92,20 +92,6 @@ class Pair(nn.Module):
         return {"value": value, "gate": gate} if self.named else (value, gate)
 
 
-class Leaves(nn.Module):
-    """Leaves a value on an attribute, beside what it returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(WIDTH, WIDTH)
-        self.seen: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.inner(x)
-        self.seen = torch.sigmoid(x)
-        return torch.tanh(x)
-
-
 def _frozen() -> nn.Module:
     return nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
@@ -120,7 +106,6 @@ MAKERS: dict[str, Callable[[int], nn.Module]] = {
     "counts": lambda number: Counts(),
     "changes": lambda number: Changes(),
     "pair": Pair,
-    "leaves": lambda number: Leaves(),
     "frozen": lambda number: _frozen(),
     "unused": lambda number: nn.Linear(WIDTH, WIDTH),
     "cat": lambda number: nn.Linear(2 * WIDTH, WIDTH),
@@ -222,11 +207,6 @@ class _Forward:
         value, gate = (made["value"], made["gate"]) if isinstance(made, dict) else made
         self.saved.append(gate)
         self.x = value if number % 3 == 0 else value * torch.sigmoid(gate)
-
-    def leaves(self, part: nn.Module, number: int) -> None:
-        self.x = part(self.x)
-        assert isinstance(part, Leaves) and part.seen is not None
-        self.saved.append(part.seen)
 
     def unused(self, part: nn.Module, number: int) -> None:
         pass

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import harmony
 
@@ -286,3 +287,39 @@ def test_hooks_that_only_compute_leave_the_model_recorded(vgpus: VirtualGPUs) ->
     for step in range(2):
         assert torch.equal(model.train_step(*batch(step)), wanted[step])
     assert model.rung == "tape"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropin", [True, False])
+def test_checkpoints_in_a_model_that_runs_as_it_is(
+    vgpus: VirtualGPUs, dropin: bool, reentrant: bool
+) -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(8, 4), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = checkpoint(lambda t: torch.tanh(self.inner(t)), x, use_reentrant=reentrant)
+            self.last = out.detach()
+            return out
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Remembers())
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), Remembers())
+    size = 8 if dropin else 4
+    wanted = plain_run(plain, 2, size)
+    model: Any = harmony.Harmony(net, devices=1) if dropin else trained(net)
+    optimizer = torch.optim.SGD(net.parameters(), **SGD)
+    for step in range(2):
+        x, y = batch(step)
+        if dropin:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        else:
+            loss = model.train_step(x, y)
+        assert torch.equal(loss.detach(), wanted[step])
+    assert all(map(torch.equal, net.parameters(), plain.parameters()))
