@@ -74,6 +74,9 @@ class OnDevice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+            return self._drawn_on_host(func, args, kwargs)
         if name in FACTORIES and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": self._device}
         if name == "__get__":
@@ -83,6 +86,18 @@ class OnDevice(TorchFunctionMode):
         if name == "__set__":
             return func(args[0], *(_beside(args[0], value) for value in args[1:]))
         return self.call(func, name, args, kwargs)
+
+    def _drawn_on_host(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Draw by a generator of the host, where plain PyTorch draws too; results go along."""
+        host = torch.device("cpu")
+        args_there, kwargs_there = moved((args, kwargs), host)
+        if "device" in kwargs:
+            kwargs_there["device"] = host
+        out = func(*args_there, **kwargs_there)
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and out is args_there[0] and out is not first:
+            return first.copy_(out)
+        return moved(out, self._device)
 
     def call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
         """Run a function on the device, if any of its tensors is there."""

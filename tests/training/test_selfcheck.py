@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.capture import captured
 from harmony.planner.tasks import TaskKind
 from harmony.runtime.selfcheck import SelfCheck
 from tests.training.conftest import VirtualGPUs
@@ -20,37 +20,38 @@ from tests.training.plain import params_of
 MODES = [("pp", 1), ("pp", 2), ("dp", 2)]
 
 
-class Odd(nn.Module):
-    """A linear layer whose result depends on what nobody sees."""
+class Odd:
+    """Lets the first layer compute something else each time that it runs.
 
-    def __init__(self, hidden: Callable[[], float]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(24, 24) / 5)
-        self.hidden = hidden
+    A module that did so by what its Python reads would not be recorded.
+    """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x @ self.weight) * (1.0 + self.hidden())
+    def __init__(self) -> None:
+        self.on, self.calls = True, 0
 
-
-def counter(switch: dict[str, bool]) -> Callable[[], float]:
-    calls = [0]
-
-    def hidden() -> float:
-        calls[0] += 1
-        return 1e-6 * calls[0] if switch["on"] else 0.0
-
-    return hidden
+    def scale(self) -> float:
+        self.calls += 1
+        return 1.0 + 1e-6 * self.calls
 
 
-def private_generator(switch: dict[str, bool]) -> Callable[[], float]:
-    generator = torch.Generator().manual_seed(1)
-    return lambda: 0.01 * torch.rand((), generator=generator).item() if switch["on"] else 0.0
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> Odd:
+    found, run_layer = Odd(), captured._run_layer
+
+    def run(layered: Any, layer: int, skeleton: Any, values: Any, *args: Any) -> None:
+        if layer == 0 and found.on:
+            for number in layered.tape.steps[layered.ranges[0][0]].inputs:
+                values[number] = values[number] * found.scale()
+        run_layer(layered, layer, skeleton, values, *args)
+
+    monkeypatch.setattr(captured, "_run_layer", run)
+    return found
 
 
-def odd_net(make: Any, switch: dict[str, bool]) -> nn.Module:
+def layers() -> nn.Module:
     torch.manual_seed(0)
-    # At the front: the last pack of a plan runs its layers once only.
-    return nn.Sequential(Odd(make(switch)), *(nn.Linear(24, 24) for _ in range(4)))
+    # The odd one is in front: the last pack of a plan runs its layers once only.
+    return nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)))
 
 
 def wrap(net: nn.Module, mode: str, num_devices: int, **options: Any) -> harmony.Harmony:
@@ -66,13 +67,11 @@ SGD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("make", [counter, private_generator])
 @pytest.mark.parametrize(("mode", "num_devices"), MODES)
 def test_a_layer_that_computes_something_else_each_time_is_named(
-    vgpus: VirtualGPUs, make: Any, mode: str, num_devices: int
+    vgpus: VirtualGPUs, odd: Odd, mode: str, num_devices: int
 ) -> None:
-    switch = {"on": True}
-    net = odd_net(make, switch)
+    net = layers()
     model = wrap(net, mode, num_devices, **SGD)
     before = params_of(net)
     for _ in range(2):  # nothing is updated, nothing hangs, and it is found again
@@ -82,28 +81,26 @@ def test_a_layer_that_computes_something_else_each_time_is_named(
         assert "Nothing was updated" in str(e.value)
     assert model.num_steps == 0
     assert all(torch.equal(param, before[name]) for name, param in params_of(net).items())
-    switch["on"] = False
+    odd.on = False
     model.train_step(*vector_batch(0))
     assert model.num_steps == 1
 
 
 @pytest.mark.parametrize(("mode", "num_devices"), MODES)
 def test_the_drop_in_form_is_checked_in_its_first_backward(
-    vgpus: VirtualGPUs, mode: str, num_devices: int
+    vgpus: VirtualGPUs, odd: Odd, mode: str, num_devices: int
 ) -> None:
-    switch = {"on": True}
-    net = odd_net(counter, switch)
-    model = wrap(net, mode, num_devices)
+    model = wrap(layers(), mode, num_devices)
     inputs, targets = vector_batch(0)
     with torch.no_grad():
         model(inputs)
     with pytest.raises(harmony.RecomputeError, match="not compute the same twice"):
         square_loss(model(inputs), targets).backward()
     assert all(param.grad is None for param in model.parameters())
-    switch["on"] = False
+    odd.on = False
     square_loss(model(inputs), targets).backward()
     assert all(param.grad is not None for param in model.parameters())
-    switch["on"] = True  # from now on nobody looks
+    odd.on = True  # from now on nobody looks
     square_loss(model(inputs), targets).backward()
 
 

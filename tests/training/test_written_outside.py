@@ -323,3 +323,31 @@ def test_checkpoints_in_a_model_that_runs_as_it_is(
             loss = model.train_step(x, y)
         assert torch.equal(loss.detach(), wanted[step])
     assert all(map(torch.equal, net.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("how", ["factory", "like", "in place"])
+def test_a_generator_of_the_users_own_draws_what_it_draws_in_plain_pytorch(
+    vgpus: VirtualGPUs, how: str
+) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 4)
+            self.generator = torch.Generator().manual_seed(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inner(x)
+            if how == "factory":
+                return h + torch.randn(h.shape, generator=self.generator, device=x.device)
+            if how == "like":
+                return h * torch.bernoulli(torch.full_like(h, 0.5), generator=self.generator)
+            return h + torch.empty_like(h).uniform_(generator=self.generator)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Noisy())
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), Noisy())
+    wanted, model = plain_run(plain, 2, 4), trained(net)
+    for step in range(2):
+        assert torch.equal(model.train_step(*batch(step)), wanted[step])
+    assert all(map(torch.equal, net.parameters(), plain.parameters()))
