@@ -180,8 +180,7 @@ class LossTrial:
                 v: _scaled(t, scale, number) if values[v].requires_grad else t
                 for v, t in given.items()
             }
-            # On CUDA an index out of range would end the process.
-            may_ignore = number != 2 and self._runner.device.type != "cuda"
+            may_ignore = number != 2 and self._runner.may_ignore
             for ignored in (True, False) if number and may_ignore else (False,):
                 others = {
                     v: perturbed(given[v], _dim(self._dims[v]), 7 * number + v, ignored=ignored)

@@ -31,6 +31,9 @@ class Scalars:
     gradients: dict[int, Gradients]
 
 
+_IGNORING = frozenset({"cross_entropy", "nll_loss", "crossentropyloss", "nllloss"})
+
+
 class LayerRunner:
     """Has one layer's parameters on a device at a time."""
 
@@ -51,6 +54,17 @@ class LayerRunner:
         self._trained = {p.name for p in captured.params if p.requires_grad}
         self._params = {p.name for p in captured.params}
         self._held: dict[str, torch.Tensor] = {}
+
+    @property
+    def may_ignore(self) -> bool:
+        """Whether targets may be the one that PyTorch's losses ignore, an index out of range.
+
+        Only where a loss knows it: other kernels may write to memory that is not theirs.
+        """
+        names = {step.name.lower() for step in self._captured.tape.steps}
+        known = not _IGNORING.isdisjoint(names)
+        unchecked = any("ctc" in name for name in names)
+        return known and not unchecked and self.device.type != "cuda"
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

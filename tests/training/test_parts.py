@@ -475,3 +475,22 @@ def test_hugging_face_clip(vgpus: VirtualGPUs, form: str) -> None:
         loss.backward()
     assert torch.equal(loss.detach(), whole.detach())
     assert_same(net, twin)
+
+
+def test_targets_that_are_tried_are_never_out_of_a_kernel_s_range(vgpus: VirtualGPUs) -> None:
+    """The CTC loss does not check its targets: others than occur would end the process."""
+
+    def ctc(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert int(targets.min()) > 0
+        lengths = torch.full((len(output),), 10), torch.full((len(output),), 3)
+        return F.ctc_loss(output.log_softmax(-1).transpose(0, 1), targets, *lengths)
+
+    torch.manual_seed(0)
+    net = nn.Linear(8, 6)
+    twin = copy.deepcopy(net)
+    inputs, targets = normal(4, 10, 8), 1 + torch.arange(12).view(4, 3) % 5
+    whole = ctc(twin(inputs), targets)
+    whole.backward()
+    loss = wrap(net, ctc).train_step(inputs, targets)
+    torch.testing.assert_close(loss, whole.detach())
+    assert_near(net, twin)
