@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import harmony
 from harmony.figures import figures_of, packs_of
 from harmony.planner.policy import Policy
 from harmony.planner.schedule import parse_instruction
@@ -174,7 +175,7 @@ def test_trace_file_has_both_steps(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_raises(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(harmony.ConfigError, match="missing"):
         write_report([make_record()], tmp_path / "missing" / "report.txt")
 
 
