@@ -47,7 +47,9 @@ def test_a_tolerance_has_a_reason_and_nothing_else_has_one() -> None:
     for entry in ZOO.values():
         assert bool(entry.reason) is (entry.tolerance > 0), entry.name
         loose = entry.whole_batch or entry.reason == LAYOUT
-        assert entry.tolerance <= (1e-6 if loose else 2e-7), entry.name
+        # What TorchScript has compiled rounds otherwise than what it runs at first.
+        rounded = 4e-7 if entry.name == "script_module" else 2e-7
+        assert entry.tolerance <= (1e-6 if loose else rounded), entry.name
 
 
 def test_the_zoo_is_as_large_as_promised() -> None:
