@@ -51,6 +51,19 @@ def test_a_pinned_plan_is_trained_by(plan_path: Path) -> None:
         assert model.plan == load_plan(plan_path)
 
 
+def test_a_plan_that_leaves_devices_idle_comes_back(tmp_path: Path) -> None:
+    vgpu.virtual_gpus(count=2, memory="64MiB")
+    fields = {"loss_fn": torch.nn.functional.mse_loss, "mode": "pp"}
+    batch = torch.randn(4, 8), torch.randn(4, 8)
+    model = make(torch.nn.Linear(8, 8), **fields)
+    model.train_step(*batch)
+    assert model.plan is not None and model.plan.schedule.num_devices == 1  # there is one layer
+    save_plan(model.plan, tmp_path / "plan.json")
+    again = make(torch.nn.Linear(8, 8), plan=tmp_path / "plan.json", **fields)
+    again.train_step(*batch)
+    assert again.plan == model.plan
+
+
 def test_the_command_line_comes_before_the_script(plan_path: Path) -> None:
     with session.running(Options(plan=plan_path, active=True)):
         model = make()
