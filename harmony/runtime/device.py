@@ -22,8 +22,8 @@ class DeviceContext:
     """One device and the streams that a schedule names, owned by one host thread.
 
     Attributes:
-        streams: stream of each name in ``DEVICE_STREAMS``. None is the default stream: on CUDA
-            that one waits for all others.
+        streams: stream of each name in ``DEVICE_STREAMS``. None is the default stream, on which
+            the user's own work on the device is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,8 +39,9 @@ class DeviceContext:
         # landing streams never have work of their own, so that fence makes nobody wait.
         for peer in peers:
             if peer != self.device:
-                stream = self._landing.setdefault(peer, torch.Stream(device=peer))
-                torch.accelerator.set_stream(stream)
+                if peer not in self._landing:  # a device has few: each is made once
+                    self._landing[peer] = torch.Stream(device=peer)
+                torch.accelerator.set_stream(self._landing[peer])
         torch.accelerator.set_device_index(self.device.index)
         self._current = ""
 
@@ -102,14 +103,15 @@ class DeviceContext:
 @contextmanager
 def streams_restored(contexts: Sequence[DeviceContext]) -> Iterator[None]:
     """Leave the calling thread, which is the user's, with the device and streams it had."""
-    index = torch.accelerator.current_device_index()
-    streams = [torch.accelerator.current_stream(context.device) for context in contexts]
-    try:
-        yield
-    finally:
-        for stream in streams:
-            torch.accelerator.set_stream(stream)
-        torch.accelerator.set_device_index(index)
+    # To set a device makes a context on it, some 500 MB: `device_index` goes back to the device
+    # that was current without that, if nobody had used it yet.
+    with torch.accelerator.device_index(contexts[0].device.index):
+        streams = [torch.accelerator.current_stream(context.device) for context in contexts]
+        try:
+            yield
+        finally:
+            for stream in streams:
+                torch.accelerator.set_stream(stream)
 
 
 def available_devices() -> list[torch.device]:

@@ -57,8 +57,10 @@ class HostBuffer:
             reason = native.pin_range(device, self.tensor.data_ptr(), size)
             self.pinned = reason is None
             if reason is None:
-                address = self.tensor.data_ptr()
-                weakref.finalize(self.tensor, native.unpin_range, device, address)
+                native.withhold_from_children(device, self._memory, withhold=True)
+                weakref.finalize(
+                    self.tensor, _unpin, device, self.tensor.data_ptr(), self._memory
+                )
             else:
                 warnings.warn(
                     f"{purpose} ({format_bytes(size)}) could not be pinned: {reason}. Copies to "
@@ -76,6 +78,12 @@ class HostBuffer:
         They stay valid, though no longer pinned, when the buffer is gone.
         """
         return (ctypes.c_char * place.nbytes).from_buffer(self._memory, place.offset)
+
+
+def _unpin(device: torch.device, address: int, memory: mmap.mmap) -> None:
+    """Make the pages ordinary ones again: tensors of the user may still lie on them."""
+    native.unpin_range(device, address)
+    native.withhold_from_children(device, memory, withhold=False)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ The only place that asks which of the two it is.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import sys
 import threading
 from types import ModuleType
@@ -88,8 +90,22 @@ def pin_range(device: torch.device, address: int, nbytes: int) -> str | None:
         return None
     if device.type != "cuda":
         return f"pinning is not known on {device.type}"
-    status = _cudart().cudaHostRegister(address, nbytes, _CUDA_HOST_REGISTER_DEFAULT)
-    return None if int(status) == 0 else f"cudaHostRegister: {status}"
+    with torch.accelerator.device_index(device.index):  # else it makes a context on GPU 0
+        status = _cudart().cudaHostRegister(address, nbytes, _CUDA_HOST_REGISTER_DEFAULT)
+        if int(status) == 0:
+            return None
+        _clear_error(device)
+    return f"cudaHostRegister: {status}"
+
+
+def _clear_error(device: torch.device) -> None:
+    """Forget the error that a CUDA call of this thread has left behind for the next to find.
+
+    CUDA keeps it until somebody asks, and PyTorch asks after it launches a kernel: the next
+    kernel of the model would be blamed.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)
 
 
 def unpin_range(device: torch.device, address: int) -> None:
@@ -98,8 +114,19 @@ def unpin_range(device: torch.device, address: int) -> None:
         vgpu = _vgpu()
         if vgpu is not None:
             vgpu.host_unregister(address)
-    elif device.type == "cuda":
-        _cudart().cudaHostUnregister(address)
+    elif device.type == "cuda" and int(_cudart().cudaHostUnregister(address)) != 0:
+        _clear_error(device)
+
+
+def withhold_from_children(device: torch.device, memory: mmap.mmap, *, withhold: bool) -> None:
+    """Say whether a forked process, as a worker of a DataLoader, gets this pinned memory.
+
+    A real GPU reads and writes pages by their place. A fork would have them copied at once or, on
+    older kernels, move them away from the GPU at the next write; both for memory that may be most
+    of the host's. A virtual GPU uses addresses, so there a child may have it and read it.
+    """
+    if not is_virtual(device):
+        memory.madvise(mmap.MADV_DONTFORK if withhold else mmap.MADV_DOFORK)
 
 
 def trace_host_access(what: str, tensor: torch.Tensor, *, write: bool) -> None:
