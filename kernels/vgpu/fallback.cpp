@@ -1,9 +1,9 @@
 #include "fallback.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
 #include "layouts.h"
 #include "random.h"
@@ -147,7 +147,7 @@ void run_sync(const c10::OperatorHandle& op, const OpInfo& info, const Stack& ar
     (*results)[i] = fresh;
   }
   submit(device, info.name, accesses, [op, results] { op.callBoxed(results.get()); });
-  current_stream(device).synchronize();
+  wait_for_current_stream(device);
   if (guess || (info.has_wrong_meta && outputs.empty()))
     remember_outputs(op, info, arguments, *results, outs, guess);
   for (const auto& [output, result] : outputs) copy_to_output(info, output, result, device);
@@ -160,7 +160,7 @@ int find_device(const OpInfo& info, const Stack& arguments) {
   int device = -1;
   bool has_host_tensor = false;
   for (const auto& value : arguments) {
-    if (value.isDevice() && value.toDevice().is_privateuseone() && device < 0)
+    if (value.isDevice() && value.toDevice().type() == kDeviceType && device < 0)
       device = value.toDevice().index();
     for_each_tensor(value, [&](const at::Tensor& t) {
       if (!t.defined()) return;
@@ -217,7 +217,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
       " has, or register a CPU kernel for this one with torch.library.impl().");
   Stack arguments = torch::jit::pop(*stack, info.is_written.size());
   int device = find_device(info, arguments);
-  c10::DeviceGuard guard(c10::Device(c10::kPrivateUse1, static_cast<c10::DeviceIndex>(device)));
+  c10::DeviceGuard guard(c10::Device(kDeviceType, static_cast<c10::DeviceIndex>(device)));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (info.is_random) return run_random(op, arguments, device, stack);
   if (info.is_view) return run_view(op, info, arguments, stack);
@@ -225,10 +225,6 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   if (!info.must_measure) plan = plan_outputs(op, info, arguments);
   if (plan && plan->is_certain) return run_async(op, info, arguments, *plan, device, stack);
   run_sync(op, info, arguments, plan.get(), device, stack);
-}
-
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
 }  // namespace vgpu

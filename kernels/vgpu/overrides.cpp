@@ -161,6 +161,10 @@ at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& min,
   return is_float ? counts : counts.to(self.scalar_type());
 }
 
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);

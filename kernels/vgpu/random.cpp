@@ -1,13 +1,11 @@
 #include "random.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <array>
 
 #include "storage.h"
-#include "stream.h"
 
 namespace vgpu {
 
@@ -40,7 +38,8 @@ class Generator final : public c10::GeneratorImpl {
   Generator* clone_impl() const override { return new Generator(device().index(), cpu.clone()); }
 };
 
-// The CPU generator to draw from: of the one given, or of the device.
+}  // namespace
+
 at::Generator cpu_generator(const c10::IValue& value, int device) {
   at::Generator given = value.isNone() ? default_generator(device) : value.toGenerator();
   TORCH_CHECK(given.device().is_privateuseone(),
@@ -48,27 +47,6 @@ at::Generator cpu_generator(const c10::IValue& value, int device) {
               "'");
   return static_cast<Generator*>(given.unsafeGetGeneratorImpl())->cpu;
 }
-
-// Draws into a tensor on the host, then copies it to the device behind what is enqueued there.
-void run_fill(const c10::OperatorHandle& op, const OpInfo& info, Stack arguments, int device,
-              Stack* stack) {
-  size_t target_index = info.returned_argument[0];
-  at::Tensor target = arguments[target_index].toTensor();
-  if (info.name == "aten::randperm.generator_out")
-    resize_tensor(target, {arguments[0].toInt()}, std::nullopt);
-  at::Tensor drawn = at::empty_strided(target.sizes(), target.strides(), target.scalar_type());
-  arguments[target_index] = drawn;
-  op.callBoxed(&arguments);
-  if (target.numel() > 0) {
-    Accesses accesses;
-    add_access(accesses, target, true);
-    auto alias = host_alias(target);
-    submit(device, info.name, accesses, [alias, drawn] { alias.copy_(drawn); });
-  }
-  stack->emplace_back(target);
-}
-
-}  // namespace
 
 at::Generator make_generator(int device) {
   return at::make_generator<Generator>(device, at::detail::createCPUGenerator());
@@ -81,23 +59,6 @@ const at::Generator& default_generator(int device) {
     return generators;
   }();
   return (*all)[device];
-}
-
-void run_random(const c10::OperatorHandle& op, const Stack& arguments, int device, Stack* stack) {
-  const OpInfo& info = op_info(op);
-  Stack prepared = arguments;
-  const auto& schema_arguments = op.schema().arguments();
-  for (size_t i = 0; i < prepared.size(); ++i)
-    if (schema_arguments[i].name() == "generator")
-      prepared[i] = cpu_generator(prepared[i], device);
-  if (info.is_fill) return run_fill(op, info, std::move(prepared), device, stack);
-  // It reads tensors (probabilities, means): they must be there before anything is drawn.
-  Accesses accesses;
-  Stack results = to_cpu(info, prepared, accesses);
-  submit(device, info.name, accesses, [] {});
-  current_stream(device).synchronize();
-  op.callBoxed(&results);
-  push_results(info, arguments, std::move(results), device, stack);
 }
 
 // Python has no other way to reach the default generators: torch.vgpu.default_generators.

@@ -76,6 +76,8 @@ void submit(int device, const std::string& what, const Accesses& accesses,
   current_stream(device).enqueue(std::move(task), what, accesses);
 }
 
+void wait_for_current_stream(int device) { current_stream(device).synchronize(); }
+
 void resize_storage(c10::StorageImpl& storage, size_t nbytes) {
   int device = storage.device().index();
   c10::DeviceGuard guard(storage.device());

@@ -7,8 +7,16 @@
 
 namespace vgpu {
 
+// The fallback, `opinfo`, `shapes` and `draws` work for any device whose memory is the host's:
+// kernels/fakecuda compiles them for CUDA.
+#ifdef VGPU_DEVICE_TYPE
+constexpr c10::DeviceType kDeviceType = VGPU_DEVICE_TYPE;
+#else
+constexpr c10::DeviceType kDeviceType = c10::kPrivateUse1;
+#endif
+
 inline bool is_vgpu(const at::Tensor& t) {
-  return t.defined() && t.device().type() == c10::kPrivateUse1;
+  return t.defined() && t.device().type() == kDeviceType;
 }
 
 // An uninitialised tensor on the current device.
@@ -28,5 +36,8 @@ const at::Tensor& resize_tensor(const at::Tensor& self, at::IntArrayRef sizes,
 // Enqueues a kernel on the current stream of `device`.
 void submit(int device, const std::string& what, const Accesses& accesses,
             std::function<void()> kernel);
+
+// Waits for what is enqueued on the current stream of `device`.
+void wait_for_current_stream(int device);
 
 }  // namespace vgpu

@@ -12,6 +12,7 @@
 #include "opinfo.cpp"
 #include "shapes.cpp"
 #include "random.cpp"
+#include "draws.cpp"
 #include "fallback.cpp"
 #include "layouts.cpp"
 #include "overrides.cpp"

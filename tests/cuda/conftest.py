@@ -1,0 +1,38 @@
+"""Tests of the CUDA path, on a stand-in for the CUDA runtime: `scripts/test-cuda` runs them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import standin
+
+_HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the stand-in where it is not preloaded."""
+    if standin.is_loaded():
+        return
+    for item in items:
+        if _HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="on the stand-in only: scripts/test-cuda"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _answers() -> None:
+    torch.set_num_threads(1)
+    standin.install()
+
+
+@pytest.fixture(autouse=True)
+def _no_misuse() -> Iterator[None]:
+    """What CUDA would refuse is an error of every test, also where nobody looks."""
+    before = standin.counters()
+    yield
+    gc.collect()
+    assert standin.calls_since(before)["misuse"] == 0

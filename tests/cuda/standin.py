@@ -1,0 +1,91 @@
+"""The stand-in for the CUDA runtime, as tests use it (see kernels/fakecuda/README.md)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+_KERNELS = "FAKECUDA_KERNELS"
+
+
+def is_loaded() -> bool:
+    """Whether this process runs on the stand-in: it is preloaded (scripts/test-cuda)."""
+    return _KERNELS in os.environ
+
+
+def install() -> None:
+    """Let CPU kernels answer the operators on the GPUs; what has no answer is an error."""
+    torch.cuda.init()
+    ctypes.CDLL(os.environ[_KERNELS]).fakecuda_install()
+
+
+@dataclass(frozen=True)
+class Count:
+    """How often something was called, and the bytes of it."""
+
+    calls: int
+    nbytes: int
+
+
+def counters() -> dict[str, Count]:
+    """Everything that is counted, since the process began; the names are in state.cpp."""
+    read = ctypes.CDLL(None).fakecuda_counters
+    read.restype = ctypes.c_char_p
+    found = {}
+    for part in read().decode().split():
+        name, _, figures = part.partition("=")
+        found[name] = Count(*map(int, figures.split(":")))
+    return found
+
+
+def calls_since(before: dict[str, Count]) -> dict[str, int]:
+    """Calls of each name since ``before = counters()``."""
+    return {name: now.calls - before[name].calls for name, now in counters().items()}
+
+
+def fail(name: str, nth: int, error: int) -> None:
+    """Let the nth call of this name from now on return this error of CUDA."""
+    assert ctypes.CDLL(None).fakecuda_fail(name.encode(), nth, error), name
+
+
+def lose_device() -> None:
+    """Let every call from now on fail, as after an assert in a kernel."""
+    ctypes.CDLL(None).fakecuda_lose_device()
+
+
+def others_take(mib: int) -> None:
+    """Let other processes hold so many MiB of each GPU."""
+    ctypes.CDLL(None).fakecuda_set_others_mib(mib)
+
+
+def has_context(device: int) -> bool:
+    """Whether this process has a context on a GPU."""
+    return bool(ctypes.CDLL(None).fakecuda_has_context(device))
+
+
+def run(script: str, **settings: object) -> str:
+    """Run a script in a process of its own, on GPUs that these settings describe.
+
+    Returns:
+        What it printed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.update({f"FAKECUDA_{name.upper()}": str(v) for name, v in settings.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests.cuda import standin; standin.install()\n" + script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

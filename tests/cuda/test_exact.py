@@ -1,0 +1,140 @@
+"""Harmony on the CUDA path computes what plain PyTorch computes there, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import harmony
+from tests.cuda.plain import Batch, Loss, amp, assert_same, train_plain
+from tests.training.models import GPT, token_batch, token_loss
+
+ADAMW = {"lr": 1e-3, "fused": True}
+
+
+class BatchNormNet(nn.Module):
+    """Convolutions with BatchNorm and a residual, as in a ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(16, 16, 3, padding=1, bias=False),
+                nn.BatchNorm2d(16),
+                nn.ReLU(),
+                nn.Conv2d(16, 16, 3, padding=1, bias=False),
+                nn.BatchNorm2d(16),
+            )
+            for _ in range(3)
+        )
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+def images(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 3, 12, 12, generator=generator)
+    return x, torch.randint(0, 10, (8,), generator=generator)
+
+
+def check_step(
+    net: nn.Module, batches: list[Batch], loss_fn: Loss, *, autocast: bool = False, **options: Any
+) -> harmony.Harmony:
+    """Train both ways with AdamW and compare."""
+    expected = train_plain(
+        net,
+        batches,
+        loss_fn,
+        optimizer=torch.optim.AdamW,
+        options=ADAMW,
+        microbatch=2,
+        autocast=autocast,
+    )
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.AdamW,
+        optimizer_kwargs=ADAMW,
+        loss_fn=loss_fn,
+        microbatch_size=2,
+        **{"mode": "pp", "updates": "host", **options},
+    )
+    losses = []
+    for x, y in batches:
+        with amp() if autocast else contextlib.nullcontext():
+            losses.append(float(model.train_step(x, y)))
+    assert_same(losses, net, expected)
+    return model
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_gpt_trains_as_plain_pytorch_on_some_gpus(devices: int, dropout: float) -> None:
+    torch.manual_seed(0)
+    net = GPT(width=64, depth=6, dropout=dropout)
+    batches = [token_batch(step) for step in range(4)]
+    model = check_step(net, batches, token_loss, devices=devices, device_memory="2MiB")
+    assert model.plan is not None and len(model.plan.spec.backward_packs) > 1
+    assert model.plan.schedule.num_devices == devices
+
+
+@pytest.mark.parametrize("activations", ["recompute", "auto"])
+def test_dropout_is_replayed_where_activations_are_made_again(activations: str) -> None:
+    torch.manual_seed(0)
+    net = GPT(width=64, depth=4, dropout=0.2)
+    batches = [token_batch(step) for step in range(3)]
+    check_step(
+        net, batches, token_loss, devices=1, device_memory="2MiB", activations=activations
+    )
+
+
+def test_batch_norm_keeps_its_statistics() -> None:
+    torch.manual_seed(0)
+    batches = [images(step) for step in range(3)]
+    check_step(BatchNormNet(), batches, F.cross_entropy, devices=2, device_memory="4MiB")
+
+
+def test_updates_on_the_gpu_are_plain_pytorch_s() -> None:
+    torch.manual_seed(0)
+    net = GPT(width=32, depth=3)
+    batches = [token_batch(step) for step in range(3)]
+    check_step(net, batches, token_loss, devices=1, device_memory="64MiB", updates="auto")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_drop_in_form_trains_as_plain_pytorch(devices: int) -> None:
+    torch.manual_seed(0)
+    net = GPT(width=64, depth=4, dropout=0.0)
+    batches = [token_batch(step) for step in range(3)]
+    expected = train_plain(
+        net,
+        batches,
+        token_loss,
+        optimizer=torch.optim.SGD,
+        options={"lr": 0.1},
+        microbatch=8,
+    )
+    model = harmony.Harmony(
+        net, devices=devices, device_memory="4MiB", microbatch_size=8, mode="pp"
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = token_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses == pytest.approx(expected[0], rel=1e-6)  # the loss itself is made on the host
+    for name, value in expected[1].items():
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-7)
