@@ -153,7 +153,7 @@ def test_zero3_lets_the_inputs_of_layers_wait_on_the_host_where_they_do_not_fit(
     assert ("d2h", "stash") not in zero3_step(large, costs, machine(1, 10**6), 1, 1).traffic
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["dp", "pp"]),
     st.booleans(),

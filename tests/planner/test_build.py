@@ -152,7 +152,7 @@ def test_a_layer_that_draws_random_numbers_pins_the_microbatch() -> None:
         build_tasks(chain(4, random_layer=1), spec)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_order_of_plain_pytorch_respects_every_edge(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.layergraph import LayerGraph
@@ -23,9 +23,7 @@ from tests.toys import MIB, chain, server, uniform_costs
 
 BOUNDED = settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 
 TOLERANCE = 1.02

@@ -161,7 +161,7 @@ def test_no_event_is_superfluous_or_unused() -> None:
     assert set(recorded.values()) == {1}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_schedule_of_every_model_is_verified(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs())

@@ -306,7 +306,7 @@ def free_machine(num_devices: int) -> Machine:
     return Machine((device,) * num_devices, Host(10**12, accumulate_bytes_per_s=inf))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_issue(
     data: st.DataObject,
@@ -323,7 +323,7 @@ def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_
         assert at in issued
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_step_is_never_shorter_than_what_its_lanes_do_or_than_its_longest_chain(
     data: st.DataObject,
@@ -348,7 +348,7 @@ def contended(num_devices: int) -> Machine:
     return replace(one, host=host, switches=(switch,), peer_links="host")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_shared_links_are_never_faster_than_links_of_ones_own_nor_slower_than_fixed_shares(
     data: st.DataObject,
@@ -367,7 +367,7 @@ def test_shared_links_are_never_faster_than_links_of_ones_own_nor_slower_than_fi
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(shared, again, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject) -> None:
     """Not so where links are shared: see the anomaly in test_flows."""
@@ -383,7 +383,7 @@ def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(before, after, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_updates_that_wait_begin_when_all_else_is_over(data: st.DataObject) -> None:
     """As with a clipped norm, or an optimizer that looks at all gradients together."""

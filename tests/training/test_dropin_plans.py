@@ -24,9 +24,11 @@ from tests.training.plain import gradients_of
 
 RANDOM = settings(
     max_examples=15,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[
+        *settings.default.suppress_health_check,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 POLICIES = st.builds(
     Policy,

@@ -28,10 +28,12 @@ from tests.training.plain import gradients_of, params_of, train_plain, train_tok
 SGD = {"lr": 0.1, "momentum": 0.9, "fused": True}
 RANDOM = settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
     phases=(Phase_.explicit, Phase_.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[
+        *settings.default.suppress_health_check,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 
 

@@ -231,9 +231,8 @@ ONE_GPU = Way([], [], 4, 1, False, Policy())
 
 @settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.filter_too_much],
 )
 @given(recipe=recipes(), way=WAYS, decides=st.sampled_from(["", "", "", "", "alike", "mixed"]))
 @example(recipe=(("batch norm", 0),), way=ONE_GPU, decides="")
