@@ -150,6 +150,13 @@ def test_the_explanation_names_each_decision_and_its_alternatives() -> None:
     assert lines[1:] == view_text(VIEW, explain=True)[-len(lines) + 1 :]
 
 
+def test_alternatives_are_compared_with_the_whole_step_where_a_plan_is_a_part_of_it() -> None:
+    # The plan's own second is the backward; with the forward a step takes 1.25 s, as dp does.
+    assert "  - dp: 1.25 s a step (+0.0%)" in explanation(PLAN, 1.25)
+    whole = view_text(replace(VIEW, forward_s=0.25), explain=True)
+    assert "  - dp: 1.25 s a step (+0.0%)" in whole
+
+
 def test_json_has_what_the_text_shows() -> None:
     data = json.loads(json.dumps(view_json(VIEW, explain=True)))
     assert data["step_s"] == 1.0
