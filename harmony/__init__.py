@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harmony.bigmodel import materialise, meta_init
     from harmony.errors import (
         CaptureError,
         ConfigError,
@@ -23,22 +22,23 @@ if TYPE_CHECKING:
         VirtualGPUError,
     )
     from harmony.module import Harmony
-    from harmony.planner.plan import Plan
-    from harmony.pretrained import load_pretrained
-    from harmony.runtime.randomness import microbatch_seed, seed_microbatch
-    from harmony.runtime.vgpu import virtual_gpus
+    from harmony.planner.ir.plan import Plan
+    from harmony.runtime.step.randomness import microbatch_seed, seed_microbatch
+    from harmony.vgpu.api import virtual_gpus
+    from harmony.weights.meta_init import materialise, meta_init
+    from harmony.weights.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Harmony": "harmony.module",
-    "Plan": "harmony.planner.plan",
-    "load_pretrained": "harmony.pretrained",
-    "materialise": "harmony.bigmodel",
-    "meta_init": "harmony.bigmodel",
-    "microbatch_seed": "harmony.runtime.randomness",
-    "seed_microbatch": "harmony.runtime.randomness",
-    "virtual_gpus": "harmony.runtime.vgpu",
+    "Plan": "harmony.planner.ir.plan",
+    "load_pretrained": "harmony.weights.pretrained",
+    "materialise": "harmony.weights.meta_init",
+    "meta_init": "harmony.weights.meta_init",
+    "microbatch_seed": "harmony.runtime.step.randomness",
+    "seed_microbatch": "harmony.runtime.step.randomness",
+    "virtual_gpus": "harmony.vgpu.api",
     "HarmonyError": "harmony.errors",
     "ConfigError": "harmony.errors",
     "CaptureError": "harmony.errors",

@@ -2,7 +2,7 @@
 
 import sys
 
-from harmony.cli import main
+from harmony.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

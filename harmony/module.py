@@ -10,25 +10,25 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from harmony import session
-from harmony.bypass import Bypass, within
-from harmony.dropin import needs_graph
-from harmony.engine import Engine
+from harmony.core.files import check_types
+from harmony.core.options import current_options
+from harmony.core.timeline import Timeline
+from harmony.engine.autograd import needs_graph
+from harmony.engine.bypass import Bypass, within
+from harmony.engine.engine import Engine
+from harmony.engine.facade import Wrapper
+from harmony.engine.options import EngineOptions
 from harmony.errors import ConfigError
-from harmony.files import check_types
-from harmony.hardware import Devices, choose_devices, memory_limit
-from harmony.options import EngineOptions
-from harmony.planner.plan import Plan
-from harmony.plans.file import load_plan
-from harmony.report import print_report
-from harmony.runtime.optimizer import Groups, OptimizerFactory, check_optimizer_options
-from harmony.runtime.randomness import drawn_seed
-from harmony.scriptverifier import verify_and_stop
-from harmony.session import ModelRecord
-from harmony.timeline import Timeline
-from harmony.verification import Verification
-from harmony.verifier import verify
-from harmony.wrapper import Wrapper
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.plan_file import load_plan
+from harmony.report.session import ModelRecord
+from harmony.report.text import print_report
+from harmony.runtime.hardware import Devices, choose_devices, memory_limit
+from harmony.runtime.step.randomness import drawn_seed
+from harmony.runtime.update.optimizer import Groups, OptimizerFactory, check_optimizer_options
+from harmony.verification.script import verify_and_stop
+from harmony.verification.verification import Verification, Verified
+from harmony.verification.verifier import verify
 
 MODES = ("auto", "pp", "dp")
 
@@ -124,7 +124,7 @@ class Harmony(Wrapper):
         _check_options(module, mode, microbatch_size, activations, updates)
         _check_types(optimizer_kwargs, batch_dims, seed)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
-        options = session.options()
+        options = current_options()
         chosen = choose_devices(devices, device_memory)
         engine = Engine(
             module,
@@ -182,8 +182,8 @@ class Harmony(Wrapper):
             )
         if not self.training:
             raise ConfigError("train_step on a model in eval mode; call model.train() first")
-        if session.options().verify:
-            raise session.Verified(self.verify(inputs, targets))
+        if current_options().verify:
+            raise Verified(self.verify(inputs, targets))
         args, kwargs = _arguments(inputs)
         return engine.train(args, kwargs, targets)
 
@@ -196,6 +196,10 @@ class Harmony(Wrapper):
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
         with torch.inference_mode(False), torch.no_grad():
             return self._engine.infer(args, kwargs)
+
+    def _weights_loaded(self) -> None:
+        """Hear that the module's values were read from a file."""
+        self._engine.restored()
 
     def verify(self, inputs: Any, targets: Any = None) -> Verification:
         """Run one step on this batch by Harmony and by plain PyTorch, and compare them.
@@ -300,7 +304,7 @@ class Harmony(Wrapper):
 
 def _pinned_plan(plan: Plan | str | Path | None) -> Plan | None:
     """The plan to train by; what the command line says comes before what the script says."""
-    chosen = session.options().plan or plan
+    chosen = current_options().plan or plan
     return load_plan(Path(chosen)) if isinstance(chosen, (str, Path)) else chosen
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from pretrain_gpt import GPT, Batch, batches, loss_fn, make_model
 
 import harmony
-from harmony.units import format_bytes
+from harmony.core.units import format_bytes
 
 BAR = 0.85
 WIDTH, DEPTH, HEADS, CONTEXT = 512, 8, 8, 128

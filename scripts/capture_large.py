@@ -20,7 +20,7 @@ import torch
 
 import harmony
 from harmony.capture import capture
-from harmony.units import format_bytes
+from harmony.core.units import format_bytes
 
 MOST_S = 5.0
 MOST_NBYTES = 10**9

@@ -37,14 +37,14 @@ from pretrain_gpt import batches, loss_fn, make_model
 
 import harmony
 from harmony.errors import HarmonyError
-from harmony.planner.build import build_tasks
-from harmony.planner.passes import lower
-from harmony.planner.plan import Plan, describe_spec
-from harmony.planner.policy import Policy
-from harmony.planner.search import choose
-from harmony.planner.simulate import predict_s
-from harmony.planner.tasks import Pack, Phase, StepSpec
-from harmony.planner.verify import verify
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.plan import Plan, describe_spec
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.simulate import predict_s
+from harmony.planner.search.search import choose
 
 BAR_PERCENT, CHOICE_BAR_PERCENT = 10.0, 5.0
 WIDTH, DEPTH, HEADS, CONTEXT, BATCH = 128, 6, 4, 16, 8

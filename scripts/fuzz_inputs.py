@@ -37,21 +37,21 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.arguments import parse
+from harmony.cli.arguments import parse
+from harmony.cli.plan_arguments import PlanRequest, parse_plan
+from harmony.cli.plan_command import run as run_plan
+from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
+from harmony.core.machine import Device, Host, Machine
+from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import HarmonyError, printable
-from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
-from harmony.machine import Device, Host, Machine
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.search import choose
-from harmony.plans.arguments import PlanRequest, parse_plan
-from harmony.plans.command import run as run_plan
-from harmony.plans.file import compare_plans, load_plan, save_plan
-from harmony.profiler import KnownTimes
-from harmony.profiles.analytic import LayerWork, Work, WorkTable
-from harmony.profiles.cache import MeasureCache
-from harmony.profiles.model import ModelProfile, load_profile, save_profile
-from harmony.units import parse_bytes, parse_rate
-from harmony.updateprofile import UpdateCost
+from harmony.planner.ir.plan_file import compare_plans, load_plan, save_plan
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.search.search import choose
+from harmony.profiling.analytic import LayerWork, Work, WorkTable
+from harmony.profiling.cache import MeasureCache
+from harmony.profiling.layer_times import KnownTimes
+from harmony.profiling.model_profile import ModelProfile, load_profile, save_profile
+from harmony.profiling.update_times import UpdateCost
 
 MIB = 2**20
 MOST_S = 30
@@ -283,7 +283,7 @@ class Inputs:
         return cache
 
     def _use_cache(self, cache: MeasureCache) -> None:
-        from harmony.profiles.cache import _read_update
+        from harmony.profiling.cache import _read_update
 
         times = cache.times(self.net)
         assert all(0 <= s < float("inf") for pair in times.seconds.values() for s in pair)

@@ -39,52 +39,52 @@ FORMS = ("step", "device", "dropin", "live")
 CASE_S = 90
 
 PREPARING = {
-    "capture": "harmony.bindings:capture",
-    "costs": "harmony.binding:Binding._measure",
-    "measuring": "harmony.profiler:_LayerRun.measure",
-    "planning": "harmony.binding:choose_steadily",
-    "slots": "harmony.runtime.executor:Executor._reserve_slots",
-    "prepare": "harmony.runtime.deviceprogram:DeviceProgram._prepare",
+    "capture": "harmony.engine.variants:capture",
+    "costs": "harmony.engine.variant:Binding._measure",
+    "measuring": "harmony.profiling.layer_times:_LayerRun.measure",
+    "planning": "harmony.engine.variant:choose_steadily",
+    "slots": "harmony.runtime.exec.executor:Executor._reserve_slots",
+    "prepare": "harmony.runtime.exec.device_program:DeviceProgram._prepare",
 }
 RUNNING = {
-    "inputs": "harmony.engine:load_inputs",
-    "submit": "harmony.runtime.workers:Worker.submit",
-    "forward": "harmony.runtime.stage:Stage.forward",
-    "forward saving": "harmony.runtime.stage:Stage.forward_saving",
-    "backward": "harmony.runtime.stage:Stage.backward",
-    "backward saved": "harmony.runtime.stage:Stage.backward_saved",
-    "copies": "harmony.runtime.deviceprogram:_copy_all",
-    "copy": "harmony.runtime.deviceprogram:_copy",
-    "event": "harmony.runtime.signals:Signals.issue",
-    "gradients": "harmony.runtime.hoststate:HostState.settle",
+    "inputs": "harmony.engine.engine:load_inputs",
+    "submit": "harmony.runtime.exec.workers:Worker.submit",
+    "forward": "harmony.runtime.exec.stage:Stage.forward",
+    "forward saving": "harmony.runtime.exec.stage:Stage.forward_saving",
+    "backward": "harmony.runtime.exec.stage:Stage.backward",
+    "backward saved": "harmony.runtime.exec.stage:Stage.backward_saved",
+    "copies": "harmony.runtime.exec.device_program:_copy_all",
+    "copy": "harmony.runtime.exec.device_program:_copy",
+    "event": "harmony.runtime.exec.signals:Signals.issue",
+    "gradients": "harmony.runtime.host.host_state:HostState.settle",
     "end of device": "harmony.runtime.device:DeviceContext.synchronize",
-    "layer state": "harmony.runtime.layerstate:LayerStates.leave",
+    "layer state": "harmony.runtime.step.layer_state:LayerStates.leave",
     "random state": "harmony.runtime.device:DeviceContext.set_random_state",
     "user's layer": f"{__name__}:Layer.inside",
 }
 BEHIND = {
-    "loss": "harmony.engine:weighted_sum",
-    "commit": "harmony.runtime.layerstate:LayerStates.commit",
-    "set": "harmony.runtime.layerstate:_set",
-    "record": "harmony.session:ModelRecord.stepped",
+    "loss": "harmony.engine.engine:weighted_sum",
+    "commit": "harmony.runtime.step.layer_state:LayerStates.commit",
+    "set": "harmony.runtime.step.layer_state:_set",
+    "record": "harmony.report.session:ModelRecord.stepped",
 }
 UPDATES = {
-    "update": "harmony.runtime.hoststate:HostState.update",
-    "optimizer": "harmony.runtime.optimizer:PackOptimizer._update",
+    "update": "harmony.runtime.host.host_state:HostState.update",
+    "optimizer": "harmony.runtime.update.optimizer:PackOptimizer._update",
     "user's optimizer": f"{__name__}:Own.inside",
 }
 DROPIN = {
-    "outputs": "harmony.engine:joined_outputs",
-    "attach": "harmony.engine:attach",
-    "output gradients": "harmony.engine:load_gradients",
-    "lend": "harmony.lending:LentGradients.lend",
-    "take back": "harmony.lending:LentGradients.take_back",
+    "outputs": "harmony.engine.engine:joined_outputs",
+    "attach": "harmony.engine.engine:attach",
+    "output gradients": "harmony.engine.engine:load_gradients",
+    "lend": "harmony.engine.grad_alias:LentGradients.lend",
+    "take back": "harmony.engine.grad_alias:LentGradients.take_back",
 }
 PLACES = {
     "step": PREPARING | RUNNING | BEHIND | UPDATES,
     "device": PREPARING | RUNNING | BEHIND | UPDATES,
     "dropin": PREPARING | RUNNING | DROPIN | {"commit": BEHIND["commit"]},
-    "live": PREPARING | RUNNING | BEHIND | UPDATES | {"live": "harmony.live:Live.ready"},
+    "live": PREPARING | RUNNING | BEHIND | UPDATES | {"live": "harmony.engine.dynamic:Live.ready"},
 }
 FAULTS = ("error", "no text", "ctrl-c", "ctrl-c twice", "out of memory", "exit", "harmony's own")
 

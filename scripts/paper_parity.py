@@ -18,10 +18,10 @@ import sys
 from dataclasses import asdict, dataclass
 
 from harmony.errors import PlanError
-from harmony.planner.paper.estimator import estimate_events, estimate_s
-from harmony.planner.paper.profile import PaperProfile
-from harmony.planner.paper.tables import Profiles, ScheduleRow, read_schedules
-from harmony.planner.paper.traffic import closed_forms, peak_nbytes
+from harmony.profiling.original_format import PaperProfile
+from research.original.estimator import estimate_events, estimate_s
+from research.original.tables import Profiles, ScheduleRow, read_schedules
+from research.original.traffic import closed_forms, peak_nbytes
 
 BAR = 0.01
 RECORDED_S = {

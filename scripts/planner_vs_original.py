@@ -15,7 +15,7 @@ number of GPUs of the table, against the better of the original's two modes: as 
 it, and the four-tuple that we find with prefetch across tasks, which overlaps as ours does.
 Beside it: pure compute, every layer forward and backward once; the same with every forward run
 twice (a plan need not, for its last pack); what the links must carry. Our machine model has no
-40 ms of deletion a task (`harmony.planner.paper.machine`). Exits 1 if a plan is slower than what
+40 ms of deletion a task (`research.original.machine`). Exits 1 if a plan is slower than what
 the original reports.
 """
 
@@ -31,14 +31,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from harmony.errors import PlanError
-from harmony.planner.lowerbound import lower_bound
-from harmony.planner.paper.estimator import estimate_s
-from harmony.planner.paper.machine import machine_of
-from harmony.planner.paper.profile import PaperProfile, to_layers
-from harmony.planner.paper.search import search
-from harmony.planner.paper.tables import CaseRow, Profiles, read_cases
-from harmony.planner.search import choose
-from harmony.planner.tasks import Pack
+from harmony.planner.ir.tasks import Pack
+from harmony.planner.predict.lower_bound import lower_bound
+from harmony.planner.search.search import choose
+from harmony.profiling.original_format import PaperProfile, to_layers
+from research.original.estimator import estimate_s
+from research.original.machine import machine_of
+from research.original.search import search
+from research.original.tables import CaseRow, Profiles, read_cases
 
 STORED_S = {("bert_96", "PP", 4, 64): 18.4333}
 """Seconds of a step of plans that the authors stored and their own search does not find."""

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
-from harmony.machine import Device, Host, Machine, Switch
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.search import choose
+from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
+from harmony.core.machine import Device, Host, Machine, Switch
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.search.search import choose
 
 MIB = 2**20
 LAYERS = (25, 50, 100, 200, 500)

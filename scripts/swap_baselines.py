@@ -29,15 +29,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Device, Host, Machine, Switch
 from harmony.errors import DoesNotFitError, HarmonyError, PlanError
-from harmony.layergraph import LayerGraph
-from harmony.machine import Device, Host, Machine, Switch
-from harmony.planner.baselines import SWAPS, Outcome, fastest
-from harmony.planner.cost import CostTable
-from harmony.planner.paper.profile import read_profile, to_layers
-from harmony.planner.search import choose
-from harmony.planner.swapping import swap_step
-from harmony.planner.zero3 import zero3_step
+from harmony.planner.predict.cost import CostTable
+from harmony.planner.search.search import choose
+from harmony.profiling.original_format import read_profile, to_layers
+from research.baselines.baselines import SWAPS, Outcome, fastest
+from research.baselines.swapping import swap_step
+from research.baselines.zero3 import zero3_step
 
 GIB = 2**30
 CASES = ("gpt2_xl:64", "gpt2_10b:32")

@@ -40,7 +40,7 @@ BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 
 def work() -> None:
     """Read names from standard input and write a verdict in JSON for each; runs in a worker."""
-    from harmony.runtime import vgpu
+    from harmony.vgpu import api as vgpu
 
     verdicts = os.fdopen(os.dup(1), "w")  # operators may print
     os.dup2(2, 1)

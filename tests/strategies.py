@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
-from harmony.planner.policy import Policy
-from harmony.planner.resident import can_stay
-from harmony.planner.tasks import Pack, Phase, StepSpec
+from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from harmony.planner.lower.resident import can_stay
 from tests.toys import halves, packs
 
 

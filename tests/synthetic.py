@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from harmony.machine import Device, Host, Machine
-from harmony.planner.plan import Plan
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import DeviceSpec, Instruction, Schedule, parse_instruction
-from harmony.planner.tasks import Pack, Phase, StepSpec
-from harmony.session import ModelRecord, StepStats, register
-from harmony.timeline import Span, Timeline
+from harmony.core.machine import Device, Host, Machine
+from harmony.core.timeline import Span, Timeline
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import DeviceSpec, Instruction, Schedule, parse_instruction
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from harmony.report.session import ModelRecord, StepStats, register
 
 MIB = 2**20
 PACKS = tuple(Pack(first, first + 3) for first in range(0, 18, 3))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harmony.arguments import mistyped, parse
+from harmony.cli.arguments import mistyped, parse
+from harmony.core.options import Options
 from harmony.errors import ConfigError
-from harmony.session import Options
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import harmony
-from harmony import bigmodel
 from harmony.errors import ConfigError
+from harmony.weights import meta_init as bigmodel
 
 ROOT = Path(__file__).parents[1]
 
@@ -458,10 +458,10 @@ _PEAK = """
 import torch
 from torch import nn
 import harmony
-from harmony.bigmodel import materialise
+from harmony.weights.meta_init import materialise
 from harmony.capture import capture
-from harmony.runtime.arena import HostArena
-from harmony.runtime.arenalayout import ArenaLayout
+from harmony.runtime.host.arena import HostArena
+from harmony.runtime.host.arena_layout import ArenaLayout
 
 torch.set_num_threads(1)
 with harmony.meta_init():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harmony.errors import ConfigError
-from harmony.profiles.catalog import (
+from harmony.profiling.catalog import (
     GPUS,
     HOSTS,
     find_gpu,

@@ -15,22 +15,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmony import cli, session
+from harmony.cli import main as cli
+from harmony.cli.progress import Progress
+from harmony.core.options import Options, current_options
 from harmony.errors import ConfigError
-from harmony.plans.file import load_plan
-from harmony.progress import Progress
-from harmony.session import Options
+from harmony.planner.ir.plan_file import load_plan
 
 TESTS = Path(__file__).parent
 
 TRAIN = """
-from harmony import session
+from harmony.report import session
 from tests.synthetic import make_plan, make_timeline
 record = session.register("GPT", {})
 record.planned(make_plan(), make_timeline())
 for step in range(3):
     record.stepped(session.StepStats(step, 5.0 - step, 8, 512, 0.5, make_timeline(2, 0.5)))
     print("step", step)
+"""
+
+GPUS = """
+from harmony.core.options import current_options
+print(current_options().gpus)
 """
 
 Outcome = tuple[int, str, str]
@@ -56,11 +61,11 @@ def run(
 
 
 VERIFIED = """
-from harmony import session
-from harmony.verification import Difference, Verification
+from harmony.report import session
+from harmony.verification.verification import Difference, Verification, Verified
 record = session.register("GPT", {{}})
 gradients = tuple(Difference(f"w{{i}}", 1e-9, {relative} / (1 + i), 1e-5) for i in range(30))
-raise session.Verified(Verification(gradients, (), 2.0, 2.0, 4, "the CPU"))
+raise Verified(Verification(gradients, (), 2.0, 2.0, 4, "the CPU"))
 """
 
 
@@ -105,9 +110,9 @@ def test_the_script_sees_what_python_would_show_it(run: RunScript, tmp_path: Pat
 
 
 def test_a_session_is_over_when_the_command_ends(run: RunScript) -> None:
-    _, out, _ = run("from harmony import session; print(session.options().gpus)", "--gpus", "2")
+    _, out, _ = run(GPUS, "--gpus", "2")
     assert out.startswith("2\n")
-    assert session.options() == Options()
+    assert current_options() == Options()
 
 
 def test_a_script_without_harmony_is_told_so(run: RunScript) -> None:
@@ -151,7 +156,7 @@ def test_an_exception_shows_the_users_frames_only(run: RunScript) -> None:
     assert "KeyError: 'lost'" in err
     assert "in fail" in err
     assert "runpy" not in err
-    assert "harmony/cli.py" not in err
+    assert "harmony/cli" not in err
     assert "3 steps" in out, "the report of what ran so far"
 
 
@@ -271,7 +276,7 @@ def test_for_gpus_that_are_not_there_it_does_not_matter_how_many_are(
 ) -> None:
     made: list[dict[str, object]] = []
     fake = SimpleNamespace(virtual_gpus=lambda **options: made.append(options), MAX_COUNT=16)
-    monkeypatch.setitem(sys.modules, "harmony.runtime.vgpu", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "harmony.vgpu.api", fake)  # type: ignore[arg-type]
     for present in (2, 0):
         real_gpus(monkeypatch, present)
         cli._set_up_gpus(Options(gpu="H100", gpus=64, plan_only=True), Progress(sys.stderr))
@@ -289,7 +294,7 @@ def test_virtual_gpus_are_made_and_said(
     real_gpus(monkeypatch, present)
     made: list[dict[str, object]] = []
     fake = SimpleNamespace(virtual_gpus=lambda **options: made.append(options), MAX_COUNT=16)
-    monkeypatch.setitem(sys.modules, "harmony.runtime.vgpu", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "harmony.vgpu.api", fake)  # type: ignore[arg-type]
     cli._set_up_gpus(Options(gpus=4, virtual=virtual, link="8GB/s"), Progress(sys.stderr))
     with pytest.raises(ConfigError, match="at most 16"):
         cli._set_up_gpus(Options(gpus=17, virtual=virtual), Progress(sys.stderr))
@@ -304,7 +309,7 @@ def command(tmp_path: Path, text: str, *words: str) -> tuple[list[str], dict[str
     script = tmp_path / "train.py"
     script.write_text(text)
     start = (
-        "import sys; from harmony import cli; cli._set_up_gpus = lambda *a: None; "
+        "import sys; from harmony.cli import main as cli; cli._set_up_gpus = lambda *a: None; "
         "sys.exit(cli.main())"
     )
     paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
@@ -352,7 +357,7 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_on_a_terminal_the_line_steps_aside_and_is_gone_at_the_end(tmp_path: Path) -> None:
-    text = TRAIN.replace("import session", "import session, progress\nprogress.REDRAW_S = 0", 1)
+    text = "from harmony.cli import progress\nprogress.REDRAW_S = 0\n" + TRAIN
     text = text.replace('print("step", step)', 'print("printed", step)')
     words, env = command(tmp_path, text)
     ours, theirs = pty.openpty()

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harmony.runtime import hostlimits
+from harmony.runtime.host import limits as hostlimits
 
 MIB = 2**20
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import harmony
+from harmony.core.files import check_types, parse_json, read_json, write_text
+from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import ConfigError, HarmonyError, PlanError, printable
-from harmony.files import check_types, parse_json, read_json, write_text
-from harmony.planner.plan import Plan
-from harmony.planner.search import choose
-from harmony.plans.file import load_plan, save_plan
-from harmony.units import parse_bytes, parse_rate
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.plan_file import load_plan, save_plan
+from harmony.planner.search.search import choose
 from tests.toys import MIB, chain, server, uniform_costs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -178,7 +178,7 @@ def test_json_is_finite_and_can_be_shown(text: str, why: str) -> None:
 def test_a_file_without_end_is_read_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harmony.files.MOST_NBYTES", 1000)
+    monkeypatch.setattr("harmony.core.files.MOST_NBYTES", 1000)
     with pytest.raises(PlanError, match="more than 1000 bytes"):
         read_json(Path("/dev/zero"), "plan")
     with pytest.raises(ConfigError, match="cannot read the plan"):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import harmony
-from harmony import machineprofile
-from harmony.machine import Device, Host, Machine, Switch
-from harmony.machineprofile import find_switches, measure_machine, memory_rate
+from harmony.core.machine import Device, Host, Machine, Switch
+from harmony.profiling import server as machineprofile
+from harmony.profiling.server import find_switches, measure_machine, memory_rate
+from harmony.profiling.update_times import UpdateCost, measure_update, with_device_updates
 from harmony.runtime.device import DeviceContext, available_devices
-from harmony.runtime.optimizer import PackOptimizer
-from harmony.updateprofile import UpdateCost, measure_update, with_device_updates
+from harmony.runtime.update.optimizer import PackOptimizer
 
 Rates = tuple[float, float]
 

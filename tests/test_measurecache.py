@@ -12,24 +12,25 @@ import torch
 from torch import nn
 
 import harmony
-from harmony import profiler, session
+from harmony.core.files import cache_folder
+from harmony.core.options import Options
 from harmony.errors import ConfigError
-from harmony.files import cache_folder
-from harmony.machineprofile import usable_nbytes
-from harmony.profiler import KnownTimes
-from harmony.profiles import measured
-from harmony.profiles.cache import (
+from harmony.profiling import layer_times as profiler
+from harmony.profiling import measured
+from harmony.profiling.cache import (
     MeasureCache,
     code_identity,
     machine_identity,
     open_cache,
     optimizer_identity,
 )
-from harmony.runtime import vgpu
+from harmony.profiling.layer_times import KnownTimes
+from harmony.profiling.server import usable_nbytes
+from harmony.profiling.update_times import UpdateCost
+from harmony.report import session
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.optimizer import PackOptimizer
-from harmony.session import Options
-from harmony.updateprofile import UpdateCost
+from harmony.runtime.update.optimizer import PackOptimizer
+from harmony.vgpu import api as vgpu
 from tests.toys import server
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from harmony.core.files import write_json
 from harmony.errors import ConfigError, HarmonyError, PlanError
-from harmony.files import write_json
-from harmony.profiles.analytic import LayerWork, Work, WorkTable
-from harmony.profiles.catalog import find_gpu
-from harmony.profiles.model import ModelProfile, load_profile, save_profile
+from harmony.profiling.analytic import LayerWork, Work, WorkTable
+from harmony.profiling.catalog import find_gpu
+from harmony.profiling.model_profile import ModelProfile, load_profile, save_profile
 from tests.toys import chain, server, uniform_costs
 
 GRAPH = chain(6, tied=True, skips=((1, 4),), random_layer=2)
@@ -166,7 +166,7 @@ def test_a_full_disk_is_no_wrong_command_line(
         os.close(descriptor)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("harmony.files.os.fdopen", full)
+    monkeypatch.setattr("harmony.core.files.os.fdopen", full)
     with pytest.raises(HarmonyError, match=r"cannot write the plan to .*No space") as caught:
         write_json({"a": 1}, tmp_path / "plan.json", "the plan")
     assert not isinstance(caught.value, ConfigError)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from harmony import cli
-from harmony.plans.command import write_lines
-from harmony.plans.file import load_plan
-from harmony.profiles.analytic import LayerWork, Work, WorkTable
-from harmony.profiles.model import ModelProfile, save_profile
+from harmony.cli import main as cli
+from harmony.cli.plan_command import write_lines
+from harmony.planner.ir.plan_file import load_plan
+from harmony.profiling.analytic import LayerWork, Work, WorkTable
+from harmony.profiling.model_profile import ModelProfile, save_profile
 from tests.toys import MIB, chain, server, uniform_costs
 
 GRAPH = chain(12, weight=64 * MIB, per_sample=MIB)
@@ -197,7 +197,7 @@ def test_where_there_is_only_ascii_the_text_is_ascii() -> None:
 
 def test_planning_starts_without_torch(profile: str) -> None:
     text = (
-        "import sys; from harmony import cli; code = cli.main(sys.argv[1:]);"
+        "import sys; from harmony.cli import main as cli; code = cli.main(sys.argv[1:]);"
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     words = [sys.executable, "-c", text, "plan", "--model-profile", profile, *GPU]

@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 
+from harmony.core.machine import Host, Machine
 from harmony.errors import ConfigError, PlanError
-from harmony.machine import Host, Machine
-from harmony.planner.tasks import Phase
-from harmony.plans.file import check_minibatch, check_plan, compare_plans, load_plan, save_plan
+from harmony.planner.ir.plan_file import (
+    check_minibatch,
+    check_plan,
+    compare_plans,
+    load_plan,
+    save_plan,
+)
+from harmony.planner.ir.tasks import Phase
 from tests.synthetic import MIB, PACKS, make_plan
 from tests.toys import chain
 

@@ -7,13 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from harmony.machine import Device, Machine
-from harmony.planner.decisions import Decision
-from harmony.planner.plan import describe_spec
-from harmony.plans.picture import COLUMNS, WIDTH, picture
-from harmony.plans.view import PlanView, ascii_only, explanation, peak_share, view_json, view_text
-from harmony.profiles.analytic import LayerWork, Work, WorkTable
-from harmony.timeline import Span, Timeline
+from harmony.core.machine import Device, Machine
+from harmony.core.timeline import Span, Timeline
+from harmony.planner.ir.plan import Decision, describe_spec
+from harmony.profiling.analytic import LayerWork, Work, WorkTable
+from harmony.report.plan_view import (
+    PlanView,
+    ascii_only,
+    explanation,
+    peak_share,
+    view_json,
+    view_text,
+)
+from harmony.report.timeline_text import COLUMNS, WIDTH, picture
 from tests.synthetic import make_plan, make_timeline
 
 OTHERS = (("dp over 2 replicas", 1.25), ("pp, more packs", "needs 70 MiB of 64 MiB"))
@@ -148,13 +154,6 @@ def test_the_explanation_names_each_decision_and_its_alternatives() -> None:
     assert "  - dp+pp: too few GPUs" in lines
     assert "  - pp, more packs: needs 70 MiB of 64 MiB" in lines
     assert lines[1:] == view_text(VIEW, explain=True)[-len(lines) + 1 :]
-
-
-def test_alternatives_are_compared_with_the_whole_step_where_a_plan_is_a_part_of_it() -> None:
-    # The plan's own second is the backward; with the forward a step takes 1.25 s, as dp does.
-    assert "  - dp: 1.25 s a step (+0.0%)" in explanation(PLAN, 1.25)
-    whole = view_text(replace(VIEW, forward_s=0.25), explain=True)
-    assert "  - dp: 1.25 s a step (+0.0%)" in whole
 
 
 def test_json_has_what_the_text_shows() -> None:

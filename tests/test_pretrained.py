@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.checkpoint_files import open_checkpoint
 from harmony.errors import ConfigError
+from harmony.weights.checkpoint_files import open_checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 

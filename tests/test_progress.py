@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from harmony.progress import PLAIN_S, Progress, describe
-from harmony.session import ModelRecord, StepStats
-from harmony.timeline import Timeline
+from harmony.cli.progress import PLAIN_S, Progress, describe
+from harmony.core.timeline import Timeline
+from harmony.report.session import ModelRecord, StepStats
 
 RECORD = ModelRecord("GPT", {})
 

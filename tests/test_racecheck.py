@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from harmony.errors import RaceError
-from harmony.runtime import native, racecheck, vgpu
-from harmony.runtime.turns import Turns
-from harmony.runtime.vgpu import Access, Record
+from harmony.runtime import native
+from harmony.runtime.traced_lock import Turns
+from harmony.vgpu import api as vgpu
+from harmony.vgpu import race_check as racecheck
+from harmony.vgpu.api import Access, Record
 
 NUM_LAYERS, NUM_SLOTS, SIZE = 5, 2, 256
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import harmony
-from harmony.figures import figures_of, packs_of
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import parse_instruction
-from harmony.planner.tasks import Phase
-from harmony.report import PLAIN_WIDTH, print_report, write_report
-from harmony.session import ModelRecord, register
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import parse_instruction
+from harmony.planner.ir.tasks import Phase
+from harmony.report.metrics import figures_of, packs_of
+from harmony.report.session import ModelRecord, register
+from harmony.report.text import PLAIN_WIDTH, print_report, write_report
 from tests.synthetic import MIB, PACKS, make_plan, make_record, make_schedule, make_timeline
 
 

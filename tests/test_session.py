@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harmony import session
-from harmony.session import KEPT_RUNS, KEPT_STEPS, ModelRecord, Options, StepStats
-from harmony.timeline import Timeline
+from harmony.core.options import Options, current_options
+from harmony.core.timeline import Timeline
+from harmony.report import session
+from harmony.report.session import KEPT_RUNS, KEPT_STEPS, ModelRecord, StepStats
 from tests.synthetic import make_plan, make_timeline
 
 
@@ -24,8 +25,8 @@ def record_with_plan() -> ModelRecord:
 
 
 def test_without_harmony_run_the_options_are_the_defaults_and_nothing_is_kept() -> None:
-    assert session.options() == Options()
-    assert not session.options().active
+    assert current_options() == Options()
+    assert not current_options().active
     session.register("GPT", {})
     assert session.records() == []
 
@@ -33,25 +34,25 @@ def test_without_harmony_run_the_options_are_the_defaults_and_nothing_is_kept() 
 def test_a_session_has_its_options_and_records_until_it_ends() -> None:
     with session.running(Options(gpus=2, active=True)):
         record = session.register("GPT", {})
-        assert session.options().gpus == 2
+        assert current_options().gpus == 2
         assert session.records() == [record]
         with session.running(Options(active=True)):
             assert session.records() == []
         assert session.records() == [record]
-    assert session.options() == Options()
+    assert current_options() == Options()
 
 
 def test_a_session_ends_when_the_block_raises() -> None:
     with pytest.raises(ZeroDivisionError), session.running(Options(mode="dp")):
         raise ZeroDivisionError
-    assert session.options().mode == "auto"
+    assert current_options().mode == "auto"
 
 
 def test_activate_and_deactivate() -> None:
     session.activate(Options(report=Path("x"), active=True))
     session.register("GPT", {})
     session.deactivate()
-    assert session.options() == Options()
+    assert current_options() == Options()
     assert session.records() == []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harmony.timeline import Span, Timeline
+from harmony.core.timeline import Span, Timeline
 
 
 def _timeline() -> Timeline:

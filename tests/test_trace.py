@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from harmony.timeline import Span, Timeline
-from harmony.trace import lane_order, trace_events
+from harmony.core.timeline import Span, Timeline
+from harmony.report.trace_file import lane_order, trace_events
 
 MEASURED = Timeline(
     spans=[

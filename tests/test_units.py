@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmony.core.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
 from harmony.errors import ConfigError
-from harmony.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from harmony.errors import VirtualGPUError
-from harmony.runtime import vgpu_build
+from harmony.vgpu import build as vgpu_build
 
 
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, tmp_path):
@@ -19,7 +19,7 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, tmp_path)
 
 
 def test_importing_harmony_builds_nothing(tmp_path):
-    script = "import harmony, harmony.runtime.vgpu as v; assert not v.is_loaded()"
+    script = "import harmony, harmony.vgpu.api as v; assert not v.is_loaded()"
     environment = {"HARMONY_CACHE": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
     assert done.returncode == 0 and not list(tmp_path.iterdir())
@@ -52,7 +52,7 @@ def test_compile_errors_are_shown(small_sources):
 
 def test_processes_that_start_at_once_build_once(small_sources, tmp_path):
     script = (
-        "import sys, pathlib; from harmony.runtime import vgpu_build as b;"
+        "import sys, pathlib; from harmony.vgpu import build as b;"
         f"b.source_directory = lambda: pathlib.Path({str(small_sources)!r});"
         "print(b.library_path(), b.library_path().stat().st_mtime_ns)"
     )
@@ -74,7 +74,7 @@ def test_the_real_sources_build_without_warnings(tmp_path):
 
 def test_exit_with_work_still_enqueued():
     script = (
-        "import torch, harmony.runtime.vgpu as v; v.virtual_gpus(count=1, delay_us=20000)\n"
+        "import torch, harmony.vgpu.api as v; v.virtual_gpus(count=1, delay_us=20000)\n"
         "x = torch.ones(4, device='vgpu')\n"
         "for _ in range(1000): x.add_(1)"
     )

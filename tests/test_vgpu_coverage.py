@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import operator_check

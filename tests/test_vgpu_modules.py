@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import rnn
 
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 
 DEVICES = ("cpu", "vgpu:0")
 

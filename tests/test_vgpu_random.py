@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 
 
 @pytest.fixture(autouse=True)

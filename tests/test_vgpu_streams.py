@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harmony.errors import VirtualGPUError
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 
 MIB = 1 << 20
 

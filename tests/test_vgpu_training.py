@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 
 VOCABULARY, WIDTH, HEADS, LENGTH, BATCH = 50, 32, 4, 16, 3
 
@@ -208,7 +208,7 @@ def test_a_backward_before_the_virtual_gpus_were_loaded() -> None:
 import torch
 x = torch.ones(3, requires_grad=True)
 (x * 2).sum().backward()
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 vgpu.virtual_gpus(count=2, memory="1MiB")
 for device in ("vgpu:1", "vgpu:0"):
     y = torch.ones(3, device=device, requires_grad=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
-from harmony.machine import Device, Host, Machine
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.tasks import Pack, Phase, StepSpec
+from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
+from harmony.core.machine import Device, Host, Machine
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from harmony.planner.predict.cost import CostTable, LayerCost
 
 MIB = 2**20
 

@@ -9,22 +9,22 @@ stand for others, each microbatch is captured live (`live`).
 from __future__ import annotations
 
 from harmony.capture.api import capture
-from harmony.capture.captured import Captured
-from harmony.capture.direct import moved, running_on
-from harmony.capture.footprint import Footprint
-from harmony.capture.hooks import check_hooks
-from harmony.capture.inputs import Batch
-from harmony.capture.isolation import autocast_dtype, undisturbed
-from harmony.capture.layered import LayerChanges
-from harmony.capture.live import LiveCapture, same_path
-from harmony.capture.outside import Outside
-from harmony.capture.params import ParamInfo
-from harmony.capture.pythonstate import is_plain, plain_attributes
-from harmony.capture.randomstate import seed_python
-from harmony.capture.refuse import LiveOnlyError, or_as_it_is
-from harmony.capture.replay import GuardError
-from harmony.capture.skeleton import Skeleton
-from harmony.capture.streamed import StreamedModule
+from harmony.capture.cost.footprint import Footprint
+from harmony.capture.eager.dynamic_trace import LiveCapture, same_path
+from harmony.capture.eager.own_python import moved, running_on
+from harmony.capture.eager.streamed import StreamedModule
+from harmony.capture.graph.layered import LayerChanges
+from harmony.capture.graph.params import ParamInfo
+from harmony.capture.guards.module_hooks import check_hooks
+from harmony.capture.guards.outside import Outside
+from harmony.capture.replay.captured import Captured
+from harmony.capture.replay.inputs import Batch
+from harmony.capture.replay.replay import GuardError
+from harmony.capture.replay.shell import Skeleton
+from harmony.capture.state.python_state import is_plain, plain_attributes
+from harmony.capture.state.random_state import seed_python
+from harmony.capture.trace.isolation import autocast_dtype, undisturbed
+from harmony.capture.trace.refuse import LiveOnlyError, or_as_it_is
 
 __all__ = [
     "Batch",

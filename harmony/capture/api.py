@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.captured import Captured
-from harmony.capture.inputs import Batch
-from harmony.capture.leaves import choose_leaves
-from harmony.capture.program import Program
-from harmony.capture.refuse import check_backward_hooks, check_module
-from harmony.capture.skeleton import Skeleton
-from harmony.capture.tapeset import first_tapes
-from harmony.capture.trace import Tracer
+from harmony.capture.graph.trace_set import first_tapes
+from harmony.capture.replay.captured import Captured
+from harmony.capture.replay.inputs import Batch
+from harmony.capture.replay.shell import Skeleton
+from harmony.capture.trace.leaves import choose_leaves
+from harmony.capture.trace.program import Program
+from harmony.capture.trace.refuse import check_backward_hooks, check_module
+from harmony.capture.trace.tracer import Tracer
 from harmony.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from harmony.planner.schedule import DEVICE_STREAMS
+from harmony.planner.ir.schedule import DEVICE_STREAMS
 from harmony.runtime import native
 
 _MAX_ERRORS = 8

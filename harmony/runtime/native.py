@@ -22,7 +22,7 @@ _next_token = 0
 
 def _vgpu() -> ModuleType | None:
     """The virtual GPU's module if it has been loaded in this process."""
-    module = sys.modules.get("harmony.runtime.vgpu")
+    module = sys.modules.get("harmony.vgpu.api")
     return module if module is not None and module.is_loaded() else None
 
 

@@ -1,4 +1,4 @@
-// The C functions that harmony/runtime/vgpu.py calls through ctypes. Errors come back as text.
+// The C functions that harmony/vgpu/api.py calls through ctypes. Errors come back as text.
 #include <ATen/Context.h>
 #include <torch/csrc/autograd/engine.h>
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from harmony.capture import capture
-from harmony.capture.kernels import KernelWatch
+from harmony.capture.trace.kernels import KernelWatch
 
 
 def rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

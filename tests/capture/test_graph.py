@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from harmony.capture import Captured, capture
+from harmony.core.layergraph import MODEL_INPUT
 from harmony.errors import ConfigError
-from harmony.layergraph import MODEL_INPUT
 
 from .models import CASES, GPT, Block, LongSkip, ids, llama, make, mlp, token_loss, vectors
 from .packs import captured_case

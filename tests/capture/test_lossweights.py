@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harmony.capture.live import LiveCapture
-from harmony.capture.lossweights import LiveWeights
+from harmony.capture.eager.dynamic_trace import LiveCapture
+from harmony.capture.loss.weights import LiveWeights
 
 NET = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
 INPUTS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))

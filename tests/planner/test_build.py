@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.errors import PlanError
-from harmony.planner.build import build_tasks, kept_values
-from harmony.planner.tasks import Phase, TaskGraph, TaskKind
+from harmony.planner.ir.task_graph import build_tasks, kept_values
+from harmony.planner.ir.tasks import Phase, TaskGraph, TaskKind
 from tests.strategies import layer_graphs, specs
 from tests.toys import chain, packs, step
 
@@ -152,7 +152,7 @@ def test_a_layer_that_draws_random_numbers_pins_the_microbatch() -> None:
         build_tasks(chain(4, random_layer=1), spec)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_the_order_of_plain_pytorch_respects_every_edge(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harmony.errors import PlanError
-from harmony.planner.cost import (
+from harmony.planner.predict.cost import (
     CostTable,
     LayerCost,
     backward_s,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.errors import ScheduleError
-from harmony.planner.flows import Activities, Model, Resource, Times
+from harmony.planner.predict.flows import Activities, Model, Resource, Times
 
 LINKS = ("a", "b", "c", "d")
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from harmony.layergraph import LayerGraph
-from harmony.machine import Machine
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.numerics import Numerics, numerics_of
-from harmony.planner.plan import Plan
-from harmony.planner.search import choose
-from harmony.planner.tasks import Phase
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Machine
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.tasks import Phase
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.search.numerics import Numerics, numerics_of
+from harmony.planner.search.search import choose
 from tests.planner.test_search import saving
 from tests.toys import MIB, chain, server, uniform_costs
 

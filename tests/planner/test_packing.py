@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmony.core.layergraph import LayerGraph
+from harmony.core.units import parse_bytes
 from harmony.errors import DoesNotFitError
-from harmony.layergraph import LayerGraph
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.packing import MAX_CUTS, Budget, Packer, check_layers, suggest_memory
-from harmony.planner.policy import Policy
-from harmony.planner.tasks import Pack, TaskKind
-from harmony.units import parse_bytes
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.tasks import Pack, TaskKind
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.search.packing import MAX_CUTS, Budget, Packer, check_layers, suggest_memory
 from tests.toys import MIB, chain, packs, uniform_costs
 
 POLICY = Policy(2, 2, 2)
@@ -40,7 +40,7 @@ def partition(
     return found
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=8), st.integers(1, 4))
 def test_the_slowest_pack_is_as_fast_as_can_be(times: list[int], num_packs: int) -> None:
     graph, count = chain(len(times), weight=1), len(times)
@@ -123,7 +123,7 @@ def test_suggested_sizes_can_be_typed_and_suffice(nbytes: int) -> None:
     assert nbytes <= suggested <= max(2**20, 1.25 * nbytes + 2**20)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=2, max_size=7),
     st.integers(1, 7),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from harmony.errors import PlanError
-from harmony.planner.paper.estimator import SERVER, estimate_events, estimate_s
-from harmony.planner.paper.fourtuple import FourTuple, covering
-from harmony.planner.paper.quick import Question, Quick
-from harmony.planner.paper.tables import Profiles, ScheduleRow, read_schedules
-from harmony.planner.paper.traffic import closed_forms, peak_nbytes
-from harmony.planner.tasks import Pack
+from harmony.planner.ir.tasks import Pack
+from research.original.estimator import SERVER, estimate_events, estimate_s
+from research.original.four_tuple import FourTuple, covering
+from research.original.quick import Question, Quick
+from research.original.tables import Profiles, ScheduleRow, read_schedules
+from research.original.traffic import closed_forms, peak_nbytes
 
 DATA = Path(__file__).parents[1] / "data" / "reference"
 PROFILES = Profiles(DATA / "profiles")

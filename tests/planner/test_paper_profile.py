@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from harmony.errors import PlanError
-from harmony.planner.paper.profile import parse_profile, read_profile, to_layers
-from harmony.planner.paper.tables import read_cases, read_schedules
+from harmony.profiling.original_format import parse_profile, read_profile, to_layers
+from research.original.tables import read_cases, read_schedules
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "reference"

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.errors import DoesNotFitError, PlanError
-from harmony.planner.paper.estimator import estimate_s
-from harmony.planner.paper.fourtuple import FourTuple, Mode
-from harmony.planner.paper.improve import neighbour, neighbours
-from harmony.planner.paper.machine import machine_of
-from harmony.planner.paper.profile import PaperProfile, parse_profile, to_layers
-from harmony.planner.paper.search import search
-from harmony.planner.paper.tables import CaseRow, Profiles, read_cases
-from harmony.planner.paper.traffic import peak_nbytes
-from harmony.planner.search import choose
-from harmony.planner.tasks import Pack
+from harmony.planner.ir.tasks import Pack
+from harmony.planner.search.search import choose
+from harmony.profiling.original_format import PaperProfile, parse_profile, to_layers
+from research.original.estimator import estimate_s
+from research.original.four_tuple import FourTuple, Mode
+from research.original.improve import neighbour, neighbours
+from research.original.machine import machine_of
+from research.original.search import search
+from research.original.tables import CaseRow, Profiles, read_cases
+from research.original.traffic import peak_nbytes
 
 DATA = Path(__file__).parents[1] / "data" / "reference"
 PROFILES = Profiles(DATA / "profiles")
@@ -90,7 +90,7 @@ def best_of_all(
     return min(estimate_s(profile, plan, prefetch=False) for plan in fitting)
 
 
-@settings(max_examples=8, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_gpus=st.sampled_from([1, 2]))
 def test_data_parallel_plans_are_the_best_of_all(seed: int, num_gpus: int) -> None:
     profile = made(Random(seed), 5)
@@ -101,7 +101,7 @@ def test_data_parallel_plans_are_the_best_of_all(seed: int, num_gpus: int) -> No
     assert best_s * (1 - 1e-9) <= found.step_s <= 1.002 * best_s
 
 
-@settings(max_examples=5, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_pipelines_of_small_models_are_nearly_the_best_of_all(seed: int) -> None:
     profile = made(Random(seed), 4)

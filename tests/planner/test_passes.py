@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmony.core.layergraph import LayerGraph
 from harmony.errors import ConfigError, PlanError
-from harmony.layergraph import LayerGraph
-from harmony.planner.build import build_tasks
-from harmony.planner.passes import lower
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import Op, Schedule
-from harmony.planner.simulate import simulate
-from harmony.planner.tasks import Phase, StepSpec
-from harmony.planner.verify import verify
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Op, Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Phase, StepSpec
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.simulate import simulate
 from tests.strategies import layer_graphs, policies, specs
 from tests.toys import chain, packs, server, step, uniform_costs
 
@@ -161,7 +161,7 @@ def test_no_event_is_superfluous_or_unused() -> None:
     assert set(recorded.values()) == {1}
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_schedule_of_every_model_is_verified(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs())

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from harmony.core.machine import Host, Machine
 from harmony.errors import ConfigError, DoesNotFitError
-from harmony.machine import Host, Machine
-from harmony.planner.memory import arena_nbytes
-from harmony.planner.questions import (
+from harmony.planner.predict.memory import arena_nbytes
+from harmony.planner.search.questions import (
     Block,
     hidden_share,
     largest_model,
@@ -17,7 +17,7 @@ from harmony.planner.questions import (
     repeated_block,
     smallest_minibatch,
 )
-from harmony.planner.search import ask, choose
+from harmony.planner.search.search import ask, choose
 from tests.toys import MIB, chain, server, uniform_costs
 
 MODEL = chain(12, weight=2 * MIB, per_sample=16 * 1024)

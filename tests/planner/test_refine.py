@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from harmony.layergraph import LayerGraph
-from harmony.machine import Machine
-from harmony.planner.build import build_tasks
-from harmony.planner.cost import CostTable
-from harmony.planner.passes import lower
-from harmony.planner.policy import Policy
-from harmony.planner.refine import MOST, refine
-from harmony.planner.schedule import Schedule
-from harmony.planner.simulate import simulate
-from harmony.planner.tasks import StepSpec
-from harmony.planner.verify import verify
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Machine
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import StepSpec
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.cost import CostTable
+from harmony.planner.predict.simulate import simulate
+from harmony.planner.search.refine import MOST, refine
 from tests.toys import MIB, chain, packs, server, step, uniform_costs
 
 MODEL = chain(8, weight=2 * MIB, per_sample=256 * 1024)

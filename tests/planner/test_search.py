@@ -10,21 +10,21 @@ from itertools import pairwise
 
 import pytest
 
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Host
 from harmony.errors import ConfigError, DoesNotFitError, PlanError
-from harmony.layergraph import LayerGraph
-from harmony.machine import Host
-from harmony.planner.build import build_tasks
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.memory import Workspace, device_peak
-from harmony.planner.passes import lower
-from harmony.planner.plan import Plan
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import Schedule
-from harmony.planner.search import choose
-from harmony.planner.simulate import simulate
-from harmony.planner.tasks import Phase, TaskKind
-from harmony.planner.trial import for_phase, inference_schedule
-from harmony.planner.verify import verify
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Phase, TaskKind
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.predict.memory import Workspace, device_peak
+from harmony.planner.predict.simulate import simulate
+from harmony.planner.search.search import choose
+from harmony.planner.search.trial import for_phase, inference_schedule
 from tests.toys import MIB, chain, server, uniform_costs
 
 MODEL = chain(12, weight=2 * MIB, per_sample=64 * 1024)
@@ -168,8 +168,8 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, object], why:
 def test_the_planner_needs_no_torch() -> None:
     code = (
         "import sys, pkgutil, importlib, harmony.planner as p\n"
-        "[importlib.import_module(f'harmony.planner.{m.name}')"
-        " for m in pkgutil.iter_modules(p.__path__)]\n"
+        "[importlib.import_module(m.name)"
+        " for m in pkgutil.walk_packages(p.__path__, 'harmony.planner.')]\n"
         "assert 'torch' not in sys.modules, 'torch'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

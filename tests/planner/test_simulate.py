@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Device, Host, Machine, Switch
+from harmony.core.timeline import Span, Timeline
 from harmony.errors import ScheduleError
-from harmony.layergraph import LayerGraph
-from harmony.machine import Device, Host, Machine, Switch
-from harmony.planner.bound import binding
-from harmony.planner.build import build_tasks
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.issue import Place, issue_order
-from harmony.planner.kinds import span_kind, span_kinds
-from harmony.planner.links import Links
-from harmony.planner.passes import lower
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import Op, Schedule
-from harmony.planner.simulate import predict_s, simulate, stall_causes
-from harmony.planner.tasks import Phase, StepSpec
-from harmony.timeline import Span, Timeline
+from harmony.planner.ir.issue import Place, issue_order
+from harmony.planner.ir.kinds import span_kind, span_kinds
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Op, Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Phase, StepSpec
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.bottleneck import binding
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.predict.links import Links
+from harmony.planner.predict.simulate import predict_s, simulate, stall_causes
 from tests.strategies import layer_graphs, policies, specs
 from tests.toys import chain, packs, server, step, uniform_costs
 
@@ -306,7 +306,7 @@ def free_machine(num_devices: int) -> Machine:
     return Machine((device,) * num_devices, Host(10**12, accumulate_bytes_per_s=inf))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_issue(
     data: st.DataObject,
@@ -323,7 +323,7 @@ def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_
         assert at in issued
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_step_is_never_shorter_than_what_its_lanes_do_or_than_its_longest_chain(
     data: st.DataObject,
@@ -348,7 +348,7 @@ def contended(num_devices: int) -> Machine:
     return replace(one, host=host, switches=(switch,), peer_links="host")
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_shared_links_are_never_faster_than_links_of_ones_own_nor_slower_than_fixed_shares(
     data: st.DataObject,
@@ -367,7 +367,7 @@ def test_shared_links_are_never_faster_than_links_of_ones_own_nor_slower_than_fi
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(shared, again, strict=True))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject) -> None:
     """Not so where links are shared: see the anomaly in test_flows."""
@@ -383,7 +383,7 @@ def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(before, after, strict=True))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_updates_that_wait_begin_when_all_else_is_over(data: st.DataObject) -> None:
     """As with a clipped norm, or an optimizer that looks at all gradients together."""

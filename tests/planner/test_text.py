@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmony.errors import PlanError
-from harmony.planner.schedule import Schedule, parse_instruction
-from harmony.planner.tasks import Pack, Task, TaskKind, TensorKind, TensorRef
+from harmony.planner.ir.schedule import Schedule, parse_instruction
+from harmony.planner.ir.tasks import Pack, Task, TaskKind, TensorKind, TensorRef
 
 SAMPLES = st.tuples(st.integers(0, 99), st.integers(1, 9)).map(lambda p: (p[0], p[0] + p[1]))
 PACKS = st.tuples(st.integers(0, 99), st.integers(1, 9)).map(lambda p: Pack(p[0], p[0] + p[1]))

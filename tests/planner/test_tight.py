@@ -7,18 +7,18 @@ from random import Random
 
 import pytest
 
+from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
+from harmony.core.machine import Device, Host, Machine
 from harmony.errors import DoesNotFitError
-from harmony.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
-from harmony.machine import Device, Host, Machine
-from harmony.planner.build import build_tasks
-from harmony.planner.cost import CostTable, LayerCost
-from harmony.planner.memory import Workspace, device_peak
-from harmony.planner.passes import lower
-from harmony.planner.policy import LEAN
-from harmony.planner.search import choose
-from harmony.planner.tasks import Pack, Phase, StepSpec
-from harmony.planner.trial import inference_schedule
-from harmony.planner.verify import verify
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.policy import LEAN
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.predict.memory import Workspace, device_peak
+from harmony.planner.search.search import choose
+from harmony.planner.search.trial import inference_schedule
 from tests.toys import MIB, chain, server, uniform_costs
 
 GPUS = (1, 2, 4)

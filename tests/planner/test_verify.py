@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from harmony.core.layergraph import LayerGraph
 from harmony.errors import DoesNotFitError, PlanError, ScheduleError
-from harmony.layergraph import LayerGraph
-from harmony.planner.build import build_tasks
-from harmony.planner.passes import lower
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import Op, Schedule
-from harmony.planner.tasks import Phase, StepSpec, TaskGraph
-from harmony.planner.verify import verify
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Op, Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
+from harmony.planner.lower.passes import lower
 from tests.toys import chain, packs, server, step, uniform_costs
 
 TRAIN = step(3, 1, packs(2, 4), packs(2, 4, 6))

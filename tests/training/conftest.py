@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from harmony.runtime import racecheck, vgpu
+from harmony.vgpu import api as vgpu
+from harmony.vgpu import race_check as racecheck
 
 VirtualGPUs = Callable[..., None]
 

@@ -386,38 +386,3 @@ def test_a_tensor_that_learns_but_is_no_parameter_is_refused_by_name() -> None:
     net[0].scale = torch.ones(8, requires_grad=True)
     with pytest.raises(CaptureError, match=r"0\.scale .*make it an nn\.Parameter"):
         harmony.capture.capture(net, (torch.randn(4, 8),))
-
-
-class Handed(nn.Module):
-    """A block that is given the module to end with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        return x + norm(torch.relu(self.linear(x)))
-
-
-class HandsOver(nn.Module):
-    """Blocks that get modules of the model as arguments: each its own, or all the same."""
-
-    def __init__(self, num_norms: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Handed() for _ in range(3)])
-        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(num_norms)])
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for index, block in enumerate(self.blocks):
-            x = block(x, self.norms[index % len(self.norms)])
-        return self.head(x)
-
-
-@pytest.mark.parametrize("num_norms", [1, 3])
-def test_a_module_that_a_layer_gets_as_an_argument_is_the_one_on_the_device(
-    num_norms: int, vgpus: VirtualGPUs
-) -> None:
-    torch.manual_seed(0)
-    model = assert_same_training(HandsOver(num_norms), batches())
-    assert len(layers_of(model)) == 4

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.capture import captured
-from harmony.planner.policy import Policy
-from harmony.planner.tasks import StepSpec
-from harmony.runtime import layerstate
+from harmony.capture.replay import captured
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.tasks import StepSpec
+from harmony.runtime.step import layer_state as layerstate
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import params_of

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import harmony
-from harmony.feedback import NUM_STEPS, WARM_UP
-from harmony.planner.plan import Plan
-from harmony.planner.policy import Policy
-from harmony.planner.tasks import StepSpec
+from harmony.engine.replan import NUM_STEPS, WARM_UP
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.tasks import StepSpec
 
 from .conftest import VirtualGPUs
 from .models import GPT, token_batch, token_loss

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.runtime import vgpu
+from harmony.vgpu import api as vgpu
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, square_loss, token_batch, token_loss, vector_batch
 

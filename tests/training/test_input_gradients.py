@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.planner.tasks import TaskKind
+from harmony.planner.ir.tasks import TaskKind
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import SkipMLP, square_loss, vector_batch
 from tests.training.plain import gradients_of

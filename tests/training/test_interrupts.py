@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 import harmony
-from harmony import binding, bindings
+from harmony.engine import variant as binding
+from harmony.engine import variants as bindings
 from harmony.runtime import interrupts
-from harmony.runtime.layerstate import LayerStates
-from harmony.runtime.paramhooks import GradientSums
+from harmony.runtime.step.layer_state import LayerStates
+from harmony.runtime.update.param_hooks import GradientSums
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import square_loss, vector_batch
 

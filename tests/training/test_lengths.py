@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import harmony
-from harmony import binding as binding_module
-from harmony import paths
-from harmony.kin import ratio_between, stretched
-from harmony.layergraph import LayerGraph
+from harmony.core.layergraph import LayerGraph
+from harmony.engine import paths
+from harmony.engine import variant as binding_module
+from harmony.engine.other_lengths import ratio_between, stretched
 from tests.toys import chain, uniform_costs
 
 from .conftest import VirtualGPUs

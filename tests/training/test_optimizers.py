@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.runtime import fused
-from harmony.runtime.coupling import why_coupled
+from harmony.runtime.update import fused
+from harmony.runtime.update.coupling import why_coupled
 
 from . import optimizers as own
 from .conftest import VirtualGPUs

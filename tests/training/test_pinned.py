@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import harmony
-from harmony import session
+from harmony.cli.save_plans import Keeper, plan_view
+from harmony.core.options import Options
 from harmony.errors import CaptureError, ConfigError, PlanError
-from harmony.planner.search import choose
-from harmony.plans.file import load_plan, save_plan
-from harmony.plans.keeper import Keeper, plan_view
-from harmony.profiles.model import load_profile
-from harmony.runtime import vgpu
-from harmony.session import Options
+from harmony.planner.ir.plan_file import load_plan, save_plan
+from harmony.planner.search.search import choose
+from harmony.profiling.model_profile import load_profile
+from harmony.report import session
+from harmony.vgpu import api as vgpu
 from tests.training.models import GPT, token_batch, token_loss
 
 ELSEWHERE = Options(

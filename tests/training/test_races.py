@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import harmony
-from harmony.planner.schedule import Instruction, Op, Schedule
-from harmony.planner.tasks import Phase, TaskKind
-from harmony.runtime import racecheck, vgpu
-from harmony.runtime.executor import Job
-from harmony.stepresult import ReadyStep
+from harmony.engine.step_result import ReadyStep
+from harmony.planner.ir.schedule import Instruction, Op, Schedule
+from harmony.planner.ir.tasks import Phase, TaskKind
+from harmony.runtime.exec.executor import Job
+from harmony.vgpu import api as vgpu
+from harmony.vgpu import race_check as racecheck
 from tests.training.models import GPT, token_batch, token_loss
 
 

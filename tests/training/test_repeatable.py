@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import harmony
-from harmony import binding
-from harmony.machine import Machine
-from harmony.planner.cost import CostTable
-from harmony.profiles import measured
-from harmony.runtime.randomness import drawn_seed
+from harmony.core.machine import Machine
+from harmony.engine import variant as binding
+from harmony.planner.predict.cost import CostTable
+from harmony.profiling import measured
+from harmony.runtime.step.randomness import drawn_seed
 
 from .conftest import VirtualGPUs
 from .models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch

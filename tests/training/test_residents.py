@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import Op
-from harmony.planner.tasks import Pack, Phase, StepSpec
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Op
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 
 from .conftest import VirtualGPUs
 from .models import GPT, token_batch, token_loss
@@ -172,9 +172,9 @@ def test_inference_between_steps_uses_what_is_there(vgpus: VirtualGPUs) -> None:
 
 
 def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
-    from harmony.planner.build import build_tasks
-    from harmony.planner.passes import lower
-    from harmony.planner.verify import verify
+    from harmony.planner.check.verify import verify
+    from harmony.planner.ir.task_graph import build_tasks
+    from harmony.planner.lower.passes import lower
 
     model = resident_model(GPT())
     binding = model._engine.bindings.active

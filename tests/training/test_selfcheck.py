@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.capture import captured
-from harmony.planner.tasks import TaskKind
-from harmony.runtime.selfcheck import SelfCheck
+from harmony.capture.replay import captured
+from harmony.planner.ir.tasks import TaskKind
+from harmony.runtime.step.self_check import SelfCheck
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import params_of

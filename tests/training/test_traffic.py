@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import harmony
-from harmony.layergraph import LayerGraph
-from harmony.planner.policy import Policy
-from harmony.planner.schedule import Schedule
-from harmony.planner.tasks import StepSpec
+from harmony.core.layergraph import LayerGraph
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.tasks import StepSpec
 from tests.toys import halves
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, token_batch, token_loss

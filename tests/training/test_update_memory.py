@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.profiling.update_times import kind_of, measure_update
 from harmony.runtime.device import DeviceContext, available_devices
-from harmony.runtime.optimizer import PackOptimizer
-from harmony.updateprofile import kind_of, measure_update
+from harmony.runtime.update.optimizer import PackOptimizer
 
 from .conftest import VirtualGPUs
 from .models import square_loss

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
-from harmony import cli
-from harmony.engine import Engine
-from harmony.runtime.stage import Stage
-from harmony.verification import Verification
+from harmony.cli import main as cli
+from harmony.engine.engine import Engine
+from harmony.runtime.exec.stage import Stage
+from harmony.verification.verification import Verification
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 
@@ -207,7 +207,7 @@ DROP_IN = """model = harmony.Harmony(net, microbatch_size=2, devices=2, device_m
         model(inputs)
     square_loss(model(inputs), targets).backward()"""
 
-WRONG = """from harmony.runtime.stage import Stage
+WRONG = """from harmony.runtime.exec.stage import Stage
     backward = Stage.backward
     def twice(*args):
         made, gradients = backward(*args)

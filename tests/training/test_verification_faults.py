@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
-from harmony.engine import Engine
-from harmony.verification import Verification
+from harmony.engine.engine import Engine
+from harmony.verification.verification import Verification
 from tests.training.conftest import VirtualGPUs
 from tests.training.test_verification import everything, same
 

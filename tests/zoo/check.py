@@ -22,14 +22,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import harmony
-from harmony import binding
-from harmony.planner.build import build_tasks
-from harmony.planner.passes import lower
-from harmony.planner.plan import Plan
-from harmony.planner.policy import Policy
-from harmony.planner.tasks import Pack, Phase, StepSpec
-from harmony.planner.verify import verify
-from harmony.runtime import racecheck, vgpu
+from harmony.engine import variant as binding
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from harmony.planner.lower.passes import lower
+from harmony.vgpu import api as vgpu
+from harmony.vgpu import race_check as racecheck
 from tests.zoo.entry import Entry
 
 NUM_STEPS, NUM_DEVICES = 3, 2

@@ -1,0 +1,1 @@
+"""The recorded trace and the layers that it is cut into."""

@@ -1,0 +1,300 @@
+"""Makes the LayerGraph: which values cross the layers of a tape, and what each layer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.nn.modules.batchnorm import _NormBase
+
+from harmony.capture.graph.layer_signature import layer_signature
+from harmony.capture.graph.layered import LayeredTape, difference
+from harmony.capture.graph.params import ParamInfo, assign
+from harmony.capture.graph.trace import Step, StepKind, Tape, TapeValue
+from harmony.capture.replay.shell import Skeleton
+from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
+from harmony.errors import CaptureError
+
+_LOGICAL = frozenset({"all", "any", "_is_all_true", "_is_any_true"})
+_OF_SIZES = frozenset({"numel", "size", "shape", "nelement", "stride", "nbytes"})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Two tapes of one model, for different numbers of samples.
+
+    Attributes:
+        num_samples: of each.
+        only: why there is no tape for another number of samples; empty where there may be one.
+    """
+
+    tape: Tape
+    other: Tape
+    num_samples: tuple[int, int]
+    only: str = ""
+
+    def batch_dims(self, number: int) -> tuple[int, ...]:
+        """Dimensions of a value that depend on the number of samples."""
+        shapes = zip(self.tape.values[number].shape, self.other.values[number].shape, strict=True)
+        return tuple(dim for dim, (one, two) in enumerate(shapes) if one != two)
+
+    def rows_per_sample(self, number: int, dim: int) -> int | None:
+        """How many entries of the dimension each sample has; None if it is not proportional."""
+        one, two = (t.values[number].shape[dim] for t in (self.tape, self.other))
+        rows, rest = divmod(one, self.num_samples[0])
+        return rows if not rest and rows * self.num_samples[1] == two else None
+
+    def is_linear(self, number: int) -> bool:
+        """Whether the size of a value is linear in the number of samples."""
+        return self._linear(number) is not None
+
+    def inseparable_on(self, tape: Tape) -> frozenset[int]:
+        """Values that cannot cross layers: their size depends on more than the number of samples.
+
+        The indices of some tokens, for instance, or a packed sequence.
+
+        Args:
+            tape: of any number of samples. The numbers of values on one tape mean nothing on
+                another that has taken another path.
+        """
+        found = _value_dependent(tape)
+        if difference(self.tape, tape, self.num_samples) is None:
+            made = (n for n in range(len(tape.values)) if tape.producer[n] >= 0)
+            found.update(n for n in made if self._linear(n) is None)
+        return frozenset(found)
+
+    def nbytes(self, number: int) -> tuple[int, int]:
+        """Bytes per sample and fixed bytes of a value.
+
+        Raises:
+            CaptureError: if its size is not linear in the number of samples.
+        """
+        a, b = self.num_samples
+        linear = self._linear(number)
+        if linear is None:
+            value = self.tape.values[number]
+            raise CaptureError(
+                f"{value.name} makes a tensor of shape {value.shape} for {a} samples and "
+                f"{self.other.values[number].shape} for {b}, and it crosses layers: only sizes "
+                "linear in the number of samples are supported"
+            )
+        return linear
+
+    def _linear(self, number: int) -> tuple[int, int] | None:
+        one, two = self.tape.values[number].nbytes, self.other.values[number].nbytes
+        a, b = self.num_samples
+        per_sample, rest = divmod(one - two, a - b)
+        fixed = one - per_sample * a
+        if rest or fixed < 0 or len(self.batch_dims(number)) > 1:
+            return None
+        return per_sample, fixed
+
+
+class OneSize(Sizes):
+    """A tape for one number of samples: nothing in it is to be parted along the batch."""
+
+    @staticmethod
+    def of(tape: Tape, num_samples: int, only: str = "") -> OneSize:
+        """Take a tape alone."""
+        return OneSize(tape, tape, (num_samples, num_samples), only)
+
+    def batch_dims(self, number: int) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def rows_per_sample(self, number: int, dim: int) -> int | None:
+        """None."""
+        return None
+
+    def _linear(self, number: int) -> tuple[int, int] | None:
+        return 0, self.tape.values[number].nbytes
+
+
+def _value_dependent(tape: Tape) -> set[int]:
+    """Values that glue makes with as many rows as some values happen to ask for."""
+    found: set[int] = set()
+    for step in tape.steps:
+        rows = {tape.values[n].shape[:1] for n in found.intersection(step.inputs)}
+        fresh = step.kind is StepKind.FUNCTION and step.dynamic
+        found.update(n for n in step.made if fresh or tape.values[n].shape[:1] in rows)
+    return found
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """A LayerGraph, with the parameters in place.
+
+    Attributes:
+        params, buffers: in the order of the arena.
+    """
+
+    graph: LayerGraph
+    params: list[ParamInfo]
+    buffers: list[ParamInfo]
+
+
+def build_graph(
+    sizes: Sizes,
+    layers: LayeredTape,
+    skeleton: Skeleton,
+    params: Sequence[ParamInfo],
+    buffers: Sequence[ParamInfo],
+    has_loss: bool,
+) -> BuiltGraph:
+    """Make the LayerGraph of the first of two tapes, which is cut into layers."""
+    mixing = _mixing_layers(sizes, layers, skeleton, has_loss)
+    values = []
+    for index, number in enumerate(layers.crossing):
+        value, mixes = _make_value(index, number, sizes, layers)
+        values.append(value)
+        if mixes and value.producer != MODEL_INPUT:
+            mixing.add(value.producer)
+    placed, placed_buffers, shared = assign(params, buffers, layers.users_of_state())
+    made = tuple(
+        _make_layer(layer, layers, values, [*placed, *placed_buffers], shared, skeleton, mixing)
+        for layer in range(layers.num_layers)
+    )
+    loss = None
+    if has_loss:
+        (output,) = sizes.tape.outputs
+        loss = layers.ids[output.id]
+    whole = sizes.only or _one_of_a_kind(sizes.tape, layers, skeleton)
+    graph = LayerGraph(made, tuple(values), tuple(shared), loss, whole)
+    return BuiltGraph(graph, placed, placed_buffers)
+
+
+def _make_value(index: int, number: int, sizes: Sizes, layers: LayeredTape) -> tuple[Value, bool]:
+    """Return a value, and whether its samples cannot be told apart."""
+    known = sizes.tape.values[number]
+    if not known.dense:
+        raise CaptureError(
+            f"{known.name} makes a sparse or nested tensor that crosses layers: not supported. "
+            "Keep it inside one module"
+        )
+    per_sample, fixed = sizes.nbytes(number)
+    dims = sizes.batch_dims(number)
+    value = Value(
+        id=index,
+        name=_value_name(known, index),
+        producer=layers.producer(number),
+        consumers=layers.later_consumers(number),
+        nbytes_per_sample=per_sample,
+        nbytes_fixed=fixed,
+        batch_dim=dims[0] if dims else None,
+        requires_grad=known.requires_grad,
+        is_output=number in layers.outputs,
+    )
+    # Several rows a sample may be interleaved with those of other samples.
+    return value, bool(dims) and sizes.rows_per_sample(number, dims[0]) != 1
+
+
+def _value_name(value: TapeValue, index: int) -> str:
+    return value.name or f"value {index}"
+
+
+def _make_layer(
+    layer: int,
+    layers: LayeredTape,
+    values: Sequence[Value],
+    stored: Sequence[ParamInfo],
+    shared: Sequence[SharedParam],
+    skeleton: Skeleton,
+    mixing: set[int],
+) -> Layer:
+    steps = layers.steps(layer)
+    own = [info for info in stored if info.layer == layer]
+    return Layer(
+        index=layer,
+        name=_layer_name(steps, skeleton),
+        signature=layer_signature(steps, layers.tape, skeleton, layers.crossing),
+        params=tuple(info.name for info in own),
+        weight_nbytes=sum(info.stored_nbytes for info in own),
+        gradient_nbytes=sum(info.gradient_nbytes for info in own),
+        shared=tuple(s.id for s in shared if layer in s.layers),
+        inputs=tuple(v.id for v in values if layer in v.consumers),
+        outputs=tuple(v.id for v in values if v.producer == layer),
+        uses_rng=any(step.random for step in steps),
+        mixes_samples=layer in mixing,
+        changes_state=any(step.changes or step.counts for step in steps),
+    )
+
+
+def _layer_name(steps: Sequence[Step], skeleton: Skeleton) -> str:
+    """The module with the most parameters, or the first step."""
+
+    def size(step: Step) -> int:
+        return sum(skeleton.placeholder(name).numel() for name in step.state)
+
+    if not steps:
+        return "nothing"
+    heart = max(steps, key=size)
+    return heart.name or type(skeleton.root).__name__
+
+
+def _mixing_layers(
+    sizes: Sizes, layers: LayeredTape, skeleton: Skeleton, has_loss: bool
+) -> set[int]:
+    """Layers in which a sample's result depends on the other samples of its microbatch.
+
+    Norms over the batch, and glue that makes something whose shape does not depend on the batch
+    from something that does, the loss at the end excepted.
+    """
+    tape = sizes.tape
+    last = layers.num_layers - 1
+    batched = {n for n in range(len(tape.values)) if sizes.batch_dims(n)}
+    mixing = set()
+    for index, step in enumerate(tape.steps):
+        layer = layers.of_step(index)
+        if step.kind is StepKind.MODULE:
+            assert isinstance(step.target, str)
+            if any(map(_is_batch_norm, skeleton.modules[step.target].modules())):
+                mixing.add(layer)
+        loss_path = has_loss and layer == last
+        if not loss_path and any(_mixes(step, made, tape, batched) for made in step.made):
+            mixing.add(layer)
+    return mixing
+
+
+def _mixes(step: Step, made: int, tape: Tape, batched: set[int]) -> bool:
+    """Whether a step makes a value without samples from the contents of ones that have some.
+
+    What the trace really computed cannot depend on values that it did not compute: those lent
+    their shape or type only.
+    """
+    if made in batched or step.name.startswith("new_"):
+        return False
+    real = not tape.values[made].fake
+    return any(n in batched and not (real and tape.values[n].fake) for n in step.inputs)
+
+
+def _one_of_a_kind(tape: Tape, layers: LayeredTape, skeleton: Skeleton) -> str:
+    """Why a batch in parts is not the batch, as far as the steps tell; empty if they do not."""
+    for step in tape.steps:
+        if step.kind is StepKind.GUARD and not _same_for_parts(step, tape):
+            return f"the forward decides by what it computes of all samples ({step.where})"
+        if isinstance(step.target, str):
+            inside = skeleton.modules[step.target].named_modules()
+            norm = next((n for n, module in inside if _is_batch_norm(module)), None)
+            if norm is not None:
+                name = ".".join(part for part in (step.name, norm) if part)
+                return f"{name} normalises over all samples of a microbatch (as BatchNorm does)"
+        if step.changes:
+            return f"{step.name} changes {step.changes[0]} once for every microbatch"
+    return ""
+
+
+def _same_for_parts(guard: Step, tape: Tape) -> bool:
+    """Whether a decision that comes out the same for all parts does so for the whole."""
+    inputs = list(guard.inputs)
+    if guard.name in _OF_SIZES and all(not tape.values[n].shape for n in inputs):
+        return True  # a scalar is one for every batch
+    made_by = [tape.producer[number] for number in inputs]
+    return all(i >= 0 and tape.steps[i].name in _LOGICAL for i in made_by)
+
+
+def _is_batch_norm(module: object) -> bool:
+    """Whether a module normalises over the batch (not each sample, as InstanceNorm does)."""
+    name = type(module).__name__
+    if not isinstance(module, _NormBase) or name.startswith(("InstanceNorm", "LazyInstance")):
+        return False
+    return module.training or module.running_mean is None

@@ -1,0 +1,206 @@
+"""The tapes of a model, one for each number of samples, all with the same layers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+import torch
+
+from harmony.capture.graph.assemble import OneSize, Sizes
+from harmony.capture.graph.layered import LayeredTape, check_same_layers, difference
+from harmony.capture.graph.layers import cut_layers
+from harmony.capture.graph.trace import StepKind, Tape, ValueRef
+from harmony.capture.trace.isolation import user_frame_of
+from harmony.capture.trace.refuse import LiveOnlyError
+from harmony.capture.trace.tracer import Tracer
+from harmony.errors import CaptureError, HarmonyError
+
+_MOST_TRIED = 8
+"""Choices of samples that are tried until one takes the path that was recorded."""
+
+
+class TapeSet:
+    """Traces numbers of samples as they are asked for, on any thread.
+
+    Attributes:
+        reference: the tape that the layers were found on; all others have the same.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        sizes: Sizes,
+        param_nbytes: Mapping[str, int],
+        num_samples: int,
+    ) -> None:
+        """Cut the first tape into layers.
+
+        Args:
+            sizes: the first tapes.
+            param_nbytes: bytes of the parameters by name.
+            num_samples: samples of the batch that is traced.
+        """
+        self._tracer = tracer
+        self._param_nbytes = dict(param_nbytes)
+        self._sizes = sizes
+        self._num_samples = num_samples
+        self._only = sizes.only
+        self._traced_for = sizes.num_samples[0]
+        self.reference = self._cut(sizes.tape)
+        self._tapes = {self._traced_for: self.reference}
+        self._other_ways: dict[int, LiveOnlyError] = {}
+        self._lock = threading.Lock()
+
+    def of(self, num_samples: int) -> LayeredTape:
+        """Return the tape for microbatches of this size; traces it the first time.
+
+        Raises:
+            LiveOnlyError: if the layers exchange other values for this size.
+            CaptureError: if the forward fails for so many samples.
+        """
+        known = self._tapes.get(num_samples)
+        if known is not None:
+            return known
+        with self._lock:
+            if num_samples in self._other_ways:
+                raise self._other_ways[num_samples].again()
+            if num_samples not in self._tapes:
+                self._tapes[num_samples] = self._trace(num_samples)
+            return self._tapes[num_samples]
+
+    def opened(self, num_samples: int, modules: AbstractSet[str]) -> Tape:
+        """Return a tape on which these modules are not opaque. Only to be read, never run."""
+        tracer = self._tracer
+        with self._lock:
+            leaves = tracer.leaves
+            tracer.leaves = leaves - modules
+            try:
+                return tracer.trace(num_samples)
+            finally:
+                tracer.leaves = leaves
+
+    def first_guard(self) -> str:
+        """File and line of the first decision that the forward takes by looking at values."""
+        tape = self.reference.tape
+        steps = (*tape.host_program, *tape.steps)  # what the inputs decide comes first
+        return next((s.where for s in steps if s.kind is StepKind.GUARD), "?")
+
+    def _trace(self, num_samples: int) -> LayeredTape:
+        """Trace another number of samples, of those that take the same path."""
+        if self._only:
+            raise CaptureError(
+                f"{num_samples} samples, where only {self._traced_for} are possible: {self._only}"
+            )
+        where = (self._traced_for, num_samples)
+        for first in range(min(self._num_samples, _MOST_TRIED)):
+            layered = self._cut(trace_other(self._tracer, num_samples, first))
+            try:
+                check_same_layers(self.reference, layered, where)
+                self._check_sizes(layered, num_samples)
+            except CaptureError as error:
+                failure = error
+            else:
+                return layered
+        found = LiveOnlyError(str(failure), self.first_guard())
+        self._other_ways[num_samples] = found
+        raise found.again()
+
+    def _check_sizes(self, layered: LayeredTape, num_samples: int) -> None:
+        """Refuse a tape on which what crosses the layers is larger or smaller than planned for.
+
+        Raises:
+            CaptureError: naming the value.
+        """
+        for planned, number in zip(self.reference.crossing, layered.crossing, strict=True):
+            per_sample, fixed = self._sizes.nbytes(planned)
+            expected, value = per_sample * num_samples + fixed, layered.tape.values[number]
+            if value.nbytes != expected:
+                raise CaptureError(
+                    f"{value.name} makes {value.nbytes} bytes for {num_samples} samples, where "
+                    f"{self._traced_for} samples made one expect {expected}"
+                )
+
+    def _cut(self, tape: Tape) -> LayeredTape:
+        inseparable = self._sizes.inseparable_on(tape)
+        return LayeredTape(tape, cut_layers(tape, self._param_nbytes, inseparable))
+
+
+def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
+    """Trace two sizes that take the same path, to see what depends on the number of samples.
+
+    One sample would not do: sizes of one broadcast, and count as contiguous. Where the forward
+    runs for the batch as it is but for no other number of samples, that is the only size.
+
+    Raises:
+        LiveOnlyError: if every two sizes take different paths.
+    """
+    size = max(num_samples, 2)
+    others = [size // 2, 2 * size] if size >= 4 else [2 * size]
+    found: str | None = None
+    failure = ""
+    for other in others:
+        before = tracer.state
+        try:
+            tapes = _trace_both(tracer, size, other)
+        except LiveOnlyError:
+            raise
+        except CaptureError as error:
+            failure = failure or str(error)
+            tracer.state = before  # what that try has found out may be of its size only
+            continue
+        found = difference(*tapes, (size, other))
+        if found is None:
+            sizes = Sizes(*tapes, (size, other))
+            failure = _output_of_all(sizes)
+            if not failure:
+                return sizes
+            break
+    if failure:
+        return OneSize.of(tracer.trace(num_samples), num_samples, failure)
+    raise LiveOnlyError(str(found), tracer.name)
+
+
+def _output_of_all(sizes: Sizes) -> str:
+    """Name an output that is not made of parts: similarities of all pairs, for instance."""
+    for leaf in sizes.tape.outputs:
+        if isinstance(leaf, ValueRef) and not sizes.is_linear(leaf.id):
+            shapes = [tuple(tape.values[leaf.id].shape) for tape in (sizes.tape, sizes.other)]
+            return (
+                f"an output ({sizes.tape.values[leaf.id].name}) has the shapes {shapes[0]} and "
+                f"{shapes[1]} for {sizes.num_samples[0]} and {sizes.num_samples[1]} samples"
+            )
+    return ""
+
+
+def _trace_both(tracer: Tracer, one: int, two: int) -> tuple[Tape, Tape]:
+    """Record two sizes with the same leaves: either may have to open some."""
+    while True:
+        leaves = tracer.leaves
+        tapes = trace_other(tracer, one), trace_other(tracer, two)
+        if tracer.leaves == leaves:
+            return tapes
+
+
+def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Tape:
+    """Record the forward on a number of samples that the caller did not choose.
+
+    Raises:
+        CaptureError: if it fails for so many, whatever it is that it raises.
+    """
+    # torch logs what a kernel refuses, with a page of its stack, before it raises.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_off, log.disabled = log.disabled, True
+    try:
+        return tracer.trace(num_samples, first)
+    except (HarmonyError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the forward fails for {num_samples} samples of this batch "
+            f"({type(error).__name__}: {error}, at {user_frame_of(error)})"
+        ) from error
+    finally:
+        log.disabled = was_off

@@ -1,0 +1,375 @@
+"""What a forward reads and writes beside its inputs, parameters and buffers.
+
+While a forward is recorded, the Python that runs is noted, and the objects that it can reach are
+compared before and after. From that follows what a recording may stand for: it is good while all
+that was read is as it was (`guards`); and if the forward writes where a recording would not, or
+reads what cannot be looked at again, the model has to be run as it is (`reason`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harmony.capture.guards.holders import MISSING, Entry, Holder, Names, Whole
+from harmony.capture.guards.observe import Observed, is_users, observing
+from harmony.capture.guards.reachable import Walk, World
+from harmony.capture.replay.shell import Skeleton
+from harmony.capture.state.python_state import is_plain
+from harmony.capture.trace.leaf_watch import by_shape_only
+from harmony.capture.trace.record import Recorder
+from harmony.capture.trace.refuse import LiveOnlyError
+
+_MOST_ROUNDS = 8
+
+Judges = Callable[[torch.Tensor], bool]
+
+
+def hidden_state(name: str) -> str:
+    """Say that something has a state that cannot be compared, nor put back."""
+    return f"the forward reads {name}, whose state nothing can look at"
+
+
+class Outside:
+    """Watches the traces of one module.
+
+    Attributes:
+        reason: why the last trace stands for no other run, if so: what was read or written.
+        kept_by_loss: what the loss function has written to, if anything.
+        alone: whether each trace is to be undone at once.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        loss: Callable[..., Any] | None,
+        known: Observed | None = None,
+    ) -> None:
+        """Watch ``source`` and its loss function.
+
+        Args:
+            known: what earlier traces have run.
+        """
+        self.reason: str | None = None
+        self.kept_by_loss: str | None = None
+        self.alone = False
+        self._source = source
+        self._loss = loss
+        self._forward = _reachable(source, loss) if known is None else known
+        self._in_loss = Observed()
+        self._traced = known is not None
+        self._initial: World | None = None
+
+    def begin(self, twin: Skeleton) -> None:
+        """Remember what a trace on a copy of the module may change."""
+        own = [twin.tensor(name) for name in twin.names]
+        self._around = self._walk(self.observed, loss=True).world()
+        if self._initial is None:
+            self._initial = self._around
+            forward = self._walk(self._forward, loss=False)
+            if forward.hidden:  # a trace would advance it
+                name = type(self._source).__name__
+                raise LiveOnlyError(hidden_state(forward.hidden[0]), name, as_is=True)
+        self._copied = Walk(self.observed, own)
+        self._copied.modules(twin.root)
+
+    @property
+    def observed(self) -> Observed:
+        """What the traces have run."""
+        return self._forward.merged(self._in_loss)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note what the forward runs inside the block."""
+        with observing() as observed:
+            yield
+        if self._traced:
+            observed.codes.update(self._forward.codes)
+        self._forward, self._traced = observed, True
+
+    @contextmanager
+    def watched_loss(self, made_of_data: Judges) -> Iterator[None]:
+        """Note what the loss runs inside the block; the forward is over.
+
+        Args:
+            made_of_data: as for `end`.
+        """
+        with torch._C.DisableTorchFunction():  # the forward is being recorded
+            self._by_forward = _Judge(made_of_data).written(self._around.holders)
+        with observing() as observed:
+            yield
+        self._in_loss = observed
+
+    def end(self, made_of_data: Judges) -> None:
+        """Compare.
+
+        Args:
+            made_of_data: whether a tensor depends on the content of inputs or parameters.
+        """
+        self.reason = self.kept_by_loss = None
+        for why, where in self._forward.unguardable.items():
+            self.reason = f"the forward reads {why} at {where}"
+        judge = _Judge(made_of_data)
+        written = judge.written(self._around.holders)
+        if self._loss is not None:
+            written, self.kept_by_loss = self._by_forward, written
+        written = written or judge.written_by_copy(self._copied)
+        if written is not None:
+            self.reason = f"the forward changes {written}"
+
+    def moved_objects(self) -> list[tuple[str, str]]:
+        """Attributes of the copy's modules that hold an object in which something has changed."""
+        held = [
+            (entry.name, path, name)
+            for entry, path, name in self._copied.attributes
+            if not is_plain(entry.expected) and not isinstance(entry.expected, torch.Tensor)
+        ]
+        changed = [h.name for h in self._copied.holders if not h.same()]
+        inside = [(f"{about}.", path, name) for about, path, name in held]
+        return [
+            (path, name)
+            for about, path, name in inside
+            if any(about in f"{other}." and other != about[:-1] for other in changed)
+        ]
+
+    def guards(self, moving: Collection[tuple[str, str]], loss: bool) -> World:
+        """Return what has to be as it is now for the recording to stand.
+
+        Args:
+            moving: attributes that the forward itself changes, which is replayed.
+            loss: whether the recording stands for the loss function too.
+        """
+        observed = self.observed if loss else self._forward
+        return self._walk(observed, loss, moving).world()
+
+    def refusal(self, guards: World, loss: bool) -> str | None:
+        """Say why no recording stands for the next forward; None if one does.
+
+        Args:
+            loss: as for `guards`.
+        """
+        if self.reason is None and loss and self.kept_by_loss is not None:
+            return f"the loss changes {self.kept_by_loss}"
+        if self.reason is None and guards.hidden:
+            return hidden_state(guards.hidden[0])
+        return self.reason
+
+    def state(self) -> World:
+        """Return all that the forward and the loss can reach, to put it back."""
+        return self._walk(self.observed, loss=True).world()
+
+    def bring_home(self, device: torch.device) -> None:
+        """Bring tensors that were left on a device to the host, wherever they were left."""
+        home = Home(device)
+        for holder in self._walk(self.observed, loss=True).holders:
+            holder.replace(home.of)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undo what a trace in the block has left, if each is to be undone at once."""
+        try:
+            yield
+        finally:
+            if self.alone:
+                self.restore()
+
+    def restore(self) -> None:
+        """Undo what traces have left in the user's objects, now and after each later trace."""
+        self.alone = True
+        if self._initial is not None:
+            self._initial.restore()
+            self._initial = None
+
+    def _walk(
+        self, observed: Observed, loss: bool, moving: Collection[tuple[str, str]] = ()
+    ) -> Walk:
+        walk = Walk(observed, [*self._source.parameters(), *self._source.buffers()])
+        walk.modules(self._source, moving)
+        walk.code(observed.codes)
+        if loss and self._loss is not None:
+            walk.root("the loss", self._loss)
+        return walk
+
+
+class _Judge:
+    """Tells what a forward has written from what it has only set up, such as a table.
+
+    A tensor that depends on shapes and constants alone comes out the same whoever makes it.
+    """
+
+    def __init__(self, made_of_data: Judges) -> None:
+        self._made_of_data = made_of_data
+
+    def written(self, holders: Collection[Holder]) -> str | None:
+        """Name the first thing that was written to."""
+        found = (h.name for h in holders if not h.same() and self._is_written(h))
+        return next(found, None)
+
+    def written_by_copy(self, walk: Walk) -> str | None:
+        """Name the first thing of a copied module that was written to and is not recorded.
+
+        Plain attributes of modules, and containers of plain values there, are.
+        """
+        direct = {id(entry): entry for entry, *_ in walk.attributes}
+        made_by_hooks = _made_by_torchs_hooks(walk)
+        containers = {id(entry.expected) for entry in direct.values()}
+
+
+        def is_recorded(holder: Holder) -> bool:
+            if isinstance(holder, Whole) and id(holder.container) in containers:
+                return is_plain(holder.container) and is_plain(holder.held)
+            if isinstance(holder, Names) and holder.owner is nn.Module:
+                return all(map(self._is_set_up, holder.added()))
+            return id(holder) in direct and _both_plain(direct[id(holder)])
+
+        changed = (holder for holder in walk.holders if not holder.same())
+        found = (h for h in changed if id(h) not in made_by_hooks and not is_recorded(h))
+        return next((h.name for h in found if self._is_written(h)), None)
+
+    def _is_written(self, holder: Holder) -> bool:
+        if isinstance(holder, Entry):
+            before = holder.expected
+            fresh = before is None or before is MISSING or isinstance(before, torch.Tensor)
+            return not (fresh and self._is_table(holder.found()))
+        if isinstance(holder, Names):
+            return not all(map(self._is_table, holder.added()))
+        if isinstance(holder, Whole) and isinstance(holder.container, dict):
+            known = {id(value) for value in holder.held}
+            new = [value for value in holder.container.values() if id(value) not in known]
+            kept = holder.held[::2]
+            return not (
+                all(key in holder.container for key in kept) and all(map(self._is_table, new))
+            )
+        return True
+
+    def _is_table(self, value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(map(self._is_table, value))
+        return isinstance(value, torch.Tensor) and not self._made_of_data(value)
+
+    def _is_set_up(self, value: Any) -> bool:
+        return is_plain(value) or self._is_table(value)
+
+
+def _made_by_torchs_hooks(walk: Walk) -> set[int]:
+    """Holders of attributes that hooks of PyTorch compute before each forward (weight norm)."""
+    return {
+        id(entry)
+        for entry, module, name in walk.owners()
+        for hook in module._forward_pre_hooks.values()
+        if type(hook).__module__.startswith("torch.") and getattr(hook, "name", None) == name
+    }
+
+
+def _both_plain(entry: Entry) -> bool:
+    now = entry.found()
+    return is_plain(now) if entry.expected is MISSING else is_plain(entry.expected) and (
+        now is MISSING or is_plain(now)
+    )
+
+
+class Home:
+    """Moves tensors from a device to the host, each once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, held: Any) -> Any:
+        """Return a tensor of the device, or a tuple of such, on the host; else what is given."""
+        if isinstance(held, tuple) and type(held) is tuple:
+            there = tuple(map(self.of, held))
+            return there if any(a is not b for a, b in zip(there, held, strict=True)) else held
+        if not isinstance(held, torch.Tensor) or held.device != self._device:
+            return held
+        if id(held) not in self._moved:
+            self._moved[id(held)] = (held, held.to("cpu"))
+        return self._moved[id(held)][1]
+
+
+def depends_on_batch(
+    recorder: Recorder, parameters: Collection[str]
+) -> Callable[[torch.Tensor], bool]:
+    """Return what tells whether a tensor depends on the content of inputs or parameters.
+
+    Args:
+        parameters: their names.
+    """
+    tainted: set[int] = set(recorder.inputs)
+    moving = {name for step in recorder.steps for name in step.changes}
+    moving.update(parameters)
+    for step in recorder.steps:
+        trained = not moving.isdisjoint(step.state)
+        of_data = not tainted.isdisjoint(step.inputs) and not by_shape_only(step.name)
+        left = {left.value for left in step.left_behind}
+        if step.random:
+            tainted.update(left)
+        if of_data or trained or step.random:
+            tainted.update(number for number in step.made if number not in left)
+
+    def depends(tensor: torch.Tensor) -> bool:
+        number = recorder.number_of(tensor)
+        if isinstance(tensor, FakeTensor) or tensor.requires_grad:
+            return True
+        return id(tensor) in recorder.of_data or number in tainted
+
+    return depends
+
+
+def _reachable(source: nn.Module, loss: Callable[..., Any] | None) -> Observed:
+    """Return the functions of the program that a forward may call, by the names in their code.
+
+    More than will be called; what the first trace may change has to be known before it runs.
+    """
+    codes: dict[CodeType, dict[str, Any]] = {}
+    pending = [function for held in _callables(source, loss) for function in _functions(held)]
+    for _ in range(_MOST_ROUNDS):
+        fresh = {f.__code__: f.__globals__ for f in pending if f.__code__ not in codes}
+        if not any(map(is_users, fresh)):
+            break
+        for code, names in fresh.items():
+            if is_users(code):
+                codes.update(dict.fromkeys(_nested(code), names))
+        observed = Observed(codes)
+        walk = Walk(observed, [*source.parameters(), *source.buffers()])
+        walk.modules(source)
+        walk.code(codes)
+        if loss is not None:
+            walk.root("the loss", loss)
+        pending = walk.functions
+    return Observed(codes)
+
+
+def _callables(source: nn.Module, loss: Callable[..., Any] | None) -> Iterator[Any]:
+    for module in source.modules():
+        yield module.forward
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            yield from hooks.values()
+    if loss is not None:
+        yield loss.forward if isinstance(loss, nn.Module) else loss
+
+
+def _functions(held: Any) -> Iterator[FunctionType]:
+    """The functions that a callable stands for."""
+    while isinstance(held, functools.partial):
+        held = held.func
+    if not isinstance(held, (FunctionType, MethodType, type)):
+        held = getattr(type(held), "__call__", None)  # noqa: B004
+    held = held.__func__ if isinstance(held, MethodType) else held
+    while isinstance(held, FunctionType):
+        yield held
+        held = getattr(held, "__wrapped__", None)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

@@ -1,0 +1,1 @@
+"""Runs the recorded steps of a layer again."""

@@ -1,0 +1,324 @@
+"""A captured model: its LayerGraph, and its layers as something that can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from harmony.capture.graph.assemble import Sizes, build_graph
+from harmony.capture.graph.layered import LayerChanges, LayeredTape, changes_of
+from harmony.capture.graph.params import (
+    ParamInfo,
+    dense_stride,
+    describe_buffers,
+    describe_parameters,
+    running_statistics,
+)
+from harmony.capture.graph.structure import Structure
+from harmony.capture.graph.trace import Step, StepKind, Tape, ValueRef
+from harmony.capture.graph.trace_set import TapeSet
+from harmony.capture.loss.call import run_loss
+from harmony.capture.replay.inputs import Batch, Call
+from harmony.capture.replay.replay import Values, run_step
+from harmony.capture.replay.shell import Skeleton
+from harmony.capture.trace.tracer import Tracer
+from harmony.core.layergraph import LayerGraph
+from harmony.errors import CaptureError
+
+
+class Captured:
+    """A model as layers.
+
+    Values are named by their ids in ``graph``; inputs that only decisions of the forward's Python
+    look at, which no layer reads, by negative ids of their own. There is a tape for each number of
+    samples that was asked for, all with the same layers.
+
+    Attributes:
+        graph: what the model is, for the planner.
+        params: parameters in the order of the arena: by layer, what only that layer uses first,
+            then what it is the first of several layers to use.
+        buffers: buffers likewise. A buffer that several layers use is a ``SharedParam`` without
+            gradient.
+        num_samples: samples of the batch that the model was captured with.
+        only_size: the one number of samples that it runs for, or None where it is not the only.
+        changes: by layer, what its forward leaves changed; layers that change nothing are left
+            out.
+        draws_on_host: whether a layer draws from random generators that all threads share.
+        real: whether the tape is that of a run with real parameters.
+        moved: Python attributes that the glue has changed in a live run: module, attribute, value.
+        guards: what has to be as it was for all this to stand.
+        as_is: why it stands for nothing, so that the module has to be run as it is; None if it
+            does.
+        tapes: what its layers run, for each number of samples.
+        template: the module tree without parameter memory.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        template: Skeleton,
+        batch: Batch,
+        sizes: Sizes,
+        has_loss: bool,
+    ) -> None:
+        params = describe_parameters(template.root)
+        buffers = describe_buffers(template.root)
+        nbytes = {info.name: info.nbytes for info in params}
+        self.tapes = TapeSet(tracer, sizes, nbytes, batch.num_samples)
+        reference = self.tapes.reference
+        built = build_graph(sizes, reference, template, params, buffers, has_loss)
+        self.graph: LayerGraph = built.graph
+        self.params: list[ParamInfo] = built.params
+        self.buffers: list[ParamInfo] = built.buffers
+        self.num_samples = batch.num_samples
+        self.only_size = batch.num_samples if sizes.only else None
+        self.changes = dict(_changes(reference, template))
+        self.draws_on_host = any(step.random_on_host for step in sizes.tape.steps)
+        self.real = sizes.tape.real
+        self.moved = sizes.tape.attributes
+        moving = {a for change in self.changes.values() for a in change.attributes}
+        moving.update((module, name) for module, name, _ in self.moved)
+        replayed = sizes.tape.loss_call is None
+        self.guards = tracer.outside.guards(moving, loss=replayed)
+        self.as_is = tracer.outside.refusal(self.guards, loss=replayed)
+        self._outside = tracer.outside
+        self.template = template
+        self._batch = batch
+
+    @property
+    def tape(self) -> Tape:
+        """The tape of the batch that the model was captured with."""
+        return self.tapes.reference.tape
+
+    def bring_home(self, devices: Iterable[torch.device]) -> None:
+        """Bring what the loss function has kept of a step from the devices to the host."""
+        if self._outside.kept_by_loss is not None:
+            for device in devices:
+                self._outside.bring_home(device)
+
+    def count_samples(self, call: Call) -> int:
+        """Return the number of samples of another batch."""
+        return self._batch.count_samples(self._batch.match(*call))
+
+    def ensure(self, num_samples: int) -> None:
+        """Trace the forward for microbatches of this size, unless that was done before.
+
+        Raises:
+            CaptureError: if the layers exchange other values for this size.
+        """
+        self.tapes.of(num_samples)
+
+    def make_skeleton(self, device: torch.device) -> Skeleton:
+        """Return a copy of the module tree without parameter memory, to run layers with."""
+        return Skeleton(self.template.root, device)
+
+    def tensors_of(self, layer: int) -> list[ParamInfo]:
+        """Parameters and buffers that only this layer uses, in the order of the arena."""
+        return [info for info in (*self.params, *self.buffers) if info.layer == layer]
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        skeleton: Skeleton,
+        env: Values,
+        num_samples: int,
+        *,
+        wanted: Iterable[int],
+        at_layer: Callable[[int], None] | None = None,
+        guarded: bool = True,
+    ) -> Values:
+        """Run layers ``first`` to ``last - 1``, with or without gradients, on any device.
+
+        Interior values are let go at their last use. An input that a layer changes in place is
+        cloned first.
+
+        Args:
+            skeleton: has the parameters of these layers bound.
+            env: at least the values that these layers read from earlier ones.
+            num_samples: samples of the microbatch.
+            wanted: values to return: outputs of these layers.
+            at_layer: called with each layer's index before it runs.
+            guarded: whether what the forward's Python read has to come out as recorded, and the
+                loss function itself runs; else its recorded steps do.
+        """
+        layered = self.tapes.of(num_samples)
+        keep = {layered.crossing[value] for value in wanted}
+        values = self._inputs(layered, first, last, env)
+        aside: Values = {}
+        for layer in range(first, last):
+            if at_layer is not None:
+                at_layer(layer)
+            _run_layer(layered, layer, skeleton, values, keep, guarded)
+            aside.update(_changed_later(layered, layer, last, values, keep))
+        return {layered.ids[number]: aside.get(number, values[number]) for number in keep}
+
+    def flatten_inputs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any = None
+    ) -> Values:
+        """Return the tensors of a whole batch, by value.
+
+        Raises:
+            CaptureError: naming the argument that differs from what was captured.
+        """
+        leaves = self._batch.match(args, kwargs, targets)
+        ids = self.tapes.reference.ids
+        numbered = zip(self.tapes.reference.tape.inputs, leaves, strict=True)
+        return {
+            ids.get(number, _only_looked_at(number)): leaf
+            for number, leaf in numbered
+            if number is not None
+        }
+
+    def split(self, inputs: Values, low: int, high: int) -> Values:
+        """Return samples ``low`` to ``high - 1`` of the inputs, as views.
+
+        Raises:
+            CaptureError: if the forward would take another path for them than was recorded.
+        """
+        parts = self.part(inputs, low, high)
+        self.check_guards(parts, high - low)
+        return parts
+
+    def part(self, inputs: Values, low: int, high: int) -> Values:
+        """Return samples ``low`` to ``high - 1`` of the inputs, whatever path they take."""
+        return {value: self._slice(value, tensor, low, high) for value, tensor in inputs.items()}
+
+    def part_of_call(self, call: Call, low: int, high: int) -> Call:
+        """Return samples ``low`` to ``high - 1`` of a call."""
+        return self._batch.part(*call, low, high)
+
+    def first_guard(self) -> str:
+        """File and line of the first decision that the forward takes by looking at the inputs."""
+        return self.tapes.first_guard()
+
+    def check_guards(self, inputs: Values, num_samples: int) -> None:
+        """Check what the forward's Python decided by looking at the inputs.
+
+        Raises:
+            CaptureError: naming the line whose outcome differs.
+        """
+        layered = self.tapes.of(num_samples)
+        if layered.tape.host_program:
+            changes = any(step.mutated for step in layered.tape.host_program)
+            values = {
+                layered.crossing[value] if value >= 0 else _only_looked_at(value): tensor
+                for value, tensor in inputs.items()
+            }
+            if changes:  # that is for the forward itself to do, once
+                values = {number: tensor.clone() for number, tensor in values.items()}
+            with torch.no_grad():
+                for step in layered.tape.host_program:
+                    run_step(step, values, self.template)
+
+    def unflatten_output(self, values: Mapping[int, torch.Tensor]) -> Any:
+        """Return what the model returns, made of the given output values."""
+        tape = self.tapes.reference.tape
+        leaves = [
+            values[self.tapes.reference.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
+            for leaf in tape.outputs
+        ]
+        structure: Structure = tape.output_structure
+        return structure.unflatten(leaves)
+
+    def value_form(
+        self, value: int, num_samples: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+        """Return shape, stride and dtype of a value for a microbatch of this size.
+
+        The stride is the one it had in the forward, so that kernels see the same layout when it
+        comes back from the host; a view with gaps or overlaps is stored contiguous.
+        """
+        layered = self.tapes.of(num_samples)
+        known = layered.tape.values[layered.crossing[value]]
+        return known.shape, dense_stride(known.shape, known.stride), known.dtype
+
+    def tape_for(self, num_samples: int) -> Tape:
+        """Return the tape for microbatches of this size."""
+        return self.tapes.of(num_samples).tape
+
+    def steps_of(self, layer: int, num_samples: int) -> list[Step]:
+        """Return the steps of a layer for microbatches of this size."""
+        return self.tapes.of(num_samples).steps(layer)
+
+    def _inputs(self, layered: LayeredTape, first: int, last: int, env: Values) -> Values:
+        """Return what layers read from earlier ones; what they change in place as a clone."""
+        changed = frozenset[int]().union(*layered.changes[first:last])
+        values = {}
+        for value in self.graph.pack_inputs(first, last):
+            if value not in env:
+                name = self.graph.values[value].name
+                raise CaptureError(
+                    f"layers [{first}:{last}] read value {value} ({name}), which was not given"
+                )
+            number = layered.crossing[value]
+            in_place = layered.tape.values[number].storage in changed
+            values[number] = env[value].clone() if in_place else env[value]
+        return values
+
+    def _slice(self, value: int, tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        if value >= 0:
+            dim = self.graph.values[value].batch_dim
+        else:
+            leaf = self.tapes.reference.tape.inputs.index(_only_looked_at(value))
+            dim = self._batch.batch_dims[leaf]
+        return tensor if dim is None else tensor.narrow(dim, low, high - low)
+
+
+def _only_looked_at(number: int) -> int:
+    """Id of an input that no layer reads, from its number on the tape; and the other way round.
+
+    Inputs have the same numbers on all tapes.
+    """
+    return -1 - number
+
+
+def _changes(
+    reference: LayeredTape, template: Skeleton
+) -> Iterator[tuple[int, LayerChanges]]:
+    statistics = set(running_statistics(template.root))
+    for layer in range(reference.num_layers):
+        changes = changes_of(reference.steps(layer))
+        if changes.buffers or changes.attributes:
+            feeds = not statistics.issuperset(changes.buffers)
+            yield layer, replace(changes, feeds_outputs=feeds)
+
+
+def _run_layer(
+    layered: LayeredTape,
+    layer: int,
+    skeleton: Skeleton,
+    values: Values,
+    keep: AbstractSet[int],
+    guarded: bool = True,
+) -> None:
+    tape = layered.tape
+    for index in layered.ranges[layer]:
+        step = tape.steps[index]
+        if guarded and tape.loss_call is not None and index == tape.loss_call.first:
+            values[tape.loss_call.result] = run_loss(tape, values, skeleton)
+            return
+        if guarded or step.kind is not StepKind.GUARD:
+            run_step(step, values, skeleton)
+        for number in tape.dead_after[index]:
+            if number not in keep:
+                values.pop(number, None)
+
+
+def _changed_later(
+    layered: LayeredTape,
+    layer: int,
+    last: int,
+    values: Values,
+    keep: AbstractSet[int],
+) -> Values:
+    """Return clones of what a layer made, is to be returned, and changed before that."""
+    changed = frozenset[int]().union(*layered.changes[layer + 1 : last])
+    if not changed:
+        return {}
+    made = (n for n in keep if n in values and layered.producer(n) == layer)
+    return {n: values[n].clone() for n in made if layered.tape.values[n].storage in changed}

@@ -1,0 +1,229 @@
+"""The inputs of the model: taken apart, cut along the batch, compared with what was captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from harmony.capture.graph.structure import Structure, flatten
+from harmony.errors import CaptureError, ConfigError
+
+Call = tuple[Any, Any, Any]
+"""Positional arguments, keyword arguments, targets."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sample batch that the model was captured with.
+
+    Attributes:
+        names: per flattened input, how the user would name it: ``args[0]``, ``kwargs['mask']``.
+        leaves: the flattened inputs.
+        batch_dims: per leaf the dimension that counts samples; None if it has none.
+        num_samples: how many samples the batch has.
+    """
+
+    names: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    structure: Structure
+    batch_dims: tuple[int | None, ...]
+    num_samples: int
+
+    @staticmethod
+    def of(
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        targets: Any,
+        batch_dims: Mapping[str, int | None],
+        num_samples: int | None = None,
+    ) -> Batch:
+        """Take the inputs apart and find their batch dimensions.
+
+        The batch is dimension 0 of the first tensor that has a dimension, in the order in which
+        the caller gave them; other tensors of that many rows are batched along dimension 0 too.
+        ``batch_dims`` overrides this by name.
+
+        Args:
+            num_samples: how many samples there are, where these are some of the caller's: what
+                is left of a batch does not tell which of its inputs have samples.
+        """
+        names, leaves, structure = _take_apart(args, kwargs, targets)
+        unknown = set(batch_dims).difference(names)
+        if unknown:
+            raise ConfigError(f"batch_dims names {sorted(unknown)}; the inputs are {names}")
+        if num_samples is None:
+            num_samples = _count_samples(args, kwargs, targets, batch_dims)
+        dims = tuple(
+            batch_dims.get(name, _batch_dim(leaf, num_samples))
+            for name, leaf in zip(names, leaves, strict=True)
+        )
+        return Batch(names, leaves, structure, dims, num_samples)
+
+    def detached(self) -> Batch:
+        """Return the batch without the graph of its tensors, to be kept.
+
+        Their graph may lead back to the model, by hooks, through memory that Python cannot search.
+        """
+        leaves = [
+            leaf.detach().requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+            for leaf in self.leaves
+        ]
+        return replace(self, leaves=tuple(leaves))
+
+    def count_samples(self, leaves: Sequence[Any]) -> int:
+        """Return the number of samples of the leaves of another batch."""
+        pairs = zip(leaves, self.batch_dims, strict=True)
+        return next((leaf.shape[dim] for leaf, dim in pairs if dim is not None), 1)
+
+    def part(self, args: Any, kwargs: Any, targets: Any, low: int, high: int) -> Call:
+        """Return samples ``low`` to ``high - 1`` of another batch with the same structure."""
+        leaves = self.match(args, kwargs, targets)
+        parts = [
+            leaf if dim is None else leaf.narrow(dim, low, high - low)
+            for leaf, dim in zip(leaves, self.batch_dims, strict=True)
+        ]
+        some, named, target = to_call(self.structure, parts)
+        # In the caller's order, by which samples are counted.
+        return some, {name: named[name] for name in kwargs}, target
+
+    def take(
+        self, num_samples: int, device: torch.device, first: int = 0
+    ) -> tuple[Any, Any, Any]:
+        """Return ``(args, kwargs, targets)`` with this many samples, repeated as necessary.
+
+        Args:
+            first: the sample to begin with.
+        """
+        leaves = [
+            _take(leaf, dim, num_samples, device, first)
+            for leaf, dim in zip(self.leaves, self.batch_dims, strict=True)
+        ]
+        return to_call(self.structure, leaves)
+
+    def match(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any
+    ) -> tuple[Any, ...]:
+        """Return the leaves of another batch with the same structure.
+
+        Raises:
+            CaptureError: naming the argument that differs from what was captured.
+        """
+        names, leaves, structure = _take_apart(args, kwargs, targets)
+        if structure != self.structure:
+            raise CaptureError(
+                f"the inputs were captured as {_listed(self.names, self.leaves)}, now they are "
+                f"{_listed(names, leaves)}: capture the model again for these"
+            )
+        sizes = {}
+        for name, leaf, sample, dim in zip(
+            names, leaves, self.leaves, self.batch_dims, strict=True
+        ):
+            _compare(name, leaf, sample, dim)
+            if dim is not None:
+                sizes[name] = leaf.shape[dim]
+        if len(set(sizes.values())) > 1:
+            raise ConfigError(f"the inputs have different numbers of samples: {sizes}")
+        return leaves
+
+
+def to_call(structure: Structure, leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return ``(args, kwargs, targets)``."""
+    args, kwargs, targets = structure.unflatten(leaves)
+    return args, kwargs, targets
+
+
+def _take_apart(
+    args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any
+) -> tuple[tuple[str, ...], tuple[Any, ...], Structure]:
+    """Flatten the inputs, keyword arguments sorted by name, and name each leaf."""
+    ordered = {key: kwargs[key] for key in sorted(kwargs)}
+    names = _names(args, ordered, targets)
+    leaves, structure = flatten((tuple(args), ordered, targets))
+    return tuple(names), tuple(leaves), structure
+
+
+def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list[str]:
+    """Name each leaf, in the order of the arguments."""
+    groups = [
+        *((f"args[{i}]", arg) for i, arg in enumerate(args)),
+        *((f"kwargs[{key!r}]", value) for key, value in kwargs.items()),
+        ("targets", targets),
+    ]
+    return [leaf for name, group in groups for leaf in _leaf_names(name, group)]
+
+
+def _leaf_names(name: str, group: Any) -> list[str]:
+    leaves, structure = flatten(group)
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(group)[0]]
+    if structure.nested:
+        paths = [f"<{i}>" for i in range(len(leaves))]
+    return [name + path for path in paths]
+
+
+def _count_samples(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    targets: Any,
+    batch_dims: Mapping[str, int | None],
+) -> int:
+    names = _names(args, kwargs, targets)
+    leaves, _ = flatten((tuple(args), dict(kwargs), targets))
+    for name, leaf in zip(names, leaves, strict=True):
+        dim = batch_dims.get(name, 0)
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and dim is not None:
+            return leaf.shape[dim]
+    return 1
+
+
+def _batch_dim(leaf: Any, num_samples: int) -> int | None:
+    batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == num_samples
+    return 0 if batched else None
+
+
+def _take(
+    leaf: Any, dim: int | None, num_samples: int, device: torch.device, first: int
+) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    with torch.no_grad():
+        if dim is None:
+            taken = leaf.to(device, copy=True)
+        else:
+            which = (torch.arange(num_samples, device=leaf.device) + first) % leaf.shape[dim]
+            taken = leaf.index_select(dim, which).to(device)
+    return taken.requires_grad_(leaf.requires_grad)
+
+
+def _compare(name: str, leaf: Any, sample: Any, dim: int | None) -> None:
+    """Raise unless a leaf is like the one that was captured."""
+    if isinstance(sample, torch.Tensor):
+        now = _form(leaf, dim) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+        same, then = now == _form(sample, dim), _form(sample, dim)
+    else:
+        same, now, then = leaf is sample or _equal(leaf, sample), repr(leaf), repr(sample)
+    if not same:
+        raise CaptureError(
+            f"{name} was {then} when the model was captured, now it is {now}: "
+            "capture the model again for this"
+        )
+
+
+def _form(tensor: torch.Tensor, dim: int | None) -> str:
+    sizes = ["batch" if i == dim else str(size) for i, size in enumerate(tensor.shape)]
+    gradient = ", requires_grad" if tensor.requires_grad else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(sizes)}]{gradient}"
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and bool(left == right)
+
+
+def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:
+    given = (name for name, leaf in zip(names, leaves, strict=True) if leaf is not None)
+    return ", ".join(given) or "nothing"

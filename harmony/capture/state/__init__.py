@@ -1,0 +1,1 @@
+"""Random and Python state that a forward reads and changes."""

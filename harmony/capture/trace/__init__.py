@@ -1,0 +1,1 @@
+"""Traces one forward of a module as a flat list of steps."""

@@ -1,0 +1,1 @@
+"""The command line: `harmony-run` and `harmony-run plan`."""

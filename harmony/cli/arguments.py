@@ -1,0 +1,240 @@
+"""The command line of `harmony-run`: which words are ours, which are the script's.
+
+    harmony-run [OPTIONS] SCRIPT [OPTIONS] [SCRIPT ARGUMENTS]
+
+Our options are taken wherever they stand. A word after SCRIPT that is none of them goes to the
+script, and so does everything after ``--``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harmony import __version__
+from harmony.cli.plan_arguments import MODES, Parser, count, in_folder, rate, size
+from harmony.core.files import is_file, is_folder
+from harmony.core.options import Options
+from harmony.errors import ConfigError
+from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
+
+_EPILOG = """\
+Options may stand before SCRIPT or after it. Everything else after SCRIPT goes to the script;
+"--" ends the options, for a script with options of the same names.
+
+  harmony-run train.py --gpus 4 --epochs 3
+  harmony-run train.py --gpus 2 --virtual --gpu-memory 64MiB -- --mode fast
+  harmony-run --plan-only train.py --gpus 4 --explain
+  harmony-run --plan-only train.py --gpu "RTX 4090" --gpus 4 --host-memory 256GiB
+
+  harmony-run plan --help     plans a saved model on any machine; compares saved plans
+A script that is called "plan" is run by: harmony-run ./plan
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run, and how.
+
+    Attributes:
+        script: the file.
+        script_arguments: its ``sys.argv[1:]``.
+        options: of the session.
+        debug: whether errors of Harmony show their traceback.
+    """
+
+    script: Path
+    script_arguments: tuple[str, ...]
+    options: Options
+    debug: bool = False
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Read the command line (without the program's name).
+
+    Raises:
+        ConfigError: if it cannot be read or makes no sense.
+        SystemExit: after ``--help`` or ``--version`` have been printed.
+    """
+    parser = _parser()
+    ours, script, rest = _split(argv, parser)
+    args = parser.parse_args(ours)
+    if script is None:
+        raise ConfigError("which script? Usage: harmony-run SCRIPT --gpus N [script arguments]")
+    path = Path(script)
+    if is_folder(path):
+        raise ConfigError(f"{script} is a folder. Name the script in it")
+    if not is_file(path):
+        hint = _similar_file(path)
+        if script == "plan":
+            hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
+        raise ConfigError(f"no such script: {script}{hint}")
+    if args.report is not None and not is_folder(args.report.parent):
+        raise ConfigError(f"--report {args.report}: there is no folder {args.report.parent}")
+    if args.plan is not None and not is_file(args.plan):
+        raise ConfigError(f"no such plan: {args.plan}")
+    return Command(path, tuple(rest), _options(args), debug=args.debug)
+
+
+def mistyped(script_arguments: Sequence[str]) -> str | None:
+    """A hint, where a word that went to the script looks like an option of ours."""
+    for word in script_arguments:
+        near = _near(word)
+        if near is not None:
+            return f"{word} is not an option of harmony-run and went to the script; {near}"
+    return None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="harmony-run",
+        usage="harmony-run SCRIPT --gpus N [OPTIONS] [SCRIPT ARGUMENTS]",
+        description="Train a PyTorch script's model although it is larger than the GPUs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpus", metavar="N", help="GPUs to use (default: all real ones, or 1 virtual one)")
+    add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB (virtual: 64MiB)")
+    add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the faster")
+    add("--virtual", action="store_true", help="virtual GPUs even where there are real ones")
+    add("--link", metavar="RATE", help="bandwidth of a virtual GPU's link, e.g. 8GB/s")
+    add("--host-memory", metavar="SIZE", help="host memory to use (default: what is available)")
+    add("--plan-only", action="store_true", help="show the plan and stop before training")
+    add("--gpu", metavar="NAME", help='with --plan-only: for GPUs not there, e.g. "RTX 4090"')
+    add("--host", metavar="KIND", help=f"of --gpu: {', '.join(kind.name for kind in HOSTS)}")
+    add("--topology", choices=tuple(TOPOLOGIES), help="of --gpu: how the GPUs hang on the host")
+    add("--explain", action="store_true", help="why everything was decided as it was")
+    add("--json", action="store_true", help="with --plan-only: all figures as JSON")
+    add("--plan", metavar="FILE", type=Path, help="train by this saved plan, or refuse it")
+    add("--save-plan", metavar="FILE", type=Path, help="keep the plan of the first batch")
+    add("--save-profile", metavar="FILE", type=Path, help="keep layers and costs, for plan")
+    add("--no-replan", action="store_true", help="keep the first plan, whatever steps take")
+    add("--no-cache", action="store_true", help="measure again what earlier runs measured")
+    add("--verify", action="store_true", help="compare the first step with plain PyTorch and stop")
+    add(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="write the report there too: text, .json for all figures, .trace.json for Perfetto",
+    )
+    add("--debug", action="store_true", help="show the traceback of an error of Harmony")
+    add("--version", action="version", version=f"harmony {__version__}")
+    return parser
+
+
+def _split(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[list[str], str | None, list[str]]:
+    """Divide the words: ours, SCRIPT, the script's."""
+    takes_value = {
+        name: action.nargs != 0 for action in parser._actions for name in action.option_strings
+    }
+    ours: list[str] = []
+    rest: list[str] = []
+    script: str | None = None
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name = word.partition("=")[0]
+        if word == "--":
+            if script is None and words:
+                script = words.pop(0)
+            return ours, script, rest + words
+        # The script has a --help of its own; ours is asked for before SCRIPT.
+        is_ours = name in takes_value and not (script and name in ("-h", "--help", "--version"))
+        if is_ours:
+            ours.append(word)
+            if takes_value[name] and word == name and words:
+                ours.append(words.pop(0))
+        elif script is not None:
+            rest.append(word)
+        elif word.startswith("-"):
+            near = _near(word) or "see harmony-run --help"
+            raise ConfigError(f"no such option: {word}; {near}")
+        else:
+            script = word
+    return ours, script, rest
+
+
+def _options(args: argparse.Namespace) -> Options:
+    rate("--link", args.link)
+    _check_elsewhere(args)
+    return Options(
+        gpus=None if args.gpus is None else count("--gpus", args.gpus),
+        gpu_memory_nbytes=size("--gpu-memory", args.gpu_memory),
+        mode=args.mode,
+        virtual=args.virtual,
+        plan_only=args.plan_only,
+        verify=args.verify,
+        report=args.report,
+        link=args.link,
+        host_memory_nbytes=size("--host-memory", args.host_memory),
+        active=True,
+        gpu=args.gpu,
+        host=args.host,
+        topology=args.topology,
+        explain=args.explain,
+        as_json=args.json,
+        plan=args.plan,
+        save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
+        save_profile=(
+            None
+            if args.save_profile is None
+            else in_folder("--save-profile", args.save_profile)
+        ),
+        cache=not args.no_cache,
+        replan=not args.no_replan,
+    )
+
+
+def _check_elsewhere(args: argparse.Namespace) -> None:
+    """Refuse options that go together only to plan for GPUs that are not there."""
+    if args.json and not args.plan_only:
+        raise ConfigError("--json shows a plan: add --plan-only (or see --report FILE.json)")
+    if args.gpu is None:
+        for name in ("host", "topology"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name} describes the machine of --gpu NAME: add that")
+        return
+    if not args.plan_only:
+        raise ConfigError(
+            f"--gpu {args.gpu}: planning for GPUs by name goes with --plan-only. How many GPUs to"
+            " use here is --gpus N"
+        )
+    find_gpu(args.gpu)
+    if args.host is not None:
+        find_host(args.host)
+    if args.host_memory is None:
+        raise ConfigError(
+            "--host-memory: how much memory has the host of that machine? E.g. 256GiB"
+        )
+    if args.virtual or args.plan is not None:
+        raise ConfigError("--gpu plans for GPUs not there: leave --virtual and --plan out")
+
+
+def _near(word: str) -> str | None:
+    """``did you mean --gpus?`` for a word that is almost an option."""
+    name = word.partition("=")[0]
+    known = [option for action in _parser()._actions for option in action.option_strings]
+    if not name.startswith("--") or name in known:
+        return None
+    swapped = [option for option in known if sorted(option) == sorted(name)]
+    close = swapped or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def _similar_file(path: Path) -> str:
+    if not is_folder(path.parent):
+        return f" (there is no folder {path.parent})"
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
+    except OSError:  # a folder that may not be looked into
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f". Did you mean {path.parent / close[0]}?" if close else ""
+

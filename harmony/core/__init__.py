@@ -1,0 +1,1 @@
+"""Data and helpers that every room may import: no torch, no planner."""

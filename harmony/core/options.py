@@ -1,0 +1,66 @@
+"""Options of the command line, which every model of the script reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; None means that Harmony decides.
+
+    Attributes:
+        gpus: how many GPUs to use.
+        gpu_memory_nbytes: bytes that Harmony may use on each.
+        mode: ``"auto"``, ``"pp"`` or ``"dp"``.
+        virtual: whether the GPUs are virtual ones.
+        plan_only: stop at the first plan, before anything is trained.
+        verify: run the first step by plain PyTorch as well, compare, and stop.
+        report: a file that gets the report as well.
+        link: bandwidth of a virtual GPU's link, as text, e.g. ``"8GB/s"``.
+        host_memory_nbytes: bytes of host memory that Harmony may use.
+        active: whether `harmony-run` runs the script.
+        gpu, host, topology: plan for a machine of the catalog instead of this one.
+        explain: show why everything was decided as it was.
+        as_json: show the plan as JSON.
+        plan: a file with the plan to train by.
+        save_plan, save_profile: files that get the first plan, and the layers and their costs.
+        replan: whether the plan may change between two steps.
+        cache: whether measurements of earlier runs may be used, and kept.
+    """
+
+    gpus: int | None = None
+    gpu_memory_nbytes: int | None = None
+    mode: str = "auto"
+    virtual: bool = False
+    plan_only: bool = False
+    verify: bool = False
+    report: Path | None = None
+    link: str | None = None
+    host_memory_nbytes: int | None = None
+    active: bool = False
+    gpu: str | None = None
+    host: str | None = None
+    topology: str | None = None
+    explain: bool = False
+    as_json: bool = False
+    plan: Path | None = None
+    save_plan: Path | None = None
+    save_profile: Path | None = None
+    cache: bool = True
+    replan: bool = True
+
+
+_current = Options()
+
+
+def current_options() -> Options:
+    """Options of the running session; the defaults where `harmony-run` runs nothing."""
+    return _current
+
+
+def use(options: Options) -> None:
+    """Make ``options`` those of the running session."""
+    global _current
+    _current = options

@@ -1,0 +1,1 @@
+"""What happens when the user calls: captures, plans, runs steps, gives results."""

@@ -1,0 +1,291 @@
+"""Runs what no tape stands for: one microbatch after the other, each captured on its way.
+
+A live microbatch costs one forward more than a planned one: first the forward runs for real, to
+see which path it takes, then the layers of that path run as any other, planned and verified.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from harmony.capture import (
+    Batch,
+    LiveCapture,
+    LiveOnlyError,
+    or_as_it_is,
+    plain_attributes,
+    same_path,
+    seed_python,
+)
+from harmony.capture.loss.weights import LiveWeights, parts_asked_for
+from harmony.engine.call_key import Call
+from harmony.engine.options import EngineOptions
+from harmony.engine.paths import Paths
+from harmony.engine.step_result import RanStep, ReadyStep
+from harmony.engine.variant import Binding
+from harmony.engine.variants import Bindings
+from harmony.errors import ConfigError, DoesNotFitError
+from harmony.planner.ir.plan import Plan
+from harmony.planner.search.candidates import REMEDY
+from harmony.report.session import ModelRecord
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.out_of_memory import with_room
+from harmony.runtime.exec.stage import Values
+from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.randomness import microbatch_seed
+from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.update.optimizer import PackOptimizer
+from harmony.runtime.update.param_hooks import GradientSums, call_hooks
+
+
+class Live:
+    """The live runs of one model.
+
+    Attributes:
+        size: samples of a microbatch of a step; None before there was one.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        context: DeviceContext,
+        options: EngineOptions,
+        bindings: Bindings,
+        optimizer: PackOptimizer | None,
+        record: ModelRecord,
+    ) -> None:
+        self._net = net
+        self._context = context
+        self._options = options
+        self._bindings = bindings
+        self._optimizer = optimizer
+        self._record = record
+        self._captures: dict[str, LiveCapture] = {}
+        self._known: dict[str, Paths] = {}
+        self.size: int | None = None
+        self._generation = 0
+        self._noticed: set[str] = set()
+
+    def notice(self, reason: LiveOnlyError) -> None:
+        """Say once that, and why, the model runs live."""
+        if reason.as_is:
+            self.say(
+                f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: "
+                "the model is run as it is, on one GPU, its parameters streamed and all that its "
+                "backward needs kept on the host. To be planned, and to run on all GPUs, let the "
+                "forward return what it leaves, and take what changes as an input"
+            )
+            return
+        self.say(
+            f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: each "
+            "microbatch is recorded on its way, which takes one forward more, and microbatches "
+            "run one after the other. To be planned as a whole, let the decision be made inside "
+            "of a layer (a module that is one block), or outside of the model"
+        )
+
+    def say(self, text: str) -> None:
+        """Warn once."""
+        if text not in self._noticed:
+            self._noticed.add(text)
+            self._record.warn(text)
+            warnings.warn(text, stacklevel=6)
+
+    def forget(self) -> None:
+        """Forget all captures."""
+        self._captures.clear()
+        self._known.clear()
+
+    def ready(
+        self, form: str, call: Call, step: int, index: int, num_samples: int | None = None
+    ) -> ReadyStep:
+        """Capture one microbatch, number ``index`` of the step, and plan for it.
+
+        Args:
+            num_samples: of the microbatch, where it is a part of the batch.
+        """
+        args, kwargs, targets = call
+        self._bindings.activate(None)  # the forward needs the memory
+        if self._generation != self._bindings.generation:  # the model is another
+            self.forget()
+            self._generation = self._bindings.generation
+        # Whatever is captured holds on to `begin`, so that must not hold on to the model.
+        seed, context = microbatch_seed(step, index, self._options.seed), self._context
+
+        def begin() -> None:
+            torch.default_generator.manual_seed(seed)
+            seed_python(seed)
+            context.set_random_state(context.seeded_state(seed))
+
+        run = self._capture_of(form).capture
+        capture = partial(run, args, kwargs, targets, begin, num_samples)
+        with or_as_it_is(self._net):
+            captured = with_room("the forward of a microbatch", [context.device], capture)
+        if captured.as_is is not None:
+            raise LiveOnlyError(captured.as_is, type(self._net).__name__, as_is=True)
+        paths = self._known.setdefault(form, Paths())
+        standing = (b for b in paths.bindings if b.captured.guards.same())
+        same = (b for b in standing if same_path(b.captured, captured))
+        binding = next(same, None) or self._bindings.bind(captured, form)
+        paths.use(binding)
+        size = captured.num_samples  # its tape is good for no other
+        measure = partial(self._bindings.measured, binding, form, size, call, [size])
+        inputs = with_room("measuring the layers", [context.device], measure)
+        plan = self._plan(binding, size)
+        weights, _ = binding.weights(detached(inputs), plan.spec)
+        return ReadyStep(binding, plan, inputs, weights, index, captured.moved)
+
+    def train(
+        self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
+    ) -> RanStep:
+        """Run forward and backward of every microbatch; `update` is to follow.
+
+        A step that fails leaves buffers and Python attributes as they were; so does Ctrl-C, which
+        is heard in it.
+
+        Args:
+            run: runs a microbatch and leaves its gradients as ``grad``.
+        """
+        asked = self._options.microbatch_size
+        size = min(asked or minibatch, minibatch)
+        before = ModuleState(self._net)
+        try:
+            with held_back() as held, held.open():
+                done = self._train(call, minibatch, size, step, run)
+        except BaseException as error:
+            before.restore()
+            if not isinstance(error, DoesNotFitError) or asked is not None:
+                raise
+            raise DoesNotFitError(
+                f"{error}. The {minibatch} samples are one microbatch, since what the forward does"
+                f" is known only as it runs. {REMEDY}"
+            ) from error
+        self.size = size
+        return done
+
+    def _train(
+        self,
+        call: Call,
+        minibatch: int,
+        size: int,
+        step: int,
+        run: Callable[[ReadyStep], RanStep],
+    ) -> RanStep:
+        batch = Batch.of(*call, self._options.batch_dims)
+        weights = LiveWeights(minibatch)
+        fixed = self._options.microbatch_size is not None
+        sums = GradientSums(dict(self._net.named_parameters()), hooks_each=fixed)
+        total = torch.zeros(())
+        for index, low in enumerate(range(0, minibatch, size)):
+            high = min(low + size, minibatch)
+            part = batch.part(*call, low, high)
+            ready = self.ready("step", part, step, index, high - low)
+            captured, loss = ready.binding.captured, ready.binding.graph.loss
+            assert loss is not None
+            weight = weights.weigh(captured, loss, detached(ready.inputs))
+            ran = run(replace(ready, weights=dict.fromkeys(ready.weights, weight)))
+            total = total + ran.loss
+            self.commit(ready, ran.recall, [])
+            if sums.hooked and high < minibatch:
+                self._check_hooks(weights)
+            sums.add()
+        if weights.doubt is not None:
+            self._record.warn(parts_asked_for(weights.doubt, minibatch, size))
+        scale = weights.scale()
+        if scale != 1.0:
+            total = total * scale
+            for gradient in sums.sums.values():
+                gradient.mul_(scale)
+        assert self._bindings.arenas is not None
+        sums.publish(self._bindings.arenas[1].own)
+        if not fixed:
+            call_hooks(self._net.parameters())
+        return replace(ran, loss=total)
+
+    def _check_hooks(self, weights: LiveWeights) -> None:
+        """Refuse hooks on gradients of microbatches whose weights only the last one tells.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        if weights.by_targets:
+            raise ConfigError(
+                "a parameter has a hook, and the forward is run live: what each microbatch's "
+                "gradient counts is known only after the last, since the loss is a mean over the "
+                "targets that count. Leave microbatch_size= out, or put the hook's work into a "
+                "step_pre_hook of the optimizer"
+            )
+
+    def update(self, begun: list[str]) -> None:
+        """Update all parameters from the gradients that `train` has left.
+
+        Args:
+            begun: hears when the first parameter is about to change.
+        """
+        optimizer, params = self._optimizer, list(self._net.parameters())
+        assert optimizer is not None, "only the step form trains here"
+        if optimizer.max_norm is not None:
+            optimizer.clip(params)
+        begun.append("all packs")
+        optimizer.update_all(params)
+
+    def commit(self, ready: ReadyStep, recall: Recall, begun: list[str]) -> None:
+        """Let the model have what a forward has changed.
+
+        Args:
+            begun: hears when the first change is about to be made.
+        """
+        recall.states.commit(begun)
+        if not ready.moved:
+            return
+        begun.append("what the forward changes")
+        modules = dict(self._net.named_modules())
+        for module, attribute, held in ready.moved:
+            modules[module].__dict__[attribute] = held
+
+    def _plan(self, binding: Binding, size: int) -> Plan:
+        plan = binding.plan(size, "pp", size, "recompute", None)
+        self._record.planned(plan, binding.predicted(plan))
+        return plan
+
+    def _capture_of(self, form: str) -> LiveCapture:
+        if form not in self._captures:
+            loss = self._options.loss_fn if form == "step" else None
+            self._captures[form] = LiveCapture(
+                self._net,
+                self._context.device,
+                loss=loss,
+                output_loss=form == "step" and loss is None,
+            )
+        return self._captures[form]
+
+
+class ModuleState:
+    """Buffers and plain attributes of a module tree, to go back to."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+        self._attributes = [
+            (module, copy.deepcopy(dict(plain_attributes(module)))) for module in net.modules()
+        ]
+
+    def restore(self) -> None:
+        """Go back."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        for module, attributes in self._attributes:
+            for name in dict(plain_attributes(module)):
+                if name not in attributes:
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def detached(inputs: Values) -> Values:
+    """Return the inputs without their graph."""
+    return {value: tensor.detach() for value, tensor in inputs.items()}

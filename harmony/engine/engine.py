@@ -1,0 +1,389 @@
+"""What stands behind the wrapper: captures the module, plans, and runs the steps.
+
+A *binding* is what one signature of the inputs leads to: captured layers, measured costs, plans,
+an executor. The parameters' arena is one for all bindings.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ParamSpec
+
+import torch
+from torch import nn
+
+from harmony.capture import GuardError, LiveOnlyError
+from harmony.capture.loss.weights import parts_asked_for
+from harmony.core.timeline import Timeline
+from harmony.engine.autograd import (
+    ForwardCall,
+    ForwardObserver,
+    Gradients,
+    attach,
+    check_surroundings,
+    hooks_of_others_off,
+    input_gradients,
+)
+from harmony.engine.call_key import Call
+from harmony.engine.dynamic import Live, detached
+from harmony.engine.eager import Direct
+from harmony.engine.generate import generate
+from harmony.engine.grad_alias import LentGradients, check_unchanged
+from harmony.engine.hooked import hooked_step
+from harmony.engine.inflight import parameters_read
+from harmony.engine.minibatch import (
+    joined_outputs,
+    load_gradients,
+    load_inputs,
+    to_device_of,
+    weighted_sum,
+)
+from harmony.engine.options import EngineOptions
+from harmony.engine.replan import Feedback
+from harmony.engine.step_result import RanStep, ReadyStep, StepResult, count_tokens, recall_of
+from harmony.engine.variants import OTHER_WAY, Bindings
+from harmony.engine.wholeness import Wholeness, alone
+from harmony.planner.ir.tasks import Phase
+from harmony.report import header as facts
+from harmony.report import session
+from harmony.report.session import StepStats
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.executor import Job, PreparedSchedule
+from harmony.runtime.exec.out_of_memory import with_room
+from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.traced_lock import Turns
+
+P = ParamSpec("P")
+
+
+class Engine:
+    """Captures, plans and runs; one a model.
+
+    Attributes:
+        num_steps: training steps done, which random numbers depend on.
+        net: the module.
+        devices: the GPUs.
+        record: what the report is made of.
+        whole: whether it can go on.
+        turns: who runs it now.
+        verifier: sees every forward and backward of the drop-in form, where one is set.
+        optimizer: the full optimizer of the step form, once training has begun or asked for.
+    """
+
+    def __init__(
+        self, net: nn.Module, devices: Sequence[torch.device], options: EngineOptions
+    ) -> None:
+        self.options = options
+        self.num_steps = 0
+        self.verifier: ForwardObserver | None = None
+        self.last_timeline: Timeline | None = None
+        self.net = net
+        self.devices = list(devices)
+        self._contexts = [DeviceContext(device) for device in devices]
+        self._lent: LentGradients | None = None
+        self.turns = Turns()
+        self._optimizer = options.make_optimizer(net)
+        self.whole = Wholeness(net, self._optimizer)
+        self.record = session.register(
+            type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
+        )
+        if options.optimizer is None and (notice := facts.sparse_notice(net)) is not None:
+            self.record.warn(notice)
+            warnings.warn(notice, stacklevel=4)
+        watched = options.replan and options.plan is None
+        self._feedback = Feedback(self.record, options.activations) if watched else None
+        self.bindings = Bindings(net, self._contexts, options, self._optimizer, self.record)
+        self._live = Live(
+            net, self._contexts[0], options, self.bindings, self._optimizer, self.record
+        )
+        self._direct = Direct(net, self._contexts[0], options, self.bindings, self._live.say)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The full optimizer, for LR schedulers and checkpoints."""
+        if self._optimizer is None:
+            return None
+        self.bindings.settle_optimizer()
+        return self._optimizer.full
+
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None:
+        """Norm of all gradients of the last step, before they were clipped."""
+        return None if self._optimizer is None else self._optimizer.last_norm
+
+    @property
+    def live_size(self) -> int | None:
+        """Samples of a microbatch of a live step; None before there was one."""
+        return self._live.size
+
+    # Steps
+
+    @alone
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> torch.Tensor:
+        """Run one training step, record it, and return the loss."""
+        started = time.perf_counter()
+        done = self.train_step(args, kwargs, targets)
+        loss, seconds = float(done.loss), time.perf_counter() - started
+        samples, tokens = done.num_samples, done.num_tokens
+        number = self.num_steps - 1
+        if done.timeline is not None:  # else there is no plan to report on
+            self.record.stepped(StepStats(number, loss, samples, tokens, seconds, done.timeline))
+        return done.loss
+
+    @alone
+    def train_step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+    ) -> StepResult:
+        """Run one training step."""
+        self.whole.check()
+        call = (args, kwargs, targets)
+        ready: ReadyStep | None = None
+        timeline: Timeline | None
+        with self.whole.together() as begun:
+            try:
+                ready = self._prepare("step", call)
+                step, minibatch = self._planned(call, ready, begun), ready.plan.minibatch
+                step.recall.states.commit(begun)
+                loss, timeline = step.loss, step.timeline
+            except (LiveOnlyError, GuardError) as reason:
+                _, minibatch = self.bindings.paths("step", call)
+                loss, timeline = self._train_live(call, minibatch, reason)
+                self._live.update(begun)
+            self.num_steps += 1
+            self.last_timeline = timeline
+        if ready is not None and timeline is not None:
+            ready.binding.captured.bring_home(self.devices)
+            if self._feedback is not None and not self.bindings.hooked():
+                self._feedback.stepped(ready.binding, ready.plan, timeline)
+        return StepResult(loss, minibatch, count_tokens((args, kwargs)), timeline)
+
+    def _train_live(
+        self, call: Call, minibatch: int, reason: LiveOnlyError | GuardError
+    ) -> tuple[torch.Tensor, Timeline | None]:
+        """Run what no tape stands for up to its gradients: recorded on its way, or as it is."""
+        reason = self._goes_live("step", call, reason)
+        if not reason.as_is:
+            try:
+                step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
+            except LiveOnlyError as found:
+                if not found.as_is:
+                    raise
+                self._goes_live("step", call, found)
+            else:
+                return step.loss, step.timeline
+        captured = self.bindings.recorded("step", call)
+        return self._direct.train(call, minibatch, self.num_steps, captured), None
+
+    def _prepare(self, form: str, call: Call) -> ReadyStep:
+        """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
+        with held_back() as held, held.open():
+            return self.ready(form, *call)
+
+    def _planned(self, call: Call, ready: ReadyStep, begun: list[str]) -> RanStep:
+        """Run a planned step, with its updates; gradients go through hooks where there are any."""
+        if not self.bindings.hooked():
+            return self.run_step(ready)
+        ran = hooked_step(self, call, ready, self._run_gradients)
+        self._live.update(begun)
+        return ran
+
+    def _run_gradients(self, ready: ReadyStep) -> RanStep:
+        """Run a step up to its gradients, and leave them as ``grad``."""
+        ran = self.run_step(ready, apply_updates=False)
+        ready.binding.host.publish_all()
+        return ran
+
+    def _goes_live(
+        self, form: str, call: Call, reason: LiveOnlyError | GuardError
+    ) -> LiveOnlyError:
+        """Note that no tape stands for the calls of this signature; return why.
+
+        A decision by computed values shows only when the layers run; the forward of all layers
+        comes before the first update, so nothing has changed then.
+        """
+        known = isinstance(reason, LiveOnlyError)
+        found = reason if known else LiveOnlyError(OTHER_WAY, reason.where)
+        assert isinstance(found, LiveOnlyError)
+        paths, _ = self.bindings.paths(form, call)
+        if not found.passing:
+            paths.live = found.again()
+        self._live.notice(found)
+        return found
+
+    def ready(
+        self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+    ) -> ReadyStep:
+        """Capture, measure and plan for a batch, as far as that was not done before."""
+        self.whole.check()
+        call = (args, kwargs, targets)
+        find = functools.partial(self.bindings.find, form, call)
+        try:
+            binding, plan, inputs = with_room("measuring the model", self.devices, find)
+        except LiveOnlyError as reason:
+            if form == "step" or reason.as_is:
+                raise
+            self._live.notice(reason)
+            return self._live.ready(form, call, self.num_steps, 0)
+        weights, doubt = binding.weights(detached(inputs), plan.spec)
+        if doubt is not None and self.options.microbatch_size is None:
+            binding.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
+            return self.ready(form, args, kwargs, targets)
+        if doubt is not None:
+            self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
+        return ReadyStep(binding, plan, inputs, weights)
+
+    def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
+        """Run the schedule of a training step, with its updates or up to the gradients."""
+        binding, plan = ready.binding, ready.plan
+        prepared = self._with_slots(binding.prepared, plan, Phase.TRAIN)
+        load_inputs(prepared, binding.graph, ready.inputs)
+        if self._lent is not None:
+            self._lent.take_back()
+        binding.host.forget_gradients()
+        recall = self._recall(ready)
+        job = Job(recall, ready.weights, apply_updates, begun=self.whole.begun)
+        timeline = binding.executor.run(prepared, job)
+        loss = binding.graph.loss
+        assert loss is not None
+        total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
+        return RanStep(total, timeline, recall)
+
+    @alone
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module forward, ready for a backward."""
+        return self._also_live(self._forward, args, kwargs)
+
+    def _also_live(
+        self, run: Callable[[Any, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a forward; live if it turns out that no tape stands for it."""
+        for _ in range(3):
+            try:
+                return run(args, kwargs)
+            except (GuardError, LiveOnlyError) as reason:
+                found = self._goes_live("dropin", (args, kwargs, None), reason)
+            if found.as_is:
+                break
+        self.whole.check()
+        check_surroundings()
+        out = self._direct.forward(args, kwargs, self.num_steps)
+        self.num_steps += torch.is_grad_enabled()
+        self.last_timeline = None
+        return out
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.whole.check()
+        check_surroundings()
+        with hooks_of_others_off():
+            ready = self._prepare("dropin", (args, kwargs, None))
+        binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
+        recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
+        lane = binding.lanes.take(plan.minibatch)
+        call = ForwardCall(self.backward, binding, plan, recall, weights, lane, step, check)
+        if self.verifier is not None:
+            call.plain = self.verifier.before_forward(call, args, kwargs)
+        prepared = self._with_slots(binding.prepared, plan, Phase.FORWARD, lane)
+        load_inputs(prepared, binding.graph, detached(inputs))
+        self.last_timeline = binding.executor.run(prepared, Job(recall, weights, check=check))
+        joined = joined_outputs(prepared, binding.graph, weights)
+        if self.verifier is not None:
+            call.values = {v: tensor.detach() for v, tensor in joined.items()}
+        values = attach(joined, inputs, call)
+        out = binding.captured.unflatten_output(to_device_of((args, kwargs), values))
+        with self.whole.together() as begun:
+            self._live.commit(ready, recall, begun)
+            self.num_steps += 1
+        return out
+
+    @alone
+    def backward(self, call: ForwardCall, gradients: Gradients) -> Gradients:
+        """Run the backward of a forward, from the gradients of its outputs.
+
+        Returns:
+            The gradients of its inputs that require one, and of the trained parameters.
+        """
+        self.whole.check()
+        self.bindings.check_current(call.binding.host.generation)
+        binding, host = call.binding, call.binding.host
+        self.bindings.activate(binding)
+        given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
+        prepare, reached = binding.prepared_backward, frozenset(given)
+        prepared = self._with_slots(prepare, call.plan, call.lane, reached)
+        read = set(parameters_read(prepared.schedule, host.weights.layout))
+        check_unchanged(call.versions, host.weights.arena, read)
+        load_gradients(prepared, binding.graph, given, call.weights)
+        if self._lent is None:
+            self._lent = LentGradients(host.gradients.arena, host.weights.arena.tensors)
+        self._lent.take_back()
+        job = Job(call.recall, call.weights, check=call.check)
+        timeline = binding.executor.run(prepared, job)
+        binding.checked(call.plan)
+        self.last_timeline = timeline
+        if self.verifier is None:
+            seconds = timeline.step_s
+            stats = StepStats(call.step, None, call.plan.minibatch, None, seconds, timeline)
+            self.record.stepped(stats)
+        made = self._lent.lend(frozenset().union(*host.touched.values()))
+        if self.verifier is not None:
+            self.verifier.after_backward(call, given, made)
+        return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
+
+    @alone
+    def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module forward without gradients."""
+        return self._also_live(self._infer, args, kwargs)
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ready = self._prepare("dropin", (args, kwargs, None))
+        binding, plan, weights = ready.binding, ready.plan, ready.weights
+        prepared = self._with_slots(binding.prepared_inference, plan)
+        load_inputs(prepared, binding.graph, detached(ready.inputs))
+        recall = self._recall(ready, recomputed=False)
+        binding.executor.run(prepared, Job(recall, weights))
+        values = joined_outputs(prepared, binding.graph, weights)
+        out = binding.captured.unflatten_output(to_device_of((args, kwargs), values))
+        with self.whole.together() as begun:
+            self._live.commit(ready, recall, begun)
+        return out
+
+    @alone
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
+        self.whole.check()
+        self.bindings.activate(None)  # the forwards need the memory
+        return generate(self.net, self.devices[0], args, kwargs)
+
+    def _with_slots(
+        self, prepare: Callable[P, PreparedSchedule], *args: P.args, **kwargs: P.kwargs
+    ) -> PreparedSchedule:
+        """Prepare a schedule, whose slots take device memory."""
+        run = functools.partial(prepare, *args, **kwargs)
+        return with_room("preparing the plan", self.devices, run)
+
+    # State
+
+    @alone
+    def close(self) -> None:
+        """Give back threads, device memory and the arena; the module keeps all values."""
+        self.whole.closed = True
+        self._lent = None
+        self.verifier = None
+        self._live.forget()
+        self.bindings.forget()
+        self.bindings.arenas = None
+
+    def restored(self, missing: Collection[str] = ()) -> None:
+        """Note that a state was loaded, without the tensors named ``missing``."""
+        if self.whole.restored(missing):
+            self.bindings.activate(None)  # what stays on devices may be of the step that failed
+
+
+    def _recall(self, ready: ReadyStep, recomputed: bool = True) -> Recall:
+        run_seed = self.options.seed
+        return recall_of(
+            self.net, ready, self._contexts[0], self.num_steps, run_seed, recomputed
+        )

@@ -1,0 +1,64 @@
+"""What a Harmony model was asked for, checked and parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.planner.ir.plan import Plan
+from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The wrapper's arguments, checked and parsed."""
+
+    optimizer: OptimizerFactory | None = None
+    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    param_groups: Groups | Callable[[nn.Module], Groups] | None = None
+    max_grad_norm: float | None = None
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    mode: str = "auto"
+    microbatch_size: int | None = None
+    device_memory_nbytes: int | None = None
+    host_memory_nbytes: int | None = None
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
+    plan: Plan | None = None
+    activations: str = "auto"
+    updates: str = "auto"
+    replan: bool = True
+    seed: int = 0
+
+    def groups_of(self, net: nn.Module) -> Groups | None:
+        """The parameter groups of a module, as it is now."""
+        groups = self.param_groups
+        return groups(net) if callable(groups) else groups
+
+    def batch_dims_of(self, form: str) -> dict[str, int | None]:
+        """The batch dimensions of the inputs of a form: only the step form has targets."""
+        return {
+            name: dim
+            for name, dim in self.batch_dims.items()
+            if form == "step" or not name.startswith("targets")
+        }
+
+    def loss_name(self, form: str) -> str:
+        """The name of the loss function of a form; empty where the model makes its loss."""
+        loss = self.loss_fn if form == "step" else None
+        return "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+
+    def make_optimizer(self, net: nn.Module) -> PackOptimizer | None:
+        """The optimizer of a module's parameters; None if the user has one of their own."""
+        if self.optimizer is None:
+            return None
+        return PackOptimizer(
+            dict(net.named_parameters()),
+            self.optimizer,
+            self.optimizer_kwargs,
+            self.groups_of(net),
+            self.max_grad_norm,
+        )

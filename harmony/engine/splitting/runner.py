@@ -1,0 +1,167 @@
+"""Runs one layer alone on a few samples, with copies of its parameters, nothing drawn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harmony.capture import Captured, plain_attributes, seed_python
+from harmony.capture.state.determined import Determined
+from harmony.core.layergraph import Layer, LayerGraph
+from harmony.runtime.device import DeviceContext, streams_restored
+from harmony.runtime.exec.stage import Values
+from harmony.runtime.host.arena import ArenaView
+
+Leaf = int | str
+"""An input by its value, or a parameter by its name."""
+
+Gradients = dict[Leaf, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What a layer made of some samples: its scalars, and the gradients of each."""
+
+    values: Values
+    gradients: dict[int, Gradients]
+
+
+_IGNORING = frozenset({"cross_entropy", "nll_loss", "crossentropyloss", "nllloss"})
+
+
+class LayerRunner:
+    """Has one layer's parameters on a device at a time."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        graph: LayerGraph,
+        weights: ArenaView,
+        context: DeviceContext | None,
+    ) -> None:
+        """Run on the context's device; on the host without one."""
+        self.device = torch.device("cpu") if context is None else context.device
+        self._captured = captured
+        self._graph = graph
+        self._weights = weights
+        self._context = context
+        self._skeleton = captured.make_skeleton(self.device)
+        self._trained = {p.name for p in captured.params if p.requires_grad}
+        self._params = {p.name for p in captured.params}
+        self._held: dict[str, torch.Tensor] = {}
+
+    @property
+    def may_ignore(self) -> bool:
+        """Whether targets may be the one that PyTorch's losses ignore, an index out of range.
+
+        Only where a loss knows it: other kernels may write to memory that is not theirs.
+        """
+        names = {step.name.lower() for step in self._captured.tape.steps}
+        known = not _IGNORING.isdisjoint(names)
+        unchecked = any("ctc" in name for name in names)
+        return known and not unchecked and self.device.type != "cuda"
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Let the calling thread, which is the user's, issue to the device meanwhile."""
+        if self._context is None:
+            yield
+            return
+        with streams_restored([self._context]):
+            self._context.enter()
+            self._context.use("compute")
+            try:
+                yield
+            finally:
+                self._held.clear()
+
+    def load(self, layer: Layer) -> None:
+        """Bring the parameters and buffers of a layer to the device."""
+        self._held.clear()
+        names = [info.name for info in self._captured.tensors_of(layer.index)]
+        names += [self._graph.shared[index].name for index in layer.shared]
+        views = self._weights.views
+        self._held = {name: views[name].to(self.device, copy=True) for name in names}
+
+    def run(self, layer: Layer, inputs: Values, num_samples: int) -> Values:
+        """Return what the layer makes of its inputs, on the host."""
+        with torch.no_grad(), self._bound(layer):
+            env = {v: inputs[v].to(self.device) for v in layer.inputs}
+            found = self._call(layer, env, num_samples)
+            return {v: tensor.cpu() for v, tensor in found.items()}
+
+    def run_scalars(
+        self, layer: Layer, inputs: Values, num_samples: int, wanted: Sequence[int]
+    ) -> Scalars:
+        """Return scalars that the layer makes, and their gradients, on the host.
+
+        The gradients are those of its inputs; of its parameters, where no input has one.
+        """
+        with torch.enable_grad(), self._bound(layer) as params:
+            env = {v: inputs[v].detach().to(self.device) for v in layer.inputs}
+            leaves: dict[Leaf, torch.Tensor] = {
+                v: t.requires_grad_()
+                for v, t in env.items()
+                if self._graph.values[v].requires_grad
+            }
+            # What changes a leaf in place would be refused.
+            env = {v: t.view_as(t) if v in leaves else t for v, t in env.items()}
+            leaves = leaves or {n: p for n, p in params.items() if p.requires_grad}
+            found = self._call(layer, env, num_samples)
+            gradients = {v: _gradients(found[v], leaves) for v in wanted}
+            return Scalars({v: found[v].detach().cpu() for v in wanted}, gradients)
+
+    def _call(self, layer: Layer, env: Values, num_samples: int) -> Values:
+        torch.default_generator.manual_seed(0)
+        seed_python(0)
+        mode: AbstractContextManager[object] = nullcontext()
+        if layer.uses_rng:
+            mode = Determined()  # type: ignore[no-untyped-call]
+        if self._context is not None:
+            self._context.set_random_state(self._context.seeded_state(0))
+        with mode:
+            return self._captured.run(
+                layer.index,
+                layer.index + 1,
+                self._skeleton,
+                env,
+                num_samples,
+                wanted=layer.outputs,
+                guarded=False,
+            )
+
+    @contextmanager
+    def _bound(self, layer: Layer) -> Iterator[dict[str, torch.Tensor]]:
+        """Bind the layer's tensors, buffers as copies; what it changes is forgotten afterwards."""
+        tensors = {
+            name: nn.Parameter(held, requires_grad=name in self._trained)
+            if name in self._params and (held.is_floating_point() or held.is_complex())
+            else held.clone()
+            for name, held in self._held.items()
+        }
+        change = self._captured.changes.get(layer.index)
+        names = {module for module, _ in change.attributes} if change is not None else set()
+        modules = [self._skeleton.modules[name] for name in names]
+        before = [copy.deepcopy(dict(plain_attributes(module))) for module in modules]
+        self._skeleton.bind(tensors)
+        try:
+            yield tensors
+        finally:
+            self._skeleton.release(tensors)
+            for module, attributes in zip(modules, before, strict=True):
+                module.__dict__.update(attributes)
+
+
+def _gradients(scalar: torch.Tensor, leaves: dict[Leaf, torch.Tensor]) -> Gradients:
+    if not scalar.requires_grad or not leaves:
+        return {}
+    found = torch.autograd.grad(
+        scalar, list(leaves.values()), retain_graph=True, allow_unused=True
+    )
+    pairs = zip(leaves, found, strict=True)
+    return {leaf: gradient.cpu() for leaf, gradient in pairs if gradient is not None}

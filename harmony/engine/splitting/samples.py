@@ -1,0 +1,99 @@
+"""The few samples that are tried, and what is put in the place of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from harmony.runtime.exec.stage import Values
+
+Dims = Mapping[int, int | None]
+"""Per value the dimension that counts samples."""
+
+_IGNORED = -100
+"""The target that PyTorch's losses leave out."""
+
+
+def choose(inputs: Values, dims: Dims, num_samples: int, wanted: int) -> list[int]:
+    """Return samples of a batch that differ in how many entries of theirs are 0 or less.
+
+    What counts or masks entries does so by these, mostly: a mask, padding, ignored targets.
+    """
+    if wanted >= num_samples:
+        return list(range(num_samples))
+    score = torch.zeros(num_samples)
+    for value, tensor in inputs.items():
+        dim = dims[value]
+        if dim is not None and not tensor.is_complex():
+            flat = tensor.detach().movedim(dim, 0).reshape(num_samples, -1)
+            nothing = flat == 0 if flat.is_floating_point() else flat <= 0
+            score += nothing.float().mean(1).cpu()
+    order = score.argsort(stable=True)
+    places = torch.linspace(0, num_samples - 1, wanted).round().long()
+    return [int(order[place]) for place in places]
+
+
+def taken(inputs: Values, dims: Dims, which: list[int]) -> Values:
+    """Return some samples of a batch, copied."""
+    found = {}
+    for value, tensor in inputs.items():
+        dim, tensor = dims[value], tensor.detach()
+        if dim is None:
+            found[value] = tensor
+        else:
+            index = torch.tensor(which, device=tensor.device)
+            found[value] = tensor.index_select(dim, index)
+    return found
+
+
+def with_other_neighbours(few: Values, dims: Dims, kept: int, seed: int) -> Values:
+    """Return samples of which the first ``kept`` are the same, and the others are not."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for value, tensor in few.items():
+        dim = dims[value]
+        if dim is None:
+            found[value] = tensor
+            continue
+        rest = tensor.narrow(dim, kept, tensor.shape[dim] - kept)
+        # Rows of all samples: any entry of them is one that may occur.
+        rows = torch.randint(0, tensor.shape[dim], (rest.shape[dim],), generator=generator)
+        other = tensor.index_select(dim, rows.to(tensor.device))
+        if tensor.dim() > 1:
+            other = other.roll(1, -1 if dim != tensor.dim() - 1 else 0)
+        if tensor.is_floating_point():
+            spread = tensor.float().std(correction=0).clamp(min=0.1)
+            noise = torch.randn(other.shape, generator=generator).to(other) * spread.to(other)
+            other = other + noise
+        found[value] = torch.cat([tensor.narrow(dim, 0, kept), other], dim)
+    return found
+
+
+def perturbed(tensor: torch.Tensor, dim: int, seed: int, *, ignored: bool) -> torch.Tensor:
+    """Return targets or a mask with other entries, in another number for each sample.
+
+    Args:
+        ignored: whether integers may become the target that PyTorch's losses ignore.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = tensor.shape[dim]
+    odds = (torch.arange(count) + 1.0) / (count + 2.0)
+    shape = [count if d == dim else 1 for d in range(tensor.dim())]
+    draws = torch.rand(tensor.shape, generator=generator)
+    changed = (draws < odds.view(shape)).to(tensor.device)
+    if tensor.dtype is torch.bool:
+        return ~changed
+    if tensor.is_complex():
+        return tensor
+    binary = bool(((tensor == 0) | (tensor == 1)).all())
+    if tensor.is_floating_point() and not binary:
+        return tensor * (0.2 + 0.8 * draws).to(tensor)
+    if binary and not ignored:
+        return torch.where(changed, torch.zeros_like(tensor), torch.ones_like(tensor))
+    if tensor.is_floating_point():
+        return torch.where(changed, torch.zeros_like(tensor), torch.ones_like(tensor))
+    if ignored and tensor.dtype.is_signed:
+        return torch.where(changed, torch.full_like(tensor, _IGNORED), tensor)
+    other = tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)]
+    return torch.where(changed, other.view(tensor.shape), tensor)

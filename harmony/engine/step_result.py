@@ -1,0 +1,104 @@
+"""What a step of the engine is made ready with, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from harmony.core.timeline import Timeline
+from harmony.engine.variant import Binding
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.tasks import Phase, TaskKind
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.stage import Values
+from harmony.runtime.step.layer_state import LayerStates
+from harmony.runtime.step.randomness import RandomStates, microbatch_seed
+from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.step import Weights
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """A batch, and how it will be trained on.
+
+    Attributes:
+        inputs: the tensors of the batch, by value.
+        weights: how much the scalars of each microbatch count.
+        first_index: number of its first microbatch within the step.
+        moved: Python attributes that a live forward has changed: module, attribute, value.
+    """
+
+    binding: Binding
+    plan: Plan
+    inputs: Values
+    weights: Weights
+    first_index: int = 0
+    moved: tuple[tuple[str, str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class RanStep:
+    """A step that has run, whose changes of buffers the model does not have yet."""
+
+    loss: torch.Tensor
+    timeline: Timeline
+    recall: Recall
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step gives back.
+
+    Attributes:
+        timeline: None for a step that ran as it is, without a plan.
+    """
+
+    loss: torch.Tensor
+    num_samples: int
+    num_tokens: int | None
+    timeline: Timeline | None
+
+
+def count_tokens(call: Any) -> int | None:
+    """Tokens of a batch, if its first tensor is one of token ids."""
+    first = next((x for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)), None)
+    if first is None or first.dim() != 2 or first.dtype not in (torch.int64, torch.int32):
+        return None
+    return first.numel()
+
+
+def recall_of(
+    net: nn.Module,
+    ready: ReadyStep,
+    context: DeviceContext,
+    step: int,
+    run_seed: int,
+    recomputed: bool,
+) -> Recall:
+    """Start the random stream of every microbatch of a step, and what layers change.
+
+    Args:
+        run_seed: the run's seed.
+        recomputed: whether a backward will run the layers again.
+    """
+    binding, spec = ready.binding, ready.plan.spec
+    changes = binding.captured.changes
+    forward_end = binding.graph.num_layers
+    if spec.phase is Phase.TRAIN:
+        forward_end = spec.forward_packs[-1].last if spec.forward_packs else 0
+    states = LayerStates(net, changes, forward_end, spec.minibatch, recomputed)
+    if not any(layer.uses_rng for layer in binding.graph.layers):
+        return Recall(RandomStates(frozenset()), states)
+    packs = (*spec.forward_packs, *spec.backward_packs)
+    starts = frozenset(pack.first for pack in packs)
+    random = RandomStates(starts, binding.captured.draws_on_host)
+    kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
+    every = [s for replica in range(len(spec.shares)) for s in spec.microbatches(replica, kind)]
+    for index, samples in enumerate(every, ready.first_index):
+        seed = microbatch_seed(step, index, run_seed)
+        random.start(samples, 0, context.seeded_state(seed), seed)
+    return Recall(random, states)

@@ -1,0 +1,439 @@
+"""One signature of the inputs: captured layers, measured costs, plans, prepared schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from harmony.capture import Captured, GuardError
+from harmony.capture.cost.costs import costs_nbytes
+from harmony.core.layergraph import Layer, LayerGraph, SharedParam
+from harmony.core.machine import Machine
+from harmony.core.timeline import Timeline
+from harmony.engine.inflight import Lane, Lanes, Reached, backward_schedule, differentiable_outputs
+from harmony.engine.other_lengths import (
+    adapted,
+    ratio_between,
+    same_updates,
+    stretched,
+    with_bytes,
+    with_saved_of,
+)
+from harmony.engine.splitting import Splitting
+from harmony.errors import PlanError
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.plan_file import check_plan
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Phase, Samples, StepSpec, TaskKind
+from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.predict.simulate import simulate
+from harmony.planner.search.candidates import REMEDY
+from harmony.planner.search.trial import inference_schedule
+from harmony.profiling.layer_times import KnownTimes, measure_layers
+from harmony.profiling.steady import Steady, choose_steadily
+from harmony.profiling.update_times import UpdateCost
+from harmony.report.metrics import forward_seconds
+from harmony.runtime import interrupts
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.executor import Executor, PreparedSchedule
+from harmony.runtime.exec.stage import Values
+from harmony.runtime.host.arena_layout import ArenaLayout
+from harmony.runtime.host.host_state import HostState
+from harmony.runtime.host.pinned_memory import Place
+from harmony.runtime.step.self_check import SelfCheck
+from harmony.runtime.step.step import Weights
+
+Part = TypeVar("Part", Layer, SharedParam)
+
+
+def microbatches_of(spec: StepSpec) -> list[Samples]:
+    """All microbatches, of FORWARD and BACKWARD, each once, in order."""
+    replicas = range(len(spec.shares))
+    every = {
+        samples
+        for kind in (TaskKind.FORWARD, TaskKind.BACKWARD)
+        for replica in replicas
+        for samples in spec.microbatches(replica, kind)
+    }
+    return sorted(every)
+
+
+class Binding:
+    """Everything that follows from one signature.
+
+    Attributes:
+        captured: the layers.
+        graph: its layer graph, optimizer state included.
+        executor: runs its schedules; owns device memory only while the binding is the active one.
+        lanes: what it runs them on.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        graph: LayerGraph,
+        machine: Machine,
+        host: HostState,
+        contexts: Sequence[DeviceContext],
+        form: Phase,
+        steady: Steady | None = None,
+    ) -> None:
+        self.captured = captured
+        self.graph = graph
+        self.machine = machine
+        self.host = host
+        # Not a method of this: what the executor holds must not hold the executor.
+        self.executor = Executor(contexts, host, captured, partial(_place_of, captured))
+        self.lanes = Lanes(self.executor)
+        self.costs: CostTable | None = None
+        self._contexts = contexts
+        self._form = form
+        self._steady = steady
+        self._plans: dict[int, Plan] = {}
+        self._asked: dict[int, tuple[object, ...]] = {}
+        self._kin: Binding | None = None
+        self._predicted: dict[int, tuple[Plan, Timeline]] = {}
+        self._backwards: dict[tuple[int, Reached], Schedule] = {}
+        self._inferences: dict[int, tuple[Plan, Schedule]] = {}
+        self._splitting = Splitting(captured)
+        self._checked: set[int] = set()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that its layers are measured on: the first."""
+        return self._contexts[0].device
+
+    @property
+    def form(self) -> Phase:
+        """``TRAIN`` for whole steps, ``BACKWARD`` for a loop of the caller's own."""
+        return self._form
+
+    def try_splitting(
+        self, inputs: Values, minibatch: int, asked: int | None, loss_name: str
+    ) -> None:
+        """Find out whether batches may be parted (see `Splitting.found`)."""
+        self.graph = self.host.graph = self._splitting.found(
+            self.graph,
+            self.host.weights,
+            self._contexts[0],
+            inputs,
+            minibatch,
+            asked,
+            loss_name,
+        )
+
+    def forbid_parts(self, why: str) -> None:
+        """Let every minibatch be one microbatch from now on."""
+        self.graph = self.host.graph = replace(self.graph, whole_batch=why)
+        self._plans.clear()
+
+    def measure(
+        self,
+        inputs: Values,
+        sizes: Sequence[int],
+        update: UpdateCost | None,
+        known: KnownTimes,
+    ) -> None:
+        """Measure the layers at these microbatch sizes, as far as each fits a device.
+
+        Args:
+            known: times of layers of other bindings of the model; what is measured is added.
+        """
+        # It runs on memory as it was found: an anomaly there means nothing.
+        with torch.autograd.set_detect_anomaly(False):
+            self._measure(inputs, sizes, update, known)
+
+    def _measure(
+        self,
+        inputs: Values,
+        sizes: Sequence[int],
+        update: UpdateCost | None,
+        known: KnownTimes,
+    ) -> None:
+        interrupts.check()
+        nbytes = {size: costs_nbytes(self.captured, size) for size in sizes}
+        self.graph = self.host.graph = with_saved(self.graph, nbytes)
+        fitting = [size for size in sizes if self._fits_alone(size, nbytes[size])]
+        if not fitting:
+            # Nothing can run, so only the bytes are known; the search refuses the model with them.
+            size = min(sizes)
+            bare = [{size: LayerCost(0.0, 0.0, 0.0, *layer)} for layer in nbytes[size]]
+            self.costs = CostTable(tuple(bare))
+            return
+        batches = {size: self.captured.part(inputs, 0, size) for size in fitting}
+        self.costs, cpu_share = measure_layers(
+            self._contexts[0],
+            self.captured,
+            self.graph,
+            self.host.weights,
+            self.host.gradients,
+            batches,
+            nbytes,
+            update,
+            known,
+        )
+        self.costs = with_bytes(self.costs, nbytes)
+        # Of the time that a layer takes on a virtual GPU, only what it computes needs a core.
+        self.machine = replace(self.machine, cpu_share=self.machine.cpu_share * cpu_share)
+
+    def borrow(self, others: Iterable[Binding]) -> bool:
+        """Take costs from a binding of another length that was measured, if there is one."""
+        found: list[tuple[float, int, float, Binding]] = []
+        for other in others:
+            if other.costs is not None and other._kin is None and other.form is self.form:
+                ratio = ratio_between(self.graph, other.graph)
+                if ratio is not None and same_updates(self.machine, other.machine):
+                    found.append((abs(ratio - 1.0), len(found), ratio, other))
+        if not found:
+            return False
+        _, _, ratio, kin = min(found)
+        assert kin.costs is not None
+        self._kin, self.machine = kin, kin.machine
+        self.costs = stretched(kin.costs, ratio)
+        self.graph = self.host.graph = with_saved_of(self.graph, self.costs)
+        return True
+
+    def _adapted(self, minibatch: int, asked: tuple[object, ...], activations: str) -> Plan | None:
+        """A plan like that of the other length, if one was made for what is asked now."""
+        kin, plan = self._kin, None
+        if kin is None:
+            return None
+        same = ratio_between(self.graph, kin.graph) is not None  # it may have learnt of this one
+        like = kin._plans.get(minibatch) if kin._asked.get(minibatch) == asked else None
+        if like is not None and self.graph.whole_batch and len(microbatches_of(like.spec)) > 1:
+            like = None  # batches of the other length may be parted, these may not
+        if same and like is not None:
+            assert self.costs is not None
+            plan = adapted(self.graph, self.costs, self.machine, like, activations)
+        if plan is None:
+            self._count_bytes()
+        return plan
+
+    def _count_bytes(self) -> None:
+        """Have the bytes of layers themselves, in place of bounds: a plan of its own is due."""
+        assert self.costs is not None
+        sizes = sorted(set().union(*self.costs.by_layer))
+        nbytes = {size: costs_nbytes(self.captured, size) for size in sizes}
+        self.graph = self.host.graph = with_saved(self.graph, nbytes)
+        self.costs, self._kin = with_bytes(self.costs, nbytes), None
+
+    def _fits_alone(self, size: int, nbytes: Sequence[tuple[int, int, int]]) -> bool:
+        limit = self.machine.devices[0].memory_nbytes
+        return all(
+            self._alone_nbytes(layer.index, size, nbytes[layer.index]) <= limit
+            for layer in self.graph.layers
+        )
+
+    def _alone_nbytes(self, index: int, size: int, nbytes: tuple[int, int, int]) -> int:
+        """Bytes that one layer needs on a device to be measured alone."""
+        layer, graph = self.graph.layers[index], self.graph
+        values = sum(graph.values[v].nbytes(size) for v in (*layer.inputs, *layer.outputs))
+        parameters = graph.weight_nbytes([index]) + graph.gradient_nbytes([index])
+        return parameters + 2 * values + sum(nbytes)
+
+    def plan(
+        self,
+        minibatch: int,
+        mode: str,
+        microbatch_size: int | None,
+        activations: str,
+        pinned: Plan | None,
+    ) -> Plan:
+        """Return the plan for a minibatch."""
+        assert self.costs is not None, "measure comes before plan"
+        plan = self._plans.get(minibatch)
+        if plan is None and pinned is not None and pinned.minibatch == minibatch:
+            plan = self._check_pinned(pinned, microbatch_size)
+        asked = mode, microbatch_size, activations
+        if plan is None:
+            plan = self._adapted(minibatch, asked, activations)
+        if plan is None:
+            assert self._steady is not None, "the machine is known before a plan is made"
+            interrupts.check()
+            graph = self.graph
+            if microbatch_size is not None:  # of FORWARD too: layers may mix samples
+                graph = replace(graph, sizes=(microbatch_size,))
+            plan = choose_steadily(
+                self._steady,
+                self.captured,
+                graph,
+                self.costs,
+                self.machine,
+                minibatch,
+                mode=mode,
+                microbatch_size=microbatch_size or "auto",
+                activations=activations,
+                phase=self._form,
+            )
+            self._asked[minibatch] = asked
+        self._plans[minibatch] = plan
+        return plan
+
+    def learn(self, costs: CostTable, machine: Machine, plan: Plan) -> None:
+        """Go on with a plan that was made from better figures; later plans are made from them."""
+        self.costs, self.machine = costs, machine
+        self._plans[plan.minibatch] = plan
+
+    def predicted(self, plan: Plan) -> Timeline:
+        """Return what a plan is expected to do."""
+        assert self.costs is not None, "measure comes before plan"
+        known = self._predicted.get(plan.minibatch)
+        if known is None or known[0] is not plan:
+            timeline = simulate(plan.schedule, self.graph, self.costs, self.machine)
+            known = self._predicted[plan.minibatch] = (plan, timeline)
+        return known[1]
+
+    def forward_s(self, plan: Plan) -> float:
+        """Predicted seconds of the forward where it has a schedule of its own; else 0."""
+        assert self.costs is not None, "measure comes before plan"
+        return forward_seconds(plan, self.graph, self.costs, self.machine)
+
+    def misfit(self, inputs: Values, spec: StepSpec, asked: int | None) -> Samples | None:
+        """Return the first microbatch for which the forward takes another path, if any.
+
+        The batch as a whole comes first, unless a microbatch size was asked for: what it decides
+        is what plain PyTorch does.
+        """
+        whole = [(0, spec.minibatch)] if asked is None else []
+        for samples in dict.fromkeys([*whole, *microbatches_of(spec)]):
+            try:
+                self.captured.split(inputs, *samples)
+            except GuardError:
+                return samples
+        return None
+
+    def _check_pinned(self, plan: Plan, microbatch_size: int | None) -> Plan:
+        why = self.graph.whole_batch
+        if why and microbatch_size is None and len(microbatches_of(plan.spec)) > 1:
+            raise PlanError(
+                f"the plan parts a batch of {plan.minibatch} samples, but {why}. {REMEDY}"
+            )
+        check_plan(plan, self.graph, self.machine, self._form)
+        tasks = build_tasks(self.graph, plan.spec)
+        verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
+        return plan
+
+    def prepared(self, plan: Plan, phase: Phase, lane: Lane | None = None) -> PreparedSchedule:
+        """Return the schedule of a phase of the plan, ready to run.
+
+        Args:
+            lane: whose values it works on; by default those of a phase that nothing follows.
+        """
+        if lane is None:
+            lane = self.lanes.own(phase, plan.minibatch)
+        return self.lanes.prepare(plan.schedules[phase], lane, lane.values)
+
+    def prepared_inference(self, plan: Plan) -> PreparedSchedule:
+        """Return a forward that nothing follows, with a plan's packs, ready to run."""
+        found = self._inferences.get(plan.minibatch)
+        if found is None or found[0] is not plan:
+            assert self.costs is not None, "measure comes before plan"
+            schedule = inference_schedule(
+                self.graph, self.costs, plan.machine, plan.spec, plan.policy
+            )
+            found = self._inferences[plan.minibatch] = (plan, schedule)
+        lane = self.lanes.own(Phase.INFER, plan.minibatch)
+        return self.lanes.prepare(found[1], lane, lane.values)
+
+    def prepared_backward(self, plan: Plan, lane: Lane, reached: Reached) -> PreparedSchedule:
+        """Return the backward from the outputs that a gradient has come for, ready to run."""
+        key = (plan.minibatch, reached)
+        if reached == differentiable_outputs(self.graph):
+            schedule = plan.schedules[Phase.BACKWARD]
+        elif key in self._backwards:
+            schedule = self._backwards[key]
+        else:
+            assert self.costs is not None, "measure comes before plan"
+            schedule = backward_schedule(plan, self.graph, self.costs, reached)
+            self._backwards[key] = schedule
+        return self.lanes.prepare(schedule, lane, lane.backward_values(reached))
+
+    def release(self) -> None:
+        """Give the device memory back; the next `prepared` takes it again."""
+        self.lanes.forget()
+        self.executor.release()
+
+    def weights(self, inputs: Values, spec: StepSpec) -> tuple[Weights, str | None]:
+        """Return how much the scalar outputs of each microbatch count.
+
+        The second value says why their sum may not be the whole batch's; None where it is.
+        """
+        weights: dict[tuple[int, Samples], float] = {}
+        doubt = None
+        scalars = [v for v in self.graph.output_ids if _is_scalar(self.captured, v)]
+        for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
+            every = [s for r in range(len(spec.shares)) for s in spec.microbatches(r, kind)]
+            for value in scalars:
+                found, why = self._splitting.weigh(value, inputs, every)
+                weights.update({(value, s): weight for s, weight in found.items()})
+                if self.graph.values[value].requires_grad:
+                    doubt = doubt or why
+        return weights, doubt
+
+    def self_check(self, plan: Plan) -> SelfCheck | None:
+        """Return what the first forward and its backward are compared by; None from then on."""
+        if plan.minibatch in self._checked:
+            return None
+        phases = (Phase.FORWARD, Phase.BACKWARD)
+        return self.executor.new_check(*(plan.schedules[phase] for phase in phases))
+
+    def checked(self, plan: Plan) -> None:
+        """Note that a forward and its backward have agreed."""
+        self._checked.add(plan.minibatch)
+
+
+def _place_of(captured: Captured, index: int, num_samples: int) -> Place:
+    """Form of a value for a number of samples."""
+    shape, stride, dtype = captured.value_form(index, num_samples)
+    return Place(0, shape, stride, dtype)
+
+
+def _is_scalar(captured: Captured, value: int) -> bool:
+    shape, _, dtype = captured.value_form(value, captured.num_samples)
+    return not shape and dtype.is_floating_point
+
+
+def with_saved(
+    graph: LayerGraph, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
+) -> LayerGraph:
+    """Return the graph with the bytes that each layer's forward saves for its backward.
+
+    Args:
+        nbytes: per microbatch size and layer, the bytes of `LayerCost`.
+    """
+    layers = tuple(
+        replace(
+            layer,
+            saved_nbytes_per_sample=max(
+                -(-found[layer.index][1] // size) for size, found in nbytes.items()
+            ),
+        )
+        for layer in graph.layers
+    )
+    return replace(graph, layers=layers)
+
+
+def with_state(graph: LayerGraph, layout: ArenaLayout, update: UpdateCost) -> LayerGraph:
+    """Return the graph with the bytes of optimizer state, and of its updates, filled in.
+
+    Args:
+        layout: of the gradients.
+    """
+
+    def nbytes(names: Mapping[str, Place]) -> tuple[int, int]:
+        temporary = max((update.temporary_of(place) for place in names.values()), default=0)
+        return sum(update.state_of(place) for place in names.values()), temporary
+
+    def filled(part: Part, names: Mapping[str, Place]) -> Part:
+        state, temporary = nbytes(names)
+        return replace(part, state_nbytes=state, update_nbytes=temporary)
+
+    layers = tuple(filled(layer, layout.layers[layer.index].places) for layer in graph.layers)
+    shared = tuple(filled(param, layout.shared[param.id].places) for param in graph.shared)
+    return replace(graph, layers=layers, shared=shared)

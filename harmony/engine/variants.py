@@ -1,0 +1,427 @@
+"""All captures of a model: one for each signature of the inputs and each path of the forward.
+
+They share one arena of parameters, and take turns in having the memory of the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from harmony.capture import (
+    Captured,
+    GuardError,
+    LiveOnlyError,
+    capture,
+    check_hooks,
+    or_as_it_is,
+    undisturbed,
+)
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Machine
+from harmony.core.options import current_options
+from harmony.engine.call_key import Call, Signature, signature_of
+from harmony.engine.grad_alias import check_plain
+from harmony.engine.offline_plan import (
+    only_captured,
+    plan_elsewhere,
+    profile_later,
+    unmeasured_profile,
+)
+from harmony.engine.options import EngineOptions
+from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
+from harmony.engine.variant import Binding, with_state
+from harmony.errors import HarmonyError
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.plan_file import check_minibatch
+from harmony.planner.ir.tasks import Phase
+from harmony.planner.search.candidates import sizes_that_work
+from harmony.profiling.measured import Measurements
+from harmony.profiling.model_profile import ModelProfile
+from harmony.profiling.update_times import NO_UPDATE, UpdateCost, with_device_updates
+from harmony.report import header as facts
+from harmony.report.session import ModelRecord
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.stage import Values
+from harmony.runtime.host.arena import ArenaView, HostArena, tensors_of
+from harmony.runtime.host.arena_layout import ArenaLayout
+from harmony.runtime.host.host_state import HostState
+from harmony.runtime.host.pinned_memory import HostBuffer
+from harmony.runtime.update.optimizer import PackOptimizer
+from harmony.runtime.update.param_hooks import is_hooked
+from harmony.weights.meta_init import check_values, materialise
+
+OTHER_WAY = "the forward goes another way for other values"
+
+
+class Bindings:
+    """Captures, measures and plans; one a model.
+
+    Attributes:
+        active: the binding that has the devices' memory.
+        arenas: of the weights and of the gradients; None before the first batch.
+        generation: counts how often all captures were forgotten.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        contexts: Sequence[DeviceContext],
+        options: EngineOptions,
+        optimizer: PackOptimizer | None,
+        record: ModelRecord,
+    ) -> None:
+        self.active: Binding | None = None
+        self.arenas: tuple[HostArena, HostArena] | None = None
+        self.generation = 0
+        self._difference: str | None = None
+        self._net = net
+        self._contexts = contexts
+        self._options = options
+        self._optimizer = optimizer
+        self._record = record
+        self._paths: dict[tuple[Signature, bool], Paths] = {}
+        self._stages: dict[int, tuple[HostBuffer, int]] = {}
+        limits = options.device_memory_nbytes, options.host_memory_nbytes
+        self._measured = Measurements(net, contexts, limits, record.warn)
+        self._pinned_seen = False
+
+    def __iter__(self) -> Iterator[Binding]:
+        for paths in self._paths.values():
+            yield from paths.bindings
+
+    def paths(self, form: str, call: Call) -> tuple[Paths, int]:
+        """Return what the signature of a call has led to, and its number of samples."""
+        self._take_in()
+        key, minibatch = self._key(form, call)
+        return use_last(self._paths, key), minibatch
+
+    def _key(self, form: str, call: Call) -> tuple[tuple[Signature, bool], int]:
+        """What paths are kept by: a plan may be one for updates that wait, or not."""
+        batch_dims = self._options.batch_dims_of(form)
+        key, minibatch = signature_of(self._net, call, form, batch_dims)
+        return (key, form == "step" and self.waits()), minibatch
+
+    def hooked(self) -> bool:
+        """Whether a trained parameter has hooks, which want its gradient on the host."""
+        return self._optimizer is not None and any(map(is_hooked, self._optimizer.params()))
+
+    def waits(self) -> bool:
+        """Whether all gradients are wanted on the host before the first update."""
+        optimizer = self._optimizer
+        return optimizer is not None and (optimizer.waits is not None or self.hooked())
+
+    def settle_optimizer(self) -> None:
+        """Let the optimizer be that of the parameters that there are now, from now on."""
+        if self._optimizer is not None:
+            params = dict(self._net.named_parameters())
+            self._optimizer.settle(params, lambda: self._options.groups_of(self._net))
+
+    def _take_in(self) -> None:
+        """Let the arena hold the module's tensors, whatever was done to them since the last call.
+
+        Where parameters are others, or something has another form, the captures are of another
+        model: they are forgotten, and what is new moves into the arena with the next one.
+        """
+        check_plain(self._net)
+        if self.arenas is None:
+            return
+        weights, now = self.arenas[0], tensors_of(self._net)
+        difference = weights.difference(now)
+        if difference is None:
+            weights.take_in(now)
+        else:
+            self.forget()
+            self._difference = difference
+
+    def check_current(self, generation: int) -> None:
+        """Refuse to go on with what was captured of a model that is another now.
+
+        Raises:
+            HarmonyError: if all captures were forgotten since then.
+        """
+        if generation != self.generation:
+            raise HarmonyError(
+                "backward() after parameters or buffers of the model were replaced, added, "
+                "deleted, or given another shape or dtype, and the model was called again: its "
+                "forward belongs to another model. Call backward() before that"
+            )
+
+    def forget(self) -> None:
+        """Forget all captures: the model is another."""
+        self.activate(None)
+        self._paths.clear()
+        self._stages.clear()
+        self.generation += 1
+
+    def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
+        """Return a binding that stands for a call, its plan, and the tensors by value.
+
+        Raises:
+            LiveOnlyError: if there is none: the call has to be run live.
+        """
+        paths, minibatch = self.paths(form, call)
+        if current_options().gpu is not None:
+            self._plan_elsewhere(form, call, minibatch)
+        self._check_pinned(form, minibatch)
+        for _ in range(MAX_PATHS):
+            if paths.live is not None:
+                raise paths.live.again()
+            misfit: tuple[int, int] | None = None
+            standing = paths.standing(type(self._net).__name__)
+            for binding in standing:
+                if binding.captured.only_size not in (None, minibatch):
+                    continue
+                try:
+                    inputs = self.measured(binding, form, minibatch, call)
+                except GuardError as error:
+                    paths.live = LiveOnlyError(OTHER_WAY, error.where)
+                    raise paths.live.again() from error
+                plan, misfit = self._fitting(binding, minibatch, inputs)
+                if misfit is None:
+                    paths.use(binding)
+                    self._record.profile = self._profile_of(binding, minibatch)
+                    if current_options().plan_only:
+                        self._record.forward_s = binding.forward_s(plan)
+                    self._record.planned(plan, binding.predicted(plan))
+                    return binding, plan, inputs
+            self._add_path(paths, standing, form, call, misfit)
+        raise LiveOnlyError("the microbatches of a minibatch take different paths", "?")
+
+    def _fitting(
+        self, binding: Binding, minibatch: int, inputs: Values
+    ) -> tuple[Plan, tuple[int, int] | None]:
+        """Return a plan, and a microbatch that takes another path than the binding's, if any.
+
+        Where only parts of the batch do, the batch is not parted.
+        """
+        plan, options = self.plan(binding, minibatch), self._options
+        misfit = binding.misfit(inputs, plan.spec, options.microbatch_size)
+        whole = (0, minibatch)
+        if misfit in (None, whole) or options.microbatch_size is not None:
+            return plan, misfit
+        if options.mode == "dp" or options.plan is not None:
+            return plan, misfit
+        binding.forbid_parts("parts of a batch take another way through the forward than it does")
+        return self.plan(binding, minibatch), None
+
+    def recorded(self, form: str, call: Call) -> Captured | None:
+        """Return a recording of calls like this one, though it may not stand for it."""
+        paths, _ = self.paths(form, call)
+        return next((binding.captured for binding in paths.bindings), paths.recorded)
+
+    def _add_path(
+        self,
+        paths: Paths,
+        standing: Sequence[Binding],
+        form: str,
+        call: Call,
+        misfit: tuple[int, int] | None,
+    ) -> None:
+        """Capture the path that a microbatch takes, the whole batch at first."""
+        part = call
+        if misfit is not None:
+            part = standing[0].captured.part_of_call(call, *misfit)
+            if any(self._stands_for(other, part) for other in standing):
+                raise LiveOnlyError(
+                    "the microbatches of a minibatch take different paths",
+                    standing[0].captured.first_guard(),
+                )
+        try:
+            check_hooks(self._net)
+            binding = self._make(form, part)
+            if binding.captured.as_is is not None:
+                paths.recorded = binding.captured
+                where = type(self._net).__name__
+                raise LiveOnlyError(binding.captured.as_is, where, as_is=True)
+            paths.use(binding)
+        except LiveOnlyError as error:
+            if error.passing:
+                raise
+            paths.live = error.again()
+
+    def _stands_for(self, binding: Binding, call: Call) -> bool:
+        """Whether the tape of a binding is what the forward does for all samples of a call."""
+        captured = binding.captured
+        inputs = captured.flatten_inputs(*call)
+        try:
+            captured.check_guards(inputs, captured.count_samples(call))
+        except GuardError:
+            return False
+        return True
+
+    def measured(
+        self,
+        binding: Binding,
+        form: str,
+        minibatch: int,
+        call: Call,
+        sizes: Sequence[int] | None = None,
+    ) -> Values:
+        """Let a binding have the devices, and measure it if that was not done before.
+
+        Args:
+            sizes: of the microbatches to measure; chosen here by default.
+        """
+        inputs = binding.captured.flatten_inputs(*call)
+        self.activate(binding)
+        asked = self._options.microbatch_size
+        with undisturbed(self._contexts[0].device):
+            binding.try_splitting(inputs, minibatch, asked, self._options.loss_name(form))
+        if binding.costs is None and not binding.borrow(self):
+            sizes = sizes or self._sizes_to_measure(minibatch, binding.graph)
+            update = self.update_cost() if form == "step" else None
+            known = self._measured.times()
+            with undisturbed(self._contexts[0].device):
+                binding.measure(inputs, sizes, update, known)
+            self._measured.keep()
+        return inputs
+
+    def rung(self) -> str:
+        """How the model is captured, at worst: by a tape, the tape of a real run, or live."""
+        known = self._paths.values()
+        if any(p.live is not None or p.changes > MAX_CHANGES for p in known):
+            return "live"
+        real = any(binding.captured.real for binding in self)
+        return "real-run tape" if real else "tape"
+
+    def activate(self, binding: Binding | None) -> None:
+        """Let a binding have the device memory; the others take theirs again when they run."""
+        if binding is not self.active:
+            if self.active is not None:
+                self.active.release()
+            self.active = binding
+
+    def plan(self, binding: Binding, minibatch: int) -> Plan:
+        """Return the plan of a binding for a minibatch."""
+        options = self._options
+        # Hooks on parameters see one microbatch after the other, where these are fixed.
+        in_turn = options.microbatch_size is not None and self.hooked()
+        mode = "pp" if in_turn else options.mode
+        return binding.plan(
+            minibatch, mode, options.microbatch_size, options.activations, options.plan
+        )
+
+    def _make(self, form: str, call: Call) -> Binding:
+        if self.arenas is None:
+            check_values(self._net)
+        return self.bind(self._capture(form, call), form)
+
+    def _capture(self, form: str, call: Call) -> Captured:
+        options, (args, kwargs, targets) = self._options, call
+        with or_as_it_is(self._net), self._blaming_difference():
+            return capture(
+                self._net,
+                args,
+                kwargs,
+                loss=options.loss_fn if form == "step" else None,
+                targets=targets,
+                output_loss=form == "step" and options.loss_fn is None,
+                batch_dims=options.batch_dims_of(form),
+            )
+
+    @contextmanager
+    def _blaming_difference(self) -> Iterator[None]:
+        """Say of a forward that fails since the model was changed that this may be why."""
+        try:
+            yield
+        except Exception as error:
+            if self._difference is None or isinstance(error, HarmonyError):
+                raise
+            raise HarmonyError(
+                f"the forward fails since {self._difference}. {type(error).__name__}: {error}"
+            ) from error
+
+    def bind(self, captured: Captured, form: str) -> Binding:
+        """Make a binding of a capture."""
+        if self._optimizer is not None and form == "step":
+            self.settle_optimizer()
+            self._optimizer.check_covers(dict(self._net.named_parameters()))
+        machine = self._measured.machine()
+        update = NO_UPDATE if form != "step" else self.update_cost()
+        if form == "step" and self.waits():
+            machine = replace(machine, updates_wait=True)
+        elif form == "step" and self._options.updates == "auto":
+            machine = with_device_updates(machine, update)
+        host = self._host_state(captured, machine)
+        graph = with_state(captured.graph, host.gradients.layout, update)
+        host = replace(host, graph=graph)
+        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
+        steady = self._measured.steady()
+        return Binding(captured, graph, machine, host, self._contexts, phase, steady)
+
+    def _host_state(self, captured: Captured, machine: Machine) -> HostState:
+        """See the arena as this capture of the model does; the first one makes it."""
+        graph = captured.graph
+        stored = [*captured.params, *captured.buffers]
+        sizes = (graph.num_layers, len(graph.shared))
+        weights = ArenaLayout(stored, *sizes)
+        gradients = ArenaLayout([p for p in captured.params if p.requires_grad], *sizes)
+        if self.arenas is None:
+            device = self._contexts[0].device
+            arenas = (
+                HostArena(weights, device, "the weights"),
+                HostArena(gradients, device, "the gradients"),
+            )
+            arenas[0].adopt(self._net, materialise)
+            self.arenas = arenas  # only now: values may be missing
+        else:
+            arenas = self.arenas
+            for arena, layout in zip(arenas, (weights, gradients), strict=True):
+                arena.keep(weights.places)
+                arena.extend(layout)
+            arenas[0].adopt(self._net, materialise)
+        views = ArenaView(arenas[0], weights), ArenaView(arenas[1], gradients)
+        params = dict(self._net.named_parameters())
+        host = HostState(graph, *views, params, self._optimizer, self.generation)
+        host.stages = self._stages
+        update = self._measured.known_update or NO_UPDATE
+        self._record.facts.update(facts.of_memory(host, machine, update))
+        return host
+
+    def _sizes_to_measure(self, minibatch: int, graph: LayerGraph) -> list[int]:
+        """Microbatch sizes to measure: the one that was asked for, or a few to interpolate."""
+        if self._options.microbatch_size is not None:
+            return [min(self._options.microbatch_size, minibatch)]
+        if graph.whole_batch or graph.sizes:
+            return list(sizes_that_work(graph, minibatch))
+        return sorted({1, max(1, minibatch // 4), minibatch})
+
+    def update_cost(self) -> UpdateCost:
+        """What the optimizer costs; measured once."""
+        assert self._optimizer is not None
+        return self._measured.update(self._optimizer)
+
+    def _check_pinned(self, form: str, minibatch: int) -> None:
+        """Refuse a plan of the caller's that is not for the batches that are trained first."""
+        plan = self._options.plan
+        trains = form == "step" or (self._options.optimizer is None and torch.is_grad_enabled())
+        if plan is None or self._pinned_seen or not trains:
+            return
+        self._pinned_seen = True
+        check_minibatch(plan, minibatch)
+
+    def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
+        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch, binding.graph)
+        return profile_later(name, binding, sizes, minibatch, clips=self.waits())
+
+    def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
+        """Plan for the machine that the command line describes, and end the script.
+
+        Raises:
+            CaptureError: if the layers cannot be known without running them.
+        """
+        with only_captured():
+            captured = self._capture(form, call)
+        update = self.update_cost() if form == "step" else NO_UPDATE
+        name = type(self._net).__name__
+        sizes = self._sizes_to_measure(minibatch, captured.graph)
+        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
+        options = self._options
+        clips = self.waits()
+        profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)
+        plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)

@@ -1,0 +1,1 @@
+"""Checks a schedule without sharing code with the passes that make it."""

@@ -1,0 +1,384 @@
+"""Follows what every memory of a schedule holds, and refuses what must not be read or lost.
+
+What a memory holds is told by the task that wrote it last; ``START`` is what the step found. A
+Run must read what plain PyTorch would: the order of the tasks there says who that wrote.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from harmony.core.layergraph import MODEL_INPUT, LayerGraph
+from harmony.errors import ScheduleError
+from harmony.planner.check.clocks import Clocks
+from harmony.planner.check.occupancy import SlotTable, StageTable
+from harmony.planner.ir.issue import Place, refuse
+from harmony.planner.ir.schedule import Instruction, Op, Schedule
+from harmony.planner.ir.tasks import Phase, Task, TaskKind, TensorKind, TensorRef
+
+Cell = Hashable
+Access = tuple[int, int]
+START = "the start of the step"
+NOTHING = "nothing"
+Author = Task | str
+
+
+@dataclass(slots=True)
+class _Memory:
+    """Some memory: who wrote what it holds, and the accesses that later ones may race with."""
+
+    cell: Cell
+    author: Author = NOTHING
+    alive: bool = False
+    slot: int | None = None
+    written: tuple[Access, Place] | None = None
+    read: list[tuple[Access, Place]] = field(default_factory=list)
+
+
+class _Memories(dict[Cell, _Memory]):
+    """Every memory that was ever looked at."""
+
+    def __missing__(self, cell: Cell) -> _Memory:
+        memory = self[cell] = _Memory(cell)
+        return memory
+
+
+class Contents:
+    """The memories of one walk through a schedule."""
+
+    def __init__(
+        self, schedule: Schedule, graph: LayerGraph, clocks: Clocks, phase: Phase
+    ) -> None:
+        self.schedule = schedule
+        self.graph = graph
+        self.clocks = clocks
+        self.phase = phase
+        self.memories = _Memories()
+        self.slots = SlotTable(schedule, graph)
+        self.stages = StageTable(schedule, graph)
+        self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
+        self.at = Place(0, 0)
+        self.authors = _expected_authors(schedule)
+        self.resident = _resident(schedule)
+        for ref, index in self.resident.items():
+            memory = self.memories[index, ref]
+            memory.author = NOTHING if ref.is_gradient_part else START
+            memory.alive = True
+
+    def do(self, at: Place, step: Instruction) -> None:
+        """Follow one instruction."""
+        self.at = at
+        if step.op is Op.RUN:
+            self._run(step)
+        elif step.ref is None:
+            raise self._refuse("an instruction without a tensor")
+        elif step.op is Op.ALLOC:
+            self._alloc(step.ref, step.slot)
+        elif step.op is Op.DROP:
+            self._drop(step.ref)
+        elif step.op is Op.SWAP_IN:
+            self._swap_in(step.ref)
+        elif step.op is Op.SWAP_OUT:
+            self._swap_out(step.ref, step.slot)
+        else:
+            self._send(step.ref, step.peer)
+
+    def finish(self, kept: frozenset[int]) -> None:
+        """Check what the step leaves behind.
+
+        Raises:
+            ScheduleError: if a device still holds something, if a gradient part was never added
+                or if a value in ``kept``, or the gradient of an input of the model, is not on
+                the host.
+        """
+        for cell, memory in self.memories.items():
+            is_resident = isinstance(cell, tuple) and self.resident.get(cell[1]) == cell[0]
+            if memory.alive and memory.written is not None and not is_resident:
+                raise refuse(self.schedule, memory.written[1], f"{_name(cell)} is never dropped")
+        for part in self.stages.parts():
+            raise ScheduleError(f"{part} is swapped out and never added")
+        for ref, author in self.authors.final.items():
+            if ref in self.resident:
+                # Anybody may read parameters on the host once the step is over.
+                copies = self._on_host(ref) if ref.is_parameter else ()
+                if any(memory.author != author for memory in copies):
+                    raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
+                continue
+            must = ref.is_gradient_part and ref.part == 0
+            must = must or (ref.kind is TensorKind.VALUE and ref.first in kept)
+            if ref.kind is TensorKind.VALUE_GRADIENT:
+                must = self.graph.values[ref.first].producer == MODEL_INPUT
+            if must and self.memories["host", ref].author != author:
+                raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
+
+    # -- instructions -----------------------------------------------------------------------
+
+    def _alloc(self, ref: TensorRef, slot: int | None) -> None:
+        memory = self._device(ref)
+        if memory.alive:
+            raise self._refuse(f"{ref} is still on {self._here}")
+        if ref.is_value != (slot is None):
+            raise self._refuse("weights and gradients live in slots, values do not")
+        self._touch(memory, write=True)
+        memory.alive, memory.author = True, NOTHING
+        if slot is not None:
+            memory.slot = slot
+            self._check(self.slots.enter(self.at.program, ref, slot))
+
+    def _drop(self, ref: TensorRef) -> None:
+        memory = self._on_device(ref)
+        if self.resident.get(ref) == self.at.program:
+            raise self._refuse(f"{ref} is resident: it is never dropped")
+        self._touch(memory, write=True)
+        memory.alive, memory.author = False, NOTHING
+        if memory.slot is not None:
+            self.slots.leave(self.at.program, ref, memory.slot)
+            memory.slot = None
+
+    def _swap_in(self, ref: TensorRef) -> None:
+        memory = self._empty(self.at.program, ref)
+        self._touch(memory, write=True)
+        memory.author = self._read_host(ref)
+
+    def _swap_out(self, ref: TensorRef, stage: int | None) -> None:
+        is_resident = self.resident.get(ref) == self.at.program
+        if not (ref.is_value or ref.is_gradient_part or is_resident):
+            raise self._refuse("weights change on the host only, unless they are resident")
+        author = self._read_by_device(ref)
+        if ref.is_parameter:
+            for memory in self._on_host(ref):
+                self._touch(memory, write=True)
+                memory.author = author
+            return
+        cell: Cell = ("host", ref)
+        if (stage is None) != (ref.part == 0):
+            raise self._refuse("part 0 of a gradient goes to the arena, all others to a stage")
+        if stage is not None:
+            self._check(self.stages.enter(self.at.program, ref, stage))
+            cell = ("stage", self.at.program, stage)
+        elif ref not in self.copies[ref.kind, ref.first]:
+            self.copies[ref.kind, ref.first].append(ref)
+        memory = self.memories[cell]
+        self._touch(memory, write=True)
+        memory.author = author
+
+    def _send(self, ref: TensorRef, peer: int | None) -> None:
+        if peer is None or peer == self.at.program or peer >= self.schedule.num_devices:
+            raise self._refuse("a Send needs another device")
+        author = self._read_by_device(ref)
+        memory = self._empty(peer, ref)
+        self._touch(memory, write=True)
+        memory.author = author
+
+    def _run(self, step: Instruction) -> None:
+        assert step.task is not None
+        on_host = self.at.program == self.schedule.num_devices
+        for ref in step.reads:
+            author = self._read_by_host(ref) if on_host else self._read_by_device(ref)
+            expected = self.authors.of[step.task, ref]
+            if author != expected:
+                raise self._refuse(f"{step.task} reads {ref} of {author}, not of {expected}")
+        for ref in step.writes:
+            if on_host:
+                for memory in self._on_host(ref):
+                    self._touch(memory, write=True)
+                    memory.author = step.task
+            else:
+                self._write_on_device(step, ref)
+        if on_host and step.task.addend is not None:
+            self.stages.leave(self._stage_of(step.task.addend))
+
+    def _write_on_device(self, step: Instruction, ref: TensorRef) -> None:
+        memory = self._device(ref)
+        if not memory.alive and not ref.is_value:
+            raise self._refuse(f"{ref} has no slot on {self._here}")
+        if memory.alive and memory.author is not NOTHING and ref not in step.reads:
+            raise self._refuse(f"{ref} is overwritten, not added to")
+        self._touch(memory, write=True)
+        assert step.task is not None
+        memory.alive, memory.author = True, step.task
+
+    # -- memories ---------------------------------------------------------------------------
+
+    def _read_by_device(self, ref: TensorRef) -> Author:
+        memory = self._on_device(ref)
+        if memory.author is NOTHING:
+            raise self._refuse(f"{ref} has memory on {self._here}, but nothing is in it yet")
+        self._touch(memory, write=False)
+        return memory.author
+
+    def _read_by_host(self, ref: TensorRef) -> Author:
+        if ref.is_gradient_part and ref.part == 0 and not self.copies[ref.kind, ref.first]:
+            raise self._refuse(f"{ref} was never swapped out")
+        return self._read_host(ref)
+
+    def _read_host(self, ref: TensorRef) -> Author:
+        """Read every part of a tensor on the host; they must be of one author."""
+        authors = set()
+        for memory in self._on_host(ref):
+            self._touch(memory, write=False)
+            authors.add(START if memory.author is NOTHING else memory.author)
+        if len(authors) > 1:
+            raise self._refuse(f"{ref} is partly of {' and partly of '.join(map(str, authors))}")
+        return authors.pop()
+
+    def _on_host(self, ref: TensorRef) -> list[_Memory]:
+        """The memories that hold a tensor on the host."""
+        return [self.memories[cell] for cell in self._host_cells(ref)]
+
+    def _host_cells(self, ref: TensorRef) -> Iterable[Cell]:
+        if ref.kind is TensorKind.WEIGHTS:
+            # Layer by layer: FORWARD and BACKWARD pack them differently.
+            return [(ref.kind, layer) for layer in range(ref.first, ref.last)]
+        if ref.part:
+            return [("stage", *self._stage_of(ref))]
+        if ref.is_value:
+            copy = _host_copy(ref, self.copies[ref.kind, ref.first], self.graph, self.phase)
+            if copy is None:
+                raise self._refuse(f"nothing on the host holds {ref}")
+            return [("host", copy)]
+        return [("host", ref)]
+
+    def _stage_of(self, ref: TensorRef) -> tuple[int, int]:
+        key = self.stages.of(ref)
+        if key is None:
+            raise self._refuse(f"{ref} is in no staging buffer")
+        return key
+
+    def _on_device(self, ref: TensorRef) -> _Memory:
+        memory = self._device(ref)
+        if not memory.alive:
+            raise self._refuse(f"{ref} is not on {self._here}")
+        return memory
+
+    def _empty(self, device: int, ref: TensorRef) -> _Memory:
+        memory = self.memories[device, ref]
+        if not memory.alive:
+            raise self._refuse(f"{ref} has no memory on gpu{device}")
+        if memory.author is not NOTHING:
+            raise self._refuse(f"{ref} is on gpu{device} already")
+        return memory
+
+    def _device(self, ref: TensorRef) -> _Memory:
+        return self.memories[self.at.program, ref]
+
+    def _touch(self, memory: _Memory, *, write: bool) -> None:
+        """Refuse an access that some earlier one may still be busy with."""
+        earlier = [] if memory.written is None else [memory.written]
+        if write:
+            earlier += memory.read
+        for access, place in earlier:
+            if not self.clocks.is_over(access):
+                what = _name(memory.cell)
+                raise self._refuse(f"{what}: nothing makes this wait for {self._at(place)}")
+        now = (self.clocks.now, self.at)
+        if write:
+            memory.written, memory.read = now, []
+        else:
+            # Later on the same stream stands for earlier on it.
+            others = [r for r in memory.read if r[0][0] != now[0][0]]
+            memory.read = [*others, now]
+
+    @property
+    def _here(self) -> str:
+        return f"gpu{self.at.program}"
+
+    def _at(self, place: Place) -> str:
+        name, program = list(self.schedule.all_programs())[place.program]
+        return f"{program[place.index]} of {name}, instruction {place.index}"
+
+    def _check(self, why: str | None) -> None:
+        if why is not None:
+            raise self._refuse(why)
+
+    def _refuse(self, why: str) -> ScheduleError:
+        return refuse(self.schedule, self.at, why)
+
+
+def _resident(schedule: Schedule) -> dict[TensorRef, int]:
+    """The device of everything that stays on one from step to step."""
+    found: dict[TensorRef, int] = {}
+    for index, device in enumerate(schedule.devices):
+        for ref in device.resident:
+            if ref in found:
+                raise ScheduleError(f"{ref} is resident on two devices, or twice on one")
+            found[ref] = index
+    return found
+
+
+def _host_copy(
+    ref: TensorRef, copies: Sequence[TensorRef], graph: LayerGraph, phase: Phase
+) -> TensorRef | None:
+    """The copy on the host that ``ref`` is, or is a part of; None if there is none."""
+    if ref in copies:
+        return ref
+    for copy in copies:
+        if _within(ref, copy):
+            return copy
+    if ref.kind is TensorKind.SAVED:
+        return None
+    value = graph.values[ref.first]
+    there = value.is_output and phase is Phase.BACKWARD
+    if ref.kind is TensorKind.VALUE:
+        there = value.producer == MODEL_INPUT or phase is Phase.BACKWARD
+    return ref if there else None
+
+
+def _within(part: TensorRef, whole: TensorRef) -> bool:
+    a, b = part.samples, whole.samples
+    return a is not None and b is not None and b[0] <= a[0] and a[1] <= b[1]
+
+
+def _name(cell: Cell) -> str:
+    if not isinstance(cell, tuple):
+        return str(cell)
+    place, *rest = cell
+    where = f"gpu{place}" if isinstance(place, int) else getattr(place, "value", place)
+    return f"{where} {' '.join(map(str, rest))}"
+
+
+class _Authors:
+    """Who, in plain PyTorch, wrote what each task reads.
+
+    Attributes:
+        of: per task and tensor it reads, the task that wrote it last, or ``START``.
+        final: per tensor the task that writes it last of all.
+    """
+
+    def __init__(self, runs: Sequence[Instruction]) -> None:
+        self.of: dict[tuple[Task, TensorRef], Author] = {}
+        self.final: dict[TensorRef, Author] = {}
+        made: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
+        for step in sorted(runs, key=_plain_order):
+            assert step.task is not None
+            for ref in step.reads:
+                if ref in self.final or not ref.is_value:
+                    source = ref
+                else:
+                    source = next((m for m in made[ref.kind, ref.first] if _within(ref, m)), ref)
+                self.of[step.task, ref] = self.final.get(source, START)
+            for ref in step.writes:
+                self.final[ref] = step.task
+                if ref.is_value:
+                    made[ref.kind, ref.first].append(ref)
+
+
+def _plain_order(step: Instruction) -> tuple[int, int, int, int]:
+    """FORWARD packs ascending, BACKWARD packs descending, parts ascending, then updates."""
+    task = step.task
+    assert task is not None
+    start = task.samples[0] if task.samples else 0
+    if task.kind is TaskKind.FORWARD:
+        return 0, task.pack.first, start, 0
+    if task.kind is TaskKind.BACKWARD:
+        return 1, -task.pack.first, start, 0
+    if task.addend is not None:
+        return 2, task.addend.part, 0, 0
+    return 3, -task.pack.first, 0, 0
+
+
+def _expected_authors(schedule: Schedule) -> _Authors:
+    programs = [program for _, program in schedule.all_programs()]
+    return _Authors([step for program in programs for step in program if step.op is Op.RUN])

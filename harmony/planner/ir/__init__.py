@@ -1,0 +1,1 @@
+"""What is planned: tasks, the schedule made of them, the policy, the plan."""

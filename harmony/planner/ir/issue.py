@@ -1,0 +1,115 @@
+"""The order in which threads can issue a schedule's instructions, and excerpts for errors.
+
+A thread issues its program from top to bottom. A Wait holds the thread until the event's Record
+has been issued; on the device the stream then waits for what was recorded. If some order issues
+everything, then in that order every Record comes before its Waits, and so no stream can wait
+for itself either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from harmony.errors import ScheduleError
+from harmony.planner.ir.schedule import DEVICE_STREAMS, HOST, HOST_STREAM, Op, Schedule
+
+_CONTEXT = 3
+_ORDER = "_issue_order"
+
+
+class Place(NamedTuple):
+    """Where an instruction stands: its program, ``num_devices`` for the host, and position."""
+
+    program: int
+    index: int  # type: ignore[assignment]  # tuple.index, which nobody needs here
+
+
+def refuse(schedule: Schedule, at: Place, why: str) -> ScheduleError:
+    """An error that shows the lines around an instruction, the wrong one marked."""
+    return ScheduleError(f"{why}\n{excerpt(schedule, at)}")
+
+
+def excerpt(schedule: Schedule, at: Place) -> str:
+    """The lines around an instruction, with ``>`` before it."""
+    name, program = list(schedule.all_programs())[at.program]
+    low, high = max(0, at.index - _CONTEXT), at.index + _CONTEXT + 1
+    lines = [f"  program {name}, instruction {at.index}:"]
+    for index, step in enumerate(program[low:high], low):
+        mark = ">" if index == at.index else " "
+        lines.append(f"  {mark} {step.stream:<7} {step}")
+    return "\n".join(lines)
+
+
+def issue_order(schedule: Schedule) -> list[Place]:
+    """Return all instructions in an order in which the threads can issue them.
+
+    It is found once for each schedule, which never changes.
+
+    Raises:
+        ScheduleError: if an event is recorded twice or never, if an instruction is on a stream
+            that its program does not have, or if the threads wait for each other.
+    """
+    known: list[Place] | None = schedule.__dict__.get(_ORDER)
+    if known is None:
+        known = _find_order(schedule)
+        schedule.__dict__[_ORDER] = known
+    return known
+
+
+def _find_order(schedule: Schedule) -> list[Place]:
+    programs = [program for _, program in schedule.all_programs()]
+    recorded: dict[int, Place] = {}
+    for number, program in enumerate(programs):
+        streams: Sequence[str] = DEVICE_STREAMS
+        if number == schedule.num_devices:
+            streams = (HOST_STREAM,)
+        for index, step in enumerate(program):
+            if step.stream not in streams:
+                why = f"a program without stream {step.stream!r}"
+                raise refuse(schedule, Place(number, index), why)
+            if step.op is Op.RECORD and step.event is not None:
+                at = Place(number, index)
+                if step.event in recorded:
+                    raise refuse(schedule, at, f"event e{step.event} is recorded twice")
+                recorded[step.event] = at
+    return _issue(schedule, recorded)
+
+
+def _issue(schedule: Schedule, recorded: dict[int, Place]) -> list[Place]:
+    programs = [program for _, program in schedule.all_programs()]
+    next_at = [0] * len(programs)
+    order: list[Place] = []
+    issued: set[int] = set()
+    # Programs that can go on; one that meets an event not yet recorded sleeps until it is.
+    ready = list(range(len(programs)))[::-1]
+    asleep: dict[int, list[int]] = {}
+    while ready:
+        number = ready.pop()
+        program = programs[number]
+        for index in range(next_at[number], len(program)):
+            step = program[index]
+            if step.event is not None:
+                if step.op is Op.WAIT and step.event not in issued:
+                    if step.event not in recorded:
+                        why = f"event e{step.event} is never recorded"
+                        raise refuse(schedule, Place(number, index), why)
+                    asleep.setdefault(step.event, []).append(number)
+                    next_at[number] = index
+                    break
+                if step.op is Op.RECORD:
+                    issued.add(step.event)
+                    ready.extend(reversed(asleep.pop(step.event, [])))
+            order.append(Place(number, index))
+        else:
+            next_at[number] = len(program)
+    stuck = [Place(n, next_at[n]) for n, p in enumerate(programs) if next_at[n] < len(p)]
+    if stuck:
+        shown = "\n".join(excerpt(schedule, at) for at in stuck)
+        raise ScheduleError(f"deadlock: these programs wait for each other\n{shown}")
+    return order
+
+
+def program_name(schedule: Schedule, number: int) -> str:
+    """``gpu0`` and so on, ``host`` for the last."""
+    return HOST if number == schedule.num_devices else f"gpu{number}"

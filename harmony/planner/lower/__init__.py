@@ -1,0 +1,1 @@
+"""Lowers a task graph to a schedule, by small passes."""

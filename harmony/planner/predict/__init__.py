@@ -1,0 +1,1 @@
+"""Predicts a schedule's time and memory on a machine, and what limits them."""

@@ -1,0 +1,1 @@
+"""Searches for the plan: candidates, their estimates, the choice, its reasons."""

@@ -1,0 +1,68 @@
+"""What a candidate takes, estimated from its outline: seconds of a step, room on the devices."""
+
+from __future__ import annotations
+
+from harmony.planner.ir.tasks import Phase
+from harmony.planner.search.candidates import Candidate, Layout, Question, finest, microbatch_sizes
+from harmony.planner.search.memory_estimate import host_nbytes, peaks_nbytes
+from harmony.planner.search.outline import Outline, outline
+from harmony.planner.search.sketch import sketch
+from harmony.planner.search.trial import for_phase, policy_for, timed_phases
+
+TIGHT = 1.06
+"""The footprint is an estimate from above: what is this much too large may fit nevertheless."""
+
+
+class Estimator:
+    """Estimates candidates of one question."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._last: tuple[Candidate, Phase, Outline] | None = None
+
+    def step_s(self, candidate: Candidate) -> float:
+        """Seconds of a whole step."""
+        total = 0.0
+        for phase in timed_phases(candidate.spec.phase):
+            policy = policy_for(candidate.policy, phase)
+            total += sketch(self.shape(candidate, phase), self.question.machine, policy).step_s
+        return max(total, 1e-9)
+
+    def peak_nbytes(self, candidate: Candidate) -> int:
+        """Bytes that it needs on the fullest device, from above in nearly all cases."""
+        most, spec = 0, candidate.spec
+        for phase in timed_phases(spec.phase):
+            shape, policy = self.shape(candidate, phase), policy_for(candidate.policy, phase)
+            sized = for_phase(spec, phase)
+            most = max(most, *peaks_nbytes(self.question.packer, shape, sized, policy))
+        return most
+
+    def may_fit(self, candidate: Candidate) -> bool:
+        """Whether the devices may have the memory for it."""
+        return self.peak_nbytes(candidate) <= TIGHT * self.question.memory_nbytes
+
+    def sizes(self, where: Layout) -> tuple[int, ...]:
+        """Microbatch sizes worth trying with a layout, large ones first."""
+
+        def fits(size: int) -> bool:
+            return self.may_fit(finest(self.question, where, size))
+
+        return microbatch_sizes(self.question, where.share, fits)
+
+    def fits_host(self, candidate: Candidate) -> bool:
+        """Whether the host has the memory for it."""
+        return self.host_nbytes(candidate) <= self.question.machine.host.memory_nbytes
+
+    def host_nbytes(self, candidate: Candidate) -> int:
+        """Bytes of host memory that it needs, about."""
+        return host_nbytes(self.question.packer, self.shape(candidate), candidate.spec)
+
+    def shape(self, candidate: Candidate, phase: Phase | None = None) -> Outline:
+        """The outline of a phase of a candidate; what is asked for again soon is remembered."""
+        phase = phase or candidate.spec.phase
+        if self._last is None or self._last[0] is not candidate or self._last[1] is not phase:
+            spec = for_phase(candidate.spec, phase)
+            policy = policy_for(candidate.policy, phase)
+            shape = outline(self.question.packer, self.question.machine, spec, policy)
+            self._last = (candidate, phase, shape)
+        return self._last[2]

@@ -1,0 +1,207 @@
+"""What a candidate keeps with the memory it leaves: activations, weights, optimizer state.
+
+Per pack one joint decision: its activations are recomputed, kept on the device or offloaded to
+the host; its weights stream, stay from FORWARD to BACKWARD, or stay between steps, updated on
+the device. Which of these helps depends on what binds: kept activations save computing, kept
+weights save transfers. So the room is filled in several orders, activations that found none are
+offloaded from some of the packs, and the sketch of each says which is fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from harmony.planner.ir.tasks import Pack, Phase, TaskKind
+from harmony.planner.lower.resident import can_stay
+from harmony.planner.search.candidates import Candidate, Question
+from harmony.planner.search.memory_estimate import peaks_nbytes
+from harmony.planner.search.outline import Outline, Stage
+
+ORDERS = (
+    ("saved", "held"),
+    ("held", "saved"),
+    ("resident", "saved", "held"),
+    ("saved", "resident", "held"),
+)
+"""What gets the room first."""
+
+OFFLOADED = (1.0, 0.5, 0.25)
+"""Shares of the packs with no room for their activations whose activations are offloaded."""
+
+FAR = 8
+PARTS = (0.75, 0.5, 0.37, 0.25, 0.12)
+"""Shares of the microbatches whose activations are offloaded, where a link cannot carry all."""
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A candidate that keeps nothing, and the bytes that are left on each device of a ring."""
+
+    question: Question
+    base: Candidate
+    shape: Outline
+    spare: tuple[int, ...]
+
+    def forward(self, seat: int) -> list[Stage]:
+        """FORWARD stages of a device whose packs are BACKWARD packs, in order."""
+        both = set(self.base.spec.backward_packs)
+        return [
+            stage
+            for stage in self.shape.stages
+            if stage.seat == seat and stage.kind is TaskKind.FORWARD and stage.pack in both
+        ]
+
+    def saved_nbytes(self, stage: Stage) -> int:
+        """Bytes that the activations of all microbatches of a pack take."""
+        size = min(self.base.spec.forward_size, self.base.spec.shares[0][1])
+        return stage.num_runs * self.question.packer.saved_nbytes(stage.pack, size)
+
+
+def can_keep(question: Question, base: Candidate) -> bool:
+    """Whether a candidate may keep anything: in a whole step of equal microbatches."""
+    spec = base.spec
+    return question.phase is Phase.TRAIN and spec.forward_size == spec.backward_size
+
+
+def filled(
+    question: Question, base: Candidate, shape: Outline, memory_nbytes: int
+) -> Iterator[Candidate]:
+    """Variants of a candidate that keep what ``memory_nbytes`` of each device has room for.
+
+    Args:
+        base: keeps nothing, and runs BACKWARD of a pack where its FORWARD ran.
+        shape: its outline.
+    """
+    if not can_keep(question, base):
+        return
+    peaks = peaks_nbytes(question.packer, shape, base.spec, base.policy)
+    room = _Room(question, base, shape, tuple(memory_nbytes - peak for peak in peaks))
+    seen = {base}
+    for order in ORDERS:
+        if "resident" in order and not _may_reside(room):
+            continue
+        found = _fill(room, [w for w in order if w != "saved" or not question.recompute])
+        if found not in seen:
+            seen.add(found)
+            yield found
+
+
+def offloading(
+    question: Question, found: Candidate, *, few: bool = False
+) -> Iterator[Candidate]:
+    """Variants of a candidate that offload the activations of packs that recompute.
+
+    Args:
+        few: whether a few of them are enough, to see whether it is worth looking closer.
+    """
+    if question.recompute or not can_keep(question, found):
+        return
+    spec = found.spec
+    may = set(spec.backward_packs).difference(spec.saved)
+    left = [pack for pack in spec.forward_packs if pack in may]
+    for share in OFFLOADED[: 2 if few else None]:
+        # Spread evenly, so that what one pack sends out has left before the next one's follows.
+        out = [p for i, p in enumerate(left) if int((i + 1) * share) > int(i * share)]
+        if out:
+            saved = tuple(sorted((*spec.saved, *out)))
+            offload = tuple(sorted((*found.policy.offload, *out)))
+            yield replace(
+                found,
+                spec=replace(spec, saved=saved),
+                policy=replace(found.policy, offload=offload),
+            )
+    runs = spec.num_microbatches(0, TaskKind.FORWARD)
+    least = min(spec.num_microbatches(r, TaskKind.FORWARD) for r in range(len(spec.shares)))
+    if not spec.saved and left:
+        parts = PARTS[1::2] if few else PARTS
+        for some in sorted({round(part * runs) for part in parts} & set(range(1, least))):
+            # One copy needs the time of several Runs.
+            for ahead in sorted({FAR} if few else {found.policy.lookahead, FAR}):
+                yield replace(
+                    found,
+                    spec=replace(spec, saved=tuple(left), saved_runs=some),
+                    policy=replace(found.policy, offload=tuple(left), lookahead=ahead),
+                )
+
+
+def _may_reside(room: _Room) -> bool:
+    """Whether weights may stay between steps: one share, and devices that can update."""
+    can_update = all(device.update_bytes_per_s for device in room.question.machine.devices)
+    trained = any(stage.gradients for stage in room.shape.stages)
+    return len(room.base.spec.shares) == 1 and (can_update or not trained)
+
+
+def _fill(room: _Room, order: Sequence[str]) -> Candidate:
+    saved: list[Pack] = []
+    resident: list[Pack] = []
+    held: list[int] = []
+    for seat in range(room.shape.ring):
+        spare = room.spare[seat]
+        for what in order:
+            if what == "saved":
+                spare -= _take_saved(room, seat, spare, saved)
+            elif what == "resident":
+                spare -= _take_resident(room, seat, spare, resident)
+            else:
+                spare -= _take_held(room, seat, spare, resident, held)
+    spec, policy = room.base.spec, room.base.policy
+    return replace(
+        room.base,
+        spec=replace(spec, saved=tuple(sorted(saved))),
+        policy=replace(policy, hold=min(held, default=0), resident=tuple(sorted(resident))),
+    )
+
+
+def _take_saved(room: _Room, seat: int, spare: int, saved: list[Pack]) -> int:
+    """Keep activations of packs, most seconds a byte first, late ones first of those equal."""
+    priced = []
+    for stage in room.forward(seat):
+        nbytes = room.saved_nbytes(stage)
+        seconds = stage.run_s * stage.num_runs
+        worth = -round(seconds / max(1, nbytes), 15)
+        priced.append((worth, -stage.pack.first, nbytes, stage.pack))
+    taken = 0
+    for _, _, nbytes, pack in sorted(priced):
+        if taken + nbytes <= spare:
+            taken += nbytes
+            saved.append(pack)
+    return taken
+
+
+def _take_resident(room: _Room, seat: int, spare: int, resident: list[Pack]) -> int:
+    """Let weights stay between steps, from the first pack on: nothing hides its transfers."""
+    taken = updating = 0
+    there = {stage.pack for stage in room.forward(seat)}
+    backward = [s for s in room.shape.stages if s.seat == seat and s.kind is TaskKind.BACKWARD]
+    packs = [s.pack for s in backward if s.pack in there or _is_last(room, s.pack)]
+    for pack in sorted(packs):
+        packer = room.question.packer
+        if can_stay(packer.graph, pack) is not None:
+            continue
+        facts = packer.facts(pack, room.base.spec.backward_size)
+        most = max(updating, facts.updating)  # they are updated one after the other
+        if taken + facts.resident + most <= spare:
+            taken, updating = taken + facts.resident, most
+            resident.append(pack)
+    return taken + updating
+
+
+def _is_last(room: _Room, pack: Pack) -> bool:
+    return pack.last == room.question.packer.graph.num_layers
+
+
+def _take_held(
+    room: _Room, seat: int, spare: int, resident: Sequence[Pack], held: list[int]
+) -> int:
+    """Count packs that can leave their weights for their BACKWARD; return the bytes of those.
+
+    All devices hold equally many; one that has no such pack does not limit the others.
+    """
+    here = [s for s in room.forward(seat) if s.pack not in resident and not s.shares]
+    if not here:
+        return 0
+    slot = max(s.slot for s in room.shape.stages if s.seat == seat)
+    number = max(0, min(len(here), spare // max(1, slot)))
+    held.append(number)
+    return number * slot

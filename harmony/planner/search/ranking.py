@@ -1,0 +1,317 @@
+"""Ranks candidates by estimated time, coarse first: what could not win is not looked at closely.
+
+For every number of replicas and microbatch size a few packings are estimated, bare and with what
+their room can keep. The finer choices (more packings, prefetch depth) are only tried where the
+coarse ones came close to the best. A pair of replicas and size is skipped where computing alone,
+nothing recomputed, takes longer than something that was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from harmony.planner.ir.policy import LEAN, Policy
+from harmony.planner.ir.tasks import Phase
+from harmony.planner.predict.lower_bound import lower_bound
+from harmony.planner.search.candidates import (
+    POLICIES,
+    Candidate,
+    Layout,
+    Question,
+    coinciding,
+    finest,
+    layout,
+    packed,
+    policies,
+)
+from harmony.planner.search.estimate import Estimator
+from harmony.planner.search.keeping import filled, offloading
+
+NEAR = 1.06
+"""The finer choices are tried where the coarse ones took at most this times the best."""
+
+ENOUGH = 1.01
+"""Nothing finer is tried where the best is as near as this to what no plan can beat."""
+
+KEEPING = (
+    POLICIES[0],
+    POLICIES[1],
+    Policy(2, 2, 1),
+    Policy(1, 2, 1),
+    replace(LEAN, boundary="keep"),
+)
+"""Policies of candidates that keep something, with less and less room for what moves."""
+
+REFINED = 2
+"""How many pairs of replicas and size get the finer choices."""
+
+MANY_RUNS = 0.05
+"""A schedule of very many Runs must be faster by this share for each time that they are twice as
+many as that: lowering them takes seconds."""
+
+STREAMS = 1.03
+"""What streams weights that could all stay on the devices must be this much faster than that."""
+
+HEAVY = 1000.0
+"""Candidates that the host, or a device, seems to have no room for come last."""
+
+MAX_SHRUNK = 6
+"""How often candidates that turned out too large are made again with less room."""
+
+
+class Ranking:
+    """All candidates that were estimated.
+
+    Attributes:
+        estimator: what estimated them.
+        refused: aspect, value and reason of what has no candidate.
+    """
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.estimator = Estimator(question)
+        self.refused: list[tuple[str, str, str]] = []
+        self._known: dict[Candidate, float] = {}
+        self._base: dict[Candidate, tuple[Candidate, int]] = {}
+        self._done: set[Candidate] = set()
+        self._heavy: set[Candidate] = set()
+        self._off: dict[tuple[bool, ...], float] = {}
+        self._shrunk = 0
+        self._best_s = float("inf")
+
+    def estimates(self) -> list[tuple[float, Candidate]]:
+        """Everything that was estimated, with its seconds."""
+        return [(seconds, candidate) for candidate, seconds in self._known.items()]
+
+    def least_host_nbytes(self) -> int | None:
+        """Bytes of the host that the least of the candidates need; None if one seems to fit."""
+        if self.question.phase is not Phase.TRAIN or self._heavy != self._known.keys():
+            return None
+        return min(map(self.estimator.host_nbytes, self._known), default=None)
+
+    def any_fits(self) -> bool:
+        """Whether any candidate fits, devices and host, as far as an outline tells."""
+        question = self.question
+        for replicas in question.replicas:
+            where = layout(question, replicas)
+            for size in reversed(self.estimator.sizes(where)):
+                for candidate in (*self._some(where, size), finest(question, where, size)):
+                    peak = self.estimator.peak_nbytes(candidate)
+                    if peak <= self._memory() and self.estimator.fits_host(candidate):
+                        return True
+        return False
+
+    def _some(self, where: Layout, size: int) -> Iterator[Candidate]:
+        """A few candidates of a layout and size that keep nothing."""
+        for policy in policies(self.question, where.ring, few=True):
+            yield from packed(self.question, where, size, policy, few=True)
+
+    def fill(self) -> None:
+        """Estimate candidates."""
+        coarse: list[tuple[float, Layout, int, float]] = []
+        if self.question.like is not None:
+            self._add(self.question.like)
+        for replicas in self.question.replicas:
+            where = layout(self.question, replicas)
+            for size in self.estimator.sizes(where):
+                if self._least_s(where, size) < self._best_s:
+                    bare_s, best_s = self._coarse(where, size)
+                    if best_s < math.inf:
+                        coarse.append((best_s, where, size, bare_s))
+                    else:
+                        value = f"microbatches of {size}"
+                        self.refused.append(("microbatch size", value, "no packing fits"))
+        if self._best_s <= ENOUGH * self._bound_s():
+            return
+        coarse.sort(key=lambda item: (item[0], len(item[1].shares), -item[2]))
+        for best_s, where, size, bare_s in coarse[:REFINED]:
+            if bare_s <= NEAR * self._best_s:
+                self._refine_bare(where, size)
+            if best_s <= NEAR * self._best_s:
+                self._refine_kept(where, size)
+
+    def _bound_s(self) -> float:
+        question = self.question
+        found = lower_bound(
+            question.packer.graph,
+            question.packer.costs,
+            question.machine,
+            question.minibatch,
+            question.phase,
+        )
+        return found.step_s
+
+    def recomputing(self, count: int) -> list[Candidate]:
+        """The best candidates that recompute everything."""
+        found = [(s, c.num_runs, i, c) for i, (c, s) in enumerate(self._known.items())]
+        return [c for *_, c in sorted(found) if not c.spec.saved][:count]
+
+    def promising(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
+        """Candidates that were not handed out yet, best first, also those that `shrink` adds.
+
+        Of those within half a percent the one with fewest Runs comes first.
+        """
+        while True:
+            left = [c for c in self._known if c not in self._done]
+            if not left:
+                return
+            found = min(left, key=lambda c: self._rank(c, max_runs))
+            self._done.add(found)
+            yield self._known[found] * self._factor(found), found
+
+    def learn(self, candidate: Candidate, simulated_s: float) -> None:
+        """Note how far off the estimate of a candidate was: that of its likes is as far off."""
+        ratio, family = simulated_s / self.estimator.step_s(candidate), _family(candidate)
+        self._off[family] = max(self._off.get(family, 0.0), ratio)
+
+    def rest(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
+        """Those that are left, for when memory is short: most frugal policies first, then the
+        smallest packs there are.
+        """
+        left = [c for c in self._known if c not in self._done]
+        left.sort(key=lambda c: (c.policy.weight_slots, self._rank(c, max_runs)))
+        for candidate in left[: 2 * MAX_SHRUNK]:
+            self._done.add(candidate)
+            yield self._known[candidate], candidate
+        if self.question.num_packs in (None, len(self.question.packer.finest)):
+            for replicas in self.question.replicas:
+                where = layout(self.question, replicas)
+                candidate = finest(self.question, where, self.estimator.sizes(where)[-1])
+                if candidate in self._done or not self.question.admits(candidate):
+                    continue
+                if self.estimator.may_fit(candidate):
+                    yield self.estimator.step_s(candidate), candidate
+
+    def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
+        """Make a candidate that is too large again, with as much less room as it lacks."""
+        if candidate not in self._base or self._shrunk >= MAX_SHRUNK:
+            return
+        self._shrunk += 1
+        base, memory = self._base[candidate]
+        lacking = needed_nbytes - self.question.memory_nbytes
+        self._keep(base, memory - lacking - lacking // 8)
+
+    def _rank(self, candidate: Candidate, max_runs: int) -> tuple[int, int]:
+        factor = 1.0 + MANY_RUNS * max(0.0, math.log2(candidate.num_runs / max_runs))
+        factor *= self._factor(candidate)
+        return round(200 * math.log(factor * self._known[candidate])), candidate.num_runs
+
+    def _factor(self, candidate: Candidate) -> float:
+        """What an estimate counts for: more if its likes took longer, or the host is too small."""
+        factor = self._off.get(_family(candidate), 1.0) * handicap(candidate)
+        return factor * HEAVY if candidate in self._heavy else factor
+
+    def _least_s(self, where: Layout, size: int) -> float:
+        """Seconds that computing takes at least, nothing recomputed."""
+        sized = self.question.packer.sized(min(size, where.share))
+        whole = sized.forward_s[-1]
+        if self.question.phase in (Phase.TRAIN, Phase.BACKWARD):
+            whole += sized.backward_s[-1]
+        return where.share // size * whole / where.ring
+
+    def _coarse(self, where: Layout, size: int) -> tuple[float, float]:
+        """Estimate few candidates of a layout and size.
+
+        Returns:
+            The best seconds of those that keep nothing, and of all.
+        """
+        best_s = math.inf
+        for policy in policies(self.question, where.ring, few=True):
+            if policy.weight_slots == LEAN.weight_slots and best_s < math.inf:
+                break
+            for candidate in packed(self.question, where, size, policy, few=True):
+                best_s = min(best_s, self._add(candidate))
+        bare_s = best_s
+        if self.question.phase is Phase.TRAIN:
+            for base in coinciding(self.question, where, size, POLICIES[0]):
+                best_s = min(best_s, self._keep(base, self._memory(), few=True))
+        return bare_s, best_s
+
+    def _refine_bare(self, where: Layout, size: int) -> None:
+        for policy in policies(self.question, where.ring):
+            for candidate in packed(self.question, where, size, policy):
+                self._add(candidate)
+
+    def _refine_kept(self, where: Layout, size: int) -> None:
+        if self.question.phase is not Phase.TRAIN:
+            return
+        counts = self._good_counts(where, size)
+        for policy in KEEPING:
+            for base in coinciding(self.question, where, size, policy, counts):
+                self._keep(base, self._memory())
+
+    def _good_counts(self, where: Layout, size: int) -> set[int]:
+        """Numbers of packs around the best that a layout and size was tried with."""
+        tried = [
+            (seconds, len(c.spec.backward_packs))
+            for c, seconds in self._known.items()
+            if c.spec.shares == where.shares and c.spec.backward_size == size
+        ]
+        best = min(tried)[1]
+        step = max(where.ring, best // 4 // where.ring * where.ring)
+        return {best, best - step, best + step, best + 2 * step}
+
+    def _memory(self) -> int:
+        return self.question.memory_nbytes
+
+    def _keep(self, base: Candidate, memory_nbytes: int, *, few: bool = False) -> float:
+        """Estimate what a candidate can keep; return the best seconds."""
+        best_s, best = self._add(base), base
+        for candidate in filled(self.question, base, self.estimator.shape(base), memory_nbytes):
+            seconds = self._fitting(candidate, base, memory_nbytes)
+            if seconds < best_s:
+                best_s, best = seconds, candidate
+        for kept in dict.fromkeys((best,) if few else (best, base)):
+            for candidate in offloading(self.question, kept, few=few):
+                best_s = min(best_s, self._fitting(candidate, base, memory_nbytes))
+        return best_s
+
+    def _fitting(self, candidate: Candidate, base: Candidate, memory_nbytes: int) -> float:
+        """Estimate a candidate if it fits; infinity if not."""
+        estimator = self.estimator
+        if candidate not in self._known:
+            if not self.question.admits(candidate) or not estimator.fits_host(candidate):
+                return math.inf
+            if estimator.peak_nbytes(candidate) > memory_nbytes:
+                return math.inf
+            self._note(candidate, estimator.step_s(candidate))
+        self._base[candidate] = (base, memory_nbytes)
+        return self._known[candidate]
+
+    def _add(self, candidate: Candidate) -> float:
+        """Estimate a candidate that keeps nothing; infinity if it hardly fits."""
+        if candidate not in self._known:
+            estimator = self.estimator
+            if not self.question.admits(candidate):
+                return math.inf
+            fits_host = self.question.phase is not Phase.TRAIN or estimator.fits_host(candidate)
+            if not fits_host or not estimator.may_fit(candidate):
+                # The estimate is close, but the plan has the last word, and words for the error.
+                self._heavy.add(candidate)
+            self._note(candidate, estimator.step_s(candidate))
+        return math.inf if candidate in self._heavy else self._known[candidate]
+
+    def _note(self, candidate: Candidate, seconds: float) -> None:
+        self._known[candidate] = seconds
+        if candidate not in self._heavy:
+            self._best_s = min(self._best_s, seconds)
+
+
+def handicap(candidate: Candidate) -> float:
+    """How much longer a candidate counts for than it takes, where it streams weights."""
+    return 1.0 if len(candidate.policy.resident) == len(candidate.spec.backward_packs) else STREAMS
+
+
+def _family(candidate: Candidate) -> tuple[bool, ...]:
+    """Candidates that are estimated too low or too high together."""
+    spec, policy = candidate.spec, candidate.policy
+    return (
+        len(spec.shares) > 1,
+        bool(spec.saved),
+        bool(spec.saved_runs),
+        bool(policy.offload),
+        bool(policy.resident),
+        policy.mirror,
+    )

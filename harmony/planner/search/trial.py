@@ -1,0 +1,189 @@
+"""Lowers, simulates and verifies a candidate: the figures of the very schedule that will run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Machine
+from harmony.core.timeline import Timeline
+from harmony.core.units import format_bytes
+from harmony.errors import DoesNotFitError
+from harmony.planner.check.verify import verify
+from harmony.planner.ir.policy import LEAN, Policy
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
+from harmony.planner.lower.passes import lower
+from harmony.planner.predict.cost import CostTable
+from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes, stash_nbytes
+from harmony.planner.predict.simulate import predict_s, simulate
+from harmony.planner.search.candidates import Candidate, Question
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate that was lowered, fits the devices, and was simulated.
+
+    Attributes:
+        lowered: tasks and schedule of the phases that make up a step.
+        total_s: seconds of a whole step.
+    """
+
+    candidate: Candidate
+    lowered: dict[Phase, tuple[TaskGraph, Schedule]]
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A candidate whose schedules, of all phases, were verified."""
+
+    tried: Tried
+    schedules: dict[Phase, Schedule]
+    timeline: Timeline
+    host_nbytes: int
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A candidate that was lowered and does not fit the devices: the bytes that it needs."""
+
+    nbytes: int
+
+
+class Trial:
+    """Tries the candidates of one question."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.graph = question.packer.graph
+        self.costs = question.packer.costs
+        self.workspace = Workspace(self.graph, self.costs)
+
+    def tried(self, candidate: Candidate) -> Tried | TooLarge:
+        """Lower a candidate, and simulate it if it fits."""
+        lowered, total_s, machine = {}, 0.0, self.question.machine
+        for phase in timed_phases(candidate.spec.phase):
+            tasks, schedule = self._lowered(candidate, phase)
+            needed = max(
+                device_peak(schedule, device, self.graph, self.workspace).nbytes
+                for device in range(schedule.num_devices)
+            )
+            if needed > self.question.memory_nbytes:
+                return TooLarge(needed)
+            lowered[phase] = (tasks, schedule)
+            total_s += predict_s(schedule, self.graph, self.costs, machine)
+        return Tried(candidate, lowered, total_s)
+
+    def verified(self, tried: Tried) -> Fitting:
+        """Check the schedules of a candidate.
+
+        Raises:
+            DoesNotFitError: if one does not fit, or the host is too small for all of them.
+        """
+        phase = tried.candidate.spec.phase
+        schedules = {each: schedule for each, (_, schedule) in tried.lowered.items()}
+        needed = self._host_nbytes(schedules, phase)
+        for each, (tasks, schedule) in tried.lowered.items():
+            verify(schedule, self.graph, self.costs, each, tasks)
+        machine = self.question.machine
+        timeline = simulate(schedules[phase], self.graph, self.costs, machine, labels=False)
+        return Fitting(tried, schedules, timeline, needed)
+
+    def _lowered(self, candidate: Candidate, phase: Phase) -> tuple[TaskGraph, Schedule]:
+        tasks = build_tasks(self.graph, for_phase(candidate.spec, phase))
+        policy = policy_for(candidate.policy, phase)
+        return tasks, lower(tasks, self.question.machine, policy)
+
+    def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
+        """Bytes of host memory that all phases together need."""
+        needed = host_nbytes(schedules[phase], self.graph)
+        if Phase.FORWARD in schedules and Phase.BACKWARD in schedules:
+            # What the one stashes stays while the other runs.
+            needed -= stash_nbytes(schedules[phase], self.graph)
+            both = (schedules[Phase.FORWARD], schedules[Phase.BACKWARD])
+            needed += sum(stash_nbytes(schedule, self.graph) for schedule in both)
+        limit = self.question.machine.host.memory_nbytes
+        if needed > limit:
+            raise DoesNotFitError(
+                f"needs {format_bytes(needed)} of host memory; the limit is {format_bytes(limit)}."
+                " Use a smaller minibatch"
+            )
+        return needed
+
+
+def timed_phases(phase: Phase) -> tuple[Phase, ...]:
+    """The phases that make up a step: the drop-in form runs its two one after the other.
+
+    A plan has schedules for those; `inference_schedule` makes one more when somebody wants it.
+    """
+    if phase in (Phase.TRAIN, Phase.INFER):
+        return (phase,)
+    return Phase.FORWARD, Phase.BACKWARD
+
+
+def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
+    """The same packs and microbatches for another phase."""
+    if spec.phase is phase:
+        return spec
+    if spec.phase is not Phase.TRAIN or phase is Phase.TRAIN:
+        return replace(spec, phase=phase)
+    # The last pack of a training step has no FORWARD; here it needs one.
+    packs = (*spec.forward_packs, spec.backward_packs[-1])
+    size = min(spec.forward_size, spec.backward_size)
+    return replace(
+        spec, phase=phase, forward_packs=packs, forward_size=size, saved=(), saved_runs=0
+    )
+
+
+def policy_for(policy: Policy, phase: Phase) -> Policy:
+    """The same choices for another phase.
+
+    Only a whole training step keeps anything, but what stays between steps is there in inference.
+    """
+    if phase is Phase.TRAIN:
+        return policy
+    resident = policy.resident if phase is Phase.INFER else ()
+    return replace(policy, hold=0, offload=(), resident=resident, mirror=False)
+
+
+def inference_schedule(
+    graph: LayerGraph, costs: CostTable, machine: Machine, spec: StepSpec, policy: Policy
+) -> Schedule:
+    """Return the schedule of inference with the packs and microbatches of a plan, checked.
+
+    Where the plan's policy leaves too little room, it does with less: what it needs beside the
+    weights that stay on the devices is less than training does.
+
+    Raises:
+        DoesNotFitError: if that is still too much, as with outputs that are wider than anything.
+    """
+    wanted = policy_for(policy, Phase.INFER)
+    tasks = build_tasks(graph, for_phase(spec, Phase.INFER))
+    try:
+        return checked_schedule(tasks, costs, machine, wanted)
+    except DoesNotFitError:
+        lean = replace(LEAN, resident=wanted.resident)
+        try:
+            return checked_schedule(tasks, costs, machine, lean)
+        except DoesNotFitError as error:
+            why = str(error).splitlines()[0]
+            raise DoesNotFitError(
+                f"inference does not fit with the plan of this minibatch: {why}. Use a smaller"
+                " minibatch for it"
+            ) from None
+
+
+def checked_schedule(
+    tasks: TaskGraph, costs: CostTable, machine: Machine, policy: Policy
+) -> Schedule:
+    """Return the schedule of some tasks, checked.
+
+    Raises:
+        ScheduleError: if the checker refuses it.
+        DoesNotFitError: if a device needs more memory than it has.
+    """
+    schedule = lower(tasks, machine, policy)
+    verify(schedule, tasks.layers, costs, tasks.spec.phase, tasks)
+    return schedule

@@ -1,1 +1,0 @@
-"""Plans as people meet them: asked for on the command line, shown, explained, kept in files."""

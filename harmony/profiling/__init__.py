@@ -1,0 +1,1 @@
+"""Costs of layers, server and optimizer: measured, kept on disk, computed."""

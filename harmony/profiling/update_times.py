@@ -1,0 +1,307 @@
+"""Measures the optimizer: the seconds of its update, on host and device, its state, its memory.
+
+All of it on small copies with parameters like the model's largest
+(`harmony.runtime.update.stand_ins`), so that an optimizer that wants matrices gets them. One that
+fails there is not measured at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from harmony.capture.trace.isolation import undisturbed
+from harmony.core.machine import Machine
+from harmony.profiling.server import best_of, timed
+from harmony.runtime import native
+from harmony.runtime.device import DeviceContext, streams_restored
+from harmony.runtime.host.pinned_memory import Place
+from harmony.runtime.update.optimizer import PackOptimizer
+from harmony.runtime.update.part_step import own_step, step_part
+from harmony.runtime.update.stand_ins import Shape, StandIn, stand_in, usual_choice
+
+_SAMPLES = (1 << 16, 1 << 20)
+"""Elements of the parameter that is timed: the larger one only where that takes no time."""
+
+_QUICK_S = 0.005
+_STATE_SAMPLE = 1 << 20
+_TRIED = 4
+"""Parameters that are updated at once on a device, to see whether its temporaries grow."""
+
+_GROWS = 1.25
+_NARROW, _OTHER_DEVICE = 2e-2, 1e-4
+"""What a result may be off by on a real GPU, whose kernels round otherwise, by its dtype."""
+
+_UNKNOWN_SECONDS = 4e-9
+_UNKNOWN_STATES = 2.0
+"""What is taken of an optimizer that cannot be tried: as much as AdamW takes, unfused."""
+
+
+def kind_of(dtype: torch.dtype, num_dims: int) -> str:
+    """What bytes of state are told apart by: optimizers make it as the parameter is."""
+    return f"{dtype}/{num_dims}"
+
+
+@dataclass(frozen=True)
+class UpdateCost:
+    """What the optimizer costs.
+
+    Attributes:
+        seconds: of one update on the host, per element of a parameter.
+        state_nbytes: bytes of its state, per element, by `kind_of` the parameter.
+        device_bytes_per_s: bytes of gradients that an update on a device takes in a second; 0
+            where it does not work there, or other than on the host.
+        temporary_nbytes: bytes that an update on a device takes while it runs, per element of the
+            largest parameter.
+        alike: whether an update on a device computes the same bits.
+    """
+
+    seconds: float
+    state_nbytes: Mapping[str, float] = field(default_factory=dict)
+    device_bytes_per_s: float = 0.0
+    temporary_nbytes: float = 0.0
+    alike: bool = False
+
+    def state_of(self, place: Place) -> int:
+        """Bytes of the state of a parameter."""
+        known = self.state_nbytes.get(kind_of(place.dtype, len(place.shape)))
+        if known is None:
+            known = max(self.state_nbytes.values(), default=0.0)
+        return round(known * _count(place.shape))
+
+    def temporary_of(self, place: Place) -> int:
+        """Bytes that an update of a parameter on a device takes while it runs."""
+        return math.ceil(self.temporary_nbytes * _count(place.shape))
+
+
+NO_UPDATE = UpdateCost(0.0)
+"""Where the optimizer is the user's."""
+
+
+def with_device_updates(machine: Machine, cost: UpdateCost) -> Machine:
+    """The machine, with the speed of this optimizer on its devices."""
+    devices = (
+        replace(device, update_bytes_per_s=cost.device_bytes_per_s) for device in machine.devices
+    )
+    alike = cost.alike or not cost.device_bytes_per_s  # then none is there
+    return replace(machine, devices=tuple(devices), updates_alike=alike)
+
+
+def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = None) -> UpdateCost:
+    """Time small copies of an optimizer, and count their state.
+
+    Args:
+        context: the device to try it on as well.
+    """
+    device = torch.device("cpu") if context is None else context.device
+    with undisturbed(device), torch.enable_grad():
+        cost = _on_the_host(optimizer)
+        if cost is None:
+            return _unknown(optimizer)
+        if context is None or optimizer.waits is not None:
+            return cost
+        with streams_restored([context]):
+            rate, temporary, alike = _on_a_device(optimizer, context)
+        return replace(
+            cost, device_bytes_per_s=rate, temporary_nbytes=temporary, alike=alike
+        )
+
+
+def _on_the_host(optimizer: PackOptimizer) -> UpdateCost | None:
+    full, largest = optimizer.full, _largest(optimizer)
+    try:
+        state = _state(optimizer)
+        seconds = 0.0
+        for count in _SAMPLES:
+            chosen = {id(largest): _scaled(tuple(largest.shape), count)}
+            if optimizer.together is not None:
+                chosen = {**usual_choice(full, 1), **chosen}
+            made = stand_in(full, chosen)
+            _give_gradients(made)
+            once = timed(_update_of(optimizer, made))
+            once()  # makes the state
+            num_elements = sum(param.numel() for param in made.params)
+            seconds = best_of(once) / max(1, num_elements)
+            if seconds * num_elements > _QUICK_S:
+                break
+    except Exception:  # a step of the user's own may fail in any way on what it does not expect
+        return None
+    return UpdateCost(seconds, state)
+
+
+def _update_of(optimizer: PackOptimizer, made: StandIn) -> Callable[[], None]:
+    if optimizer.together is not None:
+        return lambda: own_step(made.optimizer)
+    return lambda: step_part(made.optimizer, made.params)
+
+
+def _state(optimizer: PackOptimizer) -> dict[str, float]:
+    """Bytes of state per element, by kind of parameter, of the largest of each."""
+    full = optimizer.full
+    largest: dict[str, nn.Parameter] = {}
+    for param in optimizer.params():
+        kind = kind_of(param.dtype, param.dim())
+        if kind not in largest or param.numel() > largest[kind].numel():
+            largest[kind] = param
+    chosen = {
+        id(param): _scaled(tuple(param.shape), min(_STATE_SAMPLE, param.numel()))
+        for param in largest.values()
+    }
+    if optimizer.together is not None:
+        chosen = {**usual_choice(full, 1), **chosen}
+    made = stand_in(full, chosen)
+    _give_gradients(made)
+    _update_of(optimizer, made)()
+    found: dict[str, float] = {}
+    for param in sorted(made.params, key=torch.Tensor.numel):  # the largest of a kind last
+        held = made.optimizer.state.get(param, {}).values()
+        nbytes = sum(v.nbytes for v in held if isinstance(v, torch.Tensor) and v.dim())
+        found[kind_of(param.dtype, param.dim())] = nbytes / max(1, param.numel())
+    return found
+
+
+def _on_a_device(optimizer: PackOptimizer, context: DeviceContext) -> tuple[float, float, bool]:
+    """Gradient bytes per second there, and bytes of temporaries per element; 0 if it cannot.
+
+    Also whether it computes the same bits there.
+    """
+    context.enter()
+    context.use("compute")
+    try:
+        alike = _same_there(optimizer, context)
+        temporary = None if alike is None else _temporary(optimizer, context)
+        if alike is None or temporary is None:
+            return 0.0, 0.0, False
+        return _rate(optimizer, context, temporary), temporary, alike
+    except Exception:  # an optimizer of the user's may be for the CPU only
+        return 0.0, 0.0, False
+
+
+def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool | None:
+    """Whether steps on the device lead to the bits that they lead to on the host.
+
+    None if they lead elsewhere.
+    """
+    alike = True
+    here, there = stand_in(optimizer.full), stand_in(optimizer.full)
+    exact = native.is_virtual(context.device)
+    for step in range(2):
+        for made in (here, there):
+            _give_gradients(made, step)
+        step_part(here.optimizer, here.params)
+        copies = _copies(there.params, context)
+        step_part(there.optimizer, there.params, copies)
+        context.synchronize()
+        for param, moved, stays in zip(here.params, copies, there.params, strict=True):
+            off = _OTHER_DEVICE if param.dtype.itemsize >= 4 else _NARROW
+            found = moved.detach().cpu()
+            alike = alike and torch.equal(found, param)
+            close = torch.allclose(found, param, rtol=off, atol=off, equal_nan=True)
+            if not close or (exact and not alike):
+                return None
+            stays.data.copy_(found)
+    return alike
+
+
+def _temporary(optimizer: PackOptimizer, context: DeviceContext) -> float | None:
+    """Bytes of temporaries per element of the largest parameter; None if they grow with more."""
+    largest = _largest(optimizer)
+    like = [p for p in optimizer.params() if (p.dtype, p.dim()) == (largest.dtype, largest.dim())]
+    like = [largest, *(p for p in like if p is not largest)][:_TRIED]
+    free = native.memory_info(context.device)[0]
+    count = max(1, min(_SAMPLES[0], free // 1024))
+    made = stand_in(optimizer.full, {id(p): _scaled(tuple(largest.shape), count) for p in like})
+    _give_gradients(made)
+    copies = _copies(made.params, context)
+    num_elements = max(param.numel() for param in made.params)
+
+    def peak(number: int) -> int:
+        pairs = made.params[:number], copies[:number]
+        step_part(made.optimizer, *pairs)  # makes the state
+        context.synchronize()
+        context.reset_peak()
+        before = torch.accelerator.memory_allocated(context.device)
+        step_part(made.optimizer, *pairs)
+        context.synchronize()
+        return context.peak_nbytes() - before
+
+    few, many = peak(min(2, len(like))), peak(len(like))
+    if many > _GROWS * few + 4096:
+        return None
+    return max(few, many) / num_elements
+
+
+def _rate(optimizer: PackOptimizer, context: DeviceContext, temporary: float) -> float:
+    largest = _largest(optimizer)
+    free = native.memory_info(context.device)[0]
+    count = max(1, min(_SAMPLES[-1], int(free / (64 + 2 * temporary))))
+    rate = 0.0
+    for most in (min(_SAMPLES[0], count), count):
+        made = stand_in(optimizer.full, {id(largest): _scaled(tuple(largest.shape), most)})
+        _give_gradients(made)
+        copies = _copies(made.params, context)
+        once = _timed_there(made, copies, context)
+        once()  # makes the state
+        seconds = best_of(once)
+        rate = sum(copy.nbytes for copy in copies) / max(seconds, 1e-9)
+        if seconds > _QUICK_S:
+            break
+    return rate
+
+
+def _timed_there(
+    made: StandIn, copies: Sequence[nn.Parameter], context: DeviceContext
+) -> Callable[[], float]:
+    stream = context.use("compute")
+
+    def once() -> float:
+        begin, end = (context.new_event(timing=True) for _ in range(2))
+        stream.record_event(begin)
+        step_part(made.optimizer, made.params, copies)
+        stream.record_event(end)
+        stream.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return once
+
+
+def _copies(params: Sequence[nn.Parameter], context: DeviceContext) -> list[nn.Parameter]:
+    """The parameters on the device, with their gradients."""
+    found = []
+    for param in params:
+        copy = nn.Parameter(param.detach().to(context.device))
+        assert param.grad is not None
+        copy.grad = param.grad.to(context.device)
+        found.append(copy)
+    return found
+
+
+def _give_gradients(made: StandIn, step: int = 0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in made.params:
+        wide = torch.complex64 if param.is_complex() else torch.float32
+        param.grad = torch.randn(param.shape, generator=generator, dtype=wide).to(param.dtype)
+
+
+def _largest(optimizer: PackOptimizer) -> nn.Parameter:
+    return max(optimizer.params(), key=lambda param: param.numel())
+
+
+def _scaled(shape: Shape, count: int) -> Shape:
+    """A shape of as many dimensions and about so many elements."""
+    factor = (count / max(1, _count(shape))) ** (1 / max(1, len(shape)))
+    return tuple(max(1, round(side * factor)) for side in shape)
+
+
+def _count(shape: Sequence[int]) -> int:
+    return math.prod(shape)
+
+
+def _unknown(optimizer: PackOptimizer) -> UpdateCost:
+    kinds = {kind_of(p.dtype, p.dim()): p.dtype.itemsize for p in optimizer.params()}
+    state = {kind: _UNKNOWN_STATES * size for kind, size in kinds.items()}
+    return UpdateCost(_UNKNOWN_SECONDS, state)

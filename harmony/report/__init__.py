@@ -1,0 +1,1 @@
+"""What a run did: records of models, metrics, and the views of them."""

@@ -1,0 +1,244 @@
+"""What `harmony-run` collects from the script that it runs.
+
+`harmony-run` opens a session with its options; a model that is made meanwhile reads them
+(`harmony.core.options`), registers itself, and reports its plan and every step. Without
+`harmony-run` the options are the defaults and a model keeps its record to itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from harmony.core.options import Options, current_options, use
+from harmony.core.timeline import Timeline
+
+if TYPE_CHECKING:
+    from harmony.planner.ir.plan import Plan
+    from harmony.planner.ir.schedule import Schedule
+    from harmony.profiling.model_profile import ModelProfile
+
+KEPT_STEPS = 1000
+"""Durations that a run keeps to take the median from."""
+
+KEPT_RUNS = 8
+"""Plans that a record keeps; those that ran least are forgotten first."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One training step as it was measured.
+
+    Attributes:
+        step: its number, from 0.
+        loss: the loss of the minibatch; None where the script computes it itself.
+        num_samples: samples of the minibatch.
+        num_tokens: tokens of the minibatch; None where the inputs are not tokens.
+        step_s: seconds of the whole call, as the script sees it.
+        timeline: what ran when.
+    """
+
+    step: int
+    loss: float | None
+    num_samples: int
+    num_tokens: int | None
+    step_s: float
+    timeline: Timeline
+
+
+@dataclass
+class PlanRun:
+    """A plan and the steps that ran under it, in bounded memory."""
+
+    plan: Plan
+    predicted: Timeline
+    num_steps: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    total_s: float = 0.0
+    last: Timeline | None = None
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+
+    def add(self, stats: StepStats) -> None:
+        """Count one more step."""
+        self.num_steps += 1
+        self.num_samples += stats.num_samples
+        self.num_tokens += stats.num_tokens or 0
+        self.total_s += stats.step_s
+        self.durations_s.append(stats.step_s)
+        self.last = stats.timeline
+
+    def median_s(self) -> float | None:
+        """Seconds of a typical step, without the first, which warms up; None before any ran."""
+        durations = list(self.durations_s)
+        if 1 < self.num_steps <= KEPT_STEPS:
+            durations = durations[1:]
+        return statistics.median(durations) if durations else None
+
+
+class Observer(Protocol):
+    """Hears of every plan and every step, e.g. to show progress."""
+
+    def planned(self, record: ModelRecord) -> None:
+        """A model has a new plan: ``record.plan``."""
+
+    def stepped(self, record: ModelRecord, stats: StepStats) -> None:
+        """A model has finished a step."""
+
+
+class PlanOnly(BaseException):
+    """Ends the script once its first plan is known, under ``--plan-only``.
+
+    A BaseException, so that a script's ``except Exception`` does not swallow it.
+    """
+
+    def __init__(self, record: ModelRecord) -> None:
+        super().__init__(f"{record.name} is planned")
+        self.record = record
+
+
+@dataclass
+class ModelRecord:
+    """All that the report says about one model.
+
+    Attributes:
+        name: class of the module.
+        facts: what to show in the header, label to text, e.g. ``"parameters": "50.4 M"``.
+        runs: the plans that were used.
+        warnings: what the user should know, in the order it was found; each once.
+        profile: returns the layers and costs that the plan in use was made from; None before
+            there is one.
+        planned_for: in words what the plan is for and from, where it is not for this machine.
+        forward_s: under ``--plan-only``, predicted seconds of a forward of its own.
+    """
+
+    name: str
+    facts: dict[str, str]
+    runs: list[PlanRun] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    num_steps: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    profile: Callable[[], ModelProfile] | None = None
+    planned_for: tuple[str, ...] = ()
+    forward_s: float = 0.0
+    _current: PlanRun | None = None
+
+    @property
+    def run(self) -> PlanRun | None:
+        """The plan that took most of the time: the one worth a report."""
+        return max(self.runs, key=lambda run: run.total_s, default=None)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in use."""
+        return self._current.plan if self._current else None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule in use."""
+        return self._current.plan.schedule if self._current else None
+
+    @property
+    def predicted(self) -> Timeline | None:
+        """What the plan in use expects."""
+        return self._current.predicted if self._current else None
+
+    def planned(self, plan: Plan, predicted: Timeline) -> None:
+        """Note that the next steps follow ``plan``; noting a known plan again is fine.
+
+        Raises:
+            PlanOnly: under ``--plan-only``.
+        """
+        known = next((run for run in self.runs if run.plan is plan), None)
+        self._current = known or PlanRun(plan, predicted)
+        if known is None:
+            self.runs.append(self._current)
+            self._forget()
+            for observer in _session.observers:
+                observer.planned(self)
+        if current_options().plan_only:
+            raise PlanOnly(self)
+
+    def stepped(self, stats: StepStats) -> None:
+        """Count a finished step of the plan in use."""
+        if self._current is None:
+            raise RuntimeError("a step cannot finish before planned() was called")
+        self._current.add(stats)
+        self.num_steps += 1
+        if stats.loss is not None:
+            self.last_loss = stats.loss
+            if self.first_loss is None:
+                self.first_loss = stats.loss
+        for observer in _session.observers:
+            observer.stepped(self, stats)
+
+    def warn(self, message: str) -> None:
+        """Show ``message`` in the report, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    def _forget(self) -> None:
+        """Keep the plans that ran most, and the one in use."""
+        others = [run for run in self.runs if run is not self._current]
+        if len(others) >= KEPT_RUNS:
+            self.runs.remove(min(others, key=lambda run: run.total_s))
+
+
+@dataclass
+class _Session:
+    records: list[ModelRecord] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
+
+
+_session = _Session()
+
+
+def register(name: str, facts: dict[str, str]) -> ModelRecord:
+    """Return the record of a new model; a session keeps it for the report at the end.
+
+    Without `harmony-run` only the caller holds it, so that it goes when the model goes.
+    """
+    record = ModelRecord(name, dict(facts))
+    if current_options().active:
+        _session.records.append(record)
+    return record
+
+
+def records() -> list[ModelRecord]:
+    """Models of the running session, in the order they were made."""
+    return list(_session.records)
+
+
+def observe(observer: Observer) -> None:
+    """Let ``observer`` hear of every plan and step until the session ends."""
+    _session.observers.append(observer)
+
+
+def activate(options: Options) -> None:
+    """Start a session with ``options`` and no records."""
+    global _session
+    use(options)
+    _session = _Session()
+
+
+def deactivate() -> None:
+    """End the session: default options, no records, no observers."""
+    activate(Options())
+
+
+@contextmanager
+def running(options: Options) -> Iterator[None]:
+    """Run the block in a session of its own; the session before it goes on afterwards."""
+    global _session
+    before = _session, current_options()
+    activate(options)
+    try:
+        yield
+    finally:
+        _session = before[0]
+        use(before[1])

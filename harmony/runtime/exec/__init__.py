@@ -1,0 +1,1 @@
+"""Executes a schedule: one thread a device, one for updates."""

@@ -1,0 +1,378 @@
+"""Runs a Schedule: one host thread a device issues its program, one more runs the updates.
+
+Nothing is decided here. What runs where, in which order and behind which event is all in the
+schedule; an instruction is looked up once, when the schedule is prepared, and issued every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from harmony.capture import Captured
+from harmony.core.timeline import Timeline
+from harmony.errors import ExecutionError, HarmonyError, PlanError, text_of
+from harmony.planner.ir.kinds import span_kinds
+from harmony.planner.ir.schedule import HOST, DeviceSpec, Schedule, Slots
+from harmony.planner.ir.tasks import Pack, TaskKind, TensorKind, TensorRef
+from harmony.runtime import native
+from harmony.runtime.device import DeviceContext, streams_restored
+from harmony.runtime.exec.device_program import DeviceProgram, Surroundings
+from harmony.runtime.exec.event_issue import Events
+from harmony.runtime.exec.residents import Residents
+from harmony.runtime.exec.signals import Signals, Stopped
+from harmony.runtime.exec.stage import Stage
+from harmony.runtime.exec.task_issue import Env
+from harmony.runtime.exec.workers import Countdown, Worker
+from harmony.runtime.host.boundary_values import is_input, reserve_saved, reserve_values
+from harmony.runtime.host.host_program import HostProgram
+from harmony.runtime.host.host_state import HostState
+from harmony.runtime.host.pinned_memory import Place, Stash
+from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.self_check import SelfCheck
+from harmony.runtime.step.step import HostValues, Step, Weights
+from harmony.runtime.update.optimizer import PackOptimizer
+
+Program = DeviceProgram | HostProgram
+
+
+@dataclass
+class PreparedSchedule:
+    """A schedule with everything it needs on devices and host.
+
+    Attributes:
+        inputs: host copies that the caller fills before a step, per value.
+        outputs: host copies that hold the model's outputs, per value, after a step.
+    """
+
+    schedule: Schedule
+    programs: list[DeviceProgram]
+    host_program: HostProgram
+    values: HostValues
+    inputs: dict[int, Stash]
+    outputs: dict[int, Stash]
+    num_events: int
+    num_runs: int = 0
+
+
+@dataclass
+class Job:
+    """One run of a prepared schedule.
+
+    Attributes:
+        recall: the random states of the microbatches, started, and what layers change.
+        weights: how much the scalars of each microbatch count.
+        apply_updates: whether parameters are updated; if not, the gradients are all that is new.
+        check: figures of a forward that ran before, or are to be compared with a backward to
+            come. A schedule that has both is checked in its first run without it.
+        begun: the updates that the run has begun; from the first one on, parameters are of two
+            steps until the run is over.
+    """
+
+    recall: Recall
+    weights: Weights
+    apply_updates: bool = True
+    check: SelfCheck | None = None
+    begun: list[str] = field(default_factory=list)
+
+
+class Executor:
+    """The devices, their threads and their memory, kept from step to step."""
+
+    def __init__(
+        self,
+        contexts: Sequence[DeviceContext],
+        host: HostState,
+        code: Captured,
+        place_of: Callable[[int, int], Place],
+    ) -> None:
+        self.contexts = list(contexts)
+        self._host = host
+        self._place_of = place_of
+        layouts = (host.weights.layout, host.gradients.layout)
+        self._stages = [
+            Stage(context, code, host.graph, *layouts) for context in self.contexts
+        ]
+        self._envs: list[Env] = [{} for _ in contexts]
+        self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
+        self._residents = [Residents(context, host, ()) for context in self.contexts]
+        self._workers = [Worker(f"harmony-gpu{i}") for i in range(len(contexts))]
+        self._update_worker = Worker("harmony-update")
+
+    # Preparing
+
+    def prepare(self, schedule: Schedule, values: HostValues) -> PreparedSchedule:
+        """Look up everything that the schedule names, and reserve its memory.
+
+        Args:
+            values: host copies of values that exist already (of an earlier phase of the same
+                batch); new ones are added to it.
+        """
+        _check_updates(schedule, self._host.optimizer)
+        with streams_restored(self.contexts):
+            self._reserve_slots(schedule)
+        graph, device = self._host.graph, self.contexts[0].device
+        reserve_values(schedule, graph, values, self._place_of, device)
+        events = Events.of(schedule, self.contexts)
+        saved = reserve_saved(schedule, graph, device)
+        around = Surroundings(
+            self._host,
+            values,
+            self._envs,
+            events,
+            self._place_of,
+            saved,
+            list(self._residents),
+        )
+        kinds = span_kinds(schedule, graph)
+        programs = [
+            DeviceProgram(
+                i,
+                program,
+                self.contexts[i],
+                self._stages[i],
+                around,
+                kinds[f"gpu{i}"],
+                schedule.devices[i],
+            )
+            for i, program in enumerate(schedule.programs)
+        ]
+        ids = {index for kind, index in values if kind is TensorKind.VALUE}
+        return PreparedSchedule(
+            schedule,
+            programs,
+            HostProgram(schedule.host, self._host, events.torch_events, kinds[HOST]),
+            values,
+            {i: values[TensorKind.VALUE, i] for i in ids if is_input(graph.values[i])},
+            {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},
+            events.count,
+        )
+
+    def fits_slots(self, schedule: Schedule) -> bool:
+        """Whether the slots that exist serve this schedule as they are."""
+        return all(
+            _slot_sizes(schedule, index) == self._slot_sizes[index]
+            for index in range(schedule.num_devices)
+        )
+
+    def release(self) -> None:
+        """Give all device memory back; what was prepared must be prepared anew."""
+        self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
+        for index, (stage, env) in enumerate(zip(self._stages, self._envs, strict=True)):
+            stage.set_slots([], [])
+            env.clear()
+            self._reserve_residents(index, ())
+
+    def _reserve_slots(self, schedule: Schedule) -> None:
+        for index, spec in enumerate(schedule.devices):
+            self._host.set_stages(index, spec.stages, self.contexts[index].device)
+            wanted = _slot_sizes(schedule, index)
+            if wanted == self._slot_sizes[index]:
+                continue
+            self._slot_sizes[index] = _NO_SLOTS  # until all of them are there
+            self._stages[index].set_slots([], [])  # give the old ones back first
+            device = self.contexts[index].device
+            self.contexts[index].enter()
+            self.contexts[index].use("compute")
+            resident = self._reserve_residents(index, spec.resident)
+            slots = [
+                [torch.empty(s.nbytes, dtype=torch.uint8, device=device) for _ in range(s.count)]
+                for s in (spec.weight_slots, spec.gradient_slots)
+            ]
+            weights = [*slots[0], *resident.weights]
+            self._stages[index].set_slots(weights, [*slots[1], *resident.gradients])
+            self._slot_sizes[index] = wanted
+
+    def _reserve_residents(self, index: int, refs: Sequence[TensorRef]) -> Residents:
+        """Return what is resident on a device; what was, and is no longer, leaves first."""
+        if self._residents[index].refs != tuple(refs):
+            self._residents[index].leave()
+            for wanted in ((), refs):
+                self._residents[index] = Residents(self.contexts[index], self._host, wanted)
+        return self._residents[index]
+
+    # Running
+
+    def run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
+        """Run one step and wait until all of it is done.
+
+        The first run of a schedule keeps all updates back until every backward has succeeded: what
+        fails (memory, shapes) mostly fails there, and then no parameter has changed.
+
+        Ctrl-C lets the step end first, so that all parameters belong to the same step; a second
+        one stops it, and says which parameters are of the step after.
+
+        Raises:
+            ExecutionError: if a task fails; names the task.
+        """
+        with job.recall.random.borrowed():
+            return self._run(prepared, job)
+
+    def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
+        num_programs = len(prepared.programs) + 1
+        num_signals = prepared.num_events + len(prepared.programs) + 1
+        begin = native.new_tokens(num_programs)
+        done = native.new_tokens(num_programs)
+        signals = Signals(num_signals)
+        ends = range(prepared.num_events, num_signals - 1)
+        first_time = prepared.num_runs == 0
+        check = job.check
+        if check is None and first_time:
+            check = self.new_check(prepared.schedule)
+        optimizer = self._host.optimizer
+        waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
+        step = Step(
+            signals,
+            job.recall,
+            job.weights,
+            before_updates=tuple(ends) if first_time or waits or check else (),
+            approval=num_signals - 1,
+            waits=waits,
+            apply_updates=job.apply_updates,
+            check=check,
+            updated=job.begun,
+        )
+        for context in self.contexts:
+            context.reset_peak()
+        self._host.begin_step()
+        job.recall.random.check = signals.check
+        countdown = Countdown(num_programs)
+        with held_back() as held, held.stopped_by(partial(signals.fail, "")):
+            try:
+                for index, (worker, program) in enumerate(self._assign(prepared)):
+                    native.trace_release(begin[index])
+                    end = prepared.num_events + index
+                    job_tokens = (begin[index], done[index])
+                    worker.submit(self._job(program, step, job_tokens, end), countdown.done)
+                countdown.wait()
+            except BaseException as error:  # some have their job, and would wait for the others
+                signals.fail("the start of the step", error)
+                self._drain_workers()
+            for token in done:
+                native.trace_acquire(token)
+            self._raise_failure(prepared, step)
+        prepared.num_runs += 1
+        return self._timeline(prepared, step)
+
+    def _drain_workers(self) -> None:
+        """Wait until no thread has a job any more."""
+        workers = [*self._workers, self._update_worker]
+        countdown = Countdown(len(workers))
+        for worker in workers:
+            worker.submit(lambda: None, countdown.done)
+        countdown.wait()
+
+    def new_check(self, *schedules: Schedule) -> SelfCheck | None:
+        """Return an empty self-check of a forward and its backward; None if nothing runs twice."""
+        tasks = [step.task for s in schedules for p in s.programs for step in p if step.task]
+        if {TaskKind.FORWARD, TaskKind.BACKWARD}.difference(task.kind for task in tasks):
+            return None
+        return SelfCheck(self._host.graph, self.contexts[0].device, schedules)
+
+    def _assign(self, prepared: PreparedSchedule) -> list[tuple[Worker, Program]]:
+        pairs: list[tuple[Worker, Program]] = list(
+            zip(self._workers, prepared.programs, strict=False)
+        )
+        return [*pairs, (self._update_worker, prepared.host_program)]
+
+    def _job(
+        self, program: Program, step: Step, tokens: tuple[int, int], end: int
+    ) -> Callable[[], None]:
+        devices = [context.device for context in self.contexts]
+
+        def job() -> None:
+            native.trace_acquire(tokens[0])
+            try:
+                if isinstance(program, DeviceProgram):
+                    program.issue(step, devices)
+                    step.signals.issue(end)
+                    program.finish(step)
+                else:
+                    program.issue(step)
+                step.finished.append(program.name)
+            except Stopped:
+                pass
+            except BaseException as error:
+                where = f"{step.running.get(program.name, '')} on {program.name}"
+                step.signals.fail(where, error)
+            finally:
+                native.trace_release(tokens[1])
+
+        return job
+
+    def _raise_failure(self, prepared: PreparedSchedule, step: Step) -> None:
+        if step.signals.failure is None:
+            return
+        where, error = step.signals.failure
+        if not where and len(step.finished) > len(prepared.programs):
+            return  # it was to stop, but was over
+        step.signals.failure = None  # its frames hold the step: a cycle with device memory in it
+        for context in self.contexts:  # all of them first: a peer may still be copying to another
+            context.drain()
+        for program in prepared.programs:
+            program.clear()
+        torn = bool(step.updated)
+        try:
+            if isinstance(error, KeyboardInterrupt) and not where:
+                raise KeyboardInterrupt(f"Ctrl-C twice stopped the step. {_state_after(step)}")
+            if not where or not isinstance(error, Exception):
+                raise error
+            if isinstance(error, HarmonyError) and not torn:
+                raise error
+            raise ExecutionError(_explain(where, error, step), where, torn=torn) from error
+        finally:
+            del error
+
+    def _timeline(self, prepared: PreparedSchedule, step: Step) -> Timeline:
+        timeline = Timeline(spans=list(step.spans), step_s=step.now_s())
+        for context, program in zip(self.contexts, prepared.programs, strict=False):
+            timeline.spans.extend(program.spans())
+            timeline.peak_nbytes.append(context.peak_nbytes())
+        return timeline
+
+
+_NO_SLOTS = DeviceSpec(0)
+
+
+def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
+    """What a schedule wants to have on a device from step to step."""
+    return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
+
+
+def _check_updates(schedule: Schedule, optimizer: PackOptimizer | None) -> None:
+    updated = [r for spec in schedule.devices for r in spec.resident if r.is_gradient_part]
+    why = None if optimizer is None else optimizer.waits
+    if updated and why is not None:
+        raise PlanError(
+            f"{why}: all gradients have to be on the host before the "
+            f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
+            "its device. Plan again"
+        )
+
+
+def _explain(where: str, error: BaseException, step: Step) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = (
+            f"out of memory, though the plan expected to fit: {text_of(error)}. Use a smaller "
+            "microbatch_size, or a device_memory below what the GPU really has free"
+        )
+    else:
+        reason = f"{type(error).__name__}: {text_of(error)}"
+    return f"{where} failed. {reason}. {_state_after(step)}."
+
+
+def _state_after(step: Step) -> str:
+    """What a step that did not come to its end has left."""
+    if not step.updated:
+        return "No parameter was changed: all are of the step before"
+    return (
+        f"Parameters of {', '.join(step.updated)} may be of the step after already, the others "
+        "are of the step before: go back to a checkpoint"
+    )
+
+
+__all__ = ["HOST", "Executor", "Job", "PreparedSchedule"]

@@ -1,0 +1,314 @@
+"""One device's packs: their parameters in slots, their forward, recompute and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from harmony.capture import Captured
+from harmony.core.layergraph import LayerGraph
+from harmony.planner.ir.tasks import Pack, Samples, Task
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of, run_backward
+from harmony.runtime.host.arena_layout import ArenaLayout
+from harmony.runtime.host.pinned_memory import view_bytes
+from harmony.runtime.step.kernel_choice import as_recomputed
+from harmony.runtime.step.replay_state import Recall
+
+Values = dict[int, torch.Tensor]
+"""Tensors by the id of their value."""
+
+
+class GradientSink:
+    """Where the gradients of the pack that runs backward go.
+
+    The parameters' hooks hold on to this and to nothing else: a hook that held the stage, which
+    holds the parameters, would be a cycle that Python cannot collect, with device memory in it.
+
+    Attributes:
+        views: gradient of each parameter in the gradient slot.
+        touched: parameters that have got one.
+    """
+
+    def __init__(self) -> None:
+        self.views: dict[str, torch.Tensor] = {}
+        self.touched: set[str] = set()
+
+    def hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Return a hook that moves the first microbatch's gradient into the slot.
+
+        Copying it there, not adding it to zeros, keeps the sign of a zero as plain PyTorch has it;
+        the following microbatches are added in place by autograd itself.
+        """
+
+        def keep_gradient(param: torch.Tensor) -> None:
+            if name not in self.touched and param.grad is not None:
+                view = self.views[name]
+                if param.grad.layout is torch.strided:
+                    view.copy_(param.grad)
+                else:  # of an embedding with ``sparse=True``; its rows have their places here
+                    view.zero_().add_(param.grad)
+                param.grad = view
+                self.touched.add(name)
+
+        return keep_gradient
+
+
+class Stage:
+    """Runs packs on one device.
+
+    A pack's parameters are views of the weight slot it was copied to; the gradients accumulate in
+    place in a gradient slot, in the order of the microbatches.
+
+    Attributes:
+        touched_by: per pack, the parameters that got a gradient since ``begin_gradients``; the
+            others keep none, as in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        context: DeviceContext,
+        code: Captured,
+        graph: LayerGraph,
+        weights: ArenaLayout,
+        gradients: ArenaLayout,
+        guarded: bool = True,
+    ) -> None:
+        """Run layers of ``code``; to measure them, no matter on what values, not ``guarded``."""
+        self.context = context
+        self.graph = graph
+        self._code = code
+        self._guarded = guarded
+        self._weights = weights
+        self._gradients = gradients
+        self._skeleton = code.make_skeleton(context.device)
+        self._trainable = frozenset(gradients.places)
+        self._weight_slots: list[torch.Tensor] = []
+        self._gradient_slots: list[torch.Tensor] = []
+        self._bound: tuple[Pack, int] | None = None
+        self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
+        self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
+        self._sink = GradientSink()
+        self._accumulating: tuple[Pack, int] | None = None
+        self.touched_by: dict[Pack, set[str]] = {}
+
+    def set_slots(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """Use these device buffers as slots; what was bound to others is let go."""
+        self.unbind()
+        self._tensors.clear()
+        self._gradient_views.clear()
+        self._sink.views = {}
+        self._accumulating = None
+        self._weight_slots, self._gradient_slots = weights, gradients
+
+    def forward(
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], recall: Recall
+    ) -> Values:
+        """Run the pack forward and keep only the values of ``wanted``."""
+        self._bind(task.pack, slot)
+        if not recall.states.recomputed:
+            with torch.no_grad():
+                return self._own(self._run(task, inputs, wanted, recall))
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        with as_recomputed():
+            found = self._run(task, leaves, wanted, recall)
+        return self._own({v: tensor.detach() for v, tensor in found.items()})
+
+    def forward_saving(
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], recall: Recall
+    ) -> tuple[Values, SavedForward]:
+        """Run the pack forward, and keep what its backward needs beside the values."""
+        self._bind(task.pack, slot)
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        kept = SavedForward(slot, self.context.device)
+        with kept.saving(self._slot(slot), self._changing(task.pack)):
+            found = self._run(task, dict(leaves), wanted, recall)
+        kept.finish(leaves, found)
+        return self._own({v: tensor.detach() for v, tensor in found.items()}), kept
+
+    def backward_saved(
+        self, pack: Pack, slot: int, kept: SavedForward, output_gradients: Values
+    ) -> Values:
+        """Run the backward of a pack's forward that was kept; return its inputs' gradients.
+
+        Args:
+            slot: where the pack's weights are now.
+            output_gradients: as for `backward`.
+        """
+        roots = [(kept.leaves.get(v, kept.roots.get(v)), g) for v, g in output_gradients.items()]
+        pairs = [(root, g) for root, g in roots if root is not None and _is_root(root)]
+        self._accumulate_in(pack, kept.slot)
+        with kept.reading(self._slot(slot)):
+            run_backward(pairs)
+        return gradients_of(kept.leaves)
+
+    def _changing(self, pack: Pack) -> list[tuple[int, int]]:
+        """Byte ranges of a pack's slot that hold buffers which its forward changes."""
+        changes = (self._code.changes[i] for i in pack if i in self._code.changes)
+        names = {name for change in changes for name in change.buffers}
+        if not names:
+            return []
+        shared = self.graph.shared_in(pack.first, pack.last)
+        places = self._weights.in_slot(pack.first, pack.last, shared)
+        found = (places[name] for name in names if name in places)
+        return [(offset, offset + place.nbytes) for offset, place in found]
+
+    def _slot(self, slot: int) -> torch.Tensor | None:
+        return self._weight_slots[slot] if slot >= 0 else None
+
+    def _own(self, found: Values) -> Values:
+        """Copies of those values that are views of a weight slot, which other packs will fill."""
+        slots = {slot.untyped_storage().data_ptr() for slot in self._weight_slots}
+        return {
+            v: t.clone() if t.untyped_storage().data_ptr() in slots else t
+            for v, t in found.items()
+        }
+
+    def backward(
+        self,
+        task: Task,
+        slot: int,
+        inputs: Values,
+        output_gradients: Values,
+        outputs: Iterable[int],
+        recall: Recall,
+        loss_weight: float | None,
+    ) -> tuple[Values, Values]:
+        """Recompute the pack from its inputs and run it backward.
+
+        Args:
+            output_gradients: gradients of the pack's outputs, and of those inputs that a later
+                pack has read too: their sum so far.
+            outputs: values to return beside the gradients (the loss, in the last pack).
+            loss_weight: what the gradient of the loss starts from, where the pack makes the loss.
+
+        Returns:
+            The outputs, and the gradient of each input that requires one.
+        """
+        self._bind(task.pack, slot)
+        self._accumulate_in(task.pack, slot)
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        made = [v for v in output_gradients if v not in leaves]
+        outputs = tuple(outputs)
+        with torch.enable_grad():
+            found = self._run(task, dict(leaves), {*made, *outputs}, recall)
+        # A partial sum enters as the gradient of the input itself: autograd then adds the pack's
+        # own uses to it one by one, in the order in which plain PyTorch would.
+        roots = [(leaves.get(v, found.get(v)), g) for v, g in output_gradients.items()]
+        loss = self.graph.loss
+        if loss in found and loss_weight is not None:
+            roots.append((found[loss], torch.full_like(found[loss], loss_weight)))
+        run_backward([(t, g) for t, g in roots if t is not None and _is_root(t)])
+        return self._own({v: found[v].detach() for v in outputs}), gradients_of(leaves)
+
+    def begin_gradients(self, pack: Pack, weight_slot: int, slot: int) -> None:
+        """Let the coming microbatches of the pack accumulate in a gradient slot."""
+        self._bind(pack, weight_slot)
+        self._sink.views = self._views_of_gradients(pack, slot)
+        self._sink.touched = self.touched_by[pack] = set()
+        self._accumulate_in(pack, weight_slot)
+
+    def _accumulate_in(self, pack: Pack, weight_slot: int) -> None:
+        """Let the next backward add to what the pack's earlier ones have left.
+
+        The forward of one microbatch may have been kept from when the pack was in another slot,
+        with other parameters, than where the next one is recomputed.
+        """
+        if self._accumulating == (pack, weight_slot) and self._sink.touched:
+            return
+        self._accumulating = (pack, weight_slot)
+        for name, view in self._sink.views.items():
+            touched = name in self._sink.touched
+            self._tensors[pack, weight_slot][name].grad = view if touched else None
+
+    def weight_range(self, slot: int, low: int, high: int) -> torch.Tensor:
+        """Bytes ``low`` to ``high - 1`` of a weight slot."""
+        return self._weight_slots[slot][low:high]
+
+    def gradient_range(self, slot: int, low: int, high: int) -> torch.Tensor:
+        """Bytes ``low`` to ``high - 1`` of a gradient slot."""
+        return self._gradient_slots[slot][low:high]
+
+    def parameters(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:
+        """The pack's tensors in a slot; ``grad`` is there for those that got one."""
+        return self._tensors[pack, slot]
+
+    def unbind(self) -> None:
+        """Let go of the parameters of the pack that ran last."""
+        if self._bound is not None:
+            self._skeleton.release(self._tensors[self._bound])
+            self._bound = None
+
+    def _run(
+        self, task: Task, inputs: Values, wanted: Iterable[int], recall: Recall
+    ) -> Values:
+        pack, samples, random = task.pack, _samples(task), recall.random
+
+        def at_layer(layer: int) -> None:
+            random.keep(self.context, samples, layer)
+
+        with random.turn(self.context, samples, pack.first):
+            with torch.no_grad():
+                recall.states.enter(task, self._skeleton)
+            found = self._code.run(
+                pack.first,
+                pack.last,
+                self._skeleton,
+                inputs,
+                task.num_samples,
+                wanted=wanted,
+                at_layer=at_layer if random.keep_at else None,
+                guarded=self._guarded,
+            )
+            random.keep(self.context, samples, pack.last)
+            recall.states.leave(task, self._skeleton)
+        return found
+
+    def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().requires_grad_(self.graph.values[index].requires_grad)
+
+    def _bind(self, pack: Pack, slot: int) -> None:
+        if self._bound == (pack, slot):
+            return
+        self.unbind()
+        if (pack, slot) not in self._tensors:
+            self._tensors[pack, slot] = self._make_tensors(pack, slot)
+        self._skeleton.bind(self._tensors[pack, slot])
+        self._bound = (pack, slot)
+
+    def _make_tensors(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of a pack as views of a slot."""
+        shared = self.graph.shared_in(pack.first, pack.last)
+        places = self._weights.in_slot(pack.first, pack.last, shared)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, (offset, place) in places.items():
+            # Not a view for autograd: a buffer that changes would else count as a change of all.
+            view = view_bytes(self._weight_slots[slot], offset, place).data
+            if name in self._trainable:
+                tensors[name] = param = nn.Parameter(view)
+                hook = self._sink.hook(name)
+                param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            else:
+                tensors[name] = view
+        return tensors
+
+    def _views_of_gradients(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:
+        if (pack, slot) not in self._gradient_views:
+            shared = self.graph.shared_in(pack.first, pack.last)
+            places = self._gradients.in_slot(pack.first, pack.last, shared)
+            self._gradient_views[pack, slot] = {
+                name: view_bytes(self._gradient_slots[slot], offset, place)
+                for name, (offset, place) in places.items()
+            }
+        return self._gradient_views[pack, slot]
+
+
+def _is_root(root: Root) -> bool:
+    return not isinstance(root, torch.Tensor) or root.requires_grad
+
+
+def _samples(task: Task) -> Samples:
+    assert task.samples is not None, "only tasks with a microbatch run on a device"
+    return task.samples

@@ -1,0 +1,94 @@
+"""Which devices a model trains on: what the caller, the command line and the machine say."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import NoneType
+
+import torch
+
+from harmony.core.options import current_options
+from harmony.core.units import format_bytes, parse_bytes
+from harmony.errors import ConfigError
+from harmony.runtime import native
+from harmony.runtime.device import available_devices
+
+Devices = int | Sequence[str | torch.device] | None
+
+DEFAULT_VIRTUAL_MEMORY = "64MiB"
+
+
+def choose_devices(devices: Devices, device_memory: str | int | None) -> list[torch.device]:
+    """Return the devices to train on; starts virtual ones on a machine without a GPU.
+
+    What the command line says (`harmony-run --gpus`) comes before what the script says.
+
+    Raises:
+        ConfigError: if there are not that many, or none was asked for.
+    """
+    options = current_options()
+    wanted = devices if options.gpus is None else options.gpus
+    if options.gpu is not None:  # for GPUs that are not there; here nothing is computed
+        wanted = 1
+    if not isinstance(wanted, (int, NoneType)):
+        return _named_devices([wanted] if isinstance(wanted, str) else wanted, device_memory)
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"devices={wanted}: at least one device is needed")
+    found = available_devices()
+    if not found:
+        _start_virtual(wanted or 1, device_memory)
+        found = available_devices()
+    if wanted is not None and wanted > len(found):
+        raise ConfigError(
+            f"{wanted} devices asked for, but there are {len(found)}: "
+            f"{', '.join(map(str, found))}. Ask for {len(found)}, or use harmony-run --virtual"
+        )
+    return found[:wanted]
+
+
+def _named_devices(
+    names: Sequence[str | torch.device], device_memory: str | int | None
+) -> list[torch.device]:
+    try:
+        chosen = [torch.device(name) for name in names]
+    except (RuntimeError, TypeError) as error:
+        why = str(error).partition("\n")[0][:120]
+        raise ConfigError(f"devices={str(names)[:80]}: {why}") from None
+    if not chosen:
+        raise ConfigError("devices=[]: at least one device is needed")
+    if any(device.type == "vgpu" for device in chosen) and not available_devices():
+        _start_virtual(1 + max(device.index or 0 for device in chosen), device_memory)
+    chosen = [torch.device(device.type, device.index or 0) for device in chosen]
+    found = available_devices()
+    absent = [str(device) for device in chosen if device not in found]
+    if absent:
+        raise ConfigError(
+            f"devices={absent}: there are {', '.join(map(str, found)) or 'none'}. Name those"
+        )
+    return chosen
+
+
+def memory_limit(device_memory: str | int | None) -> int | None:
+    """Bytes that Harmony may use of each device; None means all of it."""
+    options = current_options()
+    if options.gpu_memory_nbytes is not None:
+        return options.gpu_memory_nbytes
+    return None if device_memory is None else parse_bytes(device_memory)
+
+
+def _start_virtual(count: int, device_memory: str | int | None) -> None:
+    from harmony.vgpu.api import virtual_gpus  # builds the device, so only where it is used
+
+    limit = parse_bytes(device_memory or DEFAULT_VIRTUAL_MEMORY)
+    virtual_gpus(count=count, memory=limit)
+    warnings.warn(
+        f"no GPU found: training on {count} virtual GPU{'s' * (count > 1)} of "
+        f"{format_bytes(limit)} each, which compute on the CPU",
+        stacklevel=4,
+    )
+
+
+def is_virtual(devices: Sequence[torch.device]) -> bool:
+    """Whether the devices are virtual GPUs."""
+    return native.is_virtual(devices[0])

@@ -1,0 +1,1 @@
+"""What lies in host memory: parameters, gradients, optimizer state, boundary values."""

@@ -1,0 +1,315 @@
+"""The arena: host memory in which all parameters live, or all gradients.
+
+They lie there in layer order, so that any pack is one contiguous range and moves as one copy.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harmony.capture.graph.params import dense_stride
+from harmony.core.units import aligned
+from harmony.errors import HarmonyError
+from harmony.runtime.host.arena_layout import ArenaLayout, Region
+from harmony.runtime.host.pinned_memory import HostBuffer, Place, tensor_on
+
+Views = Mapping[str, torch.Tensor]
+"""Memory by the name of the tensor that lives there."""
+
+
+class HostArena:
+    """All tensors of one kind (weights, or gradients), in one pinned buffer.
+
+    What comes later (a layer that is replaced, a parameter that is unfrozen) gets a buffer more.
+    To everybody outside each tensor looks as any other does: it has a storage of its own.
+
+    Attributes:
+        views: the memory of each tensor, by name.
+        tensors: of the module, those that live here, by name.
+        num_moves: how often each was found elsewhere, and its value was copied here.
+    """
+
+    def __init__(self, layout: ArenaLayout, device: torch.device | None, purpose: str) -> None:
+        """Make room for all tensors of a layout, pinned for ``device`` if given."""
+        self.views: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.num_moves: Counter[str] = Counter()
+        self._device = device
+        self._purpose = purpose
+        self._homes: dict[str, tuple[HostBuffer, Place]] = {}
+        self._own: dict[str, torch.Tensor] = {}
+        self._guests: dict[str, tuple[int, int]] = {}
+        self._has_warned = False
+        self.extend(layout)
+
+    @property
+    def buffers(self) -> list[HostBuffer]:
+        """The memory, each piece once."""
+        return list({id(buffer): buffer for buffer, _ in self._homes.values()}.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory."""
+        return sum(buffer.tensor.numel() for buffer in self.buffers)
+
+    def extend(self, layout: ArenaLayout) -> None:
+        """Make room for those tensors of a layout that have none here, or are of another form.
+
+        Raises:
+            DoesNotFitError: if the host has not that much memory left.
+        """
+        missing = {
+            name
+            for name, place in layout.places.items()
+            if name not in self._homes or not _same_form(self._homes[name][1], place)
+        }
+        if not missing and self._homes:
+            return
+        layout = layout.only(missing)
+        buffer = HostBuffer(layout.nbytes, self._device, self._purpose)
+        for name, place in layout.places.items():
+            self._homes[name] = buffer, place
+            self.views[name] = buffer.view(place.offset, place)
+            self._own.pop(name, None)
+            self._guests.pop(name, None)
+
+    def keep(self, names: Container[str]) -> None:
+        """Let go of all tensors but these, and of the memory that has none any more."""
+        for name in [name for name in self._homes if name not in names]:
+            del self._homes[name], self.views[name]
+            self.tensors.pop(name, None)
+            self._own.pop(name, None)
+            self._guests.pop(name, None)
+
+    def home(self, name: str) -> tuple[HostBuffer, Place]:
+        """The memory that a tensor is in, and where it is there."""
+        return self._homes[name]
+
+    def covers(self, address: int) -> bool:
+        """Whether an address is of memory here."""
+        starts = ((buffer.tensor.data_ptr(), buffer.tensor.numel()) for buffer in self.buffers)
+        return any(low <= address < low + nbytes for low, nbytes in starts)
+
+    def own(self, name: str) -> torch.Tensor:
+        """Return what everybody outside may have: a tensor of the same memory, alone in it."""
+        buffer, place = self._homes[name]
+        tensor = self._own.get(name)
+        if tensor is None or not self._is_home(name, tensor):
+            tensor = self._own[name] = tensor_on(buffer.bytes_of(place), place)
+        return tensor
+
+    def part(self) -> None:
+        """Give everybody who still holds what `own` returned a copy of it."""
+        for name in self._own:
+            if _shares_memory(self._own[name]):
+                self.warn_of_view(name)
+            if sys.getrefcount(self._own[name]) > _KEPT:
+                self._own[name].data = self._own[name].clone()
+
+    def warn_of_view(self, name: str) -> None:
+        """Say once that somebody has a view of a gradient, which cannot be moved."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"a view of the gradient of {name} from an earlier backward is still there, and "
+                "this backward overwrites what it shows: gradients have one place on the host. "
+                "Keep param.grad itself, or clone() the view",
+                stacklevel=3,
+            )
+
+    def adopt(
+        self, module: nn.Module, materialise: Callable[[nn.Module, Views], object] | None = None
+    ) -> dict[str, nn.Parameter]:
+        """Move the values of a module's parameters and buffers into the arena, one at a time.
+
+        The `nn.Parameter` objects stay the same; only their memory is another.
+
+        Args:
+            materialise: gives the parameters on the meta device their places here, and values.
+        """
+        if materialise is not None:
+            empty = {n: p for n, p in module.named_parameters() if p.is_meta}
+            materialise(module, {name: self._new(name) for name in empty})
+        self.take_in(tensors_of(module))
+        return dict(module.named_parameters())
+
+    def difference(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Say how these are not the tensors that live here; None if they are.
+
+        Buffers may be other objects, and all may have been given other memory, as long as the
+        form is the same.
+        """
+        if tensors.keys() != self.tensors.keys():
+            name = min(tensors.keys() ^ self.tensors.keys())
+            return f"{name} was {'added' if name in tensors else 'deleted'}"
+        for name, tensor in tensors.items():
+            if tensor is not self.tensors[name] and isinstance(tensor, nn.Parameter):
+                return f"{name} was assigned anew"
+            place = self._homes[name][1]
+            if not self._is_home(name, tensor) and not _has_form(tensor, place):
+                return (
+                    f"{name} was given data of shape {tuple(tensor.shape)} and {tensor.dtype}; it "
+                    f"had {place.shape} and {place.dtype}"
+                )
+        return None
+
+    def take_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Move what is elsewhere (``param.data = values``, an assigned buffer) into the arena.
+
+        A buffer that shares its memory with other tensors stays where it is: who changes those
+        changes it. Its values are copied.
+
+        Raises:
+            HarmonyError: for a tensor on another device.
+        """
+        shared = []
+        for name, tensor in tensors.items():
+            if self._is_home(name, tensor):
+                self.tensors[name] = tensor
+                continue
+            if tensor.device.type != "cpu":
+                raise HarmonyError(
+                    f"{name} is on {tensor.device}, and parameters and buffers of a Harmony model "
+                    "stay on the host: give it a tensor on the CPU"
+                )
+            with torch.no_grad():
+                if not isinstance(tensor, nn.Parameter) and _shares_memory(tensor):
+                    self._copy_guest(name, tensor)
+                else:
+                    if tensor.is_shared():  # type: ignore[no-untyped-call]
+                        shared.append(name)
+                    self._move(name, tensor)
+            self.tensors[name] = tensor
+        if shared:
+            warnings.warn(
+                f"{shared[0]} and {len(shared) - 1} more are in memory that processes share "
+                "(share_memory()). Harmony trains them in memory of its own, so other processes "
+                "do not see their new values: send them model.state_dict()",
+                stacklevel=2,
+            )
+
+    def _move(self, name: str, tensor: torch.Tensor) -> None:
+        tensor.data = self._new(name).copy_(tensor)  # the version stays: others may have saved it
+        self.num_moves[name] += 1
+
+    def _copy_guest(self, name: str, tensor: torch.Tensor) -> None:
+        version = -1 if tensor.is_inference() else tensor._version
+        if version < 0 or self._guests.get(name) != (id(tensor), version):
+            self.views[name].copy_(tensor)
+            self._guests[name] = id(tensor), version
+            self.num_moves[name] += 1
+
+    def _new(self, name: str) -> torch.Tensor:
+        buffer, place = self._homes[name]
+        return tensor_on(buffer.bytes_of(place), place)
+
+    def _is_home(self, name: str, tensor: torch.Tensor) -> bool:
+        place, view = self._homes[name][1], self.views[name]
+        return (
+            tensor.data_ptr() == view.data_ptr()
+            and tensor.shape == place.shape
+            and tensor.dtype == place.dtype
+            and tensor.stride() == place.stride
+        )
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a module by their canonical names."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _shares_memory(tensor: torch.Tensor) -> bool:
+    """Whether somebody else has a tensor's memory (a view of it, say), or it must stay there."""
+    if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
+        return True
+    found, alone = _holders(tensor), _ALONE[tensor._is_view()]
+    return any(count > expected for count, expected in zip(found, alone, strict=True))
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold the memory of a tensor, and how many the tensor that it is a view of."""
+    uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    base = tensor._base
+    return uses, 0 if base is None else sys.getrefcount(base)
+
+
+_ALONE = {False: _holders(torch.zeros(1)), True: _holders(torch.zeros(1).view(1))}
+"""What is counted for tensors that nobody else has: views, and others."""
+
+_kept = {0: torch.zeros(1)}
+_KEPT = sys.getrefcount(_kept[0])
+"""References to a tensor that only a dictionary has."""
+
+
+def _same_form(one: Place, two: Place) -> bool:
+    return (one.shape, one.stride, one.dtype) == (two.shape, two.stride, two.dtype)
+
+
+def _has_form(tensor: torch.Tensor, place: Place) -> bool:
+    if tensor.shape != place.shape or tensor.dtype != place.dtype:
+        return False
+    stride = dense_stride(tensor.shape, tensor.stride())
+    pairs = zip(tensor.shape, stride, place.stride, strict=True)
+    return all(size <= 1 or one == two for size, one, two in pairs)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of an arena that are wanted together with others.
+
+    Attributes:
+        offset: where they belong, counted from the start of what is wanted.
+        data: they themselves, on the host.
+    """
+
+    offset: int
+    data: torch.Tensor
+
+
+class ArenaView:
+    """An arena as one capture of the model sees it, whose layers may be others than its own.
+
+    The arena is laid out for the first capture: there a pack is one piece. Another capture may
+    have other layers, or the same in another order (another path through the model); then a pack
+    is as many pieces as it takes.
+    """
+
+    def __init__(self, arena: HostArena, layout: ArenaLayout) -> None:
+        """See ``arena`` as ``layout``, which has the same tensors."""
+        self.arena = arena
+        self.layout = layout
+        self.views = arena.views
+
+    def layers(self, first: int, last: int) -> list[Piece]:
+        """Bytes of a pack."""
+        return self._pieces(self.layout.layers[first:last])
+
+    def shared(self, index: int) -> list[Piece]:
+        """Bytes of a shared parameter."""
+        return self._pieces(self.layout.shared[index : index + 1])
+
+    def _pieces(self, regions: Sequence[Region]) -> list[Piece]:
+        base = regions[0].low if regions else 0
+        ranges: list[tuple[HostBuffer, int, int, int]] = []  # offset, low and high in the buffer
+        for region in regions:
+            for name, place in region.places.items():
+                buffer, home = self.arena.home(name)
+                low, nbytes, offset = home.offset, aligned(home.nbytes), place.offset - base
+                if ranges and _goes_on(ranges[-1], (buffer, offset, low)):
+                    ranges[-1] = (*ranges[-1][:3], low + nbytes)
+                elif nbytes:
+                    ranges.append((buffer, offset, low, low + nbytes))
+        return [Piece(offset, buffer.tensor[low:high]) for buffer, offset, low, high in ranges]
+
+
+def _goes_on(before: tuple[HostBuffer, int, int, int], then: tuple[HostBuffer, int, int]) -> bool:
+    """Whether a range follows another, both where it is wanted and where it is."""
+    buffer, offset, low, high = before
+    return then == (buffer, offset + high - low, high)

@@ -1,0 +1,1 @@
+"""State of a step that the recompute has to find as the forward found it."""

@@ -1,0 +1,23 @@
+"""What the recompute of a layer has to find as its forward found it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from harmony.runtime.step.layer_state import LayerStates
+from harmony.runtime.step.randomness import RandomStates
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Random states, and what layers change, of one forward and its backward."""
+
+    random: RandomStates
+    states: LayerStates
+
+    @staticmethod
+    def nothing() -> Recall:
+        """Return a recall of nothing, for runs that nothing depends on."""
+        return Recall(RandomStates(frozenset()), LayerStates(nn.Module(), {}, 0, 0, False))

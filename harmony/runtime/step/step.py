@@ -1,0 +1,64 @@
+"""What one step of training carries around while its programs run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harmony.core.timeline import Span
+from harmony.planner.ir.tasks import Samples, TensorKind
+from harmony.runtime.exec.signals import Signals
+from harmony.runtime.host.pinned_memory import Stash
+from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.self_check import SelfCheck
+
+HostValues = dict[tuple[TensorKind, int], Stash]
+"""Host copies of values and of their gradients."""
+
+Weights = Mapping[tuple[int, Samples], float]
+"""Per scalar output and microbatch, its factor in the sum that is the whole batch's."""
+
+
+@dataclass
+class Step:
+    """One run of a schedule.
+
+    Attributes:
+        recall: the microbatches' random states, and what layers change.
+        weights: how much the scalars of each microbatch count.
+        before_updates: events that the host waits for before its first update.
+        approval: the event by which the host says that updates may begin, where they were held
+            back.
+        waits: whether the optimizer wants all gradients before the first update.
+        apply_updates: whether there are updates at all.
+        check: takes the figures of what is made twice, in the first run of a schedule.
+        started_s: host clock when the step began; spans count from it.
+        spans: what the host programs did; devices add theirs when the step is over.
+        running: per program, the text of the instruction that it issues now, for errors.
+        updated: the updates that have begun, on the host and on devices.
+        finished: programs that have come to their end.
+    """
+
+    signals: Signals
+    recall: Recall
+    weights: Weights
+    before_updates: tuple[int, ...] = ()
+    approval: int = -1
+    waits: bool = False
+    apply_updates: bool = True
+    check: SelfCheck | None = None
+    started_s: float = field(default_factory=time.perf_counter)
+    spans: list[Span] = field(default_factory=list)
+    running: dict[str, str] = field(default_factory=dict)
+    updated: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    @property
+    def holds_updates(self) -> bool:
+        """Whether updates run only after all gradients are there, or not at all."""
+        return bool(self.before_updates) or not self.apply_updates
+
+    def now_s(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.started_s

@@ -1,0 +1,1 @@
+"""Optimizer updates, pack by pack, and whether an optimizer allows that."""

@@ -1,0 +1,324 @@
+"""The parameter update, one pack at a time, by any `torch.optim` class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+from harmony.errors import ConfigError
+from harmony.runtime.update.coupling import FAILS, closure_wanted, why_coupled
+from harmony.runtime.update.fused import with_fused_default
+from harmony.runtime.update.part_step import moved, step_part
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+Groups = Sequence[Mapping[str, Any]]
+"""Parameter groups as `torch.optim` takes them: ``{"params": [...], "lr": ..., ...}``."""
+
+
+def checked_groups(params: Mapping[str, nn.Parameter], groups: Groups) -> list[dict[str, Any]]:
+    """Return a copy of the groups, if they name every trainable parameter exactly once.
+
+    `torch.optim` leaves a parameter that is in no group as it is, without a word; here that is an
+    error. Frozen parameters may be left out.
+
+    Raises:
+        ConfigError: naming the parameters that are missing, named twice, or of no use.
+    """
+    names = {id(param): name for name, param in params.items()}
+    found: list[str] = []
+    copies = []
+    for group in groups:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ConfigError(
+                f"a parameter group is a dict with 'params', as torch.optim takes; got {group!r}"
+            )
+        held = group["params"]
+        held = [held] if isinstance(held, torch.Tensor) else list(held)
+        found += [_name_of(param, names) for param in held]
+        copies.append({**group, "params": held})
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ConfigError(f"in more than one parameter group, or twice in one: {_listed(twice)}")
+    trained = [name for name, param in params.items() if param.requires_grad]
+    missing = [name for name in trained if name not in set(found)]
+    if missing:
+        raise ConfigError(
+            f"in no parameter group, so they would not be trained: {_listed(missing)}. Add them "
+            "to a group, or freeze them with requires_grad_(False)"
+        )
+    return copies
+
+
+def _check_any(params: Mapping[str, nn.Parameter]) -> None:
+    if not any(param.requires_grad for param in params.values()):
+        raise ConfigError(
+            "the model has no parameter with requires_grad=True to train: all are frozen"
+        )
+
+
+def _name_of(param: Any, names: Mapping[int, str]) -> str:
+    """Name of a member of a group: a parameter, or a pair ``(name, parameter)``."""
+    if isinstance(param, tuple) and len(param) == 2:
+        param = param[1]
+    if id(param) not in names:
+        what = f"a tensor of shape {tuple(param.shape)}" if hasattr(param, "shape") else param
+        raise ConfigError(f"a parameter group holds {what!r}, which is no parameter of the module")
+    return names[id(param)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def check_optimizer_options(
+    optimizer: OptimizerFactory | None,
+    options: Mapping[str, Any] | None,
+    groups: object,
+    max_norm: float | None,
+) -> None:
+    """Refuse options that make no sense, or that make none without an optimizer.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer is an object; give the class and its options: optimizer="
+            f"{type(optimizer).__name__}, optimizer_kwargs={{...}}"
+        )
+    is_number = isinstance(max_norm, (int, float, torch.Tensor))
+    if max_norm is not None and not (is_number and max_norm > 0):
+        raise ConfigError(f"max_grad_norm={max_norm!r}: a positive number, or None")
+    given = {"optimizer_kwargs": options, "param_groups": groups, "max_grad_norm": max_norm}
+    without = [name for name, value in given.items() if value]
+    if optimizer is None and without:
+        raise ConfigError(f"{without[0]} without an optimizer: add optimizer=torch.optim.AdamW")
+
+
+class PackOptimizer:
+    """One `torch.optim` optimizer whose step can be taken for some of its parameters at a time.
+
+    Attributes:
+        full: the optimizer over all parameters: what LR schedulers and checkpoints see.
+        max_norm: to which norm all gradients together are clipped; None if they are not.
+        last_norm: their norm before it was clipped, of the last step.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        factory: OptimizerFactory,
+        options: Mapping[str, Any],
+        groups: Groups | None = None,
+        max_norm: float | None = None,
+    ) -> None:
+        """Build ``factory(parameters, **options)``, or with ``groups`` of parameters.
+
+        Raises:
+            ConfigError: if the optimizer cannot be built, or needs a closure or sparse gradients,
+                or the groups are not those of the trainable parameters.
+        """
+        self.max_norm = max_norm
+        self.last_norm: torch.Tensor | None = None
+        self._is_final = False
+        self._factory, self._options = factory, options
+        self._build(params, groups)
+
+    def settle(
+        self, params: Mapping[str, nn.Parameter], groups: Callable[[], Groups | None]
+    ) -> None:
+        """Let it be the optimizer of these parameters from now on.
+
+        Until then it is built anew where a layer was replaced, since nobody has seen it.
+        """
+        if not self._is_final and tuple(map(id, params.values())) != self._built_for:
+            self._build(params, groups())
+        self._is_final = True
+
+    def check_covers(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Refuse to leave parameters untrained that are not frozen, or to train nothing.
+
+        Raises:
+            ConfigError: naming those that are in no group.
+        """
+        _check_any(params)
+        held = {id(param) for group in self.full.param_groups for param in group["params"]}
+        missing = [n for n, p in params.items() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ConfigError(
+                f"the optimizer does not have {_listed(missing)}, so they would not be trained: "
+                "they were added, replaced or unfrozen after it was made. Add them, with "
+                'model.optimizer.add_param_group({"params": [...]}), or freeze them'
+            )
+
+    def _build(self, params: Mapping[str, nn.Parameter], groups: Groups | None) -> None:
+        _check_any(params)
+        trainable = [p for p in params.values() if p.requires_grad]
+        # Frozen ones may be unfrozen: until then they have no gradient, and are passed over.
+        every = [p for p in params.values() if p.is_floating_point() or p.is_complex()]
+        self._built_for = tuple(map(id, params.values()))
+        if groups is not None:
+            self.full = self._made(checked_groups(params, groups))
+        elif len(trainable) == len(every):
+            self.full = self._made(trainable)
+        else:
+            try:
+                self.full = self._made(every)
+            except ConfigError:  # a class that is particular, like Muon, cannot have all
+                self.full = self._made(trainable)
+        _check_steps(self.full)
+        self._coupled = why_coupled(self.full)
+        if groups is None and (self._coupled or "").startswith(FAILS):
+            # It may be one that does not pass over parameters without a gradient.
+            self.full = self._made(trainable)
+            self._coupled = why_coupled(self.full)
+        if isinstance(self.full, torch.optim.Optimizer):
+            self.full.register_state_dict_post_hook(_on_host)
+
+    def _made(self, given: list[Any]) -> torch.optim.Optimizer:
+        factory, options = self._factory, self._options
+        chosen = with_fused_default(factory, options, given)
+        try:
+            return factory(given, **chosen)
+        except (TypeError, ValueError, RuntimeError) as error:
+            name = getattr(factory, "__name__", str(factory))
+            shown = dict(options)
+            raise ConfigError(f"{name}(parameters, **{shown!r}) failed: {error}") from error
+
+    @property
+    def together(self) -> str | None:
+        """Why all parameters are updated in one step; None where packs are updated alone.
+
+        Then the step is the one call of ``full.step()`` that a loop of one's own makes, on the
+        host, once all gradients are there.
+        """
+        return self._coupled or _why_watched(self.full)
+
+    @property
+    def waits(self) -> str | None:
+        """Why no pack can be updated before all gradients are there; None where one can."""
+        if self.max_norm is not None:
+            return f"max_grad_norm={self.max_norm}"
+        return self.together
+
+    def params(self) -> Iterator[nn.Parameter]:
+        """The parameters in its groups."""
+        for group in self.full.param_groups:
+            yield from group["params"]
+
+    def describe(self) -> str:
+        """Name of the optimizer, whether it is fused, and whether its step is one of all."""
+        fused = any(group.get("fused") for group in self.full.param_groups)
+        name = type(self.full).__name__ + (" (fused)" if fused else "")
+        return name if self.together is None else f"{name}, one step of all: {self.together}"
+
+    def clip(self, params: Iterable[nn.Parameter]) -> None:
+        """Scale all gradients as ``torch.nn.utils.clip_grad_norm_`` does, and keep their norm.
+
+        Args:
+            params: all parameters in the order of ``module.parameters()``, which the sum over
+                their norms follows.
+        """
+        assert self.max_norm is not None
+        self.last_norm = torch.nn.utils.clip_grad_norm_(list(params), self.max_norm)
+
+    def update_all(self, params: Iterable[nn.Parameter]) -> None:
+        """Take the step for all parameters at once, whose gradients are complete."""
+        if self.together is None:
+            self.update([param for param in params if param.grad is not None])
+        else:
+            self.full.step()
+
+    def update(self, params: list[nn.Parameter]) -> None:
+        """Take the optimizer's step for these parameters, whose gradients are complete."""
+        # Fused SGD cannot take parameters with momentum and such without in one call.
+        known = [p for p in params if self.full.state.get(p)]
+        new = [p for p in params if not self.full.state.get(p)]
+        for part in filter(None, (known, new)):
+            self._update(part)
+
+    def update_elsewhere(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Take the step for copies of parameters on a device, where their state then is, too.
+
+        Args:
+            pairs: parameters of the optimizer, and what stands for each on the device, with its
+                gradient.
+        """
+        known = [pair for pair in pairs if self.full.state.get(pair[0])]
+        new = [pair for pair in pairs if not self.full.state.get(pair[0])]
+        for part in filter(None, (known, new)):
+            self._update([param for param, _ in part], [copy for _, copy in part])
+
+    def bring_home(self, params: Iterable[nn.Parameter]) -> None:
+        """Let the state of these parameters be on their own device again."""
+        wanted = {id(param) for param in params}
+        for group in self.full.param_groups:
+            for param in group["params"]:
+                if id(param) in wanted and self.full.state.get(param):
+                    moved(self.full.state[param], param.device, group)
+
+    def _update(
+        self, params: list[nn.Parameter], copies: list[nn.Parameter] | None = None
+    ) -> None:
+        # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
+        step_part(self.full, params, copies)
+        self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note
+
+
+def _check_steps(optimizer: Any) -> None:
+    """Refuse an optimizer whose step a planned training step cannot call.
+
+    Raises:
+        ConfigError: naming the class.
+    """
+    name = type(optimizer).__name__
+    if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
+        raise ConfigError(f"{name} is no optimizer: it has no step() or no param_groups")
+    if closure_wanted(optimizer):
+        raise ConfigError(
+            f"{name} calls the model several times in one step; Harmony runs it once. "
+            "Use a first-order optimizer such as torch.optim.AdamW, or call it in a loop of your "
+            "own around Harmony(module)"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigError(
+            f"{name} wants sparse gradients; Harmony's are dense, with the same sums. Use "
+            "torch.optim.Adam, or another optimizer"
+        )
+
+
+def _on_host(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Let a saved state be where the parameters are, though some of it is on devices now."""
+    state = {
+        key: {
+            name: value.cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in held.items()
+        }
+        if isinstance(held, dict)
+        else held
+        for key, held in saved.get("state", {}).items()
+    }
+    return {**saved, "state": state}
+
+
+def _why_watched(optimizer: Any) -> str | None:
+    """Why each call of ``step`` counts: somebody else than the class has a part in it."""
+    places: list[Mapping[int, Any]] = [
+        getattr(optimizer, "_optimizer_step_pre_hooks", {}),
+        getattr(optimizer, "_optimizer_step_post_hooks", {}),
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    ]
+    hooks = [hook for place in places for hook in place.values()]
+    if any(not getattr(hook, "__module__", "").startswith("harmony.") for hook in hooks):
+        return "hooks are called with its step"
+    step = optimizer.__dict__.get("step")
+    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
+        return "its step was replaced"
+    return None

@@ -1,0 +1,1 @@
+"""Compares a step of Harmony with one of plain PyTorch."""

@@ -1,0 +1,86 @@
+"""Makes a verification of what the two sides have left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harmony.engine.engine import Engine
+from harmony.reference.plain_step import Result, Tensors
+from harmony.reference.snapshot import same_bits
+from harmony.verification.side import Found, Reference, reference_device
+from harmony.verification.verification import (
+    NOISE,
+    Difference,
+    Verification,
+    compare_all,
+    difference,
+    largest,
+    worst_first,
+)
+
+
+def verification_of(
+    engine: Engine,
+    found: Found,
+    reference: Reference,
+    buffers: Tensors,
+    updates: list[Difference],
+    notes: Sequence[str],
+    more: Sequence[Difference] = (),
+) -> Verification:
+    """Compare what both sides have left.
+
+    Args:
+        buffers: all of them before the step.
+        updates: rows of the parameters and the optimizer's state.
+        more: rows of other things.
+    """
+    loss, plain_loss = found.loss, reference.result.loss
+    gradients, others = rows_of(found, reference, buffers)
+    device = reference_device(engine)
+    where = "the CPU" if device.type == "cpu" else str(device)
+    return Verification(
+        gradients=worst_first(gradients),
+        others=(*more, *others),
+        loss=None if loss is None else float(loss),
+        plain_loss=None if plain_loss is None else float(plain_loss),
+        num_microbatches=found.num_microbatches,
+        reference=f"{where}, {reference.words}",
+        updates=worst_first(updates),
+        notes=tuple(notes),
+    )
+
+
+def rows_of(
+    found: Result, reference: Reference, buffers: Tensors
+) -> tuple[list[Difference], list[Difference]]:
+    """Compare gradients, and, apart, the loss and the buffers that either side has changed."""
+    expected, factor = reference.result, reference.factor
+    floor = NOISE * max((largest(g) for g in expected.gradients.values()), default=0.0)
+    gradients = compare_all(found.gradients, expected.gradients, factor, floor)
+    inputs = compare_all(found.inputs, expected.inputs, factor, floor)
+    others = []
+    if found.loss is not None and expected.loss is not None:
+        scale = largest(expected.loss)
+        others.append(difference("the loss", found.loss, expected.loss, factor, scale))
+    changed = [
+        f"buffer {name}"
+        for name in dict.fromkeys((*found.buffers, *expected.buffers))
+        if not all(
+            name in held and name in buffers and same_bits(held[name], buffers[name])
+            for held in (found.buffers, expected.buffers)
+        )
+    ]
+    ours, theirs = (
+        {f"buffer {n}": b for n, b in held.items() if f"buffer {n}" in changed}
+        for held in (found.buffers, expected.buffers)
+    )
+    return [*gradients, *inputs], [*others, *compare_all(ours, theirs, factor)]
+
+
+def agree(found: Result, reference: Reference) -> bool:
+    """Whether loss, gradients and buffers are within the tolerance."""
+    rows = rows_of(found, reference, found.buffers)
+    return all(row.ok for part in rows for row in part)
+
+

@@ -1,0 +1,1 @@
+"""The virtual GPU: built, loaded, configured; its access trace checked for races."""

@@ -1,0 +1,1 @@
+"""Models built without memory, and weights read from files."""

@@ -1,0 +1,1 @@
+"""What other systems do on the same machine: swapping, paging, ZeRO-3."""

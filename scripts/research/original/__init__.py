@@ -1,0 +1,1 @@
+"""The original Harmony's estimator, decision space and search."""
