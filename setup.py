@@ -62,7 +62,7 @@ setup(
             "pytest-xdist",
             "transformers",
         ],
-        "dev": ["mypy", "ruff", "types-networkx", "types-psutil"],
+        "dev": ["coverage", "mypy", "pre-commit", "ruff", "types-networkx", "types-psutil"],
     },
     entry_points={"console_scripts": ["harmony-run = harmony.cli.main:main"]},
 )

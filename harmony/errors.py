@@ -1,15 +1,15 @@
 """The exceptions that Harmony raises; every message carries the values and the remedy.
 
-    HarmonyError
-     |- ConfigError          an option that makes no sense, before anything ran
-     |- CaptureError         the model cannot be turned into layers; names the layer
-     |- PlanError            no valid plan
-     |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
-     |   `- ScheduleError    a schedule that the checker refuses; shows the line
-     |- ExecutionError       a task failed while it ran; names the task
-     |- RecomputeError       a layer does not compute the same twice; names the layer
-     |- RaceError            two accesses to the same memory that no event orders
-     `- VirtualGPUError      the virtual GPU could not be built, loaded or configured
+HarmonyError
+ |- ConfigError          an option that makes no sense, before anything ran
+ |- CaptureError         the model cannot be turned into layers; names the layer
+ |- PlanError            no valid plan
+ |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
+ |   `- ScheduleError    a schedule that the checker refuses; shows the line
+ |- ExecutionError       a task failed while it ran; names the task
+ |- RecomputeError       a layer does not compute the same twice; names the layer
+ |- RaceError            two accesses to the same memory that no event orders
+ `- VirtualGPUError      the virtual GPU could not be built, loaded or configured
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from harmony.engine.options import EngineOptions
 from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
-from harmony.report.session import ModelRecord
+from harmony.report.session import ModelRecord, Verified
 from harmony.report.text import print_report
 from harmony.runtime.hardware import Devices, choose_devices, memory_limit
 from harmony.runtime.step.randomness import drawn_seed
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, check_optimizer_options
 from harmony.verification.script import verify_and_stop
-from harmony.verification.verification import Verification, Verified
+from harmony.verification.verification import Verification
 from harmony.verification.verifier import verify
 
 MODES = ("auto", "pp", "dp")
@@ -174,7 +174,7 @@ class Harmony(Wrapper):
             ExecutionError: if a task fails; says which, and what became of the parameters.
         """
         engine = self._engine
-        self._bypass.watch(engine.bindings.generation)
+        self._bypass.watch(engine.variants.generation)
         if engine.options.optimizer is None:
             raise ConfigError(
                 "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW). "
@@ -190,7 +190,7 @@ class Harmony(Wrapper):
     @_disable_dynamo  # in a compiled function, or as torch.compile(model), it just runs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
-        self._bypass.watch(self._engine.bindings.generation)
+        self._bypass.watch(self._engine.variants.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
             return self._engine.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
@@ -283,9 +283,14 @@ class Harmony(Wrapper):
         return self.record.plan
 
     @property
-    def rung(self) -> str:
-        """How the module is captured: ``"tape"``, ``"real-run tape"`` or ``"live"``."""
-        return self._engine.bindings.rung()
+    def capture_mode(self) -> str:
+        """How the module is captured, at worst.
+
+        ``"trace"``: one forward with fake parameters; ``"real-run trace"``: one forward with the
+        real ones; ``"dynamic"``: each microbatch is traced as it runs; ``"eager"``: the module's
+        own Python runs once for each microbatch, on the first GPU and without a plan.
+        """
+        return self._engine.variants.capture_mode()
 
     @property
     def record(self) -> ModelRecord:
@@ -325,9 +330,7 @@ def _check_options(
         raise ConfigError("the module is a Harmony model already")
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-    if microbatch_size != "auto" and (
-        not isinstance(microbatch_size, int) or microbatch_size < 1
-    ):
+    if microbatch_size != "auto" and (not isinstance(microbatch_size, int) or microbatch_size < 1):
         raise ConfigError(f"microbatch_size={microbatch_size!r}: a positive number or 'auto'")
     if activations not in ("auto", "recompute"):
         raise ConfigError(f"activations={activations!r}: choose 'auto' or 'recompute'")

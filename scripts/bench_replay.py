@@ -85,17 +85,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def replay_step(
     captured: Captured, net: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
 ) -> Step:
-    """Return the forward as Harmony runs it: all layers, on a skeleton bound to the parameters."""
-    skeleton = captured.make_skeleton(torch.device("cpu"))
-    skeleton.bind(dict(net.named_parameters()))
-    skeleton.bind(dict(net.named_buffers()))
+    """Return the forward as Harmony runs it: all layers, on a shell bound to the parameters."""
+    shell = captured.make_shell(torch.device("cpu"))
+    shell.bind(dict(net.named_parameters()))
+    shell.bind(dict(net.named_buffers()))
     loss = captured.graph.loss
     assert loss is not None
     last = captured.graph.num_layers
 
     def step() -> torch.Tensor:
         values = captured.split(captured.flatten_inputs((inputs,), {}, targets), 0, BATCH)
-        return captured.run(0, last, skeleton, values, BATCH, wanted=[loss])[loss]
+        return captured.run(0, last, shell, values, BATCH, wanted=[loss])[loss]
 
     return step
 

@@ -135,7 +135,7 @@ def cells(row: Row) -> Iterator[str]:
     if outcome is None:
         yield from ("", "", "", "", *("" for _ in KINDS), "", row.verdict)
         return
-    yield outcome.rung
+    yield outcome.capture_mode
     yield f"{outcome.layers}"
     yield f"{outcome.packs}"
     yield f"{outcome.num_params / 1000:.0f}"
@@ -152,14 +152,16 @@ def describe(difference: float | None) -> str:
     return "0" if difference == 0.0 else f"{difference:.0e}"
 
 
-COLUMNS = ("model", "rung", "layers", "packs", "params (k)", *KINDS, "s", "")
+COLUMNS = ("model", "capture mode", "layers", "packs", "params (k)", *KINDS, "s", "")
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The table for the terminal."""
     found = Table(title=f"{NUM_STEPS} steps on {NUM_DEVICES} virtual GPUs against plain PyTorch")
     for column in COLUMNS:
-        found.add_column(column, justify="left" if column in ("model", "rung", "") else "right")
+        found.add_column(
+            column, justify="left" if column in ("model", "capture mode", "") else "right"
+        )
     family = None
     for row in rows:
         if row.entry.family != family:
@@ -176,14 +178,14 @@ def markdown(rows: Sequence[Row]) -> str:
     families = dict.fromkeys(row.entry.family for row in rows)
     for family in families:
         lines += [f"### {family}", ""]
-        heads = ("model", "shows", "rung", "layers", "packs", "params (k)", *KINDS)
+        heads = ("model", "shows", "capture mode", "layers", "packs", "params (k)", *KINDS)
         lines.append(f"| {' | '.join(heads)} |")
         lines.append(f"|{'---|' * 3}{'---:|' * (len(heads) - 3)}")
         for row in rows:
             if row.entry.family == family:
-                name, rung, *figures = list(cells(row))[: 5 + len(KINDS)]
+                name, capture_mode, *figures = list(cells(row))[: 5 + len(KINDS)]
                 mark = " *" if row.entry.tolerance else ""
-                shown = rung or row.skipped or row.failure
+                shown = capture_mode or row.skipped or row.failure
                 lines.append(
                     f"| {name}{mark} | {row.entry.shows} | {shown} | {' | '.join(figures)} |"
                 )

@@ -171,26 +171,26 @@ def new_model(setting: Setting) -> harmony.Harmony:
     )
 
 
-def binding_of(model: harmony.Harmony) -> tuple[Any, Plan]:
+def variant_of(model: harmony.Harmony) -> tuple[Any, Plan]:
     """What stands for the model: its graph, costs and machine, and its plan."""
     inputs, targets = next(iter(batches(1, BATCH, CONTEXT)))
-    binding, plan, _ = model._engine.bindings.find("step", ((inputs,), {}, targets))
-    return binding, plan
+    variant, plan, _ = model._engine.variants.find("step", ((inputs,), {}, targets))
+    return variant, plan
 
 
 def plans_of(setting: Setting) -> list[Plan]:
     """The plan of a setting first, and those that it is compared with."""
     model = new_model(setting)
-    binding, plan = binding_of(model)
+    variant, plan = variant_of(model)
     if setting.plan != "chosen":
-        return [made_plan(setting, binding, plan)]
+        return [made_plan(setting, variant, plan)]
     plans = [plan]
     sizes = (1, 2, 4, 8) if setting.compare else ()
     for mode in ("pp", "dp") if setting.gpus > 1 else ("pp",):
         for size in sizes:
             if mode == "dp" and size > BATCH // setting.gpus:
                 continue
-            question = (binding.graph, binding.costs, binding.machine, BATCH)
+            question = (variant.graph, variant.costs, variant.machine, BATCH)
             try:
                 plans.append(choose(*question, mode=mode, microbatch_size=size))
             except HarmonyError:
@@ -199,9 +199,9 @@ def plans_of(setting: Setting) -> list[Plan]:
     return [plan, *(p for p in described.values() if p.spec != plan.spec)]
 
 
-def made_plan(setting: Setting, binding: Any, plan: Plan) -> Plan:
+def made_plan(setting: Setting, variant: Any, plan: Plan) -> Plan:
     """A plan of equal packs."""
-    num_layers = binding.graph.num_layers
+    num_layers = variant.graph.num_layers
     cuts = [num_layers * i // setting.packs for i in range(setting.packs + 1)]
     packs = tuple(Pack(a, b) for a, b in pairwise(cuts))
     edges = [BATCH * r // setting.replicas for r in range(setting.replicas + 1)]
@@ -211,15 +211,15 @@ def made_plan(setting: Setting, binding: Any, plan: Plan) -> Plan:
         BATCH, setting.size, setting.size, packs[:-1], packs, tuple(pairwise(edges)), saved=saved
     )
     # The embedding's weights are the head's too: packs that share cannot stay.
-    own = tuple(pack for pack in packs if not binding.graph.shared_in(pack.first, pack.last))
+    own = tuple(pack for pack in packs if not variant.graph.shared_in(pack.first, pack.last))
     policy = Policy(
         offload=saved if setting.plan == "offload" else (),
         resident=own if setting.plan == "resident" else (),
         mirror=keeps,
     )
-    tasks = build_tasks(binding.graph, spec)
-    schedule = lower(tasks, binding.machine, policy)
-    checked = verify(schedule, binding.graph, binding.costs, Phase.TRAIN, tasks)
+    tasks = build_tasks(variant.graph, spec)
+    schedule = lower(tasks, variant.machine, policy)
+    checked = verify(schedule, variant.graph, variant.costs, Phase.TRAIN, tasks)
     return replace(
         plan,
         spec=spec,
@@ -233,15 +233,15 @@ def run(setting: Setting, plan: Plan, steps: int) -> dict[str, Any]:
     """Train by a plan, in a model of its own; predicted from what was measured for that."""
     gc.collect()  # the model before holds the virtual GPUs' memory
     model = new_model(setting)
-    binding, own = binding_of(model)
-    binding._plans[BATCH] = replace(
+    variant, own = variant_of(model)
+    variant._plans[BATCH] = replace(
         own,
         spec=plan.spec,
         policy=plan.policy,
         schedules=plan.schedules,
         peak_nbytes=plan.peak_nbytes,
     )
-    predicted_s = predict_s(plan.schedule, binding.graph, binding.costs, binding.machine)
+    predicted_s = predict_s(plan.schedule, variant.graph, variant.costs, variant.machine)
     measured = []
     for inputs, targets in batches(steps, BATCH, CONTEXT):
         model.train_step(inputs, targets)

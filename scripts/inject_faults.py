@@ -35,12 +35,12 @@ import harmony
 from harmony.runtime import interrupts
 
 WIDTH = 16
-FORMS = ("step", "device", "dropin", "live")
+FORMS = ("step", "device", "dropin", "dynamic")
 CASE_S = 90
 
 PREPARING = {
     "capture": "harmony.engine.variants:capture",
-    "costs": "harmony.engine.variant:Binding._measure",
+    "costs": "harmony.engine.variant:Variant._measure",
     "measuring": "harmony.profiling.layer_times:_LayerRun.measure",
     "planning": "harmony.engine.variant:choose_steadily",
     "slots": "harmony.runtime.exec.executor:Executor._reserve_slots",
@@ -77,14 +77,18 @@ DROPIN = {
     "outputs": "harmony.engine.engine:joined_outputs",
     "attach": "harmony.engine.engine:attach",
     "output gradients": "harmony.engine.engine:load_gradients",
-    "lend": "harmony.engine.grad_alias:LentGradients.lend",
-    "take back": "harmony.engine.grad_alias:LentGradients.take_back",
+    "lend": "harmony.engine.grad_alias:AliasedGradients.lend",
+    "take back": "harmony.engine.grad_alias:AliasedGradients.take_back",
 }
 PLACES = {
     "step": PREPARING | RUNNING | BEHIND | UPDATES,
     "device": PREPARING | RUNNING | BEHIND | UPDATES,
     "dropin": PREPARING | RUNNING | DROPIN | {"commit": BEHIND["commit"]},
-    "live": PREPARING | RUNNING | BEHIND | UPDATES | {"live": "harmony.engine.dynamic:Live.ready"},
+    "live": PREPARING
+    | RUNNING
+    | BEHIND
+    | UPDATES
+    | {"dynamic": "harmony.engine.dynamic:DynamicRunner.ready"},
 }
 FAULTS = ("error", "no text", "ctrl-c", "ctrl-c twice", "out of memory", "exit", "harmony's own")
 
@@ -128,7 +132,7 @@ class Own(torch.optim.SGD):
 
 
 class Net(nn.Module):
-    """Layers, a BatchNorm, dropout; one that decides by what it computes if it is to run live."""
+    """Layers, a BatchNorm, dropout; dynamically if what it computes decides so."""
 
     def __init__(self, wanders: bool) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class Subject:
             options |= {"updates": "auto" if form == "device" else "host"}
         if form == "device":
             options["device_memory"] = "1MiB"
-        self.model = harmony.Harmony(Net(form == "live"), **options)
+        self.model = harmony.Harmony(Net(form == "dynamic"), **options)
         self.own = Own(self.model.parameters(), lr=0.1) if form == "dropin" else None
         self.batches = [(torch.randn(8, WIDTH), torch.randn(8, WIDTH)) for _ in range(3)]
         self.train(0)
@@ -274,8 +278,8 @@ def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
     call, after = rng.choice((1, 1, 2, 3, 5)), rng.random() < 0.5
     subject.load()
     if place in PREPARING:
-        subject.model._engine.bindings.forget()
-        subject.model._engine._live.forget()
+        subject.model._engine.variants.forget()
+        subject.model._engine._dynamic.forget()
     case = {"place": place, "fault": fault, "call": f"{call} {'after' if after else 'before'}"}
     generators = torch.get_rng_state()
     caught: BaseException | None = None

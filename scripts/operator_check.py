@@ -372,6 +372,7 @@ def ways(op: Any, number: int) -> Iterator[tuple[str, Callable[..., Any], tuple[
 def check_sample(op: Any, form: Callable[..., Any], sample: Any, expected: Run,
                  layouts: tuple[str, str] = ("", "")) -> tuple[str, str]:  # fmt: skip
     """Compare one sample, twice: the second time what the first one found out is remembered."""
+
     def again(offset: int) -> Run:
         return run_sample(op, form, sample, "cpu", offset, layouts)
 

@@ -173,9 +173,7 @@ def head(case: Case, system: str) -> dict[str, Any]:
     return {**names, "system": system}
 
 
-def row_of(
-    case: Case, name: str, outcome: Outcome, harmony: dict[str, Any]
-) -> dict[str, Any]:
+def row_of(case: Case, name: str, outcome: Outcome, harmony: dict[str, Any]) -> dict[str, Any]:
     """A baseline's row."""
     row = {
         **head(case, name),
@@ -185,8 +183,7 @@ def row_of(
         "samples_per_s": case.minibatch / outcome.step_s,
         "swap_nbytes": outcome.swap_nbytes,
         "parameter_nbytes": parameter_nbytes(outcome.traffic),
-        "parameter_ratio": parameter_nbytes(outcome.traffic)
-        / max(1, harmony["parameter_nbytes"]),
+        "parameter_ratio": parameter_nbytes(outcome.traffic) / max(1, harmony["parameter_nbytes"]),
         "traffic_ratio": outcome.swap_nbytes / max(1, harmony["swap_nbytes"]),
         "throughput_ratio": outcome.step_s / harmony["step_s"],
         "hidden_throughput_ratio": outcome.bound_s / harmony["step_s"],

@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ["HARMONY_MEASUREMENTS"] = "off"
+
+# Time says nothing on a busy machine. `--hypothesis-profile dev` reports slow examples and slow
+# strategies to the author of a new one.
+settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", deadline=2000, suppress_health_check=[])
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

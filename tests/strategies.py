@@ -108,9 +108,7 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
         forward = draw(st.sampled_from([forward, backward[:-1], backward[:-1]]))
         both = sorted(set(forward).intersection(backward))
         saved = tuple(pack for pack in both if draw(st.booleans()))
-    return StepSpec(
-        minibatch, size * factor, size, forward, backward, shares, phase, saved
-    )
+    return StepSpec(minibatch, size * factor, size, forward, backward, shares, phase, saved)
 
 
 @st.composite

@@ -154,11 +154,19 @@ def table(layers: int) -> WorkTable:
     return WorkTable((rows,) * layers)
 
 
+LINES = ((2, 3.0), (4, 7.0), (8, 25.0))
+
+
 def test_work_lies_on_the_line_through_what_was_counted() -> None:
     work = table(1)
     assert work.layer(0, 4) is work.by_layer[0][4]
     assert work.layer(0, 2).forward == Work({"fp32": 6e9}, 7e6, 10e6, 7)
     assert work.layer(0, 8).backward.flops == {"fp32": 48e9}
+    # Beyond the counted sizes, too, on the line through the two that are nearest.
+    rows = {size: LayerWork(Work({"fp32": flops}, 0, 0, 1), Work()) for size, flops in LINES}
+    ends = WorkTable((rows,))
+    found = {size: ends.layer(0, size).forward.flops["fp32"] for size in (1, 3, 6, 10)}
+    assert found == {1: 1.0, 3: 5.0, 6: 16.0, 10: 34.0}
     single = WorkTable(({2: LayerWork(Work({"fp32": 2.0}, 4, 6, 8), Work())},))
     assert single.layer(0, 4).forward == Work({"fp32": 4.0}, 8, 12, 8)
 

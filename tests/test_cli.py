@@ -62,7 +62,8 @@ def run(
 
 VERIFIED = """
 from harmony.report import session
-from harmony.verification.verification import Difference, Verification, Verified
+from harmony.verification.verification import Difference, Verification
+from harmony.report.session import Verified
 record = session.register("GPT", {{}})
 gradients = tuple(Difference(f"w{{i}}", 1e-9, {relative} / (1 + i), 1e-5) for i in range(30))
 raise Verified(Verification(gradients, (), 2.0, 2.0, 4, "the CPU"))

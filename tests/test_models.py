@@ -39,7 +39,8 @@ def test_a_model_trains_as_in_plain_pytorch(entry: Entry) -> None:
         return
     outcome = check(entry)
     assert not outcome.misses, "; ".join(outcome.misses[:5])
-    # The path of a live microbatch may have fewer layers, and so may a model that is one function.
+    # The path of a dynamic microbatch may have fewer layers, and so may a model that is one
+    # function.
     assert outcome.packs >= min(4, outcome.layers)
 
 

@@ -51,7 +51,7 @@ def test_a_plan_for_a_machine_that_is_not_there(
     code, out, err = run(capsys, *words)
     assert (code, err) == (0, "")
     assert out.startswith("Plan · Toy on 2 x RTX 3060, minibatch 16\n")
-    for shown in ("% of peak", "samples/s", "binds", "runner-up", "gpu1", "compute", "h2d"):
+    for shown in ("% of peak", "samples/s", "bottleneck", "runner-up", "gpu1", "compute", "h2d"):
         assert shown in out
     assert "analytic: FLOPs and bytes at the rates of a RTX 3060" in out
     again = run(capsys, *words)
@@ -206,9 +206,7 @@ def test_planning_starts_without_torch(profile: str) -> None:
     assert done.stdout.startswith("Plan")
 
 
-def test_further_questions_are_answered(
-    profile: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_further_questions_are_answered(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model-profile", profile, *GPU, "--smallest-minibatch", "--largest-model"]
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0

@@ -47,7 +47,7 @@ def test_the_head_says_what_the_plan_does_and_why() -> None:
     assert found["limit"] == (
         "no plan can take less than 500 ms (compute alone); this one takes 2.00 times that"
     )
-    assert found["binds"] == "the links from the host to the GPUs. A larger minibatch helps."
+    assert found["bottleneck"] == "the links from the host to the GPUs. A larger minibatch helps."
     assert found["runner-up"] == "dp over 2 replicas: 1.25 s a step, 25.0% slower"
     assert (found["costs"], found["machine"]) == ("measured", "a note")
     assert max(map(len, lines)) <= WIDTH
@@ -154,6 +154,13 @@ def test_the_explanation_names_each_decision_and_its_alternatives() -> None:
     assert "  - dp+pp: too few GPUs" in lines
     assert "  - pp, more packs: needs 70 MiB of 64 MiB" in lines
     assert lines[1:] == view_text(VIEW, explain=True)[-len(lines) + 1 :]
+
+
+def test_alternatives_are_compared_with_the_whole_step_where_a_plan_is_a_part_of_it() -> None:
+    # The plan's own second is the backward; with the forward a step takes 1.25 s, as dp does.
+    assert "  - dp: 1.25 s a step (+0.0%)" in explanation(PLAN, 1.25)
+    whole = view_text(replace(VIEW, forward_s=0.25), explain=True)
+    assert "  - dp: 1.25 s a step (+0.0%)" in whole
 
 
 def test_json_has_what_the_text_shows() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from harmony.errors import RaceError
 from harmony.runtime import native
-from harmony.runtime.traced_lock import Turns
+from harmony.runtime.traced_lock import TracedLock
 from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
 from harmony.vgpu.api import Access, Record
@@ -220,7 +220,7 @@ def test_host_threads_are_ordered_by_their_tokens():
     assert not racecheck.analyse([mine, host("P", 0, 5), host("Q", 1, 5), theirs])
 
 
-@pytest.mark.parametrize("turns", [Turns(), threading.RLock()], ids=["turns", "a plain lock"])
+@pytest.mark.parametrize("turns", [TracedLock(), threading.RLock()], ids=["turns", "a plain lock"])
 def test_threads_that_take_turns_are_in_order(turns):
     memory = torch.zeros(8)
 
@@ -236,7 +236,7 @@ def test_threads_that_take_turns_are_in_order(turns):
             thread.join()
     races = racecheck.analyse(trace.records)
     # The checker knows nothing of a lock of Python's.
-    assert bool(races) is not isinstance(turns, Turns)
+    assert bool(races) is not isinstance(turns, TracedLock)
 
 
 def test_a_trace_cannot_be_opened_twice():

@@ -13,7 +13,7 @@ import harmony
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import parse_instruction
 from harmony.planner.ir.tasks import Phase
-from harmony.report.metrics import figures_of, packs_of
+from harmony.report.metrics import metrics_of, packs_of
 from harmony.report.session import ModelRecord, register
 from harmony.report.text import PLAIN_WIDTH, print_report, write_report
 from tests.synthetic import MIB, PACKS, make_plan, make_record, make_schedule, make_timeline
@@ -67,7 +67,7 @@ def test_the_figures_appear() -> None:
         "MiB a step over each link",
         " 246 ",
         " 77.0 ",
-        "What binds: issuing work from the host.",
+        "Bottleneck: issuing work from the host.",
         "larger microbatches need fewer tasks.",
     ):
         assert expected in text, expected
@@ -77,7 +77,7 @@ def test_a_terminal_without_these_characters_still_gets_a_report(tmp_path: Path)
     path = tmp_path / "report.txt"
     with path.open("w", encoding="ascii") as file:
         print_report([make_record()], file)
-    assert "What binds" in path.read_text(encoding="ascii")
+    assert "Bottleneck" in path.read_text(encoding="ascii")
 
 
 def test_before_any_step_the_report_is_what_is_expected() -> None:
@@ -85,7 +85,7 @@ def test_before_any_step_the_report_is_what_is_expected() -> None:
     text = text_of(record)
     assert "1.00 s predicted; none has run" in text
     assert "GPUs as predicted" in text
-    figures = figures_of(record)
+    figures = metrics_of(record)
     assert (figures.step_s, figures.samples_per_s, figures.error_percent) == (None, None, None)
 
 
@@ -148,7 +148,7 @@ def test_a_model_without_a_plan_is_left_out() -> None:
     record = register("Unused", {})
     assert text_of(record) == ""
     with pytest.raises(ValueError, match="no plan"):
-        figures_of(record)
+        metrics_of(record)
 
 
 def test_text_file(tmp_path: Path) -> None:

@@ -107,6 +107,4 @@ def step(
 ) -> StepSpec:
     """A four-tuple with defaults for ``chain()``."""
     shares = halves(minibatch, replicas)
-    return StepSpec(
-        minibatch, size, backward_size or size, forward, backward, shares, phase
-    )
+    return StepSpec(minibatch, size, backward_size or size, forward, backward, shares, phase)

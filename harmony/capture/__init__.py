@@ -1,16 +1,17 @@
 """Capture: turns any ``nn.Module`` into a LayerGraph and layers that can be run.
 
-The forward is run once and recorded as a flat list of steps (`tape`, `record`, `trace`), which is
-cut into layers (`leaves`, `layers`, `graph`). A layer runs again by its steps (`replay`) on a
-copy of the module tree that holds no parameters of its own (`skeleton`). Where one run does not
-stand for others, each microbatch is captured live (`live`).
+The forward is run once and recorded as a flat list of steps (`trace`), which is cut into layers
+(`graph`). A layer runs again by its steps on a copy of the module tree that holds no parameters of
+its own (`replay`). What the forward's Python read from outside is guarded (`guards`). Where one
+run does not stand for others, each microbatch is traced as it runs, or the module's own Python
+runs (`eager`).
 """
 
 from __future__ import annotations
 
 from harmony.capture.api import capture
 from harmony.capture.cost.footprint import Footprint
-from harmony.capture.eager.dynamic_trace import LiveCapture, same_path
+from harmony.capture.eager.dynamic_trace import DynamicTrace, same_path
 from harmony.capture.eager.own_python import moved, running_on
 from harmony.capture.eager.streamed import StreamedModule
 from harmony.capture.graph.layered import LayerChanges
@@ -20,11 +21,11 @@ from harmony.capture.guards.outside import Outside
 from harmony.capture.replay.captured import Captured
 from harmony.capture.replay.inputs import Batch
 from harmony.capture.replay.replay import GuardError
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain, plain_attributes
 from harmony.capture.state.random_state import seed_python
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed
-from harmony.capture.trace.refuse import LiveOnlyError, or_as_it_is
+from harmony.capture.trace.refuse import DynamicOnlyError, or_eager
 
 __all__ = [
     "Batch",
@@ -32,18 +33,18 @@ __all__ = [
     "Footprint",
     "GuardError",
     "LayerChanges",
-    "LiveCapture",
-    "LiveOnlyError",
+    "DynamicTrace",
+    "DynamicOnlyError",
     "Outside",
     "ParamInfo",
-    "Skeleton",
+    "ModuleShell",
     "StreamedModule",
     "autocast_dtype",
     "capture",
     "check_hooks",
     "is_plain",
     "moved",
-    "or_as_it_is",
+    "or_eager",
     "plain_attributes",
     "running_on",
     "same_path",

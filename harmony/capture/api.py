@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.graph.trace_set import first_tapes
+from harmony.capture.graph.trace_set import first_traces
 from harmony.capture.replay.captured import Captured
 from harmony.capture.replay.inputs import Batch
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.leaves import choose_leaves
 from harmony.capture.trace.program import Program
 from harmony.capture.trace.refuse import check_backward_hooks, check_module
@@ -60,13 +60,13 @@ def capture(
         raise ConfigError("targets are given without a loss that takes them")
     check_module(module)
     batch = Batch.of(args, kwargs or {}, targets, batch_dims or {}).detached()
-    template = Skeleton(module, torch.device("cpu"))
+    template = ModuleShell(module, torch.device("cpu"))
     _switch_off_caches(template.root)
     program = Program(loss, output_loss)
     leaves = choose_leaves(template.root, max_layer_nbytes)
     tracer = Tracer(module, template, program, batch, leaves)
     try:
-        sizes = first_tapes(tracer, batch.num_samples)
+        sizes = first_traces(tracer, batch.num_samples)
         tracer.warn_of_closed()  # only now: what tries find out is not to be heard
         check_backward_hooks(template.root, tracer.leaves)
         captured = Captured(tracer, template, batch, sizes, program.has_loss)

@@ -183,9 +183,7 @@ def _options(args: argparse.Namespace) -> Options:
         plan=args.plan,
         save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
         save_profile=(
-            None
-            if args.save_profile is None
-            else in_folder("--save-profile", args.save_profile)
+            None if args.save_profile is None else in_folder("--save-profile", args.save_profile)
         ),
         cache=not args.no_cache,
         replan=not args.no_replan,
@@ -237,4 +235,3 @@ def _similar_file(path: Path) -> str:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1)
     return f". Did you mean {path.parent / close[0]}?" if close else ""
-

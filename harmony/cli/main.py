@@ -33,8 +33,8 @@ from harmony.errors import ConfigError, HarmonyError
 from harmony.planner.ir.plan_file import load_plan
 from harmony.report import session
 from harmony.report.plan_view import explanation
+from harmony.report.session import Verified
 from harmony.report.text import print_report, write_report
-from harmony.verification.verification import Verified
 
 if TYPE_CHECKING:
     from harmony.verification.verification import Verification

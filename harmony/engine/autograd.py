@@ -14,15 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from harmony.engine.grad_alias import Version, versions, watch
-from harmony.engine.inflight import Lane, gradients_left
-from harmony.engine.variant import Binding
+from harmony.engine.inflight import InFlight, gradients_left
+from harmony.engine.variant import Variant
 from harmony.errors import HarmonyError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.tasks import TensorKind, value_gradient
 from harmony.reference.plain_step import PlainForward
 from harmony.runtime.exec.executor import PreparedSchedule
 from harmony.runtime.exec.stage import Values
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 from harmony.runtime.step.step import Weights
 
@@ -36,7 +36,7 @@ class ForwardCall:
     Attributes:
         run_backward: returns the gradients of ``inputs`` and then of ``params``.
         weights: how much the scalars of each microbatch count.
-        lane: the host copies of its values; free again when the call dies.
+        in_flight: the host copies of its values; free again when the call dies.
         step: number of the forward.
         check: figures of what the first forward made, for its backward to compare with.
         plain: the same by plain PyTorch, and ``values`` what the forward returned: to verify it.
@@ -47,11 +47,11 @@ class ForwardCall:
     """
 
     run_backward: Callable[[ForwardCall, Gradients], Gradients]
-    binding: Binding
+    variant: Variant
     plan: Plan
-    recall: Recall
+    replay: ReplayState
     weights: Weights
-    lane: Lane
+    in_flight: InFlight
     step: int
     check: SelfCheck | None = None
     plain: PlainForward | None = None
@@ -62,13 +62,13 @@ class ForwardCall:
     versions: Mapping[str, Version] = field(init=False)
 
     def __post_init__(self) -> None:
-        weakref.finalize(self, self.lane.free).atexit = False
-        graph, host = self.binding.graph, self.binding.host
+        weakref.finalize(self, self.in_flight.free).atexit = False
+        graph, host = self.variant.graph, self.variant.host
         values = (graph.values[v] for v in graph.input_ids)
         self.inputs = tuple(v.id for v in values if v.requires_grad and v.consumers)
         self.params = tuple(host.gradients.layout.places)
         watch(host.params.values())
-        changed = {n for c in self.binding.captured.changes.values() for n in c.buffers}
+        changed = {n for c in self.variant.captured.changes.values() for n in c.buffers}
         arena = host.weights.arena
         self.versions = versions(arena, [name for name in arena.tensors if name not in changed])
 
@@ -104,7 +104,7 @@ class RunBackward(torch.autograd.Function):
         ctx.call = weakref.ref(call)
         ctx.devices = [source.device for source in sources]
         ctx.set_materialize_grads(False)
-        values = call.binding.graph.values
+        values = call.variant.graph.values
         fixed = [
             t for v, t in zip(call.outputs, outputs, strict=True) if not values[v].requires_grad
         ]
@@ -171,7 +171,7 @@ def hooks_of_others_off() -> saved_tensors_hooks:
 
 def attach(values: Values, inputs: Values, call: ForwardCall) -> Values:
     """Return the outputs of a forward as tensors whose backward runs the packs."""
-    params = call.binding.host.params
+    params = call.variant.host.params
     call.outputs = tuple(values)
     sources = [inputs[v] for v in call.inputs] + [params[name] for name in call.params]
     given = tuple(values.values())
@@ -186,7 +186,7 @@ def input_gradients(prepared: PreparedSchedule, call: ForwardCall) -> list[torch
     None for one that no gradient reaches. One without a dimension of samples gets the sum over
     the microbatches, in their order.
     """
-    graph, host = call.binding.graph, call.binding.host
+    graph, host = call.variant.graph, call.variant.host
     given = gradients_left(prepared.schedule)
     found: list[torch.Tensor | None] = []
     for index in call.inputs:

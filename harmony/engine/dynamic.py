@@ -1,6 +1,6 @@
-"""Runs what no tape stands for: one microbatch after the other, each captured on its way.
+"""Runs what no trace stands for: one microbatch after the other, each captured on its way.
 
-A live microbatch costs one forward more than a planned one: first the forward runs for real, to
+A dynamic microbatch costs one forward more than a planned one: first the forward runs for real, to
 see which path it takes, then the layers of that path run as any other, planned and verified.
 """
 
@@ -17,9 +17,9 @@ from torch import nn
 
 from harmony.capture import (
     Batch,
-    LiveCapture,
-    LiveOnlyError,
-    or_as_it_is,
+    DynamicOnlyError,
+    DynamicTrace,
+    or_eager,
     plain_attributes,
     same_path,
     seed_python,
@@ -29,8 +29,8 @@ from harmony.engine.call_key import Call
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import Paths
 from harmony.engine.step_result import RanStep, ReadyStep
-from harmony.engine.variant import Binding
-from harmony.engine.variants import Bindings
+from harmony.engine.variant import Variant
+from harmony.engine.variants import VariantCache
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.search.candidates import REMEDY
@@ -40,13 +40,13 @@ from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.randomness import microbatch_seed
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.update.optimizer import PackOptimizer
 from harmony.runtime.update.param_hooks import GradientSums, call_hooks
 
 
-class Live:
-    """The live runs of one model.
+class DynamicRunner:
+    """The dynamic runs of one model.
 
     Attributes:
         size: samples of a microbatch of a step; None before there was one.
@@ -57,25 +57,25 @@ class Live:
         net: nn.Module,
         context: DeviceContext,
         options: EngineOptions,
-        bindings: Bindings,
+        variants: VariantCache,
         optimizer: PackOptimizer | None,
         record: ModelRecord,
     ) -> None:
         self._net = net
         self._context = context
         self._options = options
-        self._bindings = bindings
+        self._variants = variants
         self._optimizer = optimizer
         self._record = record
-        self._captures: dict[str, LiveCapture] = {}
+        self._captures: dict[str, DynamicTrace] = {}
         self._known: dict[str, Paths] = {}
         self.size: int | None = None
         self._generation = 0
         self._noticed: set[str] = set()
 
-    def notice(self, reason: LiveOnlyError) -> None:
-        """Say once that, and why, the model runs live."""
-        if reason.as_is:
+    def notice(self, reason: DynamicOnlyError) -> None:
+        """Say once that, and why, the model runs dynamically."""
+        if reason.eager:
             self.say(
                 f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: "
                 "the model is run as it is, on one GPU, its parameters streamed and all that its "
@@ -111,10 +111,10 @@ class Live:
             num_samples: of the microbatch, where it is a part of the batch.
         """
         args, kwargs, targets = call
-        self._bindings.activate(None)  # the forward needs the memory
-        if self._generation != self._bindings.generation:  # the model is another
+        self._variants.activate(None)  # the forward needs the memory
+        if self._generation != self._variants.generation:  # the model is another
             self.forget()
-            self._generation = self._bindings.generation
+            self._generation = self._variants.generation
         # Whatever is captured holds on to `begin`, so that must not hold on to the model.
         seed, context = microbatch_seed(step, index, self._options.seed), self._context
 
@@ -125,21 +125,21 @@ class Live:
 
         run = self._capture_of(form).capture
         capture = partial(run, args, kwargs, targets, begin, num_samples)
-        with or_as_it_is(self._net):
+        with or_eager(self._net):
             captured = with_room("the forward of a microbatch", [context.device], capture)
-        if captured.as_is is not None:
-            raise LiveOnlyError(captured.as_is, type(self._net).__name__, as_is=True)
+        if captured.eager is not None:
+            raise DynamicOnlyError(captured.eager, type(self._net).__name__, eager=True)
         paths = self._known.setdefault(form, Paths())
-        standing = (b for b in paths.bindings if b.captured.guards.same())
+        standing = (b for b in paths.variants if b.captured.guards.same())
         same = (b for b in standing if same_path(b.captured, captured))
-        binding = next(same, None) or self._bindings.bind(captured, form)
-        paths.use(binding)
-        size = captured.num_samples  # its tape is good for no other
-        measure = partial(self._bindings.measured, binding, form, size, call, [size])
+        variant = next(same, None) or self._variants.bind(captured, form)
+        paths.use(variant)
+        size = captured.num_samples  # its trace is good for no other
+        measure = partial(self._variants.measured, variant, form, size, call, [size])
         inputs = with_room("measuring the layers", [context.device], measure)
-        plan = self._plan(binding, size)
-        weights, _ = binding.weights(detached(inputs), plan.spec)
-        return ReadyStep(binding, plan, inputs, weights, index, captured.moved)
+        plan = self._plan(variant, size)
+        weights, _ = variant.weights(detached(inputs), plan.spec)
+        return ReadyStep(variant, plan, inputs, weights, index, captured.moved)
 
     def train(
         self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
@@ -186,12 +186,12 @@ class Live:
             high = min(low + size, minibatch)
             part = batch.part(*call, low, high)
             ready = self.ready("step", part, step, index, high - low)
-            captured, loss = ready.binding.captured, ready.binding.graph.loss
+            captured, loss = ready.variant.captured, ready.variant.graph.loss
             assert loss is not None
             weight = weights.weigh(captured, loss, detached(ready.inputs))
             ran = run(replace(ready, weights=dict.fromkeys(ready.weights, weight)))
             total = total + ran.loss
-            self.commit(ready, ran.recall, [])
+            self.commit(ready, ran.replay, [])
             if sums.hooked and high < minibatch:
                 self._check_hooks(weights)
             sums.add()
@@ -202,8 +202,8 @@ class Live:
             total = total * scale
             for gradient in sums.sums.values():
                 gradient.mul_(scale)
-        assert self._bindings.arenas is not None
-        sums.publish(self._bindings.arenas[1].own)
+        assert self._variants.arenas is not None
+        sums.publish(self._variants.arenas[1].own)
         if not fixed:
             call_hooks(self._net.parameters())
         return replace(ran, loss=total)
@@ -216,7 +216,8 @@ class Live:
         """
         if weights.by_targets:
             raise ConfigError(
-                "a parameter has a hook, and the forward is run live: what each microbatch's "
+                "a parameter has a hook, and the forward is run dynamically: what each "
+                "microbatch's "
                 "gradient counts is known only after the last, since the loss is a mean over the "
                 "targets that count. Leave microbatch_size= out, or put the hook's work into a "
                 "step_pre_hook of the optimizer"
@@ -235,13 +236,13 @@ class Live:
         begun.append("all packs")
         optimizer.update_all(params)
 
-    def commit(self, ready: ReadyStep, recall: Recall, begun: list[str]) -> None:
+    def commit(self, ready: ReadyStep, replay: ReplayState, begun: list[str]) -> None:
         """Let the model have what a forward has changed.
 
         Args:
             begun: hears when the first change is about to be made.
         """
-        recall.states.commit(begun)
+        replay.states.commit(begun)
         if not ready.moved:
             return
         begun.append("what the forward changes")
@@ -249,15 +250,15 @@ class Live:
         for module, attribute, held in ready.moved:
             modules[module].__dict__[attribute] = held
 
-    def _plan(self, binding: Binding, size: int) -> Plan:
-        plan = binding.plan(size, "pp", size, "recompute", None)
-        self._record.planned(plan, binding.predicted(plan))
+    def _plan(self, variant: Variant, size: int) -> Plan:
+        plan = variant.plan(size, "pp", size, "recompute", None)
+        self._record.planned(plan, variant.predicted(plan))
         return plan
 
-    def _capture_of(self, form: str) -> LiveCapture:
+    def _capture_of(self, form: str) -> DynamicTrace:
         if form not in self._captures:
             loss = self._options.loss_fn if form == "step" else None
-            self._captures[form] = LiveCapture(
+            self._captures[form] = DynamicTrace(
                 self._net,
                 self._context.device,
                 loss=loss,

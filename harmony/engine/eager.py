@@ -1,7 +1,8 @@
 """Trains a module as it is: its own Python runs once for each microbatch, on the first GPU.
 
-The last rung of the ladder, for what no recording can stand for: forwards that write outside of
-the model, read what nothing can look at, or carry tensors from one call to the next.
+The last capture_mode of the ladder, for what no recording can stand for: forwards that write
+    outside of the model, read what nothing can look at, or carry tensors from one call to the
+    next.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from harmony.capture.trace.program import Program
 from harmony.core.units import format_bytes
 from harmony.engine.call_key import Call
 from harmony.engine.options import EngineOptions
-from harmony.engine.variants import Bindings
+from harmony.engine.variants import VariantCache
 from harmony.errors import DoesNotFitError
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.interrupts import held_back
@@ -28,7 +29,7 @@ from harmony.runtime.step.randomness import microbatch_seed
 Range = tuple[int, int]
 
 
-class Direct:
+class EagerRunner:
     """Runs one model as it is."""
 
     def __init__(
@@ -36,7 +37,7 @@ class Direct:
         net: nn.Module,
         context: DeviceContext,
         options: EngineOptions,
-        bindings: Bindings,
+        variants: VariantCache,
         say: Callable[[str], None],
     ) -> None:
         """Run on one device.
@@ -47,7 +48,7 @@ class Direct:
         self._net = net
         self._context = context
         self._options = options
-        self._bindings = bindings
+        self._variants = variants
         self._say = say
         self._outside: dict[str, Outside] = {}
 
@@ -62,7 +63,7 @@ class Direct:
             captured: a recording of the step, to read off how its loss adds up; None if there
                 is none.
         """
-        self._bindings.activate(None)  # it needs the memory
+        self._variants.activate(None)  # it needs the memory
         loss_fn = self._options.loss_fn
         program = Program(loss_fn, output_loss=loss_fn is None)
         size = min(self._options.microbatch_size or minibatch, minibatch)
@@ -78,7 +79,7 @@ class Direct:
 
     def forward(self, args: Any, kwargs: Any, step: int) -> Any:
         """Run the forward; its outputs are part of autograd's graph as in plain PyTorch."""
-        self._bindings.activate(None)  # it needs the memory
+        self._variants.activate(None)  # it needs the memory
         device, home = self._context.device, _device_of((args, kwargs))
         outside = self._of("dropin", None)
         try:

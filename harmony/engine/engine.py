@@ -1,7 +1,7 @@
 """What stands behind the wrapper: captures the module, plans, and runs the steps.
 
-A *binding* is what one signature of the inputs leads to: captured layers, measured costs, plans,
-an executor. The parameters' arena is one for all bindings.
+A *variant* is what one signature of the inputs leads to: captured layers, measured costs, plans,
+an executor. The parameters' arena is one for all variants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import nn
 
-from harmony.capture import GuardError, LiveOnlyError
+from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.loss.weights import parts_asked_for
 from harmony.core.timeline import Timeline
 from harmony.engine.autograd import (
@@ -28,10 +28,10 @@ from harmony.engine.autograd import (
     input_gradients,
 )
 from harmony.engine.call_key import Call
-from harmony.engine.dynamic import Live, detached
-from harmony.engine.eager import Direct
+from harmony.engine.dynamic import DynamicRunner, detached
+from harmony.engine.eager import EagerRunner
 from harmony.engine.generate import generate
-from harmony.engine.grad_alias import LentGradients, check_unchanged
+from harmony.engine.grad_alias import AliasedGradients, check_unchanged
 from harmony.engine.hooked import hooked_step
 from harmony.engine.inflight import parameters_read
 from harmony.engine.minibatch import (
@@ -43,8 +43,14 @@ from harmony.engine.minibatch import (
 )
 from harmony.engine.options import EngineOptions
 from harmony.engine.replan import Feedback
-from harmony.engine.step_result import RanStep, ReadyStep, StepResult, count_tokens, recall_of
-from harmony.engine.variants import OTHER_WAY, Bindings
+from harmony.engine.step_result import (
+    RanStep,
+    ReadyStep,
+    StepResult,
+    count_tokens,
+    replay_state_of,
+)
+from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
 from harmony.planner.ir.tasks import Phase
 from harmony.report import header as facts
@@ -54,8 +60,8 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.executor import Job, PreparedSchedule
 from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.interrupts import held_back
-from harmony.runtime.step.replay_state import Recall
-from harmony.runtime.traced_lock import Turns
+from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.traced_lock import TracedLock
 
 P = ParamSpec("P")
 
@@ -69,7 +75,7 @@ class Engine:
         devices: the GPUs.
         record: what the report is made of.
         whole: whether it can go on.
-        turns: who runs it now.
+        lock: who runs it now.
         verifier: sees every forward and backward of the drop-in form, where one is set.
         optimizer: the full optimizer of the step form, once training has begun or asked for.
     """
@@ -84,8 +90,8 @@ class Engine:
         self.net = net
         self.devices = list(devices)
         self._contexts = [DeviceContext(device) for device in devices]
-        self._lent: LentGradients | None = None
-        self.turns = Turns()
+        self._aliased: AliasedGradients | None = None
+        self.lock = TracedLock()
         self._optimizer = options.make_optimizer(net)
         self.whole = Wholeness(net, self._optimizer)
         self.record = session.register(
@@ -96,18 +102,20 @@ class Engine:
             warnings.warn(notice, stacklevel=4)
         watched = options.replan and options.plan is None
         self._feedback = Feedback(self.record, options.activations) if watched else None
-        self.bindings = Bindings(net, self._contexts, options, self._optimizer, self.record)
-        self._live = Live(
-            net, self._contexts[0], options, self.bindings, self._optimizer, self.record
+        self.variants = VariantCache(net, self._contexts, options, self._optimizer, self.record)
+        self._dynamic = DynamicRunner(
+            net, self._contexts[0], options, self.variants, self._optimizer, self.record
         )
-        self._direct = Direct(net, self._contexts[0], options, self.bindings, self._live.say)
+        self._eager = EagerRunner(
+            net, self._contexts[0], options, self.variants, self._dynamic.say
+        )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The full optimizer, for LR schedulers and checkpoints."""
         if self._optimizer is None:
             return None
-        self.bindings.settle_optimizer()
+        self.variants.settle_optimizer()
         return self._optimizer.full
 
     @property
@@ -116,9 +124,9 @@ class Engine:
         return None if self._optimizer is None else self._optimizer.last_norm
 
     @property
-    def live_size(self) -> int | None:
-        """Samples of a microbatch of a live step; None before there was one."""
-        return self._live.size
+    def dynamic_size(self) -> int | None:
+        """Samples of a microbatch of a dynamic step; None before there was one."""
+        return self._dynamic.size
 
     # Steps
 
@@ -147,36 +155,36 @@ class Engine:
             try:
                 ready = self._prepare("step", call)
                 step, minibatch = self._planned(call, ready, begun), ready.plan.minibatch
-                step.recall.states.commit(begun)
+                step.replay.states.commit(begun)
                 loss, timeline = step.loss, step.timeline
-            except (LiveOnlyError, GuardError) as reason:
-                _, minibatch = self.bindings.paths("step", call)
-                loss, timeline = self._train_live(call, minibatch, reason)
-                self._live.update(begun)
+            except (DynamicOnlyError, GuardError) as reason:
+                _, minibatch = self.variants.paths("step", call)
+                loss, timeline = self._train_dynamic(call, minibatch, reason)
+                self._dynamic.update(begun)
             self.num_steps += 1
             self.last_timeline = timeline
         if ready is not None and timeline is not None:
-            ready.binding.captured.bring_home(self.devices)
-            if self._feedback is not None and not self.bindings.hooked():
-                self._feedback.stepped(ready.binding, ready.plan, timeline)
+            ready.variant.captured.bring_home(self.devices)
+            if self._feedback is not None and not self.variants.hooked():
+                self._feedback.stepped(ready.variant, ready.plan, timeline)
         return StepResult(loss, minibatch, count_tokens((args, kwargs)), timeline)
 
-    def _train_live(
-        self, call: Call, minibatch: int, reason: LiveOnlyError | GuardError
+    def _train_dynamic(
+        self, call: Call, minibatch: int, reason: DynamicOnlyError | GuardError
     ) -> tuple[torch.Tensor, Timeline | None]:
-        """Run what no tape stands for up to its gradients: recorded on its way, or as it is."""
-        reason = self._goes_live("step", call, reason)
-        if not reason.as_is:
+        """Run what no trace stands for up to its gradients: recorded on its way, or as it is."""
+        reason = self._goes_dynamic("step", call, reason)
+        if not reason.eager:
             try:
-                step = self._live.train(call, minibatch, self.num_steps, self._run_gradients)
-            except LiveOnlyError as found:
-                if not found.as_is:
+                step = self._dynamic.train(call, minibatch, self.num_steps, self._run_gradients)
+            except DynamicOnlyError as found:
+                if not found.eager:
                     raise
-                self._goes_live("step", call, found)
+                self._goes_dynamic("step", call, found)
             else:
                 return step.loss, step.timeline
-        captured = self.bindings.recorded("step", call)
-        return self._direct.train(call, minibatch, self.num_steps, captured), None
+        captured = self.variants.recorded("step", call)
+        return self._eager.train(call, minibatch, self.num_steps, captured), None
 
     def _prepare(self, form: str, call: Call) -> ReadyStep:
         """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
@@ -185,33 +193,33 @@ class Engine:
 
     def _planned(self, call: Call, ready: ReadyStep, begun: list[str]) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
-        if not self.bindings.hooked():
+        if not self.variants.hooked():
             return self.run_step(ready)
         ran = hooked_step(self, call, ready, self._run_gradients)
-        self._live.update(begun)
+        self._dynamic.update(begun)
         return ran
 
     def _run_gradients(self, ready: ReadyStep) -> RanStep:
         """Run a step up to its gradients, and leave them as ``grad``."""
         ran = self.run_step(ready, apply_updates=False)
-        ready.binding.host.publish_all()
+        ready.variant.host.publish_all()
         return ran
 
-    def _goes_live(
-        self, form: str, call: Call, reason: LiveOnlyError | GuardError
-    ) -> LiveOnlyError:
-        """Note that no tape stands for the calls of this signature; return why.
+    def _goes_dynamic(
+        self, form: str, call: Call, reason: DynamicOnlyError | GuardError
+    ) -> DynamicOnlyError:
+        """Note that no trace stands for the calls of this signature; return why.
 
         A decision by computed values shows only when the layers run; the forward of all layers
         comes before the first update, so nothing has changed then.
         """
-        known = isinstance(reason, LiveOnlyError)
-        found = reason if known else LiveOnlyError(OTHER_WAY, reason.where)
-        assert isinstance(found, LiveOnlyError)
-        paths, _ = self.bindings.paths(form, call)
+        known = isinstance(reason, DynamicOnlyError)
+        found = reason if known else DynamicOnlyError(OTHER_WAY, reason.where)
+        assert isinstance(found, DynamicOnlyError)
+        paths, _ = self.variants.paths(form, call)
         if not found.passing:
-            paths.live = found.again()
-        self._live.notice(found)
+            paths.dynamic = found.again()
+        self._dynamic.notice(found)
         return found
 
     def ready(
@@ -220,57 +228,57 @@ class Engine:
         """Capture, measure and plan for a batch, as far as that was not done before."""
         self.whole.check()
         call = (args, kwargs, targets)
-        find = functools.partial(self.bindings.find, form, call)
+        find = functools.partial(self.variants.find, form, call)
         try:
-            binding, plan, inputs = with_room("measuring the model", self.devices, find)
-        except LiveOnlyError as reason:
-            if form == "step" or reason.as_is:
+            variant, plan, inputs = with_room("measuring the model", self.devices, find)
+        except DynamicOnlyError as reason:
+            if form == "step" or reason.eager:
                 raise
-            self._live.notice(reason)
-            return self._live.ready(form, call, self.num_steps, 0)
-        weights, doubt = binding.weights(detached(inputs), plan.spec)
+            self._dynamic.notice(reason)
+            return self._dynamic.ready(form, call, self.num_steps, 0)
+        weights, doubt = variant.weights(detached(inputs), plan.spec)
         if doubt is not None and self.options.microbatch_size is None:
-            binding.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
+            variant.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
             return self.ready(form, args, kwargs, targets)
         if doubt is not None:
             self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
-        return ReadyStep(binding, plan, inputs, weights)
+        return ReadyStep(variant, plan, inputs, weights)
 
     def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
         """Run the schedule of a training step, with its updates or up to the gradients."""
-        binding, plan = ready.binding, ready.plan
-        prepared = self._with_slots(binding.prepared, plan, Phase.TRAIN)
-        load_inputs(prepared, binding.graph, ready.inputs)
-        if self._lent is not None:
-            self._lent.take_back()
-        binding.host.forget_gradients()
-        recall = self._recall(ready)
-        job = Job(recall, ready.weights, apply_updates, begun=self.whole.begun)
-        timeline = binding.executor.run(prepared, job)
-        loss = binding.graph.loss
+        variant, plan = ready.variant, ready.plan
+        prepared = self._with_slots(variant.prepared, plan, Phase.TRAIN)
+        load_inputs(prepared, variant.graph, ready.inputs)
+        if self._aliased is not None:
+            self._aliased.take_back()
+        variant.host.forget_gradients()
+        replay = self._replay_state(ready)
+        job = Job(replay, ready.weights, apply_updates, begun=self.whole.begun)
+        timeline = variant.executor.run(prepared, job)
+        loss = variant.graph.loss
         assert loss is not None
         total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
-        return RanStep(total, timeline, recall)
+        return RanStep(total, timeline, replay)
 
     @alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
-        return self._also_live(self._forward, args, kwargs)
+        return self._or_dynamic(self._forward, args, kwargs)
 
-    def _also_live(
+    def _or_dynamic(
         self, run: Callable[[Any, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a forward; live if it turns out that no tape stands for it."""
+        """Run a forward; dynamically if it turns out that no trace stands for it."""
         for _ in range(3):
             try:
                 return run(args, kwargs)
-            except (GuardError, LiveOnlyError) as reason:
-                found = self._goes_live("dropin", (args, kwargs, None), reason)
-            if found.as_is:
+            except (GuardError, DynamicOnlyError) as reason:
+                found = self._goes_dynamic("dropin", (args, kwargs, None), reason)
+            if found.eager:
                 break
         self.whole.check()
         check_surroundings()
-        out = self._direct.forward(args, kwargs, self.num_steps)
+        out = self._eager.forward(args, kwargs, self.num_steps)
         self.num_steps += torch.is_grad_enabled()
         self.last_timeline = None
         return out
@@ -280,22 +288,22 @@ class Engine:
         check_surroundings()
         with hooks_of_others_off():
             ready = self._prepare("dropin", (args, kwargs, None))
-        binding, plan, inputs, weights = ready.binding, ready.plan, ready.inputs, ready.weights
-        recall, check, step = self._recall(ready), binding.self_check(plan), self.num_steps
-        lane = binding.lanes.take(plan.minibatch)
-        call = ForwardCall(self.backward, binding, plan, recall, weights, lane, step, check)
+        variant, plan, inputs, weights = ready.variant, ready.plan, ready.inputs, ready.weights
+        replay, check, step = self._replay_state(ready), variant.self_check(plan), self.num_steps
+        in_flight = variant.in_flight_pool.take(plan.minibatch)
+        call = ForwardCall(self.backward, variant, plan, replay, weights, in_flight, step, check)
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)
-        prepared = self._with_slots(binding.prepared, plan, Phase.FORWARD, lane)
-        load_inputs(prepared, binding.graph, detached(inputs))
-        self.last_timeline = binding.executor.run(prepared, Job(recall, weights, check=check))
-        joined = joined_outputs(prepared, binding.graph, weights)
+        prepared = self._with_slots(variant.prepared, plan, Phase.FORWARD, in_flight)
+        load_inputs(prepared, variant.graph, detached(inputs))
+        self.last_timeline = variant.executor.run(prepared, Job(replay, weights, check=check))
+        joined = joined_outputs(prepared, variant.graph, weights)
         if self.verifier is not None:
             call.values = {v: tensor.detach() for v, tensor in joined.items()}
         values = attach(joined, inputs, call)
-        out = binding.captured.unflatten_output(to_device_of((args, kwargs), values))
+        out = variant.captured.unflatten_output(to_device_of((args, kwargs), values))
         with self.whole.together() as begun:
-            self._live.commit(ready, recall, begun)
+            self._dynamic.commit(ready, replay, begun)
             self.num_steps += 1
         return out
 
@@ -307,27 +315,27 @@ class Engine:
             The gradients of its inputs that require one, and of the trained parameters.
         """
         self.whole.check()
-        self.bindings.check_current(call.binding.host.generation)
-        binding, host = call.binding, call.binding.host
-        self.bindings.activate(binding)
+        self.variants.check_current(call.variant.host.generation)
+        variant, host = call.variant, call.variant.host
+        self.variants.activate(variant)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
-        prepare, reached = binding.prepared_backward, frozenset(given)
-        prepared = self._with_slots(prepare, call.plan, call.lane, reached)
+        prepare, reached = variant.prepared_backward, frozenset(given)
+        prepared = self._with_slots(prepare, call.plan, call.in_flight, reached)
         read = set(parameters_read(prepared.schedule, host.weights.layout))
         check_unchanged(call.versions, host.weights.arena, read)
-        load_gradients(prepared, binding.graph, given, call.weights)
-        if self._lent is None:
-            self._lent = LentGradients(host.gradients.arena, host.weights.arena.tensors)
-        self._lent.take_back()
-        job = Job(call.recall, call.weights, check=call.check)
-        timeline = binding.executor.run(prepared, job)
-        binding.checked(call.plan)
+        load_gradients(prepared, variant.graph, given, call.weights)
+        if self._aliased is None:
+            self._aliased = AliasedGradients(host.gradients.arena, host.weights.arena.tensors)
+        self._aliased.take_back()
+        job = Job(call.replay, call.weights, check=call.check)
+        timeline = variant.executor.run(prepared, job)
+        variant.checked(call.plan)
         self.last_timeline = timeline
         if self.verifier is None:
             seconds = timeline.step_s
             stats = StepStats(call.step, None, call.plan.minibatch, None, seconds, timeline)
             self.record.stepped(stats)
-        made = self._lent.lend(frozenset().union(*host.touched.values()))
+        made = self._aliased.hand_out(frozenset().union(*host.touched.values()))
         if self.verifier is not None:
             self.verifier.after_backward(call, given, made)
         return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
@@ -335,26 +343,26 @@ class Engine:
     @alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward without gradients."""
-        return self._also_live(self._infer, args, kwargs)
+        return self._or_dynamic(self._infer, args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ready = self._prepare("dropin", (args, kwargs, None))
-        binding, plan, weights = ready.binding, ready.plan, ready.weights
-        prepared = self._with_slots(binding.prepared_inference, plan)
-        load_inputs(prepared, binding.graph, detached(ready.inputs))
-        recall = self._recall(ready, recomputed=False)
-        binding.executor.run(prepared, Job(recall, weights))
-        values = joined_outputs(prepared, binding.graph, weights)
-        out = binding.captured.unflatten_output(to_device_of((args, kwargs), values))
+        variant, plan, weights = ready.variant, ready.plan, ready.weights
+        prepared = self._with_slots(variant.prepared_inference, plan)
+        load_inputs(prepared, variant.graph, detached(ready.inputs))
+        replay = self._replay_state(ready, recomputed=False)
+        variant.executor.run(prepared, Job(replay, weights))
+        values = joined_outputs(prepared, variant.graph, weights)
+        out = variant.captured.unflatten_output(to_device_of((args, kwargs), values))
         with self.whole.together() as begun:
-            self._live.commit(ready, recall, begun)
+            self._dynamic.commit(ready, replay, begun)
         return out
 
     @alone
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
         self.whole.check()
-        self.bindings.activate(None)  # the forwards need the memory
+        self.variants.activate(None)  # the forwards need the memory
         return generate(self.net, self.devices[0], args, kwargs)
 
     def _with_slots(
@@ -370,20 +378,19 @@ class Engine:
     def close(self) -> None:
         """Give back threads, device memory and the arena; the module keeps all values."""
         self.whole.closed = True
-        self._lent = None
+        self._aliased = None
         self.verifier = None
-        self._live.forget()
-        self.bindings.forget()
-        self.bindings.arenas = None
+        self._dynamic.forget()
+        self.variants.forget()
+        self.variants.arenas = None
 
     def restored(self, missing: Collection[str] = ()) -> None:
         """Note that a state was loaded, without the tensors named ``missing``."""
         if self.whole.restored(missing):
-            self.bindings.activate(None)  # what stays on devices may be of the step that failed
+            self.variants.activate(None)  # what stays on devices may be of the step that failed
 
-
-    def _recall(self, ready: ReadyStep, recomputed: bool = True) -> Recall:
+    def _replay_state(self, ready: ReadyStep, recomputed: bool = True) -> ReplayState:
         run_seed = self.options.seed
-        return recall_of(
+        return replay_state_of(
             self.net, ready, self._contexts[0], self.num_steps, run_seed, recomputed
         )

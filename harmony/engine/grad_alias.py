@@ -16,7 +16,7 @@ from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.pinned_memory import tensor_on
 
 
-class LentGradients:
+class AliasedGradients:
     """Gradients that autograd holds as views of the arena, where the next backward writes.
 
     A second copy of all gradients would double their host memory, so autograd is handed the
@@ -29,13 +29,13 @@ class LentGradients:
     def __init__(self, arena: HostArena, params: Mapping[str, torch.Tensor]) -> None:
         self._arena = arena
         self._params = params
-        self._lent: list[weakref.ref[torch.Tensor]] = []
+        self._aliased: list[weakref.ref[torch.Tensor]] = []
         self._memory: dict[str, weakref.ref[Any]] = {}
 
-    def lend(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def hand_out(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the gradients of these parameters, for autograd; only within a backward."""
         lent = {name: self._lend(name) for name in names}
-        self._lent += [weakref.ref(gradient) for gradient in lent.values()]
+        self._aliased += [weakref.ref(gradient) for gradient in lent.values()]
         given = [self._params[name] for name in lent]
         # What autograd puts into param.grad is another tensor of the same memory.
         engine: Any = torch.autograd.Variable._execution_engine
@@ -44,8 +44,8 @@ class LentGradients:
 
     def take_back(self) -> None:
         """Give everybody who still holds a gradient of an earlier backward a copy of it."""
-        held = [gradient for ref in self._lent if (gradient := ref()) is not None]
-        self._lent.clear()
+        held = [gradient for ref in self._aliased if (gradient := ref()) is not None]
+        self._aliased.clear()
         grads = [self._params[name].grad for name in self._arena.views if name in self._params]
         held += [grad for grad in grads if grad is not None]
         for gradient in held:
@@ -66,7 +66,7 @@ class LentGradients:
 
     def _note(self, params: Iterable[torch.Tensor]) -> None:
         grads = [param.grad for param in params if param.grad is not None]
-        self._lent += [weakref.ref(grad) for grad in grads if self._is_in_arena(grad)]
+        self._aliased += [weakref.ref(grad) for grad in grads if self._is_in_arena(grad)]
 
     def _is_in_arena(self, tensor: torch.Tensor) -> bool:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
@@ -106,9 +106,7 @@ def _version_of(arena: HostArena, name: str) -> Version:
     return in_place, steps, arena.num_moves[name]
 
 
-def check_unchanged(
-    then: Mapping[str, Version], arena: HostArena, names: Iterable[str]
-) -> None:
+def check_unchanged(then: Mapping[str, Version], arena: HostArena, names: Iterable[str]) -> None:
     """Refuse a backward that would recompute with other weights than its forward had.
 
     Args:

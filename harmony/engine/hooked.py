@@ -18,7 +18,7 @@ from harmony.engine.call_key import Call
 from harmony.engine.dynamic import ModuleState
 from harmony.engine.options import EngineOptions
 from harmony.engine.step_result import RanStep, ReadyStep
-from harmony.engine.variants import Bindings
+from harmony.engine.variants import VariantCache
 from harmony.planner.ir.tasks import Samples, TaskKind
 from harmony.report.session import ModelRecord
 from harmony.runtime.interrupts import held_back
@@ -33,7 +33,7 @@ class _Steps(Protocol):
     net: nn.Module
     record: ModelRecord
     options: EngineOptions
-    bindings: Bindings
+    variants: VariantCache
 
     def ready(
         self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
@@ -70,20 +70,20 @@ def _in_parts(
     engine: _Steps, call: Call, whole: ReadyStep, parts: list[Samples], run: Run
 ) -> RanStep:
     """Run forward and backward of one microbatch after the other, with the hooks of each."""
-    assert engine.bindings.arenas is not None and whole.binding.graph.loss is not None
+    assert engine.variants.arenas is not None and whole.variant.graph.loss is not None
     sums = GradientSums(dict(engine.net.named_parameters()), hooks_each=True)
     total = torch.zeros(())
     ran: RanStep | None = None
     for index, samples in enumerate(parts):
         if ran is not None:
-            ran.recall.states.commit([])
-        part = whole.binding.captured.part_of_call(call, *samples)
+            ran.replay.states.commit([])
+        part = whole.variant.captured.part_of_call(call, *samples)
         ready = engine.ready("step", *part)
-        weight = whole.weights[whole.binding.graph.loss, samples]
+        weight = whole.weights[whole.variant.graph.loss, samples]
         weights = dict.fromkeys(ready.weights, weight)
         ran = run(replace(ready, weights=weights, first_index=index))
         total = total + ran.loss
         sums.add()
-    sums.publish(engine.bindings.arenas[1].own)
+    sums.publish(engine.variants.arenas[1].own)
     assert ran is not None, "a batch has samples"
     return replace(ran, loss=total)

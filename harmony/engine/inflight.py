@@ -1,4 +1,4 @@
-"""Lanes: what each forward that awaits its backward keeps of its own on the host."""
+"""InFlightPool: what each forward that awaits its backward keeps of its own on the host."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Reached = frozenset[int]
 
 
 @dataclass(eq=False)
-class Lane:
+class InFlight:
     """Host copies of the values of one minibatch, and the schedules that are bound to them.
 
-    A forward takes a free lane; it is free again when nothing can ask for its backward any more.
-    So there are never more lanes than forwards were waiting at one time.
+    A forward takes a free in_flight; it is free again when nothing can ask for its backward any
+    more. So there are never more in_flight_pool than forwards were waiting at one time.
 
     Attributes:
         values: what its forward leaves, beside what goes through the host meanwhile.
-        prepared: by the id of the schedule; gone when the binding's device memory is.
+        prepared: by the id of the schedule; gone when the variant's device memory is.
     """
 
     values: HostValues = field(default_factory=dict)
@@ -50,42 +50,48 @@ class Lane:
         self.is_taken = False
 
 
-class Lanes:
-    """The lanes of one executor, and the schedules that are prepared for them."""
+class InFlightPool:
+    """The in_flight_pool of one executor, and the schedules that are prepared for them."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._taken: dict[int, list[Lane]] = {}
-        self._own: dict[tuple[Phase, int], Lane] = {}
+        self._taken: dict[int, list[InFlight]] = {}
+        self._own: dict[tuple[Phase, int], InFlight] = {}
 
-    def take(self, minibatch: int) -> Lane:
-        """Return a lane that no other forward uses; it is free again after its ``free()``."""
-        lanes = self._taken.setdefault(minibatch, [])
-        lane = next((lane for lane in lanes if not lane.is_taken), None)
-        if lane is None:
-            lane = Lane()
-            lanes.append(lane)
-        lane.is_taken = True
-        return lane
+    def take(self, minibatch: int) -> InFlight:
+        """Return a in_flight that no other forward uses; it is free again after its ``free()``."""
+        in_flight_pool = self._taken.setdefault(minibatch, [])
+        in_flight = next(
+            (in_flight for in_flight in in_flight_pool if not in_flight.is_taken), None
+        )
+        if in_flight is None:
+            in_flight = InFlight()
+            in_flight_pool.append(in_flight)
+        in_flight.is_taken = True
+        return in_flight
 
-    def own(self, phase: Phase, minibatch: int) -> Lane:
-        """Return the lane of a phase that nothing follows."""
-        return self._own.setdefault((phase, minibatch), Lane())
+    def own(self, phase: Phase, minibatch: int) -> InFlight:
+        """Return the in_flight of a phase that nothing follows."""
+        return self._own.setdefault((phase, minibatch), InFlight())
 
-    def prepare(self, schedule: Schedule, lane: Lane, values: HostValues) -> PreparedSchedule:
-        """Return a schedule ready to run on a lane's values."""
+    def prepare(
+        self, schedule: Schedule, in_flight: InFlight, values: HostValues
+    ) -> PreparedSchedule:
+        """Return a schedule ready to run on a in_flight's values."""
         if not self._executor.fits_slots(schedule):
             self.forget()
         key = id(schedule)  # what is prepared keeps it alive
-        if key not in lane.prepared:
-            lane.prepared[key] = self._executor.prepare(schedule, values)
-        return lane.prepared[key]
+        if key not in in_flight.prepared:
+            in_flight.prepared[key] = self._executor.prepare(schedule, values)
+        return in_flight.prepared[key]
 
     def forget(self) -> None:
         """Prepare everything anew when it is wanted again: the device memory is another."""
-        lanes = [lane for lanes in self._taken.values() for lane in lanes]
-        for lane in (*lanes, *self._own.values()):
-            lane.prepared.clear()
+        in_flight_pool = [
+            in_flight for in_flight_pool in self._taken.values() for in_flight in in_flight_pool
+        ]
+        for in_flight in (*in_flight_pool, *self._own.values()):
+            in_flight.prepared.clear()
 
 
 def differentiable_outputs(graph: LayerGraph) -> Reached:

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 import torch
 
-from harmony.capture import Captured, LiveOnlyError
+from harmony.capture import Captured, DynamicOnlyError
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import LayerGraph
 from harmony.core.options import current_options
-from harmony.engine.variant import Binding, with_saved, with_state
+from harmony.engine.variant import Variant, with_saved, with_state
 from harmony.errors import CaptureError, HarmonyError
 from harmony.planner.ir.tasks import Phase
 from harmony.planner.predict.cost import CostTable, LayerCost
@@ -35,7 +35,7 @@ from harmony.runtime.host.arena_layout import ArenaLayout
 
 
 def profile_of(
-    name: str, binding: Binding, sizes: Sequence[int], minibatch: int, *, clips: bool
+    name: str, variant: Variant, sizes: Sequence[int], minibatch: int, *, clips: bool
 ) -> ModelProfile:
     """The profile of a model that was measured here.
 
@@ -43,32 +43,32 @@ def profile_of(
         sizes: microbatch sizes to count FLOPs and bytes at.
         clips: see `ModelProfile`.
     """
-    assert binding.costs is not None, "measure comes before the profile"
+    assert variant.costs is not None, "measure comes before the profile"
     return ModelProfile(
         name=name,
-        graph=binding.graph,
-        costs=binding.costs,
-        device=native.product_name(binding.device),
-        work=count_work(binding.captured, sizes),
-        machine=binding.machine,
+        graph=variant.graph,
+        costs=variant.costs,
+        device=native.product_name(variant.device),
+        work=count_work(variant.captured, sizes),
+        machine=variant.machine,
         minibatch=minibatch,
         torch_version=torch.__version__,
-        phase=binding.form,
+        phase=variant.form,
         clips=clips,
-        num_params=_num_params(binding.captured),
+        num_params=_num_params(variant.captured),
     )
 
 
 def profile_later(
-    name: str, binding: Binding, sizes: Sequence[int], minibatch: int, *, clips: bool
+    name: str, variant: Variant, sizes: Sequence[int], minibatch: int, *, clips: bool
 ) -> Callable[[], ModelProfile]:
     """Return what makes the profile when it is asked for; arguments as for `profile_of`.
 
     The record that holds it may outlive the model, and must not keep its memory, except where
     nothing but the plan is wanted.
     """
-    kept = binding if current_options().plan_only else None
-    alive = weakref.ref(binding)
+    kept = variant if current_options().plan_only else None
+    alive = weakref.ref(variant)
 
     @functools.cache
     def profile() -> ModelProfile:
@@ -135,7 +135,7 @@ def only_captured() -> Iterator[None]:
     """
     try:
         yield
-    except LiveOnlyError as reason:
+    except DynamicOnlyError as reason:
         raise CaptureError(
             f"{reason.reason} ({reason.where}), so the layers are known only where the model"
             " runs: plan for this machine, without --gpu"

@@ -103,9 +103,7 @@ def adapted(
         return None
 
 
-def _relowered(
-    graph: LayerGraph, costs: CostTable, machine: Machine, plan: Plan
-) -> Plan | None:
+def _relowered(graph: LayerGraph, costs: CostTable, machine: Machine, plan: Plan) -> Plan | None:
     """Return the same packs and policy for another graph; None if they do not fit."""
     question = ask(graph, costs, machine, plan.minibatch, phase=plan.spec.phase, like=plan)
     assert question.like is not None
@@ -138,9 +136,7 @@ def with_bytes(
     def row(index: int) -> dict[int, LayerCost]:
         timed = {size: costs.layer(index, size) for size in nbytes}
         return {
-            size: LayerCost(
-                cost.forward_s, cost.backward_s, cost.update_s, *nbytes[size][index]
-            )
+            size: LayerCost(cost.forward_s, cost.backward_s, cost.update_s, *nbytes[size][index])
             for size, cost in timed.items()
         }
 

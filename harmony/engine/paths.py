@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from harmony.capture import Captured, LiveOnlyError
-from harmony.engine.variant import Binding
+from harmony.capture import Captured, DynamicOnlyError
+from harmony.engine.variant import Variant
 
 K = TypeVar("K", bound=Hashable)
 
@@ -26,41 +26,41 @@ class Paths:
     """What one signature has led to so far.
 
     Attributes:
-        bindings: of each path, the one used last first.
-        live: why no tape stands for later runs; None while one does.
+        variants: of each path, the one used last first.
+        dynamic: why no trace stands for later runs; None while one does.
         changes: how often something outside had changed that the forward reads.
         recorded: a recording that stands for nothing, but shows how its loss adds up.
     """
 
-    bindings: list[Binding] = field(default_factory=list)
-    live: LiveOnlyError | None = None
+    variants: list[Variant] = field(default_factory=list)
+    dynamic: DynamicOnlyError | None = None
     changes: int = 0
     recorded: Captured | None = None
 
-    def use(self, binding: Binding) -> None:
-        """Put a binding, known or new, first."""
-        others = [other for other in self.bindings if other is not binding]
-        self.bindings = [binding, *others][:MAX_PATHS]
+    def use(self, variant: Variant) -> None:
+        """Put a variant, known or new, first."""
+        others = [other for other in self.variants if other is not variant]
+        self.variants = [variant, *others][:MAX_PATHS]
 
-    def standing(self, name: str) -> list[Binding]:
-        """Return the bindings for which all that was read outside is as it was.
+    def standing(self, name: str) -> list[Variant]:
+        """Return the variants for which all that was read outside is as it was.
 
         Args:
             name: of the model.
 
         Raises:
-            LiveOnlyError: if something has changed once more, after recordings that had followed
-                it: naming it.
+            DynamicOnlyError: if something has changed once more, after recordings that had
+                followed it: naming it.
         """
-        found = [binding for binding in self.bindings if binding.captured.guards.same()]
-        if self.bindings and not found:
+        found = [variant for variant in self.variants if variant.captured.guards.same()]
+        if self.variants and not found:
             self.changes += 1
             if self.changes > MAX_CHANGES:
-                changed = self.bindings[0].captured.guards.changed()
-                raise LiveOnlyError(
+                changed = self.variants[0].captured.guards.changed()
+                raise DynamicOnlyError(
                     f"what the forward reads keeps changing: {changed}",
                     name,
-                    as_is=True,
+                    eager=True,
                     passing=True,
                 )
         return found
@@ -69,10 +69,10 @@ class Paths:
 def use_last(known: dict[K, Paths], key: K) -> Paths:
     """Return what a signature has led to, and forget that of the one used longest ago.
 
-    A forward that waits for its backward holds its binding itself.
+    A forward that waits for its backward holds its variant itself.
     """
     found = known[key] = known.pop(key) if key in known else Paths()
     while len(known) > MAX_SIGNATURES:
-        for binding in known.pop(next(iter(known))).bindings:
-            binding.release()
+        for variant in known.pop(next(iter(known))).variants:
+            variant.release()
     return found

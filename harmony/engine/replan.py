@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_seconds
-from harmony.engine.variant import Binding
+from harmony.engine.variant import Variant
 from harmony.errors import PlanError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.predict.simulate import predict_s
@@ -48,11 +48,11 @@ class Feedback:
         self._record = record
         self._activations = activations
         # Of a capture that is forgotten nothing is left here.
-        self._watched: WeakKeyDictionary[Binding, dict[int, _Watched]] = WeakKeyDictionary()
+        self._watched: WeakKeyDictionary[Variant, dict[int, _Watched]] = WeakKeyDictionary()
 
-    def stepped(self, binding: Binding, plan: Plan, timeline: Timeline) -> None:
+    def stepped(self, variant: Variant, plan: Plan, timeline: Timeline) -> None:
         """Note a step; after a few, plan again with what they took."""
-        known = self._watched.setdefault(binding, {})
+        known = self._watched.setdefault(variant, {})
         watched = known.get(plan.minibatch)
         if watched is None or watched.plan is not plan:
             switches = 0 if watched is None else watched.switches
@@ -62,23 +62,23 @@ class Feedback:
             return
         watched.timelines.append(timeline)
         if len(watched.timelines) == NUM_STEPS:
-            self._reconsider(binding, watched)
+            self._reconsider(variant, watched)
             watched.timelines.clear()
 
-    def _reconsider(self, binding: Binding, watched: _Watched) -> None:
+    def _reconsider(self, variant: Variant, watched: _Watched) -> None:
         plan, timelines = watched.plan, watched.timelines
-        assert binding.costs is not None, "a plan that ran was made from costs"
+        assert variant.costs is not None, "a plan that ran was made from costs"
         found = refine(
-            plan.schedule, binding.costs, binding.machine, binding.predicted(plan), timelines
+            plan.schedule, variant.costs, variant.machine, variant.predicted(plan), timelines
         )
         if found.worst * WORTHWHILE < 1 or watched.switches >= MOST_SWITCHES:
             return
-        now_s = predict_s(plan.schedule, binding.graph, found.costs, found.machine)
-        better = better_plan(binding, plan, found, now_s, self._activations)
+        now_s = predict_s(plan.schedule, variant.graph, found.costs, found.machine)
+        better = better_plan(variant, plan, found, now_s, self._activations)
         if better is None:
             return
         watched.switches += 1
-        binding.learn(found.costs, found.machine, better)
+        variant.learn(found.costs, found.machine, better)
         self._record.facts["plan changed"] = (
             f"after {WARM_UP + NUM_STEPS} steps: the costs measured in them predict "
             f"{format_seconds(now_s)} a step for the plan until then, "
@@ -87,7 +87,7 @@ class Feedback:
 
 
 def better_plan(
-    binding: Binding, plan: Plan, found: Refined, now_s: float, activations: str
+    variant: Variant, plan: Plan, found: Refined, now_s: float, activations: str
 ) -> Plan | None:
     """Return a plan that computes the same and is clearly faster; None if there is none.
 
@@ -97,7 +97,7 @@ def better_plan(
     """
     try:
         other = choose(
-            binding.graph,
+            variant.graph,
             found.costs,
             found.machine,
             plan.minibatch,

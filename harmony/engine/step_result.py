@@ -10,14 +10,14 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from harmony.core.timeline import Timeline
-from harmony.engine.variant import Binding
+from harmony.engine.variant import Variant
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.step.layer_state import LayerStates
 from harmony.runtime.step.randomness import RandomStates, microbatch_seed
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.step import Weights
 
 
@@ -29,10 +29,10 @@ class ReadyStep:
         inputs: the tensors of the batch, by value.
         weights: how much the scalars of each microbatch count.
         first_index: number of its first microbatch within the step.
-        moved: Python attributes that a live forward has changed: module, attribute, value.
+        moved: Python attributes that a dynamic forward has changed: module, attribute, value.
     """
 
-    binding: Binding
+    variant: Variant
     plan: Plan
     inputs: Values
     weights: Weights
@@ -46,7 +46,7 @@ class RanStep:
 
     loss: torch.Tensor
     timeline: Timeline
-    recall: Recall
+    replay: ReplayState
 
 
 @dataclass(frozen=True)
@@ -71,34 +71,34 @@ def count_tokens(call: Any) -> int | None:
     return first.numel()
 
 
-def recall_of(
+def replay_state_of(
     net: nn.Module,
     ready: ReadyStep,
     context: DeviceContext,
     step: int,
     run_seed: int,
     recomputed: bool,
-) -> Recall:
+) -> ReplayState:
     """Start the random stream of every microbatch of a step, and what layers change.
 
     Args:
         run_seed: the run's seed.
         recomputed: whether a backward will run the layers again.
     """
-    binding, spec = ready.binding, ready.plan.spec
-    changes = binding.captured.changes
-    forward_end = binding.graph.num_layers
+    variant, spec = ready.variant, ready.plan.spec
+    changes = variant.captured.changes
+    forward_end = variant.graph.num_layers
     if spec.phase is Phase.TRAIN:
         forward_end = spec.forward_packs[-1].last if spec.forward_packs else 0
     states = LayerStates(net, changes, forward_end, spec.minibatch, recomputed)
-    if not any(layer.uses_rng for layer in binding.graph.layers):
-        return Recall(RandomStates(frozenset()), states)
+    if not any(layer.uses_rng for layer in variant.graph.layers):
+        return ReplayState(RandomStates(frozenset()), states)
     packs = (*spec.forward_packs, *spec.backward_packs)
     starts = frozenset(pack.first for pack in packs)
-    random = RandomStates(starts, binding.captured.draws_on_host)
+    random = RandomStates(starts, variant.captured.draws_on_host)
     kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
     every = [s for replica in range(len(spec.shares)) for s in spec.microbatches(replica, kind)]
     for index, samples in enumerate(every, ready.first_index):
         seed = microbatch_seed(step, index, run_seed)
         random.start(samples, 0, context.seeded_state(seed), seed)
-    return Recall(random, states)
+    return ReplayState(random, states)

@@ -14,7 +14,13 @@ from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import Layer, LayerGraph, SharedParam
 from harmony.core.machine import Machine
 from harmony.core.timeline import Timeline
-from harmony.engine.inflight import Lane, Lanes, Reached, backward_schedule, differentiable_outputs
+from harmony.engine.inflight import (
+    InFlight,
+    InFlightPool,
+    Reached,
+    backward_schedule,
+    differentiable_outputs,
+)
 from harmony.engine.other_lengths import (
     adapted,
     ratio_between,
@@ -64,14 +70,14 @@ def microbatches_of(spec: StepSpec) -> list[Samples]:
     return sorted(every)
 
 
-class Binding:
+class Variant:
     """Everything that follows from one signature.
 
     Attributes:
         captured: the layers.
         graph: its layer graph, optimizer state included.
-        executor: runs its schedules; owns device memory only while the binding is the active one.
-        lanes: what it runs them on.
+        executor: runs its schedules; owns device memory only while the variant is the active one.
+        in_flight_pool: what it runs them on.
     """
 
     def __init__(
@@ -90,14 +96,14 @@ class Binding:
         self.host = host
         # Not a method of this: what the executor holds must not hold the executor.
         self.executor = Executor(contexts, host, captured, partial(_place_of, captured))
-        self.lanes = Lanes(self.executor)
+        self.in_flight_pool = InFlightPool(self.executor)
         self.costs: CostTable | None = None
         self._contexts = contexts
         self._form = form
         self._steady = steady
         self._plans: dict[int, Plan] = {}
         self._asked: dict[int, tuple[object, ...]] = {}
-        self._kin: Binding | None = None
+        self._kin: Variant | None = None
         self._predicted: dict[int, tuple[Plan, Timeline]] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._inferences: dict[int, tuple[Plan, Schedule]] = {}
@@ -143,7 +149,7 @@ class Binding:
         """Measure the layers at these microbatch sizes, as far as each fits a device.
 
         Args:
-            known: times of layers of other bindings of the model; what is measured is added.
+            known: times of layers of other variants of the model; what is measured is added.
         """
         # It runs on memory as it was found: an anomaly there means nothing.
         with torch.autograd.set_detect_anomaly(False):
@@ -182,9 +188,9 @@ class Binding:
         # Of the time that a layer takes on a virtual GPU, only what it computes needs a core.
         self.machine = replace(self.machine, cpu_share=self.machine.cpu_share * cpu_share)
 
-    def borrow(self, others: Iterable[Binding]) -> bool:
-        """Take costs from a binding of another length that was measured, if there is one."""
-        found: list[tuple[float, int, float, Binding]] = []
+    def borrow(self, others: Iterable[Variant]) -> bool:
+        """Take costs from a variant of another length that was measured, if there is one."""
+        found: list[tuple[float, int, float, Variant]] = []
         for other in others:
             if other.costs is not None and other._kin is None and other.form is self.form:
                 ratio = ratio_between(self.graph, other.graph)
@@ -319,15 +325,17 @@ class Binding:
         verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
         return plan
 
-    def prepared(self, plan: Plan, phase: Phase, lane: Lane | None = None) -> PreparedSchedule:
+    def prepared(
+        self, plan: Plan, phase: Phase, in_flight: InFlight | None = None
+    ) -> PreparedSchedule:
         """Return the schedule of a phase of the plan, ready to run.
 
         Args:
-            lane: whose values it works on; by default those of a phase that nothing follows.
+            in_flight: whose values it works on; by default those of a phase that nothing follows.
         """
-        if lane is None:
-            lane = self.lanes.own(phase, plan.minibatch)
-        return self.lanes.prepare(plan.schedules[phase], lane, lane.values)
+        if in_flight is None:
+            in_flight = self.in_flight_pool.own(phase, plan.minibatch)
+        return self.in_flight_pool.prepare(plan.schedules[phase], in_flight, in_flight.values)
 
     def prepared_inference(self, plan: Plan) -> PreparedSchedule:
         """Return a forward that nothing follows, with a plan's packs, ready to run."""
@@ -338,10 +346,12 @@ class Binding:
                 self.graph, self.costs, plan.machine, plan.spec, plan.policy
             )
             found = self._inferences[plan.minibatch] = (plan, schedule)
-        lane = self.lanes.own(Phase.INFER, plan.minibatch)
-        return self.lanes.prepare(found[1], lane, lane.values)
+        in_flight = self.in_flight_pool.own(Phase.INFER, plan.minibatch)
+        return self.in_flight_pool.prepare(found[1], in_flight, in_flight.values)
 
-    def prepared_backward(self, plan: Plan, lane: Lane, reached: Reached) -> PreparedSchedule:
+    def prepared_backward(
+        self, plan: Plan, in_flight: InFlight, reached: Reached
+    ) -> PreparedSchedule:
         """Return the backward from the outputs that a gradient has come for, ready to run."""
         key = (plan.minibatch, reached)
         if reached == differentiable_outputs(self.graph):
@@ -352,11 +362,11 @@ class Binding:
             assert self.costs is not None, "measure comes before plan"
             schedule = backward_schedule(plan, self.graph, self.costs, reached)
             self._backwards[key] = schedule
-        return self.lanes.prepare(schedule, lane, lane.backward_values(reached))
+        return self.in_flight_pool.prepare(schedule, in_flight, in_flight.backward_values(reached))
 
     def release(self) -> None:
         """Give the device memory back; the next `prepared` takes it again."""
-        self.lanes.forget()
+        self.in_flight_pool.forget()
         self.executor.release()
 
     def weights(self, inputs: Values, spec: StepSpec) -> tuple[Weights, str | None]:

@@ -14,11 +14,11 @@ from torch import nn
 
 from harmony.capture import (
     Captured,
+    DynamicOnlyError,
     GuardError,
-    LiveOnlyError,
     capture,
     check_hooks,
-    or_as_it_is,
+    or_eager,
     undisturbed,
 )
 from harmony.core.layergraph import LayerGraph
@@ -34,7 +34,7 @@ from harmony.engine.offline_plan import (
 )
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
-from harmony.engine.variant import Binding, with_state
+from harmony.engine.variant import Variant, with_state
 from harmony.errors import HarmonyError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_minibatch
@@ -58,11 +58,11 @@ from harmony.weights.meta_init import check_values, materialise
 OTHER_WAY = "the forward goes another way for other values"
 
 
-class Bindings:
+class VariantCache:
     """Captures, measures and plans; one a model.
 
     Attributes:
-        active: the binding that has the devices' memory.
+        active: the variant that has the devices' memory.
         arenas: of the weights and of the gradients; None before the first batch.
         generation: counts how often all captures were forgotten.
     """
@@ -75,7 +75,7 @@ class Bindings:
         optimizer: PackOptimizer | None,
         record: ModelRecord,
     ) -> None:
-        self.active: Binding | None = None
+        self.active: Variant | None = None
         self.arenas: tuple[HostArena, HostArena] | None = None
         self.generation = 0
         self._difference: str | None = None
@@ -90,9 +90,9 @@ class Bindings:
         self._measured = Measurements(net, contexts, limits, record.warn)
         self._pinned_seen = False
 
-    def __iter__(self) -> Iterator[Binding]:
+    def __iter__(self) -> Iterator[Variant]:
         for paths in self._paths.values():
-            yield from paths.bindings
+            yield from paths.variants
 
     def paths(self, form: str, call: Call) -> tuple[Paths, int]:
         """Return what the signature of a call has led to, and its number of samples."""
@@ -158,66 +158,66 @@ class Bindings:
         self._stages.clear()
         self.generation += 1
 
-    def find(self, form: str, call: Call) -> tuple[Binding, Plan, Values]:
-        """Return a binding that stands for a call, its plan, and the tensors by value.
+    def find(self, form: str, call: Call) -> tuple[Variant, Plan, Values]:
+        """Return a variant that stands for a call, its plan, and the tensors by value.
 
         Raises:
-            LiveOnlyError: if there is none: the call has to be run live.
+            DynamicOnlyError: if there is none: the call has to be run dynamically.
         """
         paths, minibatch = self.paths(form, call)
         if current_options().gpu is not None:
             self._plan_elsewhere(form, call, minibatch)
         self._check_pinned(form, minibatch)
         for _ in range(MAX_PATHS):
-            if paths.live is not None:
-                raise paths.live.again()
+            if paths.dynamic is not None:
+                raise paths.dynamic.again()
             misfit: tuple[int, int] | None = None
             standing = paths.standing(type(self._net).__name__)
-            for binding in standing:
-                if binding.captured.only_size not in (None, minibatch):
+            for variant in standing:
+                if variant.captured.only_size not in (None, minibatch):
                     continue
                 try:
-                    inputs = self.measured(binding, form, minibatch, call)
+                    inputs = self.measured(variant, form, minibatch, call)
                 except GuardError as error:
-                    paths.live = LiveOnlyError(OTHER_WAY, error.where)
-                    raise paths.live.again() from error
-                plan, misfit = self._fitting(binding, minibatch, inputs)
+                    paths.dynamic = DynamicOnlyError(OTHER_WAY, error.where)
+                    raise paths.dynamic.again() from error
+                plan, misfit = self._fitting(variant, minibatch, inputs)
                 if misfit is None:
-                    paths.use(binding)
-                    self._record.profile = self._profile_of(binding, minibatch)
+                    paths.use(variant)
+                    self._record.profile = self._profile_of(variant, minibatch)
                     if current_options().plan_only:
-                        self._record.forward_s = binding.forward_s(plan)
-                    self._record.planned(plan, binding.predicted(plan))
-                    return binding, plan, inputs
+                        self._record.forward_s = variant.forward_s(plan)
+                    self._record.planned(plan, variant.predicted(plan))
+                    return variant, plan, inputs
             self._add_path(paths, standing, form, call, misfit)
-        raise LiveOnlyError("the microbatches of a minibatch take different paths", "?")
+        raise DynamicOnlyError("the microbatches of a minibatch take different paths", "?")
 
     def _fitting(
-        self, binding: Binding, minibatch: int, inputs: Values
+        self, variant: Variant, minibatch: int, inputs: Values
     ) -> tuple[Plan, tuple[int, int] | None]:
-        """Return a plan, and a microbatch that takes another path than the binding's, if any.
+        """Return a plan, and a microbatch that takes another path than the variant's, if any.
 
         Where only parts of the batch do, the batch is not parted.
         """
-        plan, options = self.plan(binding, minibatch), self._options
-        misfit = binding.misfit(inputs, plan.spec, options.microbatch_size)
+        plan, options = self.plan(variant, minibatch), self._options
+        misfit = variant.misfit(inputs, plan.spec, options.microbatch_size)
         whole = (0, minibatch)
         if misfit in (None, whole) or options.microbatch_size is not None:
             return plan, misfit
         if options.mode == "dp" or options.plan is not None:
             return plan, misfit
-        binding.forbid_parts("parts of a batch take another way through the forward than it does")
-        return self.plan(binding, minibatch), None
+        variant.forbid_parts("parts of a batch take another way through the forward than it does")
+        return self.plan(variant, minibatch), None
 
     def recorded(self, form: str, call: Call) -> Captured | None:
         """Return a recording of calls like this one, though it may not stand for it."""
         paths, _ = self.paths(form, call)
-        return next((binding.captured for binding in paths.bindings), paths.recorded)
+        return next((variant.captured for variant in paths.variants), paths.recorded)
 
     def _add_path(
         self,
         paths: Paths,
-        standing: Sequence[Binding],
+        standing: Sequence[Variant],
         form: str,
         call: Call,
         misfit: tuple[int, int] | None,
@@ -227,26 +227,26 @@ class Bindings:
         if misfit is not None:
             part = standing[0].captured.part_of_call(call, *misfit)
             if any(self._stands_for(other, part) for other in standing):
-                raise LiveOnlyError(
+                raise DynamicOnlyError(
                     "the microbatches of a minibatch take different paths",
                     standing[0].captured.first_guard(),
                 )
         try:
             check_hooks(self._net)
-            binding = self._make(form, part)
-            if binding.captured.as_is is not None:
-                paths.recorded = binding.captured
+            variant = self._make(form, part)
+            if variant.captured.eager is not None:
+                paths.recorded = variant.captured
                 where = type(self._net).__name__
-                raise LiveOnlyError(binding.captured.as_is, where, as_is=True)
-            paths.use(binding)
-        except LiveOnlyError as error:
+                raise DynamicOnlyError(variant.captured.eager, where, eager=True)
+            paths.use(variant)
+        except DynamicOnlyError as error:
             if error.passing:
                 raise
-            paths.live = error.again()
+            paths.dynamic = error.again()
 
-    def _stands_for(self, binding: Binding, call: Call) -> bool:
-        """Whether the tape of a binding is what the forward does for all samples of a call."""
-        captured = binding.captured
+    def _stands_for(self, variant: Variant, call: Call) -> bool:
+        """Whether the trace of a variant is what the forward does for all samples of a call."""
+        captured = variant.captured
         inputs = captured.flatten_inputs(*call)
         try:
             captured.check_guards(inputs, captured.count_samples(call))
@@ -256,64 +256,66 @@ class Bindings:
 
     def measured(
         self,
-        binding: Binding,
+        variant: Variant,
         form: str,
         minibatch: int,
         call: Call,
         sizes: Sequence[int] | None = None,
     ) -> Values:
-        """Let a binding have the devices, and measure it if that was not done before.
+        """Let a variant have the devices, and measure it if that was not done before.
 
         Args:
             sizes: of the microbatches to measure; chosen here by default.
         """
-        inputs = binding.captured.flatten_inputs(*call)
-        self.activate(binding)
+        inputs = variant.captured.flatten_inputs(*call)
+        self.activate(variant)
         asked = self._options.microbatch_size
         with undisturbed(self._contexts[0].device):
-            binding.try_splitting(inputs, minibatch, asked, self._options.loss_name(form))
-        if binding.costs is None and not binding.borrow(self):
-            sizes = sizes or self._sizes_to_measure(minibatch, binding.graph)
+            variant.try_splitting(inputs, minibatch, asked, self._options.loss_name(form))
+        if variant.costs is None and not variant.borrow(self):
+            sizes = sizes or self._sizes_to_measure(minibatch, variant.graph)
             update = self.update_cost() if form == "step" else None
             known = self._measured.times()
             with undisturbed(self._contexts[0].device):
-                binding.measure(inputs, sizes, update, known)
+                variant.measure(inputs, sizes, update, known)
             self._measured.keep()
         return inputs
 
-    def rung(self) -> str:
-        """How the model is captured, at worst: by a tape, the tape of a real run, or live."""
+    def capture_mode(self) -> str:
+        """How the model is captured, at worst (see `harmony.Harmony.capture_mode`)."""
         known = self._paths.values()
-        if any(p.live is not None or p.changes > MAX_CHANGES for p in known):
-            return "live"
-        real = any(binding.captured.real for binding in self)
-        return "real-run tape" if real else "tape"
+        if any(p.dynamic is not None and p.dynamic.eager for p in known):
+            return "eager"
+        if any(p.dynamic is not None or p.changes > MAX_CHANGES for p in known):
+            return "dynamic"
+        real = any(variant.captured.real for variant in self)
+        return "real-run trace" if real else "trace"
 
-    def activate(self, binding: Binding | None) -> None:
-        """Let a binding have the device memory; the others take theirs again when they run."""
-        if binding is not self.active:
+    def activate(self, variant: Variant | None) -> None:
+        """Let a variant have the device memory; the others take theirs again when they run."""
+        if variant is not self.active:
             if self.active is not None:
                 self.active.release()
-            self.active = binding
+            self.active = variant
 
-    def plan(self, binding: Binding, minibatch: int) -> Plan:
-        """Return the plan of a binding for a minibatch."""
+    def plan(self, variant: Variant, minibatch: int) -> Plan:
+        """Return the plan of a variant for a minibatch."""
         options = self._options
         # Hooks on parameters see one microbatch after the other, where these are fixed.
         in_turn = options.microbatch_size is not None and self.hooked()
         mode = "pp" if in_turn else options.mode
-        return binding.plan(
+        return variant.plan(
             minibatch, mode, options.microbatch_size, options.activations, options.plan
         )
 
-    def _make(self, form: str, call: Call) -> Binding:
+    def _make(self, form: str, call: Call) -> Variant:
         if self.arenas is None:
             check_values(self._net)
         return self.bind(self._capture(form, call), form)
 
     def _capture(self, form: str, call: Call) -> Captured:
         options, (args, kwargs, targets) = self._options, call
-        with or_as_it_is(self._net), self._blaming_difference():
+        with or_eager(self._net), self._blaming_difference():
             return capture(
                 self._net,
                 args,
@@ -336,8 +338,8 @@ class Bindings:
                 f"the forward fails since {self._difference}. {type(error).__name__}: {error}"
             ) from error
 
-    def bind(self, captured: Captured, form: str) -> Binding:
-        """Make a binding of a capture."""
+    def bind(self, captured: Captured, form: str) -> Variant:
+        """Make a variant of a capture."""
         if self._optimizer is not None and form == "step":
             self.settle_optimizer()
             self._optimizer.check_covers(dict(self._net.named_parameters()))
@@ -352,7 +354,7 @@ class Bindings:
         host = replace(host, graph=graph)
         phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
         steady = self._measured.steady()
-        return Binding(captured, graph, machine, host, self._contexts, phase, steady)
+        return Variant(captured, graph, machine, host, self._contexts, phase, steady)
 
     def _host_state(self, captured: Captured, machine: Machine) -> HostState:
         """See the arena as this capture of the model does; the first one makes it."""
@@ -405,9 +407,9 @@ class Bindings:
         self._pinned_seen = True
         check_minibatch(plan, minibatch)
 
-    def _profile_of(self, binding: Binding, minibatch: int) -> Callable[[], ModelProfile]:
-        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch, binding.graph)
-        return profile_later(name, binding, sizes, minibatch, clips=self.waits())
+    def _profile_of(self, variant: Variant, minibatch: int) -> Callable[[], ModelProfile]:
+        name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch, variant.graph)
+        return profile_later(name, variant, sizes, minibatch, clips=self.waits())
 
     def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
         """Plan for the machine that the command line describes, and end the script.

@@ -21,7 +21,7 @@ from harmony.engine.bypass import within
 from harmony.errors import HarmonyError, text_of
 from harmony.runtime.exec.out_of_memory import out_of_memory
 from harmony.runtime.interrupts import held_back
-from harmony.runtime.traced_lock import Turns
+from harmony.runtime.traced_lock import TracedLock
 from harmony.runtime.update.optimizer import PackOptimizer
 
 P = ParamSpec("P")
@@ -32,7 +32,7 @@ class _Exclusive(Protocol):
     """What `alone` needs of an object whose methods take turns."""
 
     whole: Wholeness
-    turns: Turns
+    lock: TracedLock
     devices: list[torch.device]
 
 
@@ -49,7 +49,7 @@ def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P],
     @functools.wraps(method)
     def run(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.whole.check_process()  # before any lock, which a thread may hold that is not here
-        with held_back(), self.turns, within():
+        with held_back(), self.lock, within():
             try:
                 return method(self, *args, **kwargs)
             except torch.OutOfMemoryError as error:

@@ -113,9 +113,7 @@ class MeasureCache:
         host = replace(machine.host, memory_nbytes=host_nbytes)
         return replace(machine, devices=devices, host=host)
 
-    def update(
-        self, optimizer: PackOptimizer, measure: Callable[[], UpdateCost]
-    ) -> UpdateCost:
+    def update(self, optimizer: PackOptimizer, measure: Callable[[], UpdateCost]) -> UpdateCost:
         """Return what the optimizer costs, as it was measured before; else measure it.
 
         Only optimizers of torch.optim are told apart by their name.

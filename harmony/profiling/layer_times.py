@@ -26,7 +26,7 @@ from harmony.runtime import interrupts
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.stage import Stage, Values
 from harmony.runtime.host.arena import ArenaView
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _NotOnTheseValuesError(Exception):
 
 def _decides(code: Captured, num_samples: int) -> bool:
     """Whether Python has looked at values, so that other values may take another path."""
-    return any(step.kind is StepKind.GUARD for step in code.tape_for(num_samples).steps)
+    return any(step.kind is StepKind.GUARD for step in code.trace_for(num_samples).steps)
 
 
 @contextmanager
@@ -195,7 +195,7 @@ class _LayerRun:
         context.use("compute")
         self._load(weights)
         inputs = {v: env[v].to(context.device) for v in layer.inputs}
-        nothing = Recall.nothing()
+        nothing = ReplayState.nothing()
         wanted = layer.outputs
 
         def forward() -> Values:

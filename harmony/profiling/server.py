@@ -177,9 +177,7 @@ def _measure_switches(
     everything = samples.together(range(len(contexts)))
     if all(everything[way] >= _SHARED * sum(rates[way] for rates in alone) for way in (0, 1)):
         return ()
-    pairs = {
-        pair: samples.together(pair) for pair in combinations(range(len(contexts)), 2)
-    }
+    pairs = {pair: samples.together(pair) for pair in combinations(range(len(contexts)), 2)}
     return find_switches(alone, pairs, everything, samples.together)
 
 

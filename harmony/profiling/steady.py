@@ -238,7 +238,10 @@ def _described(
         for device, rate in zip(steady.machine.devices, update_rates, strict=True)
     )
     return counted, replace(
-        steady.machine, devices=devices, cpu_share=share, updates_alike=machine.updates_alike,
+        steady.machine,
+        devices=devices,
+        cpu_share=share,
+        updates_alike=machine.updates_alike,
         updates_wait=machine.updates_wait,
     )
 

@@ -106,9 +106,7 @@ def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = Non
             return cost
         with streams_restored([context]):
             rate, temporary, alike = _on_a_device(optimizer, context)
-        return replace(
-            cost, device_bytes_per_s=rate, temporary_nbytes=temporary, alike=alike
-        )
+        return replace(cost, device_bytes_per_s=rate, temporary_nbytes=temporary, alike=alike)
 
 
 def _on_the_host(optimizer: PackOptimizer) -> UpdateCost | None:

@@ -58,9 +58,7 @@ class DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The next microbatch."""
         self.drawn.append([])
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and note what it draws."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
@@ -103,9 +101,7 @@ class DrawPlayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._next != len(self._queue):
             raise CannotJoinError("the whole batch draws less often")
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, or give what was drawn instead."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
@@ -121,9 +117,7 @@ class DrawPlayer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return args[0].copy_(joined) if name in _IN_PLACE else joined.clone()
 
 
-def _joined(
-    chunks: Sequence[torch.Tensor], shape: tuple[int, ...], name: str
-) -> torch.Tensor:
+def _joined(chunks: Sequence[torch.Tensor], shape: tuple[int, ...], name: str) -> torch.Tensor:
     for dim in range(len(shape)):
         others = {(*c.shape[:dim], *c.shape[dim + 1 :]) for c in chunks if c.dim() == len(shape)}
         if others == {(*shape[:dim], *shape[dim + 1 :])} and (

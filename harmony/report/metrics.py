@@ -13,7 +13,7 @@ from harmony.core.timeline import Timeline
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.schedule import HOST, HOST_STREAM, Instruction, Op
 from harmony.planner.ir.tasks import Phase, TaskKind
-from harmony.planner.predict.bottleneck import binding
+from harmony.planner.predict.bottleneck import bottleneck
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.simulate import simulate, stall_causes
 from harmony.report.session import ModelRecord, PlanRun
@@ -24,9 +24,18 @@ LINKS = ("h2d", "d2h", "p2p")
 KINDS = ("weights", "gradients", "stash", "saved", "activations", "inputs", "outputs")
 """What transfers carry, in the order of the report."""
 
+BOTTLENECKS = {
+    "compute": "GPU compute",
+    "h2d": "the links from the host to the GPUs",
+    "d2h": "the links from the GPUs to the host",
+    "peer": "waiting for another GPU",
+    "update": "the update on the host",
+    "host": "issuing work from the host",
+}
+
 
 @dataclass(frozen=True)
-class GpuFigures:
+class GpuMetrics:
     """One GPU in one step.
 
     Attributes:
@@ -48,7 +57,7 @@ class GpuFigures:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     """All that the report says about one model.
 
     Attributes:
@@ -58,7 +67,7 @@ class Figures:
             or fetched again; empty if nothing does.
         shared_cores: CPU cores, if there are more virtual GPUs than that; else 0.
         timeline_s: seconds of the step that the GPU figures are of.
-        bound: what sets the pace of that step, a key of `report.BOUND_NAMES`.
+        bound: what sets the pace of that step, a key of `BOTTLENECKS`.
         advice: what would help, in a sentence.
         error_percent: predicted against measured step time, positive if the step took longer.
     """
@@ -82,7 +91,7 @@ class Figures:
     samples_per_s: float | None
     tokens_per_s: float | None
     timeline_s: float
-    gpus: list[GpuFigures]
+    gpus: list[GpuMetrics]
     host_update_s: float
     host_nbytes: int
     host_limit_nbytes: int
@@ -104,7 +113,7 @@ class Figures:
         return {**asdict(self), "traffic_nbytes": self.traffic_nbytes()}
 
 
-def figures_of(record: ModelRecord) -> Figures:
+def metrics_of(record: ModelRecord) -> Metrics:
     """Compute the figures of a model from the plan that ran most.
 
     Raises:
@@ -117,8 +126,8 @@ def figures_of(record: ModelRecord) -> Figures:
     timeline = run.last or run.predicted
     step_s = run.median_s()
     gpus = _gpus(run, timeline)
-    bound, advice = binding(timeline, plan.schedule, plan.spec)
-    return Figures(
+    bound, advice = bottleneck(timeline, plan.schedule, plan.spec)
+    return Metrics(
         name=record.name,
         facts=dict(record.facts),
         warnings=list(record.warnings),
@@ -147,9 +156,7 @@ def figures_of(record: ModelRecord) -> Figures:
     )
 
 
-def forward_seconds(
-    plan: Plan, graph: LayerGraph, costs: CostTable, machine: Machine
-) -> float:
+def forward_seconds(plan: Plan, graph: LayerGraph, costs: CostTable, machine: Machine) -> float:
     """Seconds of the forward where it has a schedule of its own; else 0."""
     if plan.spec.phase is not Phase.BACKWARD:
         return 0.0
@@ -167,7 +174,7 @@ def packs_of(program: Iterable[Instruction]) -> str:
     return " | ".join(" ".join(_elide(group)) for group in names.values() if group)
 
 
-def _gpus(run: PlanRun, timeline: Timeline) -> list[GpuFigures]:
+def _gpus(run: PlanRun, timeline: Timeline) -> list[GpuMetrics]:
     plan = run.plan
     stalls = stall_causes(timeline, plan.schedule)
     found = []
@@ -179,7 +186,7 @@ def _gpus(run: PlanRun, timeline: Timeline) -> list[GpuFigures]:
             traffic.setdefault(link, {})[kind] = nbytes
         peaks = timeline.peak_nbytes or plan.peak_nbytes
         found.append(
-            GpuFigures(
+            GpuMetrics(
                 name=device.name,
                 busy_s=timeline.busy_s(f"{prefix}.compute"),
                 stalls_s=dict(stalls[index]),

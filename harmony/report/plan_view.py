@@ -17,7 +17,7 @@ from harmony.planner.ir.plan import Plan, describe_spec
 from harmony.planner.ir.tasks import TaskKind
 from harmony.profiling.analytic import WorkTable, step_flops
 from harmony.profiling.catalog import Gpu, known_gpu
-from harmony.report.metrics import KINDS, LINKS, Figures, figures_of
+from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, Metrics, metrics_of
 from harmony.report.session import ModelRecord, PlanRun
 from harmony.report.timeline_text import picture
 
@@ -95,11 +95,11 @@ class PeakShare:
     types: str
 
 
-def figures(view: PlanView) -> Figures:
+def figures(view: PlanView) -> Metrics:
     """The figures of the report, as predicted."""
     record = ModelRecord(view.name, {})
     record.runs.append(PlanRun(view.plan, view.timeline))
-    return figures_of(record)
+    return metrics_of(record)
 
 
 def peak_share(view: PlanView) -> PeakShare | None:
@@ -219,21 +219,11 @@ def _head(view: PlanView) -> list[str]:
     lines += _wrapped("step", _step_text(view))
     if plan.bound_s:
         lines += _wrapped("limit", _limit_text(view))
-    lines += _wrapped("binds", f"{_BOUNDS.get(plan.bound, plan.bound)}. {plan.advice}")
+    lines += _wrapped("bottleneck", f"{BOTTLENECKS.get(plan.bound, plan.bound)}. {plan.advice}")
     lines += _wrapped("runner-up", _runner_up_text(view))
     for warning in view.warnings:
         lines += _wrapped("warning", warning)
     return lines
-
-
-_BOUNDS = {
-    "compute": "the GPUs' compute",
-    "h2d": "the links from the host to the GPUs",
-    "d2h": "the links from the GPUs to the host",
-    "peer": "waiting for another GPU",
-    "update": "the update on the host",
-    "host": "issuing work from the host",
-}
 
 
 def _step_text(view: PlanView) -> str:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harmony.core.options import Options, current_options, use
 from harmony.core.timeline import Timeline
@@ -99,6 +99,18 @@ class PlanOnly(BaseException):
     def __init__(self, record: ModelRecord) -> None:
         super().__init__(f"{record.name} is planned")
         self.record = record
+
+
+class Verified(BaseException):
+    """Ends the script once its first step has been compared, under ``--verify``.
+
+    A BaseException, so that a script's ``except Exception`` does not swallow it.
+    """
+
+    def __init__(self, verification: Any) -> None:
+        """Carry a `harmony.verification.verification.Verification`."""
+        super().__init__(verification.summary())
+        self.verification = verification
 
 
 @dataclass

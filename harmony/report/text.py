@@ -27,7 +27,7 @@ from rich.text import Text
 from harmony.core.files import write_text
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes, format_seconds
-from harmony.report.metrics import KINDS, LINKS, Figures, GpuFigures, figures_of
+from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, GpuMetrics, Metrics, metrics_of
 from harmony.report.session import ModelRecord
 from harmony.report.trace_file import trace_events
 
@@ -48,14 +48,6 @@ STALL_NAMES = {
 }
 """What a GPU waited for, where the name of the bytes alone does not say it."""
 
-BOUND_NAMES = {
-    "compute": "the GPUs' compute",
-    "h2d": "the links from the host to the GPUs",
-    "d2h": "the links from the GPUs to the host",
-    "peer": "waiting for another GPU",
-    "update": "the update on the host",
-    "host": "issuing work from the host",
-}
 
 _ASCII = str.maketrans("─━█░·", "--#.-")
 
@@ -69,7 +61,7 @@ def render(record: ModelRecord) -> RenderableType:
     Raises:
         ValueError: if it has no plan yet.
     """
-    figures = figures_of(record)
+    figures = metrics_of(record)
     parts: list[RenderableType] = [
         Rule(Text(f"Harmony · {figures.name}", style="bold"), characters="─", align="left"),
         _summary(figures),
@@ -108,7 +100,7 @@ def write_report(records: Sequence[ModelRecord], path: Path) -> None:
     if path.name.endswith(".trace.json"):
         text = json.dumps(trace_events(_timelines(ready)))
     elif path.suffix == ".json":
-        models = [figures_of(record).to_json() for record in ready]
+        models = [metrics_of(record).to_json() for record in ready]
         text = json.dumps({"models": models}, indent=2)
     else:
         file = io.StringIO()
@@ -168,7 +160,7 @@ def _timelines(records: Sequence[ModelRecord]) -> dict[str, Timeline]:
     return found
 
 
-def _summary(figures: Figures) -> RenderableType:
+def _summary(figures: Metrics) -> RenderableType:
     """Labels and values: the model, the plan, what training achieved."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -194,14 +186,14 @@ def _summary(figures: Figures) -> RenderableType:
     return Padding(grid, (0, 0, 1, 0))
 
 
-def _pack_rows(gpus: Sequence[GpuFigures]) -> list[tuple[str, str]]:
+def _pack_rows(gpus: Sequence[GpuMetrics]) -> list[tuple[str, str]]:
     """Packs per GPU; one row where all GPUs run the same."""
     if len({gpu.packs for gpu in gpus}) == 1:
         return [("packs", gpus[0].packs)]
     return [(f"packs of gpu{index}", gpu.packs) for index, gpu in enumerate(gpus)]
 
 
-def _step_text(figures: Figures) -> Text:
+def _step_text(figures: Metrics) -> Text:
     predicted = f"{format_seconds(figures.predicted_step_s)} predicted"
     if figures.step_s is None:
         return Text(f"{predicted}; none has run")
@@ -216,7 +208,7 @@ def _step_text(figures: Figures) -> Text:
     return text
 
 
-def _training_text(figures: Figures) -> str:
+def _training_text(figures: Metrics) -> str:
     steps = "1 step" if figures.num_steps == 1 else f"{figures.num_steps} steps"
     parts = [steps]
     if figures.first_loss is not None and figures.last_loss is not None:
@@ -228,7 +220,7 @@ def _training_text(figures: Figures) -> str:
     return ", ".join(parts)
 
 
-def _host_text(figures: Figures) -> str:
+def _host_text(figures: Metrics) -> str:
     used = _of(figures.host_nbytes, figures.host_limit_nbytes)
     return f"{used}; its update thread works {format_seconds(figures.host_update_s)} a step"
 
@@ -240,7 +232,7 @@ def _of(nbytes: int, limit_nbytes: int) -> str:
     return f"{number if limit.endswith(f' {unit}') else used} of {limit}"
 
 
-def _gpu_table(figures: Figures) -> RenderableType:
+def _gpu_table(figures: Metrics) -> RenderableType:
     title = "GPUs in the last step" if figures.measured else "GPUs as predicted"
     table = _table(title)
     table.add_column("", no_wrap=True)
@@ -275,7 +267,7 @@ def _stall_text(stalls_s: dict[str, float], whole: float) -> str:
     return ", ".join(shown) or "-"
 
 
-def _traffic_table(figures: Figures) -> RenderableType:
+def _traffic_table(figures: Metrics) -> RenderableType:
     """Bytes a step over each link: a row a link of each GPU, and their sum."""
     total = figures.traffic_nbytes()
     kinds = [kind for kind in KINDS if any(kind in row for row in total.values())]
@@ -326,12 +318,12 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.005 else "<0.01"
 
 
-def _in_use(figures: Figures, gpus: Sequence[GpuFigures], link: str) -> str:
+def _in_use(figures: Metrics, gpus: Sequence[GpuMetrics], link: str) -> str:
     """How much of the step the links were in use, on average."""
     busy = sum(gpu.link_busy_s[link] for gpu in gpus) / len(gpus)
     return f"{busy / figures.timeline_s:.0%}" if figures.timeline_s else "-"
 
 
-def _conclusion(figures: Figures) -> RenderableType:
-    bound = BOUND_NAMES.get(figures.bound, figures.bound)
-    return Text.assemble(("What binds: ", "bold"), f"{bound}. {figures.advice}")
+def _conclusion(figures: Metrics) -> RenderableType:
+    bound = BOTTLENECKS.get(figures.bound, figures.bound)
+    return Text.assemble(("Bottleneck: ", "bold"), f"{bound}. {figures.advice}")

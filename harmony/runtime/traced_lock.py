@@ -8,7 +8,7 @@ from types import TracebackType
 from harmony.runtime import native
 
 
-class Turns:
+class TracedLock:
     """A reentrant lock: what a thread does in its turn is ordered after the turns before it."""
 
     def __init__(self) -> None:

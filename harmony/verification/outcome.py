@@ -82,5 +82,3 @@ def agree(found: Result, reference: Reference) -> bool:
     """Whether loss, gradients and buffers are within the tolerance."""
     rows = rows_of(found, reference, found.buffers)
     return all(row.ok for part in rows for row in part)
-
-

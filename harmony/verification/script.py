@@ -13,6 +13,7 @@ from harmony.engine.autograd import ForwardCall
 from harmony.engine.engine import Engine
 from harmony.reference.plain_step import PlainForward, PlainStep
 from harmony.reference.snapshot import Snapshot
+from harmony.report.session import Verified
 from harmony.runtime.exec.stage import Values
 from harmony.verification.outcome import verification_of
 from harmony.verification.side import (
@@ -29,7 +30,6 @@ from harmony.verification.verification import (
     SPLIT,
     Difference,
     Verification,
-    Verified,
     compare_all,
 )
 
@@ -46,9 +46,7 @@ def verify_and_stop(engine: Engine) -> None:
 class Verifier:
     """Compares every forward and backward of the drop-in form with plain PyTorch."""
 
-    def __init__(
-        self, engine: Engine, report: Callable[[Verification], object] | None
-    ) -> None:
+    def __init__(self, engine: Engine, report: Callable[[Verification], object] | None) -> None:
         """Hand every comparison to ``report``; without one, nothing is compared."""
         self._engine = engine
         self._report = report
@@ -110,20 +108,18 @@ class Verifier:
 
 def _outputs_in_order(call: ForwardCall) -> list[int | None]:
     """The ids of the tensors that the module returns, as its output has them; each once."""
-    graph = call.binding.graph
+    graph = call.variant.graph
     stand_ins = {v: torch.empty(0) for v in graph.output_ids}
     known = {id(tensor): v for v, tensor in stand_ins.items()}
-    leaves = flatten(call.binding.captured.unflatten_output(stand_ins))[0]
+    leaves = flatten(call.variant.captured.unflatten_output(stand_ins))[0]
     return [known.pop(id(x), None) for x in leaves if isinstance(x, torch.Tensor)]
 
 
 def _compare_outputs(
     call: ForwardCall, order: list[int | None], shown: list[torch.Tensor], factor: float
 ) -> list[Difference]:
-    names = {v.id: f"output {v.name}" for v in call.binding.graph.values}
+    names = {v.id: f"output {v.name}" for v in call.variant.graph.values}
     pairs = [(v, t) for v, t in zip(order, shown, strict=True) if v in call.values]
     floating = [(v, t) for v, t in pairs if v is not None and t.is_floating_point()]
     ours = {names[v]: call.values[v] for v, _ in floating}
     return compare_all(ours, {names[v]: t for v, t in floating}, factor)
-
-

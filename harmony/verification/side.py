@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harmony.capture import LiveOnlyError
+from harmony.capture import DynamicOnlyError
 from harmony.capture.graph.structure import flatten
 from harmony.capture.trace.isolation import undisturbed
 from harmony.core.units import format_bytes
@@ -86,7 +86,7 @@ def parts_of(engine: Engine, minibatch: int) -> Parts:
         spec = plan.spec
         every = range(len(spec.shares))
         return tuple(tuple(spec.microbatches(r, TaskKind.BACKWARD)) for r in every)
-    size = engine.live_size or minibatch
+    size = engine.dynamic_size or minibatch
     lows = range(0, minibatch, size)
     return (tuple((low, min(low + size, minibatch)) for low in lows),)
 
@@ -97,9 +97,9 @@ def weights_of(engine: Engine, call: Call) -> dict[Samples, float]:
     form = "dropin" if engine.optimizer is None else "step"
     try:
         ready = engine.ready(form, args, kwargs, targets if form == "step" else None)
-    except LiveOnlyError:
+    except DynamicOnlyError:
         return {}
-    loss = ready.binding.graph.loss
+    loss = ready.variant.graph.loss
     value = next((v for v, _ in ready.weights), None) if loss is None else loss
     return {samples: weight for (v, samples), weight in ready.weights.items() if v == value}
 

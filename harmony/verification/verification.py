@@ -254,14 +254,3 @@ def _badness(found: Difference) -> float:
     if relative != relative:
         return float("inf")
     return relative / found.tolerance if found.tolerance else relative
-
-
-class Verified(BaseException):
-    """Ends the script once its first step has been compared, under ``--verify``.
-
-    A BaseException, so that a script's ``except Exception`` does not swallow it.
-    """
-
-    def __init__(self, verification: Verification) -> None:
-        super().__init__(verification.summary())
-        self.verification = verification

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harmony.capture import GuardError, LiveOnlyError
+from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.graph.structure import flatten
 from harmony.capture.state.random_state import HostState
 from harmony.engine.engine import Engine
@@ -105,10 +105,10 @@ class _Comparison:
         form = "step" if self._steps else "dropin"
         try:
             self._engine.ready(form, *self._call)
-        except LiveOnlyError as reason:
+        except DynamicOnlyError as reason:
             raise ConfigError(
-                "verify of a model without values that runs live; give it values first: train "
-                f"one batch, or build it without meta_init ({reason})"
+                "verify of a model without values that runs dynamically; give it values first: "
+                f"train one batch, or build it without meta_init ({reason})"
             ) from reason
 
     # Plain PyTorch
@@ -259,7 +259,7 @@ class _Comparison:
             parts=parts,
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
-        if absent and self._options.updates == "auto" and not engine.bindings.waits():
+        if absent and self._options.updates == "auto" and not engine.variants.waits():
             snapshot.restore()
             found.gradients.update(self._gradients_on_host(absent))
         return found
@@ -272,9 +272,9 @@ class _Comparison:
         try:
             ready = engine.ready("step", *copied(self._call))
             engine.run_step(ready, apply_updates=False)
-        except (LiveOnlyError, GuardError):  # live, every gradient comes to the host
+        except (DynamicOnlyError, GuardError):  # live, every gradient comes to the host
             return {}
-        ready.binding.host.publish_all()
+        ready.variant.host.publish_all()
         found = gradients_of(engine)
         return {name: found[name] for name in names if name in found}
 
@@ -328,5 +328,3 @@ class _Comparison:
         snapshot.restore()
         rows = compare_updates(found.params, after, start, 1.0)
         return [*rows, *compare_states(found.state, state, 1.0)]
-
-

@@ -273,9 +273,7 @@ def is_gone(key: StorageKey) -> bool:
     return bool(key.expired())  # type: ignore[no-untyped-call]
 
 
-def needed_entries(
-    entries: Sequence[Entry], wanted: set[int], with_random: bool
-) -> list[bool]:
+def needed_entries(entries: Sequence[Entry], wanted: set[int], with_random: bool) -> list[bool]:
     """Tell for each entry whether the content of the wanted storages depends on it.
 
     Args:

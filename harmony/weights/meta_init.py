@@ -91,9 +91,7 @@ def meta_init() -> Iterator[None]:
     remember({key: Recipe(log, number) for key, number in log.finish().items()})
 
 
-def materialise(
-    module: nn.Module, views: Mapping[str, torch.Tensor] | None = None
-) -> nn.Module:
+def materialise(module: nn.Module, views: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Give every parameter on the meta device its memory and value; it stays the same object.
 
     The values come from `harmony.load_pretrained`, or are what the construction inside `meta_init`
@@ -212,9 +210,7 @@ def _has_value(source: Source | None) -> bool:
     return source is not None
 
 
-def _by_convention(
-    module: nn.Module, params: Mapping[str, nn.Parameter]
-) -> dict[str, Source]:
+def _by_convention(module: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Source]:
     """Note what the modules' own initialisers do to parameters nobody knows the making of."""
     log = InitLog()
     wanted = {id(param): name for name, param in params.items()}

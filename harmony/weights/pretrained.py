@@ -170,9 +170,7 @@ def _untied(
     return wrong
 
 
-def _check(
-    net: nn.Module, match: _Match, path: str | os.PathLike[str], strict: bool
-) -> None:
+def _check(net: nn.Module, match: _Match, path: str | os.PathLike[str], strict: bool) -> None:
     problems = list(match.wrong)
     if strict and match.missing:
         problems.append(f"{len(match.missing)} missing in the file: {_listed(match.missing)}")

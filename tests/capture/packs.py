@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture import Captured, Skeleton, capture
+from harmony.capture import Captured, ModuleShell, capture
 
 from .models import CASES, make
 
@@ -67,7 +67,7 @@ class Engine:
     def step(self, inputs: dict[int, torch.Tensor], size: int, total: int) -> Any:
         graph = self.captured.graph
         assert graph.loss is not None
-        skeleton = self.captured.make_skeleton(torch.device("cpu"))
+        shell = self.captured.make_shell(torch.device("cpu"))
         tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
         ranges = [(low, min(low + size, total)) for low in range(0, total, size)]
         kept = [self.captured.split(inputs, low, high) for low, high in ranges]
@@ -76,7 +76,7 @@ class Engine:
             seed(index)
             ends.append((torch.get_rng_state(), random.getstate()))
         for first, last in self.packs:
-            names = self.bind(skeleton, first, last, tensors)
+            names = self.bind(shell, first, last, tensors)
             for index, (low, high) in enumerate(ranges):
                 torch.set_rng_state(ends[index][0])
                 random.setstate(ends[index][1])
@@ -84,31 +84,31 @@ class Engine:
                     kept[index] |= self.captured.run(
                         first,
                         last,
-                        skeleton,
+                        shell,
                         dict(kept[index]),
                         high - low,
                         wanted=graph.pack_outputs(first, last),
                         at_layer=self.keep_state(index),
                     )
                 ends[index] = (torch.get_rng_state(), random.getstate())
-            skeleton.release(names)
-        self.backward(skeleton, tensors, kept, ranges)
+            shell.release(names)
+        self.backward(shell, tensors, kept, ranges)
         return [values[graph.loss] for values in kept]
 
-    def backward(self, skeleton: Skeleton, tensors: Any, kept: Any, ranges: Any) -> None:
+    def backward(self, shell: ModuleShell, tensors: Any, kept: Any, ranges: Any) -> None:
         graph = self.captured.graph
         gradients = [{graph.loss: torch.ones_like(values[graph.loss])} for values in kept]
         for first, last in reversed(self.packs):
-            names = self.bind(skeleton, first, last, tensors)
+            names = self.bind(shell, first, last, tensors)
             for index, (low, high) in enumerate(ranges):
                 self.backward_pack(
-                    skeleton, first, last, kept[index], gradients[index], high - low, index
+                    shell, first, last, kept[index], gradients[index], high - low, index
                 )
-            skeleton.release(names)
+            shell.release(names)
 
     def backward_pack(
         self,
-        skeleton: Any,
+        shell: Any,
         first: int,
         last: int,
         kept: Any,
@@ -126,7 +126,7 @@ class Engine:
             found = self.captured.run(
                 first,
                 last,
-                skeleton,
+                shell,
                 dict(leaves),
                 size,
                 wanted=made,
@@ -144,7 +144,7 @@ class Engine:
             if leaf.grad is not None:
                 gradients[v] = leaf.grad
 
-    def bind(self, skeleton: Skeleton, first: int, last: int, tensors: Any) -> list[str]:
+    def bind(self, shell: ModuleShell, first: int, last: int, tensors: Any) -> list[str]:
         captured = self.captured
         shared = set(captured.graph.shared_in(first, last))
         names = [
@@ -152,7 +152,7 @@ class Engine:
             for info in (*captured.params, *captured.buffers)
             if info.shared_id in shared or (info.layer is not None and first <= info.layer < last)
         ]
-        skeleton.bind({name: tensors[name] for name in names})
+        shell.bind({name: tensors[name] for name in names})
         return names
 
     def keep_state(self, index: int) -> Callable[[int], None]:

@@ -97,14 +97,14 @@ class Branches(nn.Module):
 
 
 def run_all(net: nn.Module, captured: Captured, *args: Any) -> torch.Tensor:
-    skeleton = captured.make_skeleton(CPU)
-    skeleton.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
+    shell = captured.make_shell(CPU)
+    shell.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
     inputs = captured.flatten_inputs(args, {})
     size = args[0].shape[0]
     values = captured.split(inputs, 0, size)
     graph = captured.graph
     (out,) = captured.run(
-        0, graph.num_layers, skeleton, values, size, wanted=graph.output_ids
+        0, graph.num_layers, shell, values, size, wanted=graph.output_ids
     ).values()
     return out
 
@@ -147,12 +147,12 @@ def test_the_loss_may_use_the_model() -> None:
         return F.mse_loss(output, net(targets)) + 0.1 * decay
 
     captured = capture(net, (x,), loss=loss_of, targets=x)
-    skeleton = captured.make_skeleton(CPU)
-    skeleton.bind(dict(net.named_parameters()))
+    shell = captured.make_shell(CPU)
+    shell.bind(dict(net.named_parameters()))
     graph = captured.graph
     values = captured.flatten_inputs((x,), {}, x)
     assert list(values) == [0, 1]
-    found = captured.run(0, graph.num_layers, skeleton, values, 4, wanted=graph.output_ids)
+    found = captured.run(0, graph.num_layers, shell, values, 4, wanted=graph.output_ids)
     assert torch.equal(found[graph.output_ids[0]], loss_of(net(x), x))
 
 
@@ -231,11 +231,11 @@ def test_one_sample_may_take_other_steps_inside_a_layer() -> None:
     captured.ensure(1)
     alone = {key: tensor[2:3] for key, tensor in kwargs.items()}
     values = captured.split(captured.flatten_inputs((), kwargs), 2, 3)
-    skeleton = captured.make_skeleton(CPU)
-    skeleton.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
+    shell = captured.make_shell(CPU)
+    shell.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
     graph = captured.graph
     torch.manual_seed(1)
-    found = captured.run(0, graph.num_layers, skeleton, values, 1, wanted=graph.output_ids)
+    found = captured.run(0, graph.num_layers, shell, values, 1, wanted=graph.output_ids)
     torch.manual_seed(1)
     assert torch.equal(found[graph.output_ids[0]], net(**alone).loss)
 
@@ -245,10 +245,10 @@ def test_sizes_may_be_larger_than_the_sample_batch() -> None:
     captured = capture(net, (), {"input_ids": ids(1)})
     batch = ids(5)
     values = captured.split(captured.flatten_inputs((), {"input_ids": batch}), 0, 5)
-    skeleton = captured.make_skeleton(CPU)
-    skeleton.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
+    shell = captured.make_shell(CPU)
+    shell.bind({**dict(net.named_parameters()), **dict(net.named_buffers())})
     graph = captured.graph
-    found = captured.run(0, graph.num_layers, skeleton, values, 5, wanted=graph.output_ids)
+    found = captured.run(0, graph.num_layers, shell, values, 5, wanted=graph.output_ids)
     assert torch.equal(found[graph.output_ids[0]], net(batch).logits)
 
 

@@ -1,4 +1,4 @@
-"""The LayerGraph: what it says agrees with itself, with the tape and with real tensors."""
+"""The LayerGraph: what it says agrees with itself, with the trace and with real tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from .models import CASES, GPT, Block, LongSkip, ids, llama, make, mlp, token_lo
 from .packs import captured_case
 
 
-def bound_skeleton(net: nn.Module, captured: Captured) -> Any:
-    skeleton = captured.make_skeleton(torch.device("cpu"))
+def bound_shell(net: nn.Module, captured: Captured) -> Any:
+    shell = captured.make_shell(torch.device("cpu"))
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    skeleton.bind(
-        {info.name: tensors[info.name] for info in (*captured.params, *captured.buffers)}
-    )
-    return skeleton
+    shell.bind({info.name: tensors[info.name] for info in (*captured.params, *captured.buffers)})
+    return shell
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,10 +74,10 @@ def test_value_sizes_are_those_of_real_tensors(name: str, num_samples: int) -> N
     graph = captured.graph
     captured.ensure(num_samples)
     values = captured.split(captured.flatten_inputs(*call), 0, num_samples)
-    skeleton = bound_skeleton(net, captured)
+    shell = bound_shell(net, captured)
     for layer in range(graph.num_layers):
         values |= captured.run(
-            layer, layer + 1, skeleton, values, num_samples, wanted=graph.layers[layer].outputs
+            layer, layer + 1, shell, values, num_samples, wanted=graph.layers[layer].outputs
         )
     for value in graph.values:
         tensor = values[value.id]
@@ -182,7 +180,7 @@ def test_outputs_in_the_drop_in_form() -> None:
     values = captured.split(captured.flatten_inputs((x,), {"scale": 0.5}), 0, 4)
     torch.manual_seed(3)
     found = captured.run(
-        0, graph.num_layers, bound_skeleton(net, captured), values, 4, wanted=graph.output_ids
+        0, graph.num_layers, bound_shell(net, captured), values, 4, wanted=graph.output_ids
     )
     torch.manual_seed(3)
     plain = net(x, scale=0.5)
@@ -216,8 +214,8 @@ def test_inputs_and_parameters_may_be_returned() -> None:
     captured = capture(net, (x,))
     graph = captured.graph
     values = captured.flatten_inputs((x,), {})
-    skeleton = bound_skeleton(net, captured)
-    found = captured.run(0, graph.num_layers, skeleton, values, 4, wanted=graph.output_ids)
+    shell = bound_shell(net, captured)
+    found = captured.run(0, graph.num_layers, shell, values, 4, wanted=graph.output_ids)
     one, weight, out, none = captured.unflatten_output(found)
     assert torch.equal(one, x) and torch.equal(weight, net.first.weight) and none is None
     assert torch.equal(out, net(x)[2])

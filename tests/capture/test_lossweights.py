@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harmony.capture.eager.dynamic_trace import LiveCapture
+from harmony.capture.eager.dynamic_trace import DynamicTrace
 from harmony.capture.loss.weights import LiveWeights
 
 NET = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
@@ -20,7 +20,7 @@ BY_SAMPLES = [0.25] * 4
 
 
 def weights_of(loss: Any, targets: torch.Tensor = TARGETS) -> tuple[list[float], str | None]:
-    live = LiveCapture(NET, torch.device("cpu"), loss=loss)
+    live = DynamicTrace(NET, torch.device("cpu"), loss=loss)
     found = LiveWeights(8)
     weights = []
     for low in range(0, 8, 2):

@@ -52,13 +52,13 @@ class Recount(TorchDispatchMode):
 def brute_force(captured: Captured, layer: int, num_samples: int) -> tuple[int, int, int]:
     """Run a layer for real and count."""
     described = captured.graph.layers[layer]
-    skeleton = captured.make_skeleton(torch.device("cpu"))
+    shell = captured.make_shell(torch.device("cpu"))
     infos = {info.name: info for info in (*captured.params, *captured.buffers)}
     names = [info.name for info in captured.tensors_of(layer)]
     names += [captured.graph.shared[shared].name for shared in described.shared]
     known: list[torch.Tensor] = []
     for name in names:
-        bound = skeleton.placeholder(name)
+        bound = shell.placeholder(name)
         if bound.device.type == "meta":
             info = infos[name]
             bound = nn.Parameter(torch.zeros(info.shape, dtype=info.dtype), info.requires_grad)
@@ -66,7 +66,7 @@ def brute_force(captured: Captured, layer: int, num_samples: int) -> tuple[int, 
                 bound.grad = torch.zeros_like(bound)
                 known.append(bound.grad)
         known.append(bound)
-        skeleton.bind({name: bound})
+        shell.bind({name: bound})
     inputs = {}
     for value in described.inputs:
         shape, _, dtype = captured.value_form(value, num_samples)
@@ -76,7 +76,7 @@ def brute_force(captured: Captured, layer: int, num_samples: int) -> tuple[int, 
 
     def run() -> list[torch.Tensor]:
         wanted = described.outputs
-        found = captured.run(layer, layer + 1, skeleton, inputs, num_samples, wanted=wanted)
+        found = captured.run(layer, layer + 1, shell, inputs, num_samples, wanted=wanted)
         return list(found.values())
 
     with Recount(known) as count, torch.no_grad():

@@ -93,9 +93,7 @@ def test_dropout_is_replayed_where_activations_are_made_again(activations: str) 
     torch.manual_seed(0)
     net = GPT(width=64, depth=4, dropout=0.2)
     batches = [token_batch(step) for step in range(3)]
-    check_step(
-        net, batches, token_loss, devices=1, device_memory="2MiB", activations=activations
-    )
+    check_step(net, batches, token_loss, devices=1, device_memory="2MiB", activations=activations)
 
 
 def test_batch_norm_keeps_its_statistics() -> None:

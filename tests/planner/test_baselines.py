@@ -94,9 +94,7 @@ def test_one_gpu_by_hand() -> None:
     graph, costs = model()
     tight = machine(1, 2 * WEIGHT)
     values = tuple(replace(v, nbytes_per_sample=0) for v in graph.values)
-    outcome = swap_step(
-        replace(graph, values=values), costs, tight, 1, 1, "dp", recompute=False
-    )
+    outcome = swap_step(replace(graph, values=values), costs, tight, 1, 1, "dp", recompute=False)
     assert outcome.traffic["h2d", "weights"] == 16 * WEIGHT
     assert outcome.traffic["d2h", "weights"] == 6 * WEIGHT
     assert outcome.traffic["h2d", "gradients"] == outcome.traffic["d2h", "gradients"] == 5 * WEIGHT
@@ -153,7 +151,7 @@ def test_zero3_lets_the_inputs_of_layers_wait_on_the_host_where_they_do_not_fit(
     assert ("d2h", "stash") not in zero3_step(large, costs, machine(1, 10**6), 1, 1).traffic
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["dp", "pp"]),
     st.booleans(),

@@ -83,10 +83,14 @@ def test_phases_of_the_drop_in_form() -> None:
     def of(phase: Phase) -> list[str]:
         return lines(build_tasks(chain(4), step(1, 1, packs(2, 4), packs(2, 4), phase=phase)))
 
-    assert of(Phase.FORWARD) == of(Phase.INFER) == [
-        "F[0:2]@0:1 (W[0:2] X0@0:1) -> X2@0:1",
-        "F[2:4]@0:1 (W[2:4] X2@0:1) -> X4@0:1",
-    ]
+    assert (
+        of(Phase.FORWARD)
+        == of(Phase.INFER)
+        == [
+            "F[0:2]@0:1 (W[0:2] X0@0:1) -> X2@0:1",
+            "F[2:4]@0:1 (W[2:4] X2@0:1) -> X4@0:1",
+        ]
+    )
     assert of(Phase.BACKWARD) == [
         "B[2:4]@0:1 (W[2:4] X2@0:1 dX4@0:1) -> dW[2:4]%0 dX2@0:1",
         "B[0:2]@0:1 (W[0:2] X0@0:1 dX2@0:1) -> dW[0:2]%0",
@@ -152,7 +156,7 @@ def test_a_layer_that_draws_random_numbers_pins_the_microbatch() -> None:
         build_tasks(chain(4, random_layer=1), spec)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_order_of_plain_pytorch_respects_every_edge(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs())

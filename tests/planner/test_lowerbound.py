@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.core.layergraph import LayerGraph
@@ -22,9 +22,7 @@ from tests.toys import MIB, chain, server, uniform_costs
 
 BOUNDED = settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 
 TOLERANCE = 1.02
@@ -134,9 +132,7 @@ def test_if_everything_fits_no_weights_come_in(num_devices: int, tied: bool) -> 
     graph = chain(8, weight=MIB, per_sample=16 * 1024, tied=tied)
     machine = server(num_devices, memory=200 * MIB)
     devices = tuple(replace(d, update_bytes_per_s=2e10) for d in machine.devices)
-    plan = choose(
-        graph, uniform_costs(graph), replace(machine, devices=devices), 8, mode="pp"
-    )
+    plan = choose(graph, uniform_costs(graph), replace(machine, devices=devices), 8, mode="pp")
     assert ("h2d", "weights") not in plan.traffic and ("d2h", "gradients") not in plan.traffic
     assert not any(task.kind.value == "U" for task in _host_tasks(plan))
 
@@ -190,3 +186,43 @@ def test_what_is_decided_is_explained_and_read_back() -> None:
     again = Plan.from_json(plan.to_json())
     assert again.decisions == plan.decisions and isinstance(again.decisions[0], Decision)
     assert again == plan
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_each_bound_is_what_its_resource_takes_at_least(able: bool) -> None:
+    # Four layers with 1 MiB of weights and of gradients each, 1 KiB of input a sample.
+    graph = chain(4, weight=MIB)
+    machine = server(2, memory=MIB, rate=MIB)
+    host = replace(machine.host, memory_bytes_per_s=MIB, update_memory_factor=7.0)
+    devices = tuple(replace(d, update_bytes_per_s=1e9 * able) for d in machine.devices)
+    machine = replace(machine, host=host, devices=devices)
+    found = lower_bound(graph, uniform_costs(graph), machine, 8).seconds
+    inputs = 8 * 1024 / MIB
+    assert found["compute"] == pytest.approx(8 * 4 * 3e-3 / 2)
+    assert found["latency"] == pytest.approx(4 * 3e-3 + 1e-5)
+    # Two links carry 2 MiB/s together. Devices that update keep 2 MiB of the weights.
+    coming = inputs + (2 if able else 4)
+    assert found["h2d"] == pytest.approx(coming / 2)
+    assert found["d2h"] == pytest.approx(4 / 2)
+    # All that comes and leaves passes through the host's memory, and an update by the host moves
+    # seven times the bytes of its gradients there.
+    assert found["memory"] == pytest.approx(coming + 4 + (0 if able else 7 * 4))
+    assert ("update" in found) is not able
+    assert able or found["update"] == pytest.approx(4 * 0.5e-3)
+
+
+@pytest.mark.parametrize("bound", ["compute", "h2d", "update"])
+def test_a_plan_reaches_the_bound_where_one_resource_is_all_that_counts(bound: str) -> None:
+    # So that no bound may leave out a part of what it is about.
+    graph = chain(4, weight=MIB, per_sample=4)
+    slow = {"compute": 1.0, "h2d": 1e-9, "update": 1e-9}[bound]
+    cost = LayerCost(slow, 2 * slow, 1.0 if bound == "update" else 1e-9, 0, 0, 0)
+    machine = server(1, memory=64 * MIB, rate=MIB if bound == "h2d" else 1e15)
+    free = replace(machine.devices[0], task_overhead_s=0.0)
+    machine = replace(machine, devices=(free,))
+    if bound == "h2d":  # what leaves is as much again, on the other direction of the link
+        machine = replace(machine, devices=(replace(free, d2h_bytes_per_s=1e15),))
+    plan = choose(graph, CostTable(({1: cost},) * 4), machine, 4)
+    bounds = lower_bound(graph, CostTable(({1: cost},) * 4), machine, 4)
+    assert bounds.step_s == bounds.seconds[bound]
+    assert bounds.step_s <= plan.step_s <= 1.001 * bounds.step_s

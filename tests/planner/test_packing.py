@@ -40,14 +40,12 @@ def partition(
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=8), st.integers(1, 4))
 def test_the_slowest_pack_is_as_fast_as_can_be(times: list[int], num_packs: int) -> None:
     graph, count = chain(len(times), weight=1), len(times)
     num_packs = min(num_packs, count)
-    found = partition(
-        graph, uneven(times), TaskKind.FORWARD, 1, Budget(10**12, POLICY), num_packs
-    )
+    found = partition(graph, uneven(times), TaskKind.FORWARD, 1, Budget(10**12, POLICY), num_packs)
 
     def slowest(parts: tuple[Pack, ...]) -> int:
         return max(sum(times[pack.first : pack.last]) for pack in parts)
@@ -123,7 +121,7 @@ def test_suggested_sizes_can_be_typed_and_suffice(nbytes: int) -> None:
     assert nbytes <= suggested <= max(2**20, 1.25 * nbytes + 2**20)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), min_size=2, max_size=7),
     st.integers(1, 7),

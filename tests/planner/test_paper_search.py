@@ -90,7 +90,7 @@ def best_of_all(
     return min(estimate_s(profile, plan, prefetch=False) for plan in fitting)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_gpus=st.sampled_from([1, 2]))
 def test_data_parallel_plans_are_the_best_of_all(seed: int, num_gpus: int) -> None:
     profile = made(Random(seed), 5)
@@ -101,7 +101,7 @@ def test_data_parallel_plans_are_the_best_of_all(seed: int, num_gpus: int) -> No
     assert best_s * (1 - 1e-9) <= found.step_s <= 1.002 * best_s
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_pipelines_of_small_models_are_nearly_the_best_of_all(seed: int) -> None:
     profile = made(Random(seed), 4)

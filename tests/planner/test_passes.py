@@ -153,15 +153,13 @@ def test_gradients_leave_without_holding_up_the_next_group() -> None:
 def test_no_event_is_superfluous_or_unused() -> None:
     graph = chain(8, tied=True, skips=((0, 5),))
     schedule = schedule_of(graph, step(8, 2), 3)
-    recorded = Counter(
-        i.event for _, p in schedule.all_programs() for i in p if i.op is Op.RECORD
-    )
+    recorded = Counter(i.event for _, p in schedule.all_programs() for i in p if i.op is Op.RECORD)
     waited = {i.event for _, p in schedule.all_programs() for i in p if i.op is Op.WAIT}
     assert set(recorded) == waited
     assert set(recorded.values()) == {1}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_schedule_of_every_model_is_verified(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs())

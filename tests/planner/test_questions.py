@@ -53,14 +53,10 @@ def test_the_repeated_block_is_found() -> None:
     assert repeated_block(MODEL) == Block(1, 1, 10)  # the first reads samples, the last makes 4 B
     pairs = replace(
         MODEL,
-        layers=tuple(
-            replace(layer, signature="ab"[layer.index % 2]) for layer in MODEL.layers
-        ),
+        layers=tuple(replace(layer, signature="ab"[layer.index % 2]) for layer in MODEL.layers),
     )
     assert repeated_block(pairs) == Block(1, 2, 5)
-    apart = replace(
-        MODEL, layers=tuple(replace(x, signature=str(x.index)) for x in MODEL.layers)
-    )
+    apart = replace(MODEL, layers=tuple(replace(x, signature=str(x.index)) for x in MODEL.layers))
     with pytest.raises(ConfigError, match="no part of this model repeats"):
         repeated_block(apart)
 

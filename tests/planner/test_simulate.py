@@ -21,7 +21,7 @@ from harmony.planner.ir.schedule import Op, Schedule
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.planner.predict.bottleneck import binding
+from harmony.planner.predict.bottleneck import bottleneck
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.planner.predict.links import Links
 from harmony.planner.predict.simulate import predict_s, simulate, stall_causes
@@ -59,10 +59,10 @@ def spans(timeline: Timeline, lane: str) -> list[tuple[str, float, float]]:
 def test_one_gpu_by_hand() -> None:
     """Two packs of one layer; one sample.
 
-        h2d      W0 W1 W0
-        compute     F0 B1B1B1 B0B0B0
-        d2h                  dW1    dW0
-        update                  U1     U0
+    h2d      W0 W1 W0
+    compute     F0 B1B1B1 B0B0B0
+    d2h                  dW1    dW0
+    update                  U1     U0
     """
     graph = chain(2, weight=1000, per_sample=0)
     spec = step(1, 1, packs(1), packs(1, 2))
@@ -164,10 +164,10 @@ def test_a_device_that_updates_waits_for_its_new_weights_to_leave() -> None:
     timeline, schedule = timeline_of(graph, spec, one, policy, costs(graph))
     stalls = stall_causes(timeline, schedule)[0]
     assert stalls["new weights"] == pytest.approx(1.0, abs=0.01) and "weights" not in stalls
-    assert binding(timeline, schedule, spec)[0] == "compute"
+    assert bottleneck(timeline, schedule, spec)[0] == "compute"
     slow = replace(one, devices=(replace(device, d2h_bytes_per_s=10.0),))
     timeline, schedule = timeline_of(graph, spec, slow, policy, costs(graph))
-    assert binding(timeline, schedule, spec)[0] == "d2h"
+    assert bottleneck(timeline, schedule, spec)[0] == "d2h"
 
 
 def test_kinds_of_spans() -> None:
@@ -306,7 +306,7 @@ def free_machine(num_devices: int) -> Machine:
     return Machine((device,) * num_devices, Host(10**12, accumulate_bytes_per_s=inf))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_issue(
     data: st.DataObject,
@@ -323,7 +323,7 @@ def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_
         assert at in issued
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_step_is_never_shorter_than_what_its_lanes_do_or_than_its_longest_chain(
     data: st.DataObject,
@@ -348,7 +348,7 @@ def contended(num_devices: int) -> Machine:
     return replace(one, host=host, switches=(switch,), peer_links="host")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_shared_links_are_never_faster_than_links_of_ones_own_nor_slower_than_fixed_shares(
     data: st.DataObject,
@@ -367,7 +367,7 @@ def test_shared_links_are_never_faster_than_links_of_ones_own_nor_slower_than_fi
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(shared, again, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject) -> None:
     """Not so where links are shared: see the anomaly in test_flows."""
@@ -383,7 +383,7 @@ def test_on_links_of_ones_own_more_bandwidth_is_never_slower(data: st.DataObject
     assert all(b.end_s <= a.end_s * (1 + 1e-9) for a, b in zip(before, after, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_updates_that_wait_begin_when_all_else_is_over(data: st.DataObject) -> None:
     """As with a clipped norm, or an optimizer that looks at all gradients together."""

@@ -45,9 +45,7 @@ def drawn(random: Random, num_layers: int) -> tuple[LayerGraph, CostTable]:
     values = [Value(0, "x0", MODEL_INPUT, (0,), 8192)]
     for v in range(1, num_layers):
         values.append(Value(v, f"x{v}", v - 1, (v,), crossing[v] * MIB, requires_grad=True))
-    loss = Value(
-        num_layers, "loss", num_layers - 1, (), 4, requires_grad=True, is_output=True
-    )
+    loss = Value(num_layers, "loss", num_layers - 1, (), 4, requires_grad=True, is_output=True)
     layers = tuple(
         Layer(
             i,

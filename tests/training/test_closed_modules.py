@@ -25,8 +25,8 @@ def batches(count: int = 3) -> list[Any]:
 
 
 def layers_of(model: harmony.Harmony) -> list[str]:
-    binding = next(iter(model._engine.bindings))
-    return [layer.name for layer in binding.graph.layers]
+    variant = next(iter(model._engine.variants))
+    return [layer.name for layer in variant.graph.layers]
 
 
 @torch.jit.script
@@ -98,7 +98,7 @@ def test_a_torchscript_function_in_the_forward_gets_its_gradients(
         net(torch.randn(4, 8)).sum().backward()
     net.zero_grad()
     model = assert_same_training(net, batches())
-    assert model.rung == "tape"
+    assert model.capture_mode == "trace"
     assert len(layers_of(model)) > 1
 
 
@@ -247,14 +247,11 @@ def given_by_partial(net: Any, h: torch.Tensor, mask: torch.Tensor) -> torch.Ten
     return torch.vmap(functools.partial(weighed, table={"scale": net.scale}))(h)
 
 
-@pytest.mark.parametrize(
-    "between", [closes_over_a_parameter, mask_of_indices, given_by_partial]
-)
+@pytest.mark.parametrize("between", [closes_over_a_parameter, mask_of_indices, given_by_partial])
 def test_a_mapped_function_is_one_step_of_the_glue(between: Any, vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     inputs = [
-        ((torch.randn(4, 8), torch.rand(4, 8) > 0.3), torch.randint(0, 4, (4,)))
-        for _ in range(3)
+        ((torch.randn(4, 8), torch.rand(4, 8) > 0.3), torch.randint(0, 4, (4,))) for _ in range(3)
     ]
     model = assert_same_training(Mapped(between), inputs)
     assert {"a", "b"} <= set(layers_of(model))
@@ -338,7 +335,7 @@ def test_attention_masks_that_transformers_maps_are_steps(vgpus: VirtualGPUs) ->
         updates="host",
     )
     assert torch.equal(model.train_step(batch), wanted.detach())
-    assert model.rung == "tape"
+    assert model.capture_mode == "trace"
     assert len(layers_of(model)) > 5
     own = dict(net.named_parameters())
     for name, param in plain.named_parameters():
@@ -386,3 +383,38 @@ def test_a_tensor_that_learns_but_is_no_parameter_is_refused_by_name() -> None:
     net[0].scale = torch.ones(8, requires_grad=True)
     with pytest.raises(CaptureError, match=r"0\.scale .*make it an nn\.Parameter"):
         harmony.capture.capture(net, (torch.randn(4, 8),))
+
+
+class Handed(nn.Module):
+    """A block that is given the module to end with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        return x + norm(torch.relu(self.linear(x)))
+
+
+class HandsOver(nn.Module):
+    """Blocks that get modules of the model as arguments: each its own, or all the same."""
+
+    def __init__(self, num_norms: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Handed() for _ in range(3)])
+        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(num_norms)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x, self.norms[index % len(self.norms)])
+        return self.head(x)
+
+
+@pytest.mark.parametrize("num_norms", [1, 3])
+def test_a_module_that_a_layer_gets_as_an_argument_is_the_one_on_the_device(
+    num_norms: int, vgpus: VirtualGPUs
+) -> None:
+    torch.manual_seed(0)
+    model = assert_same_training(HandsOver(num_norms), batches())
+    assert len(layers_of(model)) == 4

@@ -100,4 +100,4 @@ def test_a_live_forward_makes_its_constants_on_the_device(vgpus: VirtualGPUs) ->
         return made if torch.rand(()) < 0.5 else made * 2
 
     batches = [((torch.randn(4, 8),), torch.randint(0, 4, (4,))) for _ in range(2)]
-    assert assert_same_training(Scaled(constant), batches).rung == "live"
+    assert assert_same_training(Scaled(constant), batches).capture_mode == "dynamic"

@@ -31,9 +31,7 @@ def plain_forward(net: nn.Module, x: torch.Tensor, microbatch: int, step: int) -
 
 @pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("mode", ["pp", "dp"])
-def test_loop_with_clipping_and_scheduler(
-    vgpus: VirtualGPUs, num_devices: int, mode: str
-) -> None:
+def test_loop_with_clipping_and_scheduler(vgpus: VirtualGPUs, num_devices: int, mode: str) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
     twin = copy.deepcopy(net)

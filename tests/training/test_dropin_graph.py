@@ -34,13 +34,11 @@ def same_gradients(found: nn.Module, expected: nn.Module) -> None:
 
 
 def lanes(model: harmony.Harmony) -> list[Any]:
-    found = [b.lanes._taken.values() for b in model._engine.bindings]
+    found = [b.lanes._taken.values() for b in model._engine.variants]
     return [lane for per_size in found for each in per_size for lane in each]
 
 
-def both(
-    net: nn.Module, model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]]
-) -> None:
+def both(net: nn.Module, model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]]) -> None:
     """Run the same on both; losses and gradients must be the same bits."""
     expected, found = run(net), run(model)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -52,9 +50,7 @@ def both(
 
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_a_siamese_loss_of_three_forwards(
-    vgpus: VirtualGPUs, mode: str, num_devices: int
-) -> None:
+def test_a_siamese_loss_of_three_forwards(vgpus: VirtualGPUs, mode: str, num_devices: int) -> None:
     torch.manual_seed(0)
     net = SkipMLP()
     model = wrapped(net, mode=mode, devices=num_devices, microbatch_size=2)
@@ -177,11 +173,11 @@ def test_a_forward_that_fails_leaves_its_lane_to_the_next(vgpus: VirtualGPUs) ->
     model = wrapped(SkipMLP())
     x, y = vector_batch(0)
     model(x)
-    run, model_engine = model._engine.bindings.active.executor.run, model._engine
-    model_engine.bindings.active.executor.run = lambda *_: 1 / 0  # type: ignore[assignment]
+    run, model_engine = model._engine.variants.active.executor.run, model._engine
+    model_engine.variants.active.executor.run = lambda *_: 1 / 0  # type: ignore[assignment]
     with pytest.raises(ZeroDivisionError):
         model(x)
-    model_engine.bindings.active.executor.run = run  # type: ignore[method-assign]
+    model_engine.variants.active.executor.run = run  # type: ignore[method-assign]
     gc.collect()
     square_loss(model(x), y).backward()
     assert len(lanes(model)) == 1

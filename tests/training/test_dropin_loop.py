@@ -132,7 +132,7 @@ def test_gradients_are_not_copied_where_nobody_keeps_them(vgpus: VirtualGPUs) ->
         x, y = vector_batch(step)
         model.zero_grad()
         square_loss(model(x), y).backward()
-        arena = model._engine.bindings.arenas[1]
+        arena = model._engine.variants.arenas[1]
         for name, param in model.named_parameters():
             assert param.grad.data_ptr() == arena.views[name].data_ptr(), name
 
@@ -215,9 +215,7 @@ def test_clipping_schedules_and_groups(vgpus: VirtualGPUs) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_grad_scaler_around_the_step(
-    vgpus: VirtualGPUs, dtype: torch.dtype
-) -> None:
+def test_autocast_and_grad_scaler_around_the_step(vgpus: VirtualGPUs, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
 
     def loop(module: nn.Module) -> list[torch.Tensor]:

@@ -25,9 +25,11 @@ from tests.training.plain import gradients_of
 
 RANDOM = settings(
     max_examples=15,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[
+        *settings.default.suppress_health_check,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 POLICIES = st.builds(
     Policy,
@@ -70,16 +72,16 @@ def use_plan(
     policy: Policy,
 ) -> None:
     """Make the model run this batch by a plan of the test's own, all phases verified."""
-    binding, plan, _ = model._engine.bindings.find("dropin", (call, {}, None))
+    variant, plan, _ = model._engine.variants.find("dropin", (call, {}, None))
     minibatch = plan.minibatch
-    every = packs(cuts, binding.graph.num_layers)
+    every = packs(cuts, variant.graph.num_layers)
     spec = StepSpec(minibatch, size, size, every, every, halves(minibatch, replicas))
     schedules = {}
     for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.INFER):
-        tasks = build_tasks(binding.graph, replace(spec, phase=phase))
-        schedules[phase] = lower(tasks, binding.machine, policy)
-        verify(schedules[phase], binding.graph, binding.costs, phase, tasks)
-    binding._plans[minibatch] = replace(
+        tasks = build_tasks(variant.graph, replace(spec, phase=phase))
+        schedules[phase] = lower(tasks, variant.machine, policy)
+        verify(schedules[phase], variant.graph, variant.costs, phase, tasks)
+    variant._plans[minibatch] = replace(
         plan, spec=replace(spec, phase=Phase.BACKWARD), policy=policy, schedules=schedules
     )
 
@@ -111,14 +113,14 @@ def test_gradients_of_inputs_and_parameters(
     x, target = vector_batch(0)
     shift = torch.randn(24, generator=torch.Generator().manual_seed(3))
     with racecheck.checked(ordered_frees=True):
-        model = harmony.Harmony(
-            copy.deepcopy(net), devices=num_devices, microbatch_size=size
-        )
+        model = harmony.Harmony(copy.deepcopy(net), devices=num_devices, microbatch_size=size)
         leaves = [x.clone().requires_grad_(wants[0]), shift.clone().requires_grad_(wants[1])]
         use_plan(model, tuple(leaves), cuts, size, replicas, policy)
         calls = [model(*leaves) for _ in used]
-        losses = [sum(square_loss(out[i], target) for i in which) for out, which in
-                  zip(calls, used, strict=True)]
+        losses = [
+            sum(square_loss(out[i], target) for i in which)
+            for out, which in zip(calls, used, strict=True)
+        ]
         for loss in reversed(losses):
             loss.backward()
         del calls, losses, loss

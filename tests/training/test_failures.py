@@ -121,7 +121,7 @@ def test_first_step_is_all_or_nothing(vgpus: VirtualGPUs, switch: Switch) -> Non
     before = params_of(model.module)
     switch.set(-1000, 1)  # past capture and measuring
     x, y = vector_batch(0)
-    model._engine.bindings.find("step", ((x,), {}, y))
+    model._engine.variants.find("step", ((x,), {}, y))
     switch.set(0, 8)
     with pytest.raises(harmony.ExecutionError) as caught:
         model.train_step(x, y)
@@ -342,9 +342,7 @@ def test_bad_batches(vgpus: VirtualGPUs) -> None:
         model(torch.zeros(0, 24))
     with pytest.raises(harmony.ConfigError, match="dimension 0"):
         model(3)
-    model = harmony.Harmony(
-        SkipMLP(), devices=1, optimizer=torch.optim.SGD, loss_fn=square_loss
-    )
+    model = harmony.Harmony(SkipMLP(), devices=1, optimizer=torch.optim.SGD, loss_fn=square_loss)
     model.eval()
     with pytest.raises(harmony.ConfigError, match="eval mode"):
         model.train_step(*vector_batch(0))

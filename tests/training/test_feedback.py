@@ -44,9 +44,9 @@ def poorly_planned(model: harmony.Harmony) -> Plan:
         return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),))
 
     use_plan(model, token_batch(0), spec_of, Policy(1, 1, 1, "host"))
-    binding = model._engine.bindings.active
-    assert binding is not None
-    return binding._plans[8]
+    variant = model._engine.variants.active
+    assert variant is not None
+    return variant._plans[8]
 
 
 @pytest.mark.parametrize("replan", [True, False])

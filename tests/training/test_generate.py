@@ -53,9 +53,7 @@ def llama() -> Any:
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_what_is_generated_is_what_plain_pytorch_generates(
-    make: Any, vgpus: VirtualGPUs
-) -> None:
+def test_what_is_generated_is_what_plain_pytorch_generates(make: Any, vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = make().eval()
     plain = copy.deepcopy(net)

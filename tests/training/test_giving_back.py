@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 class Wanders(nn.Module):
-    """Goes another way for other values: it is run live."""
+    """Goes another way for other values: it is run dynamically."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def make(form: str, **options: Any) -> harmony.Harmony:
     torch.manual_seed(0)
     if form == "gpt":
         net, loss = GPT(), token_loss
-    elif form == "live":
+    elif form == "dynamic":
         net, loss = Wanders(), square_loss
     else:
         middle = Looks() if form == "failed" else nn.Tanh()
@@ -82,7 +82,7 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in found if thread.is_alive()]
 
 
-@pytest.mark.parametrize("form", ["step", "gpt", "dropin", "infer", "live", "failed"])
+@pytest.mark.parametrize("form", ["step", "gpt", "dropin", "infer", "dynamic", "failed"])
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward stands")
 def test_a_model_that_is_deleted_gives_everything_back_without_the_garbage_collector(
     vgpus: VirtualGPUs, form: str
@@ -143,7 +143,7 @@ class Cycle:
         self.held, self.me = torch.empty(nbytes, dtype=torch.uint8, device="vgpu:0"), self
 
 
-@pytest.mark.parametrize("form", ["step", "dropin", "live"])
+@pytest.mark.parametrize("form", ["step", "dropin", "dynamic"])
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward stands")
 def test_nothing_is_refused_for_memory_that_is_garbage(vgpus: VirtualGPUs, form: str) -> None:
     vgpus(count=2, memory=MIB)
@@ -153,15 +153,15 @@ def test_nothing_is_refused_for_memory_that_is_garbage(vgpus: VirtualGPUs, form:
         gc.disable()
         try:
             free = MIB - vgpu._require().vgpu_live_nbytes()
-            Cycle(free - 4096 if form != "live" else free - 512)
+            Cycle(free - 4096 if form != "dynamic" else free - 512)
             use(model, form)
-            model._engine.bindings.activate(None)  # it has to ask for its memory again
+            model._engine.variants.activate(None)  # it has to ask for its memory again
         finally:
             gc.enable()
 
 
 @pytest.mark.parametrize("when", ["first", "later"])
-@pytest.mark.parametrize("form", ["step", "dropin", "live"])
+@pytest.mark.parametrize("form", ["step", "dropin", "dynamic"])
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward stands")
 def test_device_memory_that_somebody_else_holds_is_one_error_with_the_bytes(
     vgpus: VirtualGPUs, form: str, when: str
@@ -170,7 +170,7 @@ def test_device_memory_that_somebody_else_holds_is_one_error_with_the_bytes(
     model = make(form, devices=1, device_memory=MIB)
     if when == "later":
         use(model, form)
-        model._engine.bindings.activate(None)
+        model._engine.variants.activate(None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     free = MIB - vgpu._require().vgpu_live_nbytes()
     held = torch.empty(free - 1024, dtype=torch.uint8, device="vgpu:0")

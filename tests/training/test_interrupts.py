@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.engine import variant as binding
-from harmony.engine import variants as bindings
+from harmony.engine import variant, variants
 from harmony.runtime import interrupts
 from harmony.runtime.step.layer_state import LayerStates
 from harmony.runtime.update.param_hooks import GradientSums
@@ -103,7 +102,7 @@ def test_one_interrupt_lets_the_step_end_and_everything_is_of_it(
 ) -> None:
     """Buffers and num_steps were once of the step before."""
     model, twin = pair()
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     places = [
         (bound.executor._workers[0], "submit"),
         (bound.host, "update"),
@@ -130,7 +129,7 @@ def test_two_interrupts_stop_the_step_and_the_model_wants_a_state(
     saved = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
     assert twin.optimizer is not None
     moments = copy.deepcopy(twin.optimizer.state_dict())
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     host = bound.host
     monkeypatch.setattr(host, "update", once(host.update, lambda: interrupt(2)))
     with pytest.raises(KeyboardInterrupt, match=r"stopped the step. Parameters of U\[.*after"):
@@ -155,7 +154,7 @@ def test_a_state_without_the_optimizers_is_taken_with_a_warning(
 ) -> None:
     model, _ = pair()
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     monkeypatch.setattr(bound.host, "update", once(bound.host.update, lambda: interrupt(2)))
     with pytest.raises(KeyboardInterrupt):
         model.train_step(*vector_batch(1))
@@ -169,7 +168,7 @@ def test_two_interrupts_before_the_first_update_change_nothing(
 ) -> None:
     model, twin = pair()
     before = state_of(model)
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     worker = bound.executor._workers[0]
     held: list[Any] = []
     with monkeypatch.context() as patch:
@@ -195,7 +194,7 @@ def test_a_second_interrupt_that_comes_too_late_to_stop_anything_tears_nothing(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, twin = pair()
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     issue = bound.host.update
     calls = []
 
@@ -232,7 +231,7 @@ def test_an_interrupt_while_the_first_step_is_prepared_changes_nothing(
 
         return run
 
-    places = [(bindings, "capture"), (binding, "measure_layers"), (binding, "choose_steadily")]
+    places = [(variants, "capture"), (variant, "measure_layers"), (variant, "choose_steadily")]
     for module, name in places:
         for times in (2, 1):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -260,7 +259,7 @@ def test_an_interrupt_in_a_destructor_is_not_lost(
     model = make() if form == "step" else make(**options)
     x, y = vector_batch(0)
     loss = model.train_step(x, y) if form == "step" else square_loss(model(x), y)
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     executor = bound.executor
 
     def dying(*args: Any) -> Any:
@@ -289,7 +288,7 @@ def test_a_handler_of_the_users_own_is_called_when_the_step_is_over(
 ) -> None:
     """It may save a checkpoint: in the middle of a step that would be of two steps."""
     model, twin = pair()
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
     found: list[list[torch.Tensor]] = []
     send = lambda: signal.pthread_kill(threading.main_thread().ident or 0, number)  # noqa: E731
     monkeypatch.setattr(bound.host, "update", once(bound.host.update, send))
@@ -306,7 +305,7 @@ def test_a_watchdog_stops_the_step_with_its_own_exception(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = pair()
-    (bound,) = model._engine.bindings
+    (bound,) = model._engine.variants
 
     def bark(*_: Any) -> None:
         raise TimeoutError("too long")
@@ -372,7 +371,7 @@ def test_an_interrupt_in_a_live_step_changes_nothing_or_all(
             twin.train_step(*vector_batch(step))
         model.train_step(*vector_batch(0))
     before = state_of(model)
-    runner = model._engine._live
+    runner = model._engine._dynamic
     publish = once(GradientSums.publish, interrupt)
     monkeypatch.setattr(GradientSums, "publish", lambda *args: publish(*args))
     with pytest.raises(KeyboardInterrupt):

@@ -132,9 +132,7 @@ def check_same(net: nn.Module, plain: nn.Module, seen: Any, expected: Any) -> No
     tensors = plain.state_dict()
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, tensors[name].cpu()), name
-    for (name, module), (_, other) in zip(
-        net.named_modules(), plain.named_modules(), strict=True
-    ):
+    for (name, module), (_, other) in zip(net.named_modules(), plain.named_modules(), strict=True):
         assert getattr(module, "calls", 0) == getattr(other, "calls", 0), name
 
 
@@ -254,4 +252,4 @@ def test_a_parameter_that_the_forward_changes_is_changed_once(vgpus: VirtualGPUs
         optimizer.step()
         assert torch.equal(model.train_step(x, y), loss.detach())
     assert all(map(torch.equal, net.parameters(), plain.parameters()))
-    assert model.rung == "live"
+    assert model.capture_mode == "dynamic"

@@ -16,7 +16,7 @@ import torch
 import harmony
 from harmony.core.layergraph import LayerGraph
 from harmony.engine import paths
-from harmony.engine import variant as binding_module
+from harmony.engine import variant as variant_module
 from harmony.engine.other_lengths import ratio_between, stretched
 from tests.toys import chain, uniform_costs
 
@@ -45,18 +45,18 @@ def test_only_the_lengths_used_last_are_kept(
     losses, seen = [], []
     for batch in batches:
         losses.append(model.train_step(*batch))
-        bindings = model._engine.bindings
-        assert len(bindings._paths) <= 2
-        assert bindings.active is not None
-        seen.append(weakref.ref(bindings.active))
+        variants = model._engine.variants
+        assert len(variants._paths) <= 2
+        assert variants.active is not None
+        seen.append(weakref.ref(variants.active))
     expected = train_plain(
         net, batches, optimizer=torch.optim.SGD, options=SGD, loss_fn=token_loss, microbatch=2
     )
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
-    del bindings
+    del variants
     gc.collect()
-    assert sum(binding() is not None for binding in seen) <= 2
+    assert sum(variant() is not None for variant in seen) <= 2
 
 
 def test_a_forward_whose_length_was_forgotten_still_has_its_backward(
@@ -81,13 +81,13 @@ def test_a_forward_whose_length_was_forgotten_still_has_its_backward(
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every capture whose layers are measured."""
     calls: list[int] = []
-    measure_layers = binding_module.measure_layers
+    measure_layers = variant_module.measure_layers
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return measure_layers(*args)
 
-    monkeypatch.setattr(binding_module, "measure_layers", counted)
+    monkeypatch.setattr(variant_module, "measure_layers", counted)
     return calls
 
 

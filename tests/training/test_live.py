@@ -1,4 +1,4 @@
-"""Forwards that take different paths: one tape for each, or live."""
+"""Forwards that take different paths: one trace for each, or live."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .models import square_loss, vector_batch
 from .plain import SGD, gradients_of, train_vectors
 
 WIDTH = 24
+
 
 class Block(nn.Module):
     def __init__(self, draws: bool = False) -> None:
@@ -84,13 +85,13 @@ def train(net: nn.Module, gpus: int = 2, **options: Any) -> tuple[Any, list[Any]
 
 
 RUNGS = {
-    "nothing": "tape",
-    "inputs": "live",  # two microbatches of one batch take different paths
-    "torch": "live",
-    "python": "live",
-    "values": "live",
-    "counting": "live",
-    "buffer": "live",
+    "nothing": "trace",
+    "inputs": "dynamic",  # two microbatches of one batch take different paths
+    "torch": "dynamic",
+    "python": "dynamic",
+    "values": "dynamic",
+    "counting": "dynamic",
+    "buffer": "dynamic",
 }
 
 
@@ -110,13 +111,13 @@ def test_every_microbatch_takes_its_own_path(by: str, vgpus: VirtualGPUs) -> Non
     for name, tensor in plain.state_dict().items():
         assert torch.equal(net.state_dict()[name], tensor), name
     assert net.calls == plain.calls
-    assert model.rung == RUNGS[by] or by == "inputs"
+    assert model.capture_mode == RUNGS[by] or by == "inputs"
     notices = [str(w.message) for w in caught if "recorded on its way" in str(w.message)]
     assert len(notices) == (by != "nothing")
     assert all("test_live.py" in notice or by == "counting" for notice in notices)
 
 
-def test_each_outcome_of_the_inputs_has_its_tape(vgpus: VirtualGPUs) -> None:
+def test_each_outcome_of_the_inputs_has_its_trace(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Decides("inputs").eval()
     plain = copy.deepcopy(net)
@@ -127,14 +128,12 @@ def test_each_outcome_of_the_inputs_has_its_tape(vgpus: VirtualGPUs) -> None:
         batch[:, 0] = sign
         with torch.no_grad():
             assert torch.equal(model(batch), plain(batch))
-    assert model.rung == "tape"
-    assert len(list(model._engine.bindings)) == 2
+    assert model.capture_mode == "trace"
+    assert len(list(model._engine.variants)) == 2
 
 
 @pytest.mark.parametrize("by", ["values", "inputs", "counting"])
-def test_the_drop_in_form_takes_the_path_of_the_whole_batch(
-    by: str, vgpus: VirtualGPUs
-) -> None:
+def test_the_drop_in_form_takes_the_path_of_the_whole_batch(by: str, vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Decides(by)
     for module in net.modules():

@@ -95,8 +95,9 @@ LOSSES = {
     "nll": lambda logits, targets: F.nll_loss(F.log_softmax(logits, -1), targets),
     "twice": lambda logits, targets: 2 * F.cross_entropy(logits, targets) / 3,
     "sum": lambda logits, targets: F.cross_entropy(logits, targets, reduction="sum"),
-    "sum over size": lambda logits, targets: F.cross_entropy(logits, targets, reduction="sum")
-    / len(targets),
+    "sum over size": lambda logits, targets: (
+        F.cross_entropy(logits, targets, reduction="sum") / len(targets)
+    ),
     "masked mean": masked_mean,
     "mean of all": lambda logits, targets: F.cross_entropy(
         logits, targets, reduction="none"
@@ -107,10 +108,12 @@ LOSSES = {
     "probabilities": lambda logits, targets: F.cross_entropy(
         logits, F.one_hot(targets.clamp(min=0), CLASSES).float()
     ),
-    "two alike": lambda logits, targets: F.cross_entropy(logits, targets)
-    + F.nll_loss(F.log_softmax(2 * logits, -1), targets),
-    "two means": lambda logits, targets: F.l1_loss(logits[:, 0], targets.float() / 100)
-    + 0.1 * logits.abs().mean(),
+    "two alike": lambda logits, targets: (
+        F.cross_entropy(logits, targets) + F.nll_loss(F.log_softmax(2 * logits, -1), targets)
+    ),
+    "two means": lambda logits, targets: (
+        F.l1_loss(logits[:, 0], targets.float() / 100) + 0.1 * logits.abs().mean()
+    ),
 }
 
 
@@ -286,9 +289,7 @@ class WithLoss(nn.Module):
 
 
 @pytest.mark.parametrize(("mode", "num_devices"), MODES)
-def test_a_loss_module_inside_the_model(
-    vgpus: VirtualGPUs, mode: str, num_devices: int
-) -> None:
+def test_a_loss_module_inside_the_model(vgpus: VirtualGPUs, mode: str, num_devices: int) -> None:
     inputs, targets = vectors(ignored=0)
     targets[1:4] = 4
     batch = {"x": inputs, "labels": targets}
@@ -411,9 +412,7 @@ def test_num_items_in_batch(
 
 @pytest.mark.parametrize(("mode", "num_devices"), MODES[1:])
 @pytest.mark.parametrize("items", [False, True], ids=["mean", "num_items"])
-def test_the_drop_in_form(
-    vgpus: VirtualGPUs, items: bool, mode: str, num_devices: int
-) -> None:
+def test_the_drop_in_form(vgpus: VirtualGPUs, items: bool, mode: str, num_devices: int) -> None:
     net = hugging_face("gpt2")
     twin = copy.deepcopy(net)
     batch: dict[str, Any] = tokens()

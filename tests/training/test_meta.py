@@ -41,9 +41,7 @@ def wrap(net: nn.Module) -> harmony.Harmony:
     )
 
 
-def assert_trains_like(
-    model: harmony.Harmony, eager: nn.Module, tolerance: float = 0.0
-) -> None:
+def assert_trains_like(model: harmony.Harmony, eager: nn.Module, tolerance: float = 0.0) -> None:
     batches = [token_batch(step) for step in range(3)]
     expected = train_plain(
         eager,

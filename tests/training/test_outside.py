@@ -257,7 +257,7 @@ def test_what_the_forward_reads_is_as_it_is_now(
         if name != "forward" or value != 1.0:
             change(net, value)
         check_step(model, net, F.cross_entropy, step, dropin)
-        assert model.rung != "live" or step == 4 or name in MADE_ANEW, step
+        assert model.capture_mode != "dynamic" or step == 4 or name in MADE_ANEW, step
 
 
 class Criterion(nn.Module):
@@ -309,8 +309,8 @@ def test_the_loss_is_run_in_every_step(name: str, vgpus: VirtualGPUs) -> None:
     for step in range(5):
         change(loss, step)
         check_step(model, net, loss, step, dropin=False)
-    assert model.rung == "tape", "what the loss reads costs no new recording"
-    assert len(list(model._engine.bindings)) == 1
+    assert model.capture_mode == "trace", "what the loss reads costs no new recording"
+    assert len(list(model._engine.variants)) == 1
 
 
 def test_the_loss_may_keep_books(vgpus: VirtualGPUs) -> None:
@@ -365,7 +365,7 @@ def test_what_cannot_be_looked_at_runs_as_it_is(dropin: bool, vgpus: VirtualGPUs
         which[0] = "harmony"
         found = F.cross_entropy(model(x), y) if dropin else model.train_step(x, y)
         assert torch.equal(found, wanted), step
-    assert model.rung == "live"
+    assert model.capture_mode == "dynamic"
 
 
 COLLECTIONS = 0
@@ -395,4 +395,4 @@ def test_collections_of_garbage_are_no_part_of_a_forward(vgpus: VirtualGPUs) -> 
     finally:
         gc.set_threshold(*thresholds)
         gc.callbacks.remove(count)
-    assert COLLECTIONS and model.rung == "tape"
+    assert COLLECTIONS and model.capture_mode == "trace"

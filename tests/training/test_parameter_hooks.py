@@ -225,7 +225,7 @@ def test_clipping_comes_after_the_hooks(vgpus: VirtualGPUs) -> None:
 @pytest.mark.filterwarnings("ignore:the forward goes another way")
 @pytest.mark.parametrize("size", [8, 4])
 def test_hooks_of_live_models_are_called(vgpus: VirtualGPUs, size: int) -> None:
-    class Live(SkipMLP):
+    class DynamicRunner(SkipMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             h = torch.tanh(self.layers[0](x))
             if float(h.sum()) > 1e6:
@@ -235,7 +235,7 @@ def test_hooks_of_live_models_are_called(vgpus: VirtualGPUs, size: int) -> None:
             return h
 
     torch.manual_seed(0)
-    net = Live()
+    net = DynamicRunner()
     plain = Plain(net, clamped)
     clamped(net)
     model = model_of(net, microbatch_size=size, devices=1)

@@ -195,9 +195,7 @@ def test_a_loss_that_mixes_samples_is_that_of_the_whole_batch(
 
 
 @pytest.mark.parametrize("name", ["pairs", "info_nce", "picked", "module"])
-def test_replicas_are_refused_for_a_loss_that_mixes_samples(
-    vgpus: VirtualGPUs, name: str
-) -> None:
+def test_replicas_are_refused_for_a_loss_that_mixes_samples(vgpus: VirtualGPUs, name: str) -> None:
     loss_fn, targets = MIXING[name]
     called = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     model = wrap(mlp(), loss_fn, mode="dp")
@@ -325,9 +323,7 @@ def test_a_module_that_mixes_samples_sees_the_whole_batch(
 def test_a_norm_over_the_batch_with_all_defaults(vgpus: VirtualGPUs) -> None:
     """A microbatch of one sample that nobody asked for, which BatchNorm1d refuses."""
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, CLASSES)
-    )
+    net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, CLASSES))
     twin = copy.deepcopy(net)
     loss = F.cross_entropy(harmony.Harmony(net)(INPUTS), LABELS)
     loss.backward()

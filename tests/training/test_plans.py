@@ -29,10 +29,12 @@ from tests.training.plain import gradients_of, params_of, train_plain, train_tok
 SGD = {"lr": 0.1, "momentum": 0.9, "fused": True}
 RANDOM = settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
     phases=(Phase_.explicit, Phase_.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[
+        *settings.default.suppress_health_check,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 
 
@@ -41,18 +43,16 @@ def packs(cuts: list[int], num_layers: int) -> tuple[Pack, ...]:
     return tuple(Pack(a, b) for a, b in itertools.pairwise(bounds))
 
 
-def use_plan(
-    model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy
-) -> StepSpec:
+def use_plan(model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy) -> StepSpec:
     """Make ``model`` train ``batch`` by a plan of the test's own, verified."""
     engine = model._engine
-    binding, plan, _ = engine.bindings.find("step", ((batch[0],), {}, batch[1]))
+    variant, plan, _ = engine.variants.find("step", ((batch[0],), {}, batch[1]))
     minibatch = plan.minibatch
-    spec = spec_of(binding.graph.num_layers, minibatch)
-    tasks = build_tasks(binding.graph, spec)
-    schedule = lower(tasks, binding.machine, policy)
-    checked = verify(schedule, binding.graph, binding.costs, Phase.TRAIN, tasks)
-    binding._plans[minibatch] = replace(
+    spec = spec_of(variant.graph.num_layers, minibatch)
+    tasks = build_tasks(variant.graph, spec)
+    schedule = lower(tasks, variant.machine, policy)
+    checked = verify(schedule, variant.graph, variant.costs, Phase.TRAIN, tasks)
+    variant._plans[minibatch] = replace(
         plan,
         spec=spec,
         policy=policy,
@@ -179,18 +179,16 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     twin = copy.deepcopy(net)
     with racecheck.checked():
         model = make(twin, token_loss, num_devices, size)
-        binding, _, _ = model._engine.bindings.find(
+        variant, _, _ = model._engine.variants.find(
             "step", ((token_batch(0)[0],), {}, token_batch(0)[1])
         )
-        spec_of(binding.graph.num_layers, 8)
+        spec_of(variant.graph.num_layers, 8)
         left = {name: chosen[name] for name in ("offload", "resident")}
         policy = replace(policy, hold=hold, mirror=True, **left)
         use_plan(model, token_batch(0), spec_of, policy)
         losses = [model.train_step(*token_batch(step)) for step in range(2)]
     assert model.plan is not None and model.last_timeline is not None
-    for peak, bound in zip(
-        model.last_timeline.peak_nbytes, model.plan.peak_nbytes, strict=True
-    ):
+    for peak, bound in zip(model.last_timeline.peak_nbytes, model.plan.peak_nbytes, strict=True):
         assert peak <= bound
     expected = train_tokens(net, 2, torch.optim.SGD, SGD, microbatch=size, shares=shares)
     assert losses == expected.losses

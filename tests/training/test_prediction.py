@@ -37,10 +37,10 @@ def test_what_the_simulator_lets_wait_does_wait(
     )
     for step in range(2):
         model.train_step(*token_batch(step))
-    binding, plan, _ = model._engine.bindings.find(
+    variant, plan, _ = model._engine.variants.find(
         "step", ((token_batch(0)[0],), {}, token_batch(0)[1])
     )
-    work = _Work(plan.schedule, binding.graph, binding.costs, binding.machine)
+    work = _Work(plan.schedule, variant.graph, variant.costs, variant.machine)
     names = [name for name, _ in plan.schedule.all_programs()]
     measured = {(span.lane.split(".")[0], span.index): span for span in model.last_timeline.spans}
     place = {number: (names[program], index) for number, program, index in work.made}

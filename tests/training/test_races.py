@@ -32,19 +32,19 @@ def ready_model(mode: str, num_devices: int) -> Any:
         device_memory="420KiB",
     )
     model.train_step(*token_batch(0))
-    (binding,) = model._engine.bindings
-    return model, binding, binding.prepared(model.plan, Phase.TRAIN)
+    (variant,) = model._engine.variants
+    return model, variant, variant.prepared(model.plan, Phase.TRAIN)
 
 
-def run(model: Any, binding: Any, schedule: Schedule, values: Any) -> None:
-    prepared = binding.executor.prepare(schedule, values)
+def run(model: Any, variant: Any, schedule: Schedule, values: Any) -> None:
+    prepared = variant.executor.prepare(schedule, values)
     prepared.num_runs = 1
-    recall = model._engine._recall(ReadyStep(binding, model.plan, {}, {}))
+    replay = model._engine._replay_state(ReadyStep(variant, model.plan, {}, {}))
     spec = model.plan.spec
     replicas = range(len(spec.shares))
     every = [s for replica in replicas for s in spec.microbatches(replica, TaskKind.BACKWARD)]
-    weights = {(binding.graph.loss, (low, high)): (high - low) / 8 for low, high in every}
-    binding.executor.run(prepared, Job(recall, weights))
+    weights = {(variant.graph.loss, (low, high)): (high - low) / 8 for low, high in every}
+    variant.executor.run(prepared, Job(replay, weights))
 
 
 def waits(schedule: Schedule) -> list[tuple[int, int]]:
@@ -89,16 +89,16 @@ def _same_kind(one: Instruction, two: Instruction) -> bool:
 @pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
 def test_every_removed_wait_is_found(mode: str, num_devices: int) -> None:
     vgpu.virtual_gpus(count=4, memory="64MiB")
-    model, binding, prepared = ready_model(mode, num_devices)
+    model, variant, prepared = ready_model(mode, num_devices)
     schedule, values = prepared.schedule, prepared.values
     with racecheck.checked(ordered_frees=True):
-        run(model, binding, schedule, values)
+        run(model, variant, schedule, values)
     missed = []
     for index, at in waits(schedule):
         mutant = without(schedule, index, at)
         try:
             with racecheck.checked(ordered_frees=True):
-                run(model, binding, mutant, values)
+                run(model, variant, mutant, values)
         except (harmony.RaceError, harmony.ExecutionError, harmony.ScheduleError):
             continue
         if not at_the_edge(schedule, index, at):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, reject, settings
 from hypothesis import strategies as st
 
 import harmony
-from harmony.engine import variant as binding
+from harmony.engine import variant
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.policy import Policy
@@ -84,7 +84,7 @@ WAYS = st.builds(
 @contextmanager
 def plans_by_force(way: Way) -> Iterator[list[Plan]]:
     """Let every plan be of this way, verified, whatever the search would choose."""
-    choose, made = binding.choose_steadily, []
+    choose, made = variant.choose_steadily, []
 
     def forced(steady: Any, captured: Any, *known: Any, **asked: Any) -> Plan:
         plan = choose(steady, captured, *known, **asked)
@@ -94,16 +94,14 @@ def plans_by_force(way: Way) -> Iterator[list[Plan]]:
         tasks = build_tasks(graph, spec)
         schedule = lower(tasks, machine, way.policy)
         verify(schedule, graph, costs, Phase.TRAIN, tasks)
-        made.append(
-            replace(plan, spec=spec, policy=way.policy, schedules={Phase.TRAIN: schedule})
-        )
+        made.append(replace(plan, spec=spec, policy=way.policy, schedules={Phase.TRAIN: schedule}))
         return made[-1]
 
-    binding.choose_steadily = forced
+    variant.choose_steadily = forced
     try:
         yield made
     finally:
-        binding.choose_steadily = choose
+        variant.choose_steadily = choose
 
 
 class PlainTraining:
@@ -232,22 +230,19 @@ ONE_GPU = Way([], [], 4, 1, False, Policy())
 
 @settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.filter_too_much],
 )
 @given(recipe=recipes(), way=WAYS, decides=st.sampled_from(["", "", "", "", "alike", "mixed"]))
 @example(recipe=(("batch norm", 0),), way=ONE_GPU, decides="")
 @example(recipe=(("linear", 0),), way=ONE_GPU, decides="alike")
 @example(recipe=(("counts", 0),), way=ONE_GPU, decides="mixed")
-def test_random_modules_train_as_in_plain_pytorch(
-    recipe: Recipe, way: Way, decides: str
-) -> None:
+def test_random_modules_train_as_in_plain_pytorch(recipe: Recipe, way: Way, decides: str) -> None:
     torch.set_num_threads(1)
     way = fits(way, recipe, decides)
     vgpu.virtual_gpus(count=3, memory="64MiB")
     forced = plans_by_force(way)
     with warnings.catch_warnings(), racecheck.checked(ordered_frees=True), forced as plans:
-        warnings.simplefilter("ignore")  # a live run is announced
+        warnings.simplefilter("ignore")  # a dynamic run is announced
         compare(recipe, way, decides)
     assert plans, "no plan was forced"

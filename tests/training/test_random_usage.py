@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 
 from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
@@ -24,9 +24,7 @@ def train(way: Way, steps: Steps) -> None:
 
 @settings(
     max_examples=30,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(way=WAYS, steps=usages())
 @example(way=Way(), steps=(("step", 0), ("save", 0), ("step", 0), ("load", 0)))

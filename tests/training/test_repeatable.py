@@ -16,7 +16,7 @@ from torch import nn
 
 import harmony
 from harmony.core.machine import Machine
-from harmony.engine import variant as binding
+from harmony.engine import variant
 from harmony.planner.predict.cost import CostTable
 from harmony.profiling import measured
 from harmony.runtime.step.randomness import drawn_seed
@@ -26,7 +26,7 @@ from .models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_b
 
 RUNS = 3
 
-measure_layers, measure_machine = binding.measure_layers, measured.measure_machine
+measure_layers, measure_machine = variant.measure_layers, measured.measure_machine
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def other_times(seed: int) -> Iterator[None]:
         return replace(found, devices=devices, cpu_share=found.cpu_share * factor())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(binding, "measure_layers", layers)
+        patch.setattr(variant, "measure_layers", layers)
         patch.setattr(measured, "measure_machine", machine)
         yield
 
@@ -218,4 +218,3 @@ def test_dropout_follows_the_seed_that_was_drawn(vgpus: VirtualGPUs) -> None:
         del model
         gc.collect()
     assert losses[0] == losses[1] == losses[3] != losses[2]
-

@@ -48,8 +48,8 @@ def resident_model(
         return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),), saved=saved)
 
     call = ((token_batch(0)[0],), {}, token_batch(0)[1])
-    binding, _, _ = model._engine.bindings.find("step", call)
-    stay = resident(packs([*cuts], binding.graph.num_layers))
+    variant, _, _ = model._engine.variants.find("step", call)
+    stay = resident(packs([*cuts], variant.graph.num_layers))
     use_plan(model, token_batch(0), spec_of, Policy(resident=stay, mirror=True))
     return model
 
@@ -104,7 +104,7 @@ def test_what_is_resident_never_comes_in_again(vgpus: VirtualGPUs) -> None:
     assert model.plan is not None and model.last_timeline is not None
     moved = model.last_timeline.bytes_by()
     assert ("h2d", "weights") not in moved and ("d2h", "gradients") not in moved
-    arena = model._engine.bindings.active
+    arena = model._engine.variants.active
     assert arena is not None
     assert moved["d2h", "weights"] == arena.graph.weight_nbytes()
     updates = [s for s in model.last_timeline.spans if s.kind == "update"]
@@ -177,13 +177,13 @@ def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
     from harmony.planner.lower.passes import lower
 
     model = resident_model(GPT())
-    binding = model._engine.bindings.active
-    assert binding is not None and binding.costs is not None
-    whole = packs([2, 4, 6], binding.graph.num_layers)
+    variant = model._engine.variants.active
+    assert variant is not None and variant.costs is not None
+    whole = packs([2, 4, 6], variant.graph.num_layers)
     spec = StepSpec(8, 2, 2, whole, whole, ((0, 8),), Phase.INFER)
-    tasks = build_tasks(binding.graph, spec)
-    schedule = lower(tasks, binding.machine, Policy(resident=whole, mirror=True))
-    verify(schedule, binding.graph, binding.costs, Phase.INFER, tasks)
+    tasks = build_tasks(variant.graph, spec)
+    schedule = lower(tasks, variant.machine, Policy(resident=whole, mirror=True))
+    verify(schedule, variant.graph, variant.costs, Phase.INFER, tasks)
     copied = [s.ref for p in schedule.programs for s in p if s.op is Op.SWAP_IN]
     assert not any(ref is not None and ref.is_parameter for ref in copied)
 
@@ -196,7 +196,7 @@ def test_a_released_plan_leaves_nothing_on_the_devices(vgpus: VirtualGPUs) -> No
     gc.collect()
     gc.disable()
     try:
-        active = model._engine.bindings.active
+        active = model._engine.variants.active
         assert active is not None
         active.release()
         assert [torch.accelerator.memory_allocated(i) for i in range(2)] == [0, 0]
@@ -208,9 +208,9 @@ def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> N
     model = resident_model(GPT())
     optimizer = model._engine._optimizer
     assert optimizer is not None
-    active = model._engine.bindings.active
+    active = model._engine.variants.active
     optimizer.max_norm = 1.0
-    found = model._engine.bindings.find("step", ((token_batch(0)[0],), {}, token_batch(0)[1]))
+    found = model._engine.variants.find("step", ((token_batch(0)[0],), {}, token_batch(0)[1]))
     assert active is not None and found[0] is not active  # it is planned again
     plan = active.plan(8, "auto", 2, "auto", None)
     with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0: all gradients have to be"):

@@ -114,9 +114,7 @@ def test_outputs_and_their_gradients_are_put_where_they_belong(
     torch.manual_seed(0)
     net = make()
     twin = copy.deepcopy(net)
-    model = harmony.Harmony(
-        net, devices=2, batch_dims=batch_dims, **{"mode": "pp", **options}
-    )
+    model = harmony.Harmony(net, devices=2, batch_dims=batch_dims, **{"mode": "pp", **options})
     with torch.no_grad():
         evaluated = outputs_of(model, batch)
     found, wanted = outputs_of(model, batch), outputs_of(twin, batch)

@@ -38,11 +38,11 @@ class Odd:
 def odd(monkeypatch: pytest.MonkeyPatch) -> Odd:
     found, run_layer = Odd(), captured._run_layer
 
-    def run(layered: Any, layer: int, skeleton: Any, values: Any, *args: Any) -> None:
+    def run(layered: Any, layer: int, shell: Any, values: Any, *args: Any) -> None:
         if layer == 0 and found.on:
-            for number in layered.tape.steps[layered.ranges[0][0]].inputs:
+            for number in layered.trace.steps[layered.ranges[0][0]].inputs:
                 values[number] = values[number] * found.scale()
-        run_layer(layered, layer, skeleton, values, *args)
+        run_layer(layered, layer, shell, values, *args)
 
     monkeypatch.setattr(captured, "_run_layer", run)
     return found
@@ -161,8 +161,8 @@ def test_microbatches_of_another_size_are_compared_by_what_they_share(vgpus: Vir
     model = wrap(SkipMLP(), "pp", 1, **SGD)
     model.train_step(*vector_batch(0))
     spec = model.plan.spec
-    (binding,) = model._engine.bindings
-    check = binding.executor.new_check(model.plan.schedule)
+    (variant,) = model._engine.variants
+    check = variant.executor.new_check(model.plan.schedule)
     assert check is not None
     assert [check._parts(s) for s in spec.microbatches(0, TaskKind.FORWARD)] == [
         [s] for s in spec.microbatches(0, TaskKind.BACKWARD)

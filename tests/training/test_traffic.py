@@ -37,8 +37,8 @@ def trained(
     if plan is not None:
         use_plan(model, token_batch(0), *plan)
     model.train_step(*token_batch(0))
-    (binding,) = model._engine.bindings
-    return model, binding.graph
+    (variant,) = model._engine.variants
+    return model, variant.graph
 
 
 @pytest.mark.parametrize("mode", ["pp", "dp"])

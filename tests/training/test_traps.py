@@ -117,9 +117,7 @@ def same_as_plain(net: nn.Module, batches: Any, **options: Any) -> harmony.Harmo
         microbatch=options.get("microbatch_size", 2),
     )
     model = wrap(net, **options)
-    for batch, loss, gradients in zip(
-        batches, expected.losses, expected.gradients, strict=True
-    ):
+    for batch, loss, gradients in zip(batches, expected.losses, expected.gradients, strict=True):
         assert torch.equal(model.train_step(*batch), loss)
         for name, found in gradients_of(net).items():
             wanted = gradients[name]
@@ -202,16 +200,14 @@ def test_a_path_not_taken_leaves_no_old_gradient(vgpus: VirtualGPUs) -> None:
     batches = [vector_batch(step) for step in range(4)]
     batches = [((-1) ** step * x.abs(), y) for step, (x, y) in enumerate(batches)]
     model = same_as_plain(Branches(), batches)
-    assert model.rung == "tape"
+    assert model.capture_mode == "trace"
 
 
 def test_dropout_is_the_same_in_the_recompute(vgpus: VirtualGPUs) -> None:
     """Half of everything is dropped: other masks in the recompute would be far off."""
     torch.manual_seed(0)
     batches = [token_batch(step) for step in range(2)]
-    model = same_as_plain(
-        GPT(dropout=0.5), batches, loss_fn=token_loss, device_memory="300KiB"
-    )
+    model = same_as_plain(GPT(dropout=0.5), batches, loss_fn=token_loss, device_memory="300KiB")
     assert len(model.plan.spec.backward_packs) > 1
 
 
@@ -373,7 +369,7 @@ def test_adapters_are_trained_and_nothing_else(vgpus: VirtualGPUs) -> None:
         assert (param in model.optimizer.state) == trained, name
         assert (param.grad is not None) == trained, name
     frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-    gradients = model._engine.bindings.arenas[1]
+    gradients = model._engine.variants.arenas[1]
     assert gradients.nbytes < frozen, "frozen parameters take no gradient memory"
 
 

@@ -79,8 +79,8 @@ def test_the_report_has_torchs_own_bytes(vgpus: VirtualGPUs) -> None:
     count = sum(p.numel() for p in net.parameters())
     assert sum(v.nbytes for v in state) == 4 * count
     assert model.record.facts["training state"].startswith("512 KiB")  # 8 bytes each
-    binding = model._engine.bindings.active
-    assert binding is not None and binding.graph.state_nbytes() == 4 * count
+    variant = model._engine.variants.active
+    assert variant is not None and variant.graph.state_nbytes() == 4 * count
 
 
 class Failing(torch.optim.SGD):

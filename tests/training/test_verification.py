@@ -151,8 +151,8 @@ def test_a_difference_is_found_and_named(
 
     def wrong(engine: Engine, *args: Any, **kwargs: Any) -> Any:
         step = run_step(engine, *args, **kwargs)
-        (binding,) = engine.bindings
-        binding.host.gradients.views["layers.2.weight"][0, 0] += 1.0
+        (variant,) = engine.variants
+        variant.host.gradients.views["layers.2.weight"][0, 0] += 1.0
         return step
 
     monkeypatch.setattr(Engine, "run_step", wrong)

@@ -168,7 +168,7 @@ def prepared(live: bool) -> harmony.Harmony:
 
 
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward")
-@pytest.mark.parametrize("live", [False, True], ids=["planned", "live"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["planned", "dynamic"])
 @pytest.mark.parametrize("fault", STEP_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_in_the_step_is_found(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch, fault: Fault, live: bool
@@ -186,7 +186,7 @@ def test_a_fault_in_the_step_is_found(
 
 
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward")
-@pytest.mark.parametrize("live", [False, True], ids=["planned", "live"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["planned", "dynamic"])
 def test_without_a_fault_the_step_is_right_and_nothing_is_left(
     vgpus: VirtualGPUs, live: bool
 ) -> None:

@@ -158,7 +158,7 @@ def test_it_is_left_as_by_plain_pytorch(how: str, inside: bool, vgpus: VirtualGP
         assert same(found, expected)
     for (name, one), two in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, two), name
-    assert model.rung == "live"
+    assert model.capture_mode in ("dynamic", "eager")
 
 
 @pytest.mark.parametrize("how", ["memory", "last activation", "appends"])
@@ -203,7 +203,7 @@ def test_a_table_is_no_memory(vgpus: VirtualGPUs) -> None:
     wanted, model = plain_run(plain, 2, 4), trained(net)
     for step in range(2):
         assert torch.equal(model.train_step(*batch(step)), wanted[step])
-    assert model.rung == "tape"
+    assert model.capture_mode == "trace"
 
 
 def counting(net: nn.Module, seen: dict[str, list[Any]]) -> None:
@@ -221,9 +221,7 @@ def counting(net: nn.Module, seen: dict[str, list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("dropin", [False, True], ids=["step", "drop-in"])
-def test_hooks_of_modules_are_called_on_real_values_only(
-    dropin: bool, vgpus: VirtualGPUs
-) -> None:
+def test_hooks_of_modules_are_called_on_real_values_only(dropin: bool, vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 4))
     plain = copy.deepcopy(net)
@@ -286,7 +284,7 @@ def test_hooks_that_only_compute_leave_the_model_recorded(vgpus: VirtualGPUs) ->
     wanted, model = plain_run(plain, 2, 4), trained(net)
     for step in range(2):
         assert torch.equal(model.train_step(*batch(step)), wanted[step])
-    assert model.rung == "tape"
+    assert model.capture_mode == "trace"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import harmony
-from harmony.engine import variant as binding
+from harmony.engine import variant
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.policy import Policy
@@ -56,7 +56,7 @@ class Outcome:
     """What the comparison found.
 
     Attributes:
-        rung: which rung of the ladder of capture the model took.
+        capture_mode: how the model was captured (`Harmony.capture_mode`).
         packs: how many BACKWARD packs the plan had.
         layers: how many layers the model was cut into.
         num_params: parameters, tied ones once.
@@ -66,7 +66,7 @@ class Outcome:
         notes: warnings that Harmony gave.
     """
 
-    rung: str
+    capture_mode: str
     packs: int
     layers: int
     num_params: int
@@ -127,7 +127,7 @@ def _compare(entry: Entry) -> Outcome:
             loss = model.train_step(*_copied(batch))
         found = Step(loss, gradients_of(net), buffers_of(net), params_of(net))
         _judge(entry, step, found, expected, outcome)
-    outcome.rung = getattr(model, "rung", "tape")
+    outcome.capture_mode = getattr(model, "capture_mode", "trace")
     return outcome
 
 
@@ -138,10 +138,10 @@ def _compare(entry: Entry) -> Outcome:
 def plans_by_force(entry: Entry, outcome: Outcome) -> Iterator[None]:
     """Let every plan have the packs of `spec_of`, whatever the search would choose.
 
-    A live model gets a plan for each path that a microbatch takes; the outcome notes the packs of
-    the plan that has the fewest.
+    A dynamic model gets a plan for each path that a microbatch takes; the outcome notes the packs
+    of the plan that has the fewest.
     """
-    choose = binding.choose_steadily
+    choose = variant.choose_steadily
 
     def forced(steady: Any, captured: Any, *known: Any, **asked: Any) -> Plan:
         plan = choose(steady, captured, *known, **asked)
@@ -155,11 +155,11 @@ def plans_by_force(entry: Entry, outcome: Outcome) -> Iterator[None]:
             outcome.packs, outcome.layers = packs, graph.num_layers
         return replace(plan, spec=spec, policy=POLICY, schedules={Phase.TRAIN: schedule})
 
-    binding.choose_steadily = forced
+    variant.choose_steadily = forced
     try:
         yield
     finally:
-        binding.choose_steadily = choose
+        variant.choose_steadily = choose
 
 
 def spec_of(num_layers: int, minibatch: int, entry: Entry) -> StepSpec:

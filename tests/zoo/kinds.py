@@ -494,7 +494,7 @@ class Scripted(nn.Module):
 
 
 class Reversal(torch.autograd.Function):
-    """Turns the gradient round."""
+    """TracedLock the gradient round."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

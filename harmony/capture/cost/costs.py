@@ -39,7 +39,7 @@ def costs_nbytes(captured: Captured, num_samples: int) -> list[Footprint]:
 def footprint_of(captured: Captured, layer: int, num_samples: int) -> Footprint:
     """Return what one layer allocates for microbatches of this size."""
     try:
-        return _measure(captured, layer, num_samples, captured.tape_for(num_samples).real)
+        return _measure(captured, layer, num_samples, captured.trace_for(num_samples).real)
     except GuardError:
         return _estimate(captured, layer, num_samples)
     except Exception:  # some fake kernels refuse what the real ones do, or values are looked at
@@ -50,8 +50,8 @@ def footprint_of(captured: Captured, layer: int, num_samples: int) -> Footprint:
 
 
 def _estimate(captured: Captured, layer: int, num_samples: int) -> Footprint:
-    """Bytes of a layer that does not run on zeros: its values, as far as the tape has them."""
-    values = captured.tape_for(num_samples).values
+    """Bytes of a layer that does not run on zeros: its values, as far as the trace has them."""
+    values = captured.trace_for(num_samples).values
     made = (number for step in captured.steps_of(layer, num_samples) for number in step.made)
     nbytes = sum(values[number].nbytes for number in made)
     return Footprint(nbytes, nbytes, 2 * nbytes)
@@ -73,21 +73,21 @@ def on_stand_ins(
     Args:
         real: with tensors that have memory, for layers that look at values.
     """
-    graph, device = captured.graph, captured.tape_for(num_samples).device
+    graph, device = captured.graph, captured.trace_for(num_samples).device
     described = graph.layers[layer]
-    skeleton = captured.make_skeleton(device)
+    shell = captured.make_shell(device)
     names = [info.name for info in captured.tensors_of(layer)]
     names += [graph.shared[index].name for index in described.shared]
 
     def run(env: Values) -> Values:
         wanted = described.outputs
         return captured.run(
-            layer, layer + 1, skeleton, env, num_samples, wanted=wanted, guarded=False
+            layer, layer + 1, shell, env, num_samples, wanted=wanted, guarded=False
         )
 
     with pretending(real):
-        tensors = {name: bindable(skeleton.placeholder(name), device, real) for name in names}
-        skeleton.bind(tensors)
+        tensors = {name: bindable(shell.placeholder(name), device, real) for name in names}
+        shell.bind(tensors)
         inputs: Values = {}
         for value in described.inputs:
             shape, _, dtype = captured.value_form(value, num_samples)

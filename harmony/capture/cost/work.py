@@ -60,7 +60,7 @@ def work_of(captured: Captured, num_samples: int) -> list[LayerCounts]:
 
 
 def _of_layer(captured: Captured, layer: int, num_samples: int) -> LayerCounts:
-    real = captured.tape_for(num_samples).real
+    real = captured.trace_for(num_samples).real
     try:
         return on_stand_ins(captured, layer, num_samples, real, count)
     except GuardError:
@@ -73,11 +73,12 @@ def _of_layer(captured: Captured, layer: int, num_samples: int) -> LayerCounts:
 
 
 def _unknown(captured: Captured, layer: int, num_samples: int) -> LayerCounts:
-    """Of a layer that does not run on zeros: the bytes of its values, as far as the tape has them.
+    """Of a layer that does not run on zeros: the bytes of its values, as far as the trace has
+    them.
 
     Its products are not seen, so this is less than it does.
     """
-    values = captured.tape_for(num_samples).values
+    values = captured.trace_for(num_samples).values
     steps = captured.steps_of(layer, num_samples)
     nbytes = sum(values[number].nbytes for step in steps for number in step.made)
     once = Counts({}, 0.0, 2.0 * nbytes, float(len(steps)))
@@ -117,9 +118,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def counts(self) -> Counts:
         """What was counted so far."""
-        return Counts(
-            self.flops, self.product_nbytes, self.other_nbytes, float(self.num_kernels)
-        )
+        return Counts(self.flops, self.product_nbytes, self.other_nbytes, float(self.num_kernels))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}

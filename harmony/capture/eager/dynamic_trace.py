@@ -1,7 +1,7 @@
-"""Live capture: the forward of one microbatch runs for real on the device while it is recorded.
+"""Dynamic capture: the forward of one microbatch runs for real on the device while it is recorded.
 
 For forwards whose path depends on what they compute, on random numbers, or on Python state: the
-tape of one run does not stand for the next. Parameters are brought to the device leaf by leaf and
+trace of one run does not stand for the next. Parameters are brought to the device leaf by leaf and
 let go of at once, so the forward needs the memory of one leaf and of the values between leaves.
 """
 
@@ -22,7 +22,7 @@ from harmony.capture.guards.outside import Outside
 from harmony.capture.replay.captured import Captured
 from harmony.capture.replay.inputs import Batch
 from harmony.capture.replay.replay import FACTORIES, equal
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.kernels import KernelWatch
 from harmony.capture.trace.leaves import choose_leaves
 from harmony.capture.trace.program import Program
@@ -31,7 +31,7 @@ from harmony.capture.trace.refuse import check_module
 from harmony.capture.trace.tracer import Tracer
 
 
-class LiveCapture:
+class DynamicTrace:
     """Captures one forward after the other of a module; each for one microbatch only."""
 
     def __init__(
@@ -69,24 +69,24 @@ class LiveCapture:
             begin: called where the forward begins, to seed the random generators; what they were
                 is restored afterwards.
         """
-        template = Skeleton(self._module, torch.device("cpu"))
+        template = ModuleShell(self._module, torch.device("cpu"))
         batch = Batch.of(args, kwargs, targets, {}, num_samples).detached()
-        tracer = _LiveTracer(self._module, template, self._program, batch, self._leaves)
+        tracer = _DynamicTracer(self._module, template, self._program, batch, self._leaves)
         tracer.device, tracer.begin = self._device, begin
         if self._known is not None:
             tracer.outside = Outside(self._module, self._program.loss, self._known)
         try:
-            tape = tracer.trace(batch.num_samples)
+            trace = tracer.trace(batch.num_samples)
         finally:
             tracer.outside.restore()
         self._leaves, self._known = tracer.leaves, tracer.outside.observed
-        sizes = OneSize.of(tape, batch.num_samples)
+        sizes = OneSize.of(trace, batch.num_samples)
         return Captured(tracer, template, batch, sizes, self._program.has_loss)
 
 
 def same_path(first: Captured, second: Captured) -> bool:
-    """Whether two live captures compute the same from their inputs and parameters."""
-    one, two = first.tape, second.tape
+    """Whether two dynamic captures compute the same from their inputs and parameters."""
+    one, two = first.trace, second.trace
     return (
         len(one.steps) == len(two.steps)
         and [_form(value) for value in one.values] == [_form(value) for value in two.values]
@@ -94,7 +94,7 @@ def same_path(first: Captured, second: Captured) -> bool:
     )
 
 
-class _LiveTracer(Tracer):
+class _DynamicTracer(Tracer):
     """Traces a real run on a device, with parameters that come when they are needed."""
 
     begin: Callable[[], None]
@@ -103,25 +103,23 @@ class _LiveTracer(Tracer):
         super().__init__(*args)
         self._real = True
 
-    def _parameters(self, twin: Skeleton) -> dict[str, torch.Tensor]:
+    def _parameters(self, twin: ModuleShell) -> dict[str, torch.Tensor]:
         self._lender = Lender(self._source, twin)
         return self._lender.fakes
 
     def _recorder(
-        self, twin: Skeleton, stand_ins: Mapping[int, Any], kernels: KernelWatch
+        self, twin: ModuleShell, stand_ins: Mapping[int, Any], kernels: KernelWatch
     ) -> Recorder:
-        return _LiveRecorder(
-            self._lender, twin, self.leaves, self.device, stand_ins, kernels
-        )
+        return _DynamicRecorder(self._lender, twin, self.leaves, self.device, stand_ins, kernels)
 
     def _begin(self) -> None:
         self.begin()
 
 
-class _LiveRecorder(Recorder):
+class _DynamicRecorder(Recorder):
     """Records a real run for which parameters are lent step by step."""
 
-    def __init__(self, lender: Lender, twin: Skeleton, *args: Any) -> None:
+    def __init__(self, lender: Lender, twin: ModuleShell, *args: Any) -> None:
         super().__init__(twin, *args)
         self.once = True
         self._lender = lender

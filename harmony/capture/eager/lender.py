@@ -10,21 +10,21 @@ import torch
 from torch import nn
 
 from harmony.capture.graph.structure import flatten
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.tracer import fake_parameters
 
 
 class Lender:
-    """Gives a skeleton its parameters for as long as a step needs them.
+    """Gives a shell its parameters for as long as a step needs them.
 
     Attributes:
         fakes: what is in their places between times: fake tensors of the same form and device.
     """
 
-    def __init__(self, source: nn.Module, skeleton: Skeleton) -> None:
+    def __init__(self, source: nn.Module, shell: ModuleShell) -> None:
         self._params = dict(source.named_parameters())
-        self._skeleton = skeleton
-        self.fakes = fake_parameters(skeleton, skeleton.device)
+        self._shell = shell
+        self.fakes = fake_parameters(shell, shell.device)
         self._names = {id(fake): name for name, fake in self.fakes.items()}
 
     def name_of(self, tensor: Any) -> str | None:
@@ -39,17 +39,17 @@ class Lender:
     @contextmanager
     def lent(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
         """Put the parameters in their places on the device, until the block ends."""
-        device = self._skeleton.device
+        device = self._shell.device
         real: dict[str, torch.Tensor] = {}
         for name in names:
             param = self._params[name]
             data = param.detach().to(device, copy=True)
             real[name] = nn.Parameter(data, requires_grad=param.requires_grad)
-        self._skeleton.bind(real)
+        self._shell.bind(real)
         try:
             yield real
         finally:
-            self._skeleton.bind({name: self.fakes[name] for name in names})
+            self._shell.bind({name: self.fakes[name] for name in names})
             for tensor in real.values():  # autograd's graph holds on to the tensor itself
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=device)
 

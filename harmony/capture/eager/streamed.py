@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from harmony.capture.eager.lender import Lender
 from harmony.capture.graph.structure import flatten
 from harmony.capture.replay.replay import FACTORIES
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.leaves import choose_leaves
 
@@ -28,7 +28,7 @@ class StreamedModule:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module = module
         self._device = device
-        self._twin = Skeleton(module, device)
+        self._twin = ModuleShell(module, device)
         self._leaves = choose_leaves(self._twin.root)
         buffers = {name: buffer.to(device) for name, buffer in module.named_buffers()}
         self._twin.bind(buffers)
@@ -59,7 +59,7 @@ class StreamedModule:
 class _Streaming(TorchFunctionMode):
     """Lends parameters to whoever needs them."""
 
-    def __init__(self, source: nn.Module, twin: Skeleton, leaves: set[str]) -> None:
+    def __init__(self, source: nn.Module, twin: ModuleShell, leaves: set[str]) -> None:
         super().__init__()
         self._lender = Lender(source, twin)
         twin.bind(self._lender.fakes)

@@ -1,4 +1,4 @@
-"""Makes the LayerGraph: which values cross the layers of a tape, and what each layer holds."""
+"""Makes the LayerGraph: which values cross the layers of a trace, and what each layer holds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch.nn.modules.batchnorm import _NormBase
 
 from harmony.capture.graph.layer_signature import layer_signature
-from harmony.capture.graph.layered import LayeredTape, difference
+from harmony.capture.graph.layered import LayeredTrace, difference
 from harmony.capture.graph.params import ParamInfo, assign
-from harmony.capture.graph.trace import Step, StepKind, Tape, TapeValue
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.graph.trace import Step, StepKind, Trace, TraceValue
+from harmony.capture.replay.shell import ModuleShell
 from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
 from harmony.errors import CaptureError
 
@@ -21,26 +21,26 @@ _OF_SIZES = frozenset({"numel", "size", "shape", "nelement", "stride", "nbytes"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Two tapes of one model, for different numbers of samples.
+    """Two traces of one model, for different numbers of samples.
 
     Attributes:
         num_samples: of each.
-        only: why there is no tape for another number of samples; empty where there may be one.
+        only: why there is no trace for another number of samples; empty where there may be one.
     """
 
-    tape: Tape
-    other: Tape
+    trace: Trace
+    other: Trace
     num_samples: tuple[int, int]
     only: str = ""
 
     def batch_dims(self, number: int) -> tuple[int, ...]:
         """Dimensions of a value that depend on the number of samples."""
-        shapes = zip(self.tape.values[number].shape, self.other.values[number].shape, strict=True)
+        shapes = zip(self.trace.values[number].shape, self.other.values[number].shape, strict=True)
         return tuple(dim for dim, (one, two) in enumerate(shapes) if one != two)
 
     def rows_per_sample(self, number: int, dim: int) -> int | None:
         """How many entries of the dimension each sample has; None if it is not proportional."""
-        one, two = (t.values[number].shape[dim] for t in (self.tape, self.other))
+        one, two = (t.values[number].shape[dim] for t in (self.trace, self.other))
         rows, rest = divmod(one, self.num_samples[0])
         return rows if not rest and rows * self.num_samples[1] == two else None
 
@@ -48,18 +48,18 @@ class Sizes:
         """Whether the size of a value is linear in the number of samples."""
         return self._linear(number) is not None
 
-    def inseparable_on(self, tape: Tape) -> frozenset[int]:
+    def inseparable_on(self, trace: Trace) -> frozenset[int]:
         """Values that cannot cross layers: their size depends on more than the number of samples.
 
         The indices of some tokens, for instance, or a packed sequence.
 
         Args:
-            tape: of any number of samples. The numbers of values on one tape mean nothing on
+            trace: of any number of samples. The numbers of values on one trace mean nothing on
                 another that has taken another path.
         """
-        found = _value_dependent(tape)
-        if difference(self.tape, tape, self.num_samples) is None:
-            made = (n for n in range(len(tape.values)) if tape.producer[n] >= 0)
+        found = _value_dependent(trace)
+        if difference(self.trace, trace, self.num_samples) is None:
+            made = (n for n in range(len(trace.values)) if trace.producer[n] >= 0)
             found.update(n for n in made if self._linear(n) is None)
         return frozenset(found)
 
@@ -72,7 +72,7 @@ class Sizes:
         a, b = self.num_samples
         linear = self._linear(number)
         if linear is None:
-            value = self.tape.values[number]
+            value = self.trace.values[number]
             raise CaptureError(
                 f"{value.name} makes a tensor of shape {value.shape} for {a} samples and "
                 f"{self.other.values[number].shape} for {b}, and it crosses layers: only sizes "
@@ -81,7 +81,7 @@ class Sizes:
         return linear
 
     def _linear(self, number: int) -> tuple[int, int] | None:
-        one, two = self.tape.values[number].nbytes, self.other.values[number].nbytes
+        one, two = self.trace.values[number].nbytes, self.other.values[number].nbytes
         a, b = self.num_samples
         per_sample, rest = divmod(one - two, a - b)
         fixed = one - per_sample * a
@@ -91,12 +91,12 @@ class Sizes:
 
 
 class OneSize(Sizes):
-    """A tape for one number of samples: nothing in it is to be parted along the batch."""
+    """A trace for one number of samples: nothing in it is to be parted along the batch."""
 
     @staticmethod
-    def of(tape: Tape, num_samples: int, only: str = "") -> OneSize:
-        """Take a tape alone."""
-        return OneSize(tape, tape, (num_samples, num_samples), only)
+    def of(trace: Trace, num_samples: int, only: str = "") -> OneSize:
+        """Take a trace alone."""
+        return OneSize(trace, trace, (num_samples, num_samples), only)
 
     def batch_dims(self, number: int) -> tuple[int, ...]:
         """None."""
@@ -107,16 +107,16 @@ class OneSize(Sizes):
         return None
 
     def _linear(self, number: int) -> tuple[int, int] | None:
-        return 0, self.tape.values[number].nbytes
+        return 0, self.trace.values[number].nbytes
 
 
-def _value_dependent(tape: Tape) -> set[int]:
-    """Values that glue makes with as many rows as some values happen to ask for."""
+def _value_dependent(trace: Trace) -> set[int]:
+    """Values that functional code makes with as many rows as some values happen to ask for."""
     found: set[int] = set()
-    for step in tape.steps:
-        rows = {tape.values[n].shape[:1] for n in found.intersection(step.inputs)}
+    for step in trace.steps:
+        rows = {trace.values[n].shape[:1] for n in found.intersection(step.inputs)}
         fresh = step.kind is StepKind.FUNCTION and step.dynamic
-        found.update(n for n in step.made if fresh or tape.values[n].shape[:1] in rows)
+        found.update(n for n in step.made if fresh or trace.values[n].shape[:1] in rows)
     return found
 
 
@@ -135,14 +135,14 @@ class BuiltGraph:
 
 def build_graph(
     sizes: Sizes,
-    layers: LayeredTape,
-    skeleton: Skeleton,
+    layers: LayeredTrace,
+    shell: ModuleShell,
     params: Sequence[ParamInfo],
     buffers: Sequence[ParamInfo],
     has_loss: bool,
 ) -> BuiltGraph:
-    """Make the LayerGraph of the first of two tapes, which is cut into layers."""
-    mixing = _mixing_layers(sizes, layers, skeleton, has_loss)
+    """Make the LayerGraph of the first of two traces, which is cut into layers."""
+    mixing = _mixing_layers(sizes, layers, shell, has_loss)
     values = []
     for index, number in enumerate(layers.crossing):
         value, mixes = _make_value(index, number, sizes, layers)
@@ -151,21 +151,21 @@ def build_graph(
             mixing.add(value.producer)
     placed, placed_buffers, shared = assign(params, buffers, layers.users_of_state())
     made = tuple(
-        _make_layer(layer, layers, values, [*placed, *placed_buffers], shared, skeleton, mixing)
+        _make_layer(layer, layers, values, [*placed, *placed_buffers], shared, shell, mixing)
         for layer in range(layers.num_layers)
     )
     loss = None
     if has_loss:
-        (output,) = sizes.tape.outputs
+        (output,) = sizes.trace.outputs
         loss = layers.ids[output.id]
-    whole = sizes.only or _one_of_a_kind(sizes.tape, layers, skeleton)
+    whole = sizes.only or _one_of_a_kind(sizes.trace, layers, shell)
     graph = LayerGraph(made, tuple(values), tuple(shared), loss, whole)
     return BuiltGraph(graph, placed, placed_buffers)
 
 
-def _make_value(index: int, number: int, sizes: Sizes, layers: LayeredTape) -> tuple[Value, bool]:
+def _make_value(index: int, number: int, sizes: Sizes, layers: LayeredTrace) -> tuple[Value, bool]:
     """Return a value, and whether its samples cannot be told apart."""
-    known = sizes.tape.values[number]
+    known = sizes.trace.values[number]
     if not known.dense:
         raise CaptureError(
             f"{known.name} makes a sparse or nested tensor that crosses layers: not supported. "
@@ -188,25 +188,25 @@ def _make_value(index: int, number: int, sizes: Sizes, layers: LayeredTape) -> t
     return value, bool(dims) and sizes.rows_per_sample(number, dims[0]) != 1
 
 
-def _value_name(value: TapeValue, index: int) -> str:
+def _value_name(value: TraceValue, index: int) -> str:
     return value.name or f"value {index}"
 
 
 def _make_layer(
     layer: int,
-    layers: LayeredTape,
+    layers: LayeredTrace,
     values: Sequence[Value],
     stored: Sequence[ParamInfo],
     shared: Sequence[SharedParam],
-    skeleton: Skeleton,
+    shell: ModuleShell,
     mixing: set[int],
 ) -> Layer:
     steps = layers.steps(layer)
     own = [info for info in stored if info.layer == layer]
     return Layer(
         index=layer,
-        name=_layer_name(steps, skeleton),
-        signature=layer_signature(steps, layers.tape, skeleton, layers.crossing),
+        name=_layer_name(steps, shell),
+        signature=layer_signature(steps, layers.trace, shell, layers.crossing),
         params=tuple(info.name for info in own),
         weight_nbytes=sum(info.stored_nbytes for info in own),
         gradient_nbytes=sum(info.gradient_nbytes for info in own),
@@ -219,43 +219,43 @@ def _make_layer(
     )
 
 
-def _layer_name(steps: Sequence[Step], skeleton: Skeleton) -> str:
+def _layer_name(steps: Sequence[Step], shell: ModuleShell) -> str:
     """The module with the most parameters, or the first step."""
 
     def size(step: Step) -> int:
-        return sum(skeleton.placeholder(name).numel() for name in step.state)
+        return sum(shell.placeholder(name).numel() for name in step.state)
 
     if not steps:
         return "nothing"
-    heart = max(steps, key=size)
-    return heart.name or type(skeleton.root).__name__
+    anchor = max(steps, key=size)
+    return anchor.name or type(shell.root).__name__
 
 
 def _mixing_layers(
-    sizes: Sizes, layers: LayeredTape, skeleton: Skeleton, has_loss: bool
+    sizes: Sizes, layers: LayeredTrace, shell: ModuleShell, has_loss: bool
 ) -> set[int]:
     """Layers in which a sample's result depends on the other samples of its microbatch.
 
-    Norms over the batch, and glue that makes something whose shape does not depend on the batch
-    from something that does, the loss at the end excepted.
+    Norms over the batch, and functional code that makes something whose shape does not depend on
+    the batch from something that does, the loss at the end excepted.
     """
-    tape = sizes.tape
+    trace = sizes.trace
     last = layers.num_layers - 1
-    batched = {n for n in range(len(tape.values)) if sizes.batch_dims(n)}
+    batched = {n for n in range(len(trace.values)) if sizes.batch_dims(n)}
     mixing = set()
-    for index, step in enumerate(tape.steps):
+    for index, step in enumerate(trace.steps):
         layer = layers.of_step(index)
         if step.kind is StepKind.MODULE:
             assert isinstance(step.target, str)
-            if any(map(_is_batch_norm, skeleton.modules[step.target].modules())):
+            if any(map(_is_batch_norm, shell.modules[step.target].modules())):
                 mixing.add(layer)
         loss_path = has_loss and layer == last
-        if not loss_path and any(_mixes(step, made, tape, batched) for made in step.made):
+        if not loss_path and any(_mixes(step, made, trace, batched) for made in step.made):
             mixing.add(layer)
     return mixing
 
 
-def _mixes(step: Step, made: int, tape: Tape, batched: set[int]) -> bool:
+def _mixes(step: Step, made: int, trace: Trace, batched: set[int]) -> bool:
     """Whether a step makes a value without samples from the contents of ones that have some.
 
     What the trace really computed cannot depend on values that it did not compute: those lent
@@ -263,17 +263,17 @@ def _mixes(step: Step, made: int, tape: Tape, batched: set[int]) -> bool:
     """
     if made in batched or step.name.startswith("new_"):
         return False
-    real = not tape.values[made].fake
-    return any(n in batched and not (real and tape.values[n].fake) for n in step.inputs)
+    real = not trace.values[made].fake
+    return any(n in batched and not (real and trace.values[n].fake) for n in step.inputs)
 
 
-def _one_of_a_kind(tape: Tape, layers: LayeredTape, skeleton: Skeleton) -> str:
+def _one_of_a_kind(trace: Trace, layers: LayeredTrace, shell: ModuleShell) -> str:
     """Why a batch in parts is not the batch, as far as the steps tell; empty if they do not."""
-    for step in tape.steps:
-        if step.kind is StepKind.GUARD and not _same_for_parts(step, tape):
+    for step in trace.steps:
+        if step.kind is StepKind.GUARD and not _same_for_parts(step, trace):
             return f"the forward decides by what it computes of all samples ({step.where})"
         if isinstance(step.target, str):
-            inside = skeleton.modules[step.target].named_modules()
+            inside = shell.modules[step.target].named_modules()
             norm = next((n for n, module in inside if _is_batch_norm(module)), None)
             if norm is not None:
                 name = ".".join(part for part in (step.name, norm) if part)
@@ -283,13 +283,13 @@ def _one_of_a_kind(tape: Tape, layers: LayeredTape, skeleton: Skeleton) -> str:
     return ""
 
 
-def _same_for_parts(guard: Step, tape: Tape) -> bool:
+def _same_for_parts(guard: Step, trace: Trace) -> bool:
     """Whether a decision that comes out the same for all parts does so for the whole."""
     inputs = list(guard.inputs)
-    if guard.name in _OF_SIZES and all(not tape.values[n].shape for n in inputs):
+    if guard.name in _OF_SIZES and all(not trace.values[n].shape for n in inputs):
         return True  # a scalar is one for every batch
-    made_by = [tape.producer[number] for number in inputs]
-    return all(i >= 0 and tape.steps[i].name in _LOGICAL for i in made_by)
+    made_by = [trace.producer[number] for number in inputs]
+    return all(i >= 0 and trace.steps[i].name in _LOGICAL for i in made_by)
 
 
 def _is_batch_norm(module: object) -> bool:

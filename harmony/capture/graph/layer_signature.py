@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.graph.trace import Constant, ModuleRef, StateRef, Step, Tape, ValueRef
-from harmony.capture.replay.shell import Skeleton, plain_tensors
+from harmony.capture.graph.trace import Constant, ModuleRef, StateRef, Step, Trace, ValueRef
+from harmony.capture.replay.shell import ModuleShell, plain_tensors
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # Blocks of a model are told their position, which would make each of them unique.
@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
 def layer_signature(
-    steps: Sequence[Step], tape: Tape, skeleton: Skeleton, crossing: Container[int]
+    steps: Sequence[Step], trace: Trace, shell: ModuleShell, crossing: Container[int]
 ) -> str:
     """Return a text that is equal for layers of equal work.
 
@@ -32,45 +32,45 @@ def layer_signature(
         crossing: numbers of the values that cross layers.
     """
     numbers: dict[Any, int] = {}
-    lines = [line for step in steps for line in _describe(step, tape, skeleton, numbers)]
+    lines = [line for step in steps for line in _describe(step, trace, shell, numbers)]
     made = (number for step in steps for number in step.made)
     lines.append(f"hands on {[numbers[number] for number in made if number in crossing]}")
     digest = hashlib.sha1("\n".join(lines).encode()).hexdigest()[:12]
     modules = [step for step in steps if isinstance(step.target, str)]
-    heart = max(modules, key=lambda step: _size(step, skeleton), default=steps[0])
-    kind = heart.name
-    if isinstance(heart.target, str):
-        kind = type(skeleton.modules[heart.target]).__name__
+    anchor = max(modules, key=lambda step: _size(step, shell), default=steps[0])
+    kind = anchor.name
+    if isinstance(anchor.target, str):
+        kind = type(shell.modules[anchor.target]).__name__
     return f"{kind}:{digest}"
 
 
 def _describe(
-    step: Step, tape: Tape, skeleton: Skeleton, numbers: dict[Any, int]
+    step: Step, trace: Trace, shell: ModuleShell, numbers: dict[Any, int]
 ) -> Iterator[str]:
     target = step.target
     yield f"{step.kind.value} {step.context} {step.structure.spec} {step.random}"
     if isinstance(target, str):
-        yield from _describe_module(skeleton.modules[target])
+        yield from _describe_module(shell.modules[target])
     else:
         yield f"{step.name} {getattr(target, '__qualname__', '')}"
     for leaf in step.leaves:
-        yield _describe_leaf(leaf, tape, skeleton, numbers)
+        yield _describe_leaf(leaf, trace, shell, numbers)
     for number in step.made:
         yield f"makes %{numbers.setdefault(number, len(numbers))}"
 
 
-def _describe_leaf(leaf: Any, tape: Tape, skeleton: Skeleton, numbers: dict[Any, int]) -> str:
+def _describe_leaf(leaf: Any, trace: Trace, shell: ModuleShell, numbers: dict[Any, int]) -> str:
     if isinstance(leaf, ValueRef):
-        value = tape.values[leaf.id]
+        value = trace.values[leaf.id]
         number = numbers.setdefault(leaf.id, len(numbers))
         return f"%{number} {value.shape} {value.stride} {value.dtype} {value.requires_grad}"
     if isinstance(leaf, StateRef):
         number = numbers.setdefault(leaf.name, len(numbers))
-        return f"@{number} {_describe_tensor(skeleton.placeholder(leaf.name))}"
+        return f"@{number} {_describe_tensor(shell.placeholder(leaf.name))}"
     if isinstance(leaf, Constant):
         return f"constant {_describe_tensor(leaf.tensor)}"
     if isinstance(leaf, ModuleRef):
-        return "\n".join(_describe_module(skeleton.modules[leaf.name]))
+        return "\n".join(_describe_module(shell.modules[leaf.name]))
     return f"{type(leaf).__name__} {_ADDRESS.sub('', repr(leaf))}"
 
 
@@ -99,5 +99,5 @@ def _is_plain(held: Any) -> bool:
     return isinstance(held, _PLAIN)
 
 
-def _size(step: Step, skeleton: Skeleton) -> int:
-    return sum(skeleton.placeholder(name).numel() for name in step.state)
+def _size(step: Step, shell: ModuleShell) -> int:
+    return sum(shell.placeholder(name).numel() for name in step.state)

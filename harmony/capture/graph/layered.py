@@ -1,4 +1,4 @@
-"""A tape that is cut into layers: which steps each has, which values cross them."""
+"""A trace that is cut into layers: which steps each has, which values cross them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harmony.capture.graph.layers import changed_storages
-from harmony.capture.graph.trace import Step, Tape, ValueRef
+from harmony.capture.graph.trace import Step, Trace, ValueRef
 from harmony.core.layergraph import MODEL_INPUT
 from harmony.errors import CaptureError
 
@@ -35,8 +35,8 @@ def changes_of(steps: Sequence[Step]) -> LayerChanges:
     return LayerChanges(tuple(buffers), tuple(attributes))
 
 
-class LayeredTape:
-    """The layers of a tape.
+class LayeredTrace:
+    """The layers of a trace.
 
     Attributes:
         ranges: indices of the steps of each layer.
@@ -47,20 +47,20 @@ class LayeredTape:
         changes: per layer, the storages that it changes in place.
     """
 
-    def __init__(self, tape: Tape, starts: Sequence[int]) -> None:
-        self.tape = tape
+    def __init__(self, trace: Trace, starts: Sequence[int]) -> None:
+        self.trace = trace
         self._starts = starts
-        ends = [*starts[1:], len(tape.steps)]
+        ends = [*starts[1:], len(trace.steps)]
         self.ranges = [range(low, high) for low, high in zip(starts, ends, strict=True)]
-        self.outputs = {leaf.id for leaf in tape.outputs if isinstance(leaf, ValueRef)}
+        self.outputs = {leaf.id for leaf in trace.outputs if isinstance(leaf, ValueRef)}
         self._consumers: dict[int, set[int]] = {}
-        for index, step in enumerate(tape.steps):
+        for index, step in enumerate(trace.steps):
             for number in step.inputs:
                 self._consumers.setdefault(number, set()).add(self.of_step(index))
         self.crossing = self._find_crossing()
         self.ids = {number: index for index, number in enumerate(self.crossing)}
         layers = range(len(starts))
-        self.changes = [changed_storages(self.steps(layer), tape) for layer in layers]
+        self.changes = [changed_storages(self.steps(layer), trace) for layer in layers]
 
     @property
     def num_layers(self) -> int:
@@ -73,11 +73,11 @@ class LayeredTape:
 
     def steps(self, layer: int) -> list[Step]:
         """The steps of a layer."""
-        return [self.tape.steps[index] for index in self.ranges[layer]]
+        return [self.trace.steps[index] for index in self.ranges[layer]]
 
     def producer(self, number: int) -> int:
         """The layer that makes a value, or ``MODEL_INPUT``."""
-        step = self.tape.producer[number]
+        step = self.trace.producer[number]
         return MODEL_INPUT if step < 0 else self.of_step(step)
 
     def later_consumers(self, number: int) -> tuple[int, ...]:
@@ -88,13 +88,13 @@ class LayeredTape:
     def users_of_state(self) -> dict[str, list[int]]:
         """The layers that use each parameter and buffer."""
         users: dict[str, list[int]] = {}
-        for index, step in enumerate(self.tape.steps):
+        for index, step in enumerate(self.trace.steps):
             for name in step.state:
                 users.setdefault(name, []).append(self.of_step(index))
         return users
 
     def outline(self) -> object:
-        """What the LayerGraph takes from a tape, whatever its number of samples."""
+        """What the LayerGraph takes from a trace, whatever its number of samples."""
         layers = [
             (
                 {name for step in steps for name in step.state},
@@ -103,24 +103,25 @@ class LayeredTape:
             )
             for steps in map(self.steps, range(self.num_layers))
         ]
-        inputs = [self.ids.get(number) for number in self.tape.inputs if number is not None]
+        inputs = [self.ids.get(number) for number in self.trace.inputs if number is not None]
         outputs = [
-            self.ids[leaf.id] if isinstance(leaf, ValueRef) else None for leaf in self.tape.outputs
+            self.ids[leaf.id] if isinstance(leaf, ValueRef) else None
+            for leaf in self.trace.outputs
         ]
         values = [
             (self.producer(n), self.later_consumers(n), value.dtype, value.requires_grad)
-            for n, value in ((n, self.tape.values[n]) for n in self.crossing)
+            for n, value in ((n, self.trace.values[n]) for n in self.crossing)
         ]
-        return layers, inputs, outputs, values, self.tape.output_structure
+        return layers, inputs, outputs, values, self.trace.output_structure
 
     def _find_crossing(self) -> tuple[int, ...]:
-        numbers = range(len(self.tape.values))
+        numbers = range(len(self.trace.values))
         found = [n for n in numbers if n in self.outputs or self.later_consumers(n)]
         return tuple(sorted(found, key=lambda n: (self.producer(n) != MODEL_INPUT, n)))
 
 
-def check_same_layers(one: LayeredTape, two: LayeredTape, num_samples: tuple[int, int]) -> None:
-    """Refuse tapes for different numbers of samples whose layers exchange other values.
+def check_same_layers(one: LayeredTrace, two: LayeredTrace, num_samples: tuple[int, int]) -> None:
+    """Refuse traces for different numbers of samples whose layers exchange other values.
 
     Steps inside a layer may differ: ``contiguous`` of one sample, for instance, does nothing.
 
@@ -128,11 +129,11 @@ def check_same_layers(one: LayeredTape, two: LayeredTape, num_samples: tuple[int
         CaptureError: naming the first step that differs.
     """
     if one.outline() != two.outline():
-        raise CaptureError(difference(one.tape, two.tape, num_samples) or "the outputs differ")
+        raise CaptureError(difference(one.trace, two.trace, num_samples) or "the outputs differ")
 
 
-def difference(one: Tape, two: Tape, num_samples: tuple[int, int]) -> str | None:
-    """Name the first step in which two tapes differ; None if they have the same steps."""
+def difference(one: Trace, two: Trace, num_samples: tuple[int, int]) -> str | None:
+    """Name the first step in which two traces differ; None if they have the same steps."""
     for index in range(max(len(one.steps), len(two.steps))):
         pair = [t.steps[index] if index < len(t.steps) else None for t in (one, two)]
         if _outline(pair[0]) != _outline(pair[1]):

@@ -99,9 +99,7 @@ def assign(
         used = layers[info.name]
         return not used, used[:1], info.shared_id is not None
 
-    placed, placed_buffers = (
-        sorted(map(place, infos), key=order) for infos in (params, buffers)
-    )
+    placed, placed_buffers = (sorted(map(place, infos), key=order) for infos in (params, buffers))
     return placed, placed_buffers, shared
 
 

@@ -1,8 +1,8 @@
-"""The tape: a model's forward as a flat list of steps over numbered values. Data only.
+"""The trace: a model's forward as a flat list of steps over numbered values. Data only.
 
 A call of a *leaf module* is one opaque step, whose Python runs again at replay; every torch
-function called outside of the leaves (the *glue*) is one step. An operation that changes a tensor
-in place gives it a new number, so that a number stands for one content.
+function called outside of the leaves (*functional code*) is one step. An operation that changes a
+tensor in place gives it a new number, so that a number stands for one content.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Step:
 
     Attributes:
         name: the module's name, or the function's.
-        target: the function to call; for a module step, its name in the skeleton.
+        target: the function to call; for a module step, its name in the shell.
         leaves: the flattened ``(args, kwargs)``, tensors as references.
         structure: how to build ``(args, kwargs)`` from the leaves.
         outputs: per flattened output, the number of the tensor that it makes, if any.
@@ -118,7 +118,8 @@ class Step:
         counts: Python attributes that it changes: name of the module, attribute.
         random: whether it draws random numbers.
         random_on_host: whether it may draw them from generators that all threads share.
-        python_random: in a live run, the states that it starts from because glue has drawn before.
+        python_random: in a dynamic run, the states that it starts from because functional code has
+            drawn before.
         dynamic: whether the shape of something that it computes depends on values.
         with_graph: per leaf of the arguments, whether it required a gradient, where the call is
             possible only while gradients are recorded.
@@ -184,7 +185,7 @@ class LossCall:
 
 
 @dataclass
-class TapeValue:
+class TraceValue:
     """What is known of a numbered tensor.
 
     Attributes:
@@ -210,7 +211,7 @@ class TapeValue:
 
 
 @dataclass
-class Tape:
+class Trace:
     """One forward, for one number of samples.
 
     Attributes:
@@ -220,12 +221,12 @@ class Tape:
         device: where it was recorded.
         host_program: the steps that decide the guards which depend on the inputs alone.
         real: whether it was recorded from a real run rather than with fake parameters.
-        attributes: Python attributes that the glue changed: module, attribute, new value.
+        attributes: Python attributes that functional code changed: module, attribute, new value.
         loss_call: the call of the loss function, where that can stand for its recorded steps.
     """
 
     steps: list[Step]
-    values: list[TapeValue]
+    values: list[TraceValue]
     inputs: tuple[int | None, ...]
     outputs: tuple[Any, ...]
     output_structure: Structure
@@ -257,7 +258,6 @@ class Tape:
                 dead[last].append(number)
         self.dead_after = [tuple(numbers) for numbers in dead]
 
-
     def _last_alive(self) -> list[int]:
         """Per value, the step after which it may be freed: as when the loss itself runs."""
         call, last_alive = self.loss_call, list(self.last_use)
@@ -272,42 +272,42 @@ class Tape:
         return last_alive
 
 
-def without_dead_steps(tape: Tape) -> Tape:
-    """Return the tape without guards that the inputs decide, and what only those needed.
+def without_dead_steps(trace: Trace) -> Trace:
+    """Return the trace without guards that the inputs decide, and what only those needed.
 
     Module steps, random steps and steps that change a tensor always stay.
     """
-    recorded, on_host = tape.steps, _decided_by_inputs(tape)
+    recorded, on_host = trace.steps, _decided_by_inputs(trace)
     host_program = _slice(recorded, [i for i in on_host if _is_guard(recorded[i])])
-    needed = {leaf.id for leaf in tape.outputs if isinstance(leaf, ValueRef)}
+    needed = {leaf.id for leaf in trace.outputs if isinstance(leaf, ValueRef)}
     kept: list[Step] = []
-    for index in reversed(range(len(tape.steps))):
-        step = tape.steps[index]
+    for index in reversed(range(len(trace.steps))):
+        step = trace.steps[index]
         decided = _is_guard(step) and index in on_host
         if not decided and (not _is_pure(step) or needed.intersection(step.made)):
             kept.append(step)
             needed.update(step.inputs)
-    tape = _renumbered(replace(tape, steps=kept[::-1], host_program=host_program))
-    tape.loss_call = _standing_alone(tape)
-    if tape.loss_call is not None:  # its decisions are its own, in every step
+    trace = _renumbered(replace(trace, steps=kept[::-1], host_program=host_program))
+    trace.loss_call = _standing_alone(trace)
+    if trace.loss_call is not None:  # its decisions are its own, in every step
         guards = [i for i in on_host if _is_guard(recorded[i]) and not recorded[i].in_loss]
-        tape.host_program = _slice(recorded, guards)
-    tape.analyse()
-    return tape
+        trace.host_program = _slice(recorded, guards)
+    trace.analyse()
+    return trace
 
 
-def _standing_alone(tape: Tape) -> LossCall | None:
+def _standing_alone(trace: Trace) -> LossCall | None:
     """Return the call of the loss if it can take the place of the steps that it was recorded as.
 
     They have to be the last ones, use no parameter, change nothing that the forward has made, and
     get all that they use of the forward as arguments.
     """
-    call, flags = tape.loss_call, [step.in_loss for step in tape.steps]
-    (result, *others) = tape.outputs
+    call, flags = trace.loss_call, [step.in_loss for step in trace.steps]
+    (result, *others) = trace.outputs
     if call is None or True not in flags or others or not isinstance(result, ValueRef):
         return None
     first = flags.index(True)
-    steps = tape.steps[first:]
+    steps = trace.steps[first:]
     made = {number for step in steps for number in step.made}
     used = {number for step in steps for number in step.inputs} - made
     given = {leaf.id for leaf in call.leaves if isinstance(leaf, ValueRef)}
@@ -324,14 +324,14 @@ def _standing_alone(tape: Tape) -> LossCall | None:
     return replace(call, leaves=leaves, first=first, result=result.id)
 
 
-def _renumbered(tape: Tape) -> Tape:
-    """Return the tape with its values numbered without gaps: the inputs first, as before.
+def _renumbered(trace: Trace) -> Trace:
+    """Return the trace with its values numbered without gaps: the inputs first, as before.
 
-    Tapes that differ only in steps that are gone have the same numbers then. The host program
+    Traces that differ only in steps that are gone have the same numbers then. The host program
     keeps the old ones: it has only the inputs in common with the steps.
     """
-    inputs = (number for number in tape.inputs if number is not None)
-    made = (number for step in tape.steps for number in step.made)
+    inputs = (number for number in trace.inputs if number is not None)
+    made = (number for step in trace.steps for number in step.made)
     new = {old: index for index, old in enumerate(dict.fromkeys((*inputs, *made)))}
 
     def leaf(old: Any) -> Any:
@@ -346,15 +346,15 @@ def _renumbered(tape: Tape) -> Tape:
             left_behind=tuple(replace(left, value=new[left.value]) for left in step.left_behind),
             held=frozenset(new[number] for number in step.held if number in new),
         )
-        for step in tape.steps
+        for step in trace.steps
     ]
-    values = [tape.values[old] for old in new]
-    call = tape.loss_call
+    values = [trace.values[old] for old in new]
+    call = trace.loss_call
     if call is not None:
         kept = (UNKNOWN if _is_gone(given, new) else leaf(given) for given in call.leaves)
         call = replace(call, leaves=tuple(kept))
-    outputs = tuple(map(leaf, tape.outputs))
-    return replace(tape, steps=steps, values=values, outputs=outputs, loss_call=call)
+    outputs = tuple(map(leaf, trace.outputs))
+    return replace(trace, steps=steps, values=values, outputs=outputs, loss_call=call)
 
 
 def _is_gone(leaf: Any, kept: Container[int]) -> bool:
@@ -370,14 +370,14 @@ def _is_pure(step: Step) -> bool:
     return step.kind is StepKind.FUNCTION and not step.random and not changes
 
 
-def _decided_by_inputs(tape: Tape) -> set[int]:
-    """Steps that glue computes from the inputs, and from buffers that do not change, alone."""
-    known = {number for number in tape.inputs if number is not None}
-    changing = {name for step in tape.steps for name in step.changes}
+def _decided_by_inputs(trace: Trace) -> set[int]:
+    """Functional steps that need the inputs, and buffers that do not change, alone."""
+    known = {number for number in trace.inputs if number is not None}
+    changing = {name for step in trace.steps for name in step.changes}
     chosen = set()
-    for index, step in enumerate(tape.steps):
-        glue = step.kind is not StepKind.MODULE and not step.random
-        if glue and changing.isdisjoint(step.state) and known.issuperset(step.inputs):
+    for index, step in enumerate(trace.steps):
+        functional = step.kind is not StepKind.MODULE and not step.random
+        if functional and changing.isdisjoint(step.state) and known.issuperset(step.inputs):
             chosen.add(index)
             known.update(step.made)
     return chosen

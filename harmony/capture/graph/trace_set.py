@@ -1,4 +1,4 @@
-"""The tapes of a model, one for each number of samples, all with the same layers."""
+"""The traces of a model, one for each number of samples, all with the same layers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Set as AbstractSet
 import torch
 
 from harmony.capture.graph.assemble import OneSize, Sizes
-from harmony.capture.graph.layered import LayeredTape, check_same_layers, difference
+from harmony.capture.graph.layered import LayeredTrace, check_same_layers, difference
 from harmony.capture.graph.layers import cut_layers
-from harmony.capture.graph.trace import StepKind, Tape, ValueRef
+from harmony.capture.graph.trace import StepKind, Trace, ValueRef
 from harmony.capture.trace.isolation import user_frame_of
-from harmony.capture.trace.refuse import LiveOnlyError
+from harmony.capture.trace.refuse import DynamicOnlyError
 from harmony.capture.trace.tracer import Tracer
 from harmony.errors import CaptureError, HarmonyError
 
@@ -22,11 +22,11 @@ _MOST_TRIED = 8
 """Choices of samples that are tried until one takes the path that was recorded."""
 
 
-class TapeSet:
+class TraceSet:
     """Traces numbers of samples as they are asked for, on any thread.
 
     Attributes:
-        reference: the tape that the layers were found on; all others have the same.
+        reference: the trace that the layers were found on; all others have the same.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class TapeSet:
         param_nbytes: Mapping[str, int],
         num_samples: int,
     ) -> None:
-        """Cut the first tape into layers.
+        """Cut the first trace into layers.
 
         Args:
-            sizes: the first tapes.
+            sizes: the first traces.
             param_nbytes: bytes of the parameters by name.
             num_samples: samples of the batch that is traced.
         """
@@ -49,30 +49,30 @@ class TapeSet:
         self._num_samples = num_samples
         self._only = sizes.only
         self._traced_for = sizes.num_samples[0]
-        self.reference = self._cut(sizes.tape)
-        self._tapes = {self._traced_for: self.reference}
-        self._other_ways: dict[int, LiveOnlyError] = {}
+        self.reference = self._cut(sizes.trace)
+        self._traces = {self._traced_for: self.reference}
+        self._other_ways: dict[int, DynamicOnlyError] = {}
         self._lock = threading.Lock()
 
-    def of(self, num_samples: int) -> LayeredTape:
-        """Return the tape for microbatches of this size; traces it the first time.
+    def of(self, num_samples: int) -> LayeredTrace:
+        """Return the trace for microbatches of this size; traces it the first time.
 
         Raises:
-            LiveOnlyError: if the layers exchange other values for this size.
+            DynamicOnlyError: if the layers exchange other values for this size.
             CaptureError: if the forward fails for so many samples.
         """
-        known = self._tapes.get(num_samples)
+        known = self._traces.get(num_samples)
         if known is not None:
             return known
         with self._lock:
             if num_samples in self._other_ways:
                 raise self._other_ways[num_samples].again()
-            if num_samples not in self._tapes:
-                self._tapes[num_samples] = self._trace(num_samples)
-            return self._tapes[num_samples]
+            if num_samples not in self._traces:
+                self._traces[num_samples] = self._trace(num_samples)
+            return self._traces[num_samples]
 
-    def opened(self, num_samples: int, modules: AbstractSet[str]) -> Tape:
-        """Return a tape on which these modules are not opaque. Only to be read, never run."""
+    def opened(self, num_samples: int, modules: AbstractSet[str]) -> Trace:
+        """Return a trace on which these modules are not opaque. Only to be read, never run."""
         tracer = self._tracer
         with self._lock:
             leaves = tracer.leaves
@@ -84,11 +84,11 @@ class TapeSet:
 
     def first_guard(self) -> str:
         """File and line of the first decision that the forward takes by looking at values."""
-        tape = self.reference.tape
-        steps = (*tape.host_program, *tape.steps)  # what the inputs decide comes first
+        trace = self.reference.trace
+        steps = (*trace.host_program, *trace.steps)  # what the inputs decide comes first
         return next((s.where for s in steps if s.kind is StepKind.GUARD), "?")
 
-    def _trace(self, num_samples: int) -> LayeredTape:
+    def _trace(self, num_samples: int) -> LayeredTrace:
         """Trace another number of samples, of those that take the same path."""
         if self._only:
             raise CaptureError(
@@ -104,38 +104,38 @@ class TapeSet:
                 failure = error
             else:
                 return layered
-        found = LiveOnlyError(str(failure), self.first_guard())
+        found = DynamicOnlyError(str(failure), self.first_guard())
         self._other_ways[num_samples] = found
         raise found.again()
 
-    def _check_sizes(self, layered: LayeredTape, num_samples: int) -> None:
-        """Refuse a tape on which what crosses the layers is larger or smaller than planned for.
+    def _check_sizes(self, layered: LayeredTrace, num_samples: int) -> None:
+        """Refuse a trace on which what crosses the layers is larger or smaller than planned for.
 
         Raises:
             CaptureError: naming the value.
         """
         for planned, number in zip(self.reference.crossing, layered.crossing, strict=True):
             per_sample, fixed = self._sizes.nbytes(planned)
-            expected, value = per_sample * num_samples + fixed, layered.tape.values[number]
+            expected, value = per_sample * num_samples + fixed, layered.trace.values[number]
             if value.nbytes != expected:
                 raise CaptureError(
                     f"{value.name} makes {value.nbytes} bytes for {num_samples} samples, where "
                     f"{self._traced_for} samples made one expect {expected}"
                 )
 
-    def _cut(self, tape: Tape) -> LayeredTape:
-        inseparable = self._sizes.inseparable_on(tape)
-        return LayeredTape(tape, cut_layers(tape, self._param_nbytes, inseparable))
+    def _cut(self, trace: Trace) -> LayeredTrace:
+        inseparable = self._sizes.inseparable_on(trace)
+        return LayeredTrace(trace, cut_layers(trace, self._param_nbytes, inseparable))
 
 
-def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
+def first_traces(tracer: Tracer, num_samples: int) -> Sizes:
     """Trace two sizes that take the same path, to see what depends on the number of samples.
 
     One sample would not do: sizes of one broadcast, and count as contiguous. Where the forward
     runs for the batch as it is but for no other number of samples, that is the only size.
 
     Raises:
-        LiveOnlyError: if every two sizes take different paths.
+        DynamicOnlyError: if every two sizes take different paths.
     """
     size = max(num_samples, 2)
     others = [size // 2, 2 * size] if size >= 4 else [2 * size]
@@ -144,47 +144,47 @@ def first_tapes(tracer: Tracer, num_samples: int) -> Sizes:
     for other in others:
         before = tracer.state
         try:
-            tapes = _trace_both(tracer, size, other)
-        except LiveOnlyError:
+            traces = _trace_both(tracer, size, other)
+        except DynamicOnlyError:
             raise
         except CaptureError as error:
             failure = failure or str(error)
             tracer.state = before  # what that try has found out may be of its size only
             continue
-        found = difference(*tapes, (size, other))
+        found = difference(*traces, (size, other))
         if found is None:
-            sizes = Sizes(*tapes, (size, other))
+            sizes = Sizes(*traces, (size, other))
             failure = _output_of_all(sizes)
             if not failure:
                 return sizes
             break
     if failure:
         return OneSize.of(tracer.trace(num_samples), num_samples, failure)
-    raise LiveOnlyError(str(found), tracer.name)
+    raise DynamicOnlyError(str(found), tracer.name)
 
 
 def _output_of_all(sizes: Sizes) -> str:
     """Name an output that is not made of parts: similarities of all pairs, for instance."""
-    for leaf in sizes.tape.outputs:
+    for leaf in sizes.trace.outputs:
         if isinstance(leaf, ValueRef) and not sizes.is_linear(leaf.id):
-            shapes = [tuple(tape.values[leaf.id].shape) for tape in (sizes.tape, sizes.other)]
+            shapes = [tuple(trace.values[leaf.id].shape) for trace in (sizes.trace, sizes.other)]
             return (
-                f"an output ({sizes.tape.values[leaf.id].name}) has the shapes {shapes[0]} and "
+                f"an output ({sizes.trace.values[leaf.id].name}) has the shapes {shapes[0]} and "
                 f"{shapes[1]} for {sizes.num_samples[0]} and {sizes.num_samples[1]} samples"
             )
     return ""
 
 
-def _trace_both(tracer: Tracer, one: int, two: int) -> tuple[Tape, Tape]:
+def _trace_both(tracer: Tracer, one: int, two: int) -> tuple[Trace, Trace]:
     """Record two sizes with the same leaves: either may have to open some."""
     while True:
         leaves = tracer.leaves
-        tapes = trace_other(tracer, one), trace_other(tracer, two)
+        traces = trace_other(tracer, one), trace_other(tracer, two)
         if tracer.leaves == leaves:
-            return tapes
+            return traces
 
 
-def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Tape:
+def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Trace:
     """Record the forward on a number of samples that the caller did not choose.
 
     Raises:

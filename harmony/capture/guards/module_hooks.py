@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from harmony.capture.trace.refuse import LiveOnlyError
+from harmony.capture.trace.refuse import DynamicOnlyError
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTING = frozenset({"print", "open", "setattr", "delattr", "next", "exec", "eval", "input"})
@@ -39,21 +39,21 @@ def check_hooks(net: nn.Module) -> None:
     """Let a module run as it is if it has a hook that does more than compute.
 
     Raises:
-        LiveOnlyError: naming the module and the hook's place.
+        DynamicOnlyError: naming the module and the hook's place.
     """
     for name, module in net.named_modules():
         for kind in _KINDS:
             for hook in module.__dict__[kind].values():
                 if not _only_computes(hook):
                     where, label = _place(hook), name or type(net).__name__
-                    raise LiveOnlyError(
-                        f"a hook of {label} does more than compute a result", where, as_is=True
+                    raise DynamicOnlyError(
+                        f"a hook of {label} does more than compute a result", where, eager=True
                     )
     everywhere = (getattr(torch_module, f"_global{kind}", None) or {} for kind in _KINDS)
     for hook in (hook for hooks in everywhere for hook in hooks.values()):
         if not _only_computes(hook):
-            raise LiveOnlyError(
-                "a hook of all modules does more than compute a result", _place(hook), as_is=True
+            raise DynamicOnlyError(
+                "a hook of all modules does more than compute a result", _place(hook), eager=True
             )
 
 

@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from harmony.capture.guards.holders import MISSING, Entry, Holder, Names, Whole
 from harmony.capture.guards.observe import Observed, is_users, observing
 from harmony.capture.guards.reachable import Walk, World
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain
 from harmony.capture.trace.leaf_watch import by_shape_only
 from harmony.capture.trace.record import Recorder
-from harmony.capture.trace.refuse import LiveOnlyError
+from harmony.capture.trace.refuse import DynamicOnlyError
 
 _MOST_ROUNDS = 8
 
@@ -67,7 +67,7 @@ class Outside:
         self._traced = known is not None
         self._initial: World | None = None
 
-    def begin(self, twin: Skeleton) -> None:
+    def begin(self, twin: ModuleShell) -> None:
         """Remember what a trace on a copy of the module may change."""
         own = [twin.tensor(name) for name in twin.names]
         self._around = self._walk(self.observed, loss=True).world()
@@ -76,7 +76,7 @@ class Outside:
             forward = self._walk(self._forward, loss=False)
             if forward.hidden:  # a trace would advance it
                 name = type(self._source).__name__
-                raise LiveOnlyError(hidden_state(forward.hidden[0]), name, as_is=True)
+                raise DynamicOnlyError(hidden_state(forward.hidden[0]), name, eager=True)
         self._copied = Walk(self.observed, own)
         self._copied.modules(twin.root)
 
@@ -221,7 +221,6 @@ class _Judge:
         made_by_hooks = _made_by_torchs_hooks(walk)
         containers = {id(entry.expected) for entry in direct.values()}
 
-
         def is_recorded(holder: Holder) -> bool:
             if isinstance(holder, Whole) and id(holder.container) in containers:
                 return is_plain(holder.container) and is_plain(holder.held)
@@ -270,8 +269,10 @@ def _made_by_torchs_hooks(walk: Walk) -> set[int]:
 
 def _both_plain(entry: Entry) -> bool:
     now = entry.found()
-    return is_plain(now) if entry.expected is MISSING else is_plain(entry.expected) and (
-        now is MISSING or is_plain(now)
+    return (
+        is_plain(now)
+        if entry.expected is MISSING
+        else is_plain(entry.expected) and (now is MISSING or is_plain(now))
     )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from harmony.capture.eager.own_python import OnDevice
-from harmony.capture.graph.trace import UNKNOWN, Tape
+from harmony.capture.graph.trace import UNKNOWN, Trace
 from harmony.capture.replay.replay import GuardError, Values, resolve, surroundings
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.isolation import user_frame_of
 
 _TURN = threading.Lock()
@@ -29,28 +29,26 @@ class _Unused(torch.Tensor):
     """Stands for an output that the loss function did not use: it may only be looked at."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _OtherUseError
 
 
-def run_loss(tape: Tape, values: Values, skeleton: Skeleton) -> torch.Tensor:
+def run_loss(trace: Trace, values: Values, shell: ModuleShell) -> torch.Tensor:
     """Call the loss function with the values of a microbatch.
 
     Raises:
         GuardError: if it uses other outputs of the model than when it was recorded, or gives
             a loss of another form.
     """
-    call = tape.loss_call
+    call = trace.loss_call
     assert call is not None
     out, targets = call.structure.unflatten(
-        [_unused() if x is UNKNOWN else resolve(x, values, skeleton) for x in call.leaves]
+        [_unused() if x is UNKNOWN else resolve(x, values, shell) for x in call.leaves]
     )
     with ExitStack() as stack:
         stack.enter_context(_TURN)
-        stack.enter_context(surroundings(call.context, skeleton.device))
-        stack.enter_context(OnDevice(skeleton.device))
+        stack.enter_context(surroundings(call.context, shell.device))
+        stack.enter_context(OnDevice(shell.device))
         try:
             loss = call.loss(out, targets)
         except _OtherUseError as error:
@@ -58,13 +56,13 @@ def run_loss(tape: Tape, values: Values, skeleton: Skeleton) -> torch.Tensor:
                 "the loss uses another output of the model than when it was captured",
                 user_frame_of(error),
             ) from None
-    recorded = tape.values[call.result]
+    recorded = trace.values[call.result]
     if not isinstance(loss, torch.Tensor) or (tuple(loss.shape), loss.dtype) != (
         recorded.shape,
         recorded.dtype,
     ):
         raise GuardError("the loss has another form than when it was captured", "the loss")
-    return loss.to(skeleton.device)
+    return loss.to(shell.device)
 
 
 def _unused() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How the loss puts samples together: means, sums and counts, read off the tape.
+"""How the loss puts samples together: means, sums and counts, read off the trace.
 
 Walks back from the loss through additions and constant factors to the steps that reduce samples.
 What cannot be read (samples compared with each other, products of two losses) is named.
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harmony.capture.graph.trace import Constant, StateRef, Step, StepKind, Tape, ValueRef
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.graph.trace import Constant, StateRef, Step, StepKind, Trace, ValueRef
+from harmony.capture.replay.shell import ModuleShell
 
 _OWN_COUNT = frozenset({"cross_entropy", "nll_loss", "linear_cross_entropy"})
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
@@ -59,7 +59,7 @@ class Term:
         factor: the numbers that it is multiplied by.
         by_size: whether those depend on the number of samples.
         times, over: numbers of scalars, decided by the inputs, that multiply or divide it.
-        target, class_weights: of ``Kind.TARGETS``: the argument's number on the tape, and the
+        target, class_weights: of ``Kind.TARGETS``: the argument's number on the trace, and the
             weight of each class.
         ignored: the target that does not count.
     """
@@ -82,64 +82,64 @@ class Term:
 
 
 def find_terms(
-    tape: Tape, other: Tape, num_samples: tuple[int, int], loss: int, skeleton: Skeleton
+    trace: Trace, other: Trace, num_samples: tuple[int, int], loss: int, shell: ModuleShell
 ) -> tuple[Term, ...]:
     """Return the parts that the loss is the sum of.
 
     Args:
-        other: a tape of the same steps for another number of samples: what differs in shape
-            depends on the batch. The same tape where there is one for this batch only: then less
+        other: a trace of the same steps for another number of samples: what differs in shape
+            depends on the batch. The same trace where there is one for this batch only: then less
             can be told, and is refused.
-        num_samples: of both tapes.
-        loss: number of the scalar on the tape.
+        num_samples: of both traces.
+        loss: number of the scalar on the trace.
 
     Raises:
         UnknownRuleError: naming the step that is none of a mean, a sum or a constant factor.
     """
-    return tuple(_Walk(tape, other, num_samples, skeleton).terms(loss, Term(Kind.FIXED, "")))
+    return tuple(_Walk(trace, other, num_samples, shell).terms(loss, Term(Kind.FIXED, "")))
 
 
-def host_steps(tape: Tape, numbers: Iterable[int]) -> list[Step] | None:
+def host_steps(trace: Trace, numbers: Iterable[int]) -> list[Step] | None:
     """Return the steps that compute values from the inputs alone; None if they need more."""
     wanted, chosen = list(numbers), set()
     while wanted:
-        index = tape.producer[wanted.pop()]
+        index = trace.producer[wanted.pop()]
         if index < 0 or index in chosen:
             continue
-        step = tape.steps[index]
+        step = trace.steps[index]
         if step.kind is not StepKind.FUNCTION or step.random or step.state:
             return None
         chosen.add(index)
         wanted += step.inputs
-    return [tape.steps[index] for index in sorted(chosen)]
+    return [trace.steps[index] for index in sorted(chosen)]
 
 
 class _Walk:
-    """The way back from the loss over one tape."""
+    """The way back from the loss over one trace."""
 
     def __init__(
-        self, tape: Tape, other: Tape, num_samples: tuple[int, int], skeleton: Skeleton
+        self, trace: Trace, other: Trace, num_samples: tuple[int, int], shell: ModuleShell
     ) -> None:
-        self._tape = tape
+        self._trace = trace
         self._other = other
         self._num_samples = num_samples
-        self._skeleton = skeleton
-        self._one_size = other is tape
-        inputs = [number for number in tape.inputs if number is not None]
-        self._of_batch = _reached(tape, {n for n in inputs if self._dims(n)}, state=False)
-        self._learned = _reached(tape, set(), state=True)
-        drawn = {made for step in tape.steps if step.random for made in step.made}
-        self._drawn = _reached(tape, drawn, state=False)
+        self._shell = shell
+        self._one_size = other is trace
+        inputs = [number for number in trace.inputs if number is not None]
+        self._of_batch = _reached(trace, {n for n in inputs if self._dims(n)}, state=False)
+        self._learned = _reached(trace, set(), state=True)
+        drawn = {made for step in trace.steps if step.random for made in step.made}
+        self._drawn = _reached(trace, drawn, state=False)
 
     def terms(self, number: int, so_far: Term) -> Iterator[Term]:
         """Yield the parts of a value that does not grow with the batch."""
         if number not in self._of_batch:
-            yield replace(so_far, kind=Kind.FIXED, where=self._tape.values[number].name)
+            yield replace(so_far, kind=Kind.FIXED, where=self._trace.values[number].name)
             return
-        index = self._tape.producer[number]
+        index = self._trace.producer[number]
         if index < 0:
-            raise UnknownRuleError(f"the loss is the input {self._tape.values[number].name}")
-        step = self._tape.steps[index]
+            raise UnknownRuleError(f"the loss is the input {self._trace.values[number].name}")
+        step = self._trace.steps[index]
         if any(self._dims(n) for n in step.inputs if n in self._of_batch):
             yield self._reduction(step, so_far)
         else:
@@ -171,7 +171,7 @@ class _Walk:
         divides = _plain_name(step) in _QUOTIENTS
         of_batch = [n for n in step.inputs if n in self._of_batch]
         if len(of_batch) == 2:  # one of them may be a count: the inputs alone decide it
-            of_batch = [n for n in of_batch if host_steps(self._tape, [n]) is None]
+            of_batch = [n for n in of_batch if host_steps(self._trace, [n]) is None]
         first = operands[0]
         is_first = isinstance(first, ValueRef) and of_batch == [first.id]
         if len(of_batch) != 1 or len(operands) != 2 or (divides and not is_first):
@@ -190,23 +190,23 @@ class _Walk:
     def _varies(self, number: int) -> bool:
         """Whether a factor that the inputs decide may be another for another microbatch."""
         if number in self._drawn:
-            name = self._tape.values[number].name
+            name = self._trace.values[number].name
             raise UnknownRuleError(f"{name}, a factor of it, depends on random numbers")
-        steps = host_steps(self._tape, [number])
+        steps = host_steps(self._trace, [number])
         if steps is None:
             return False  # made of parameters: every microbatch has the same
         return number in self._of_batch or not all(map(self._same_numbers, steps))
 
     def _same_numbers(self, step: Step) -> bool:
         """Whether a step has the same plain arguments for the other number of samples."""
-        twin = self._other.steps[self._tape.steps.index(step)]
+        twin = self._other.steps[self._trace.steps.index(step)]
         pairs = zip(step.leaves, twin.leaves, strict=True)
         plain = (bool, int, float, str)
         return all(a == b for a, b in pairs if isinstance(a, plain) or isinstance(b, plain))
 
     def _is_identity(self, step: Step) -> bool:
         return isinstance(step.target, str) and isinstance(
-            self._skeleton.modules[step.target], nn.Identity
+            self._shell.modules[step.target], nn.Identity
         )
 
     # Reductions
@@ -230,7 +230,7 @@ class _Walk:
         args, kwargs = step.structure.unflatten(step.leaves)
         if not isinstance(step.target, str):
             return _plain_name(step), _bound(step.name, args, kwargs)
-        module = self._skeleton.modules[step.target]
+        module = self._shell.modules[step.target]
         if type(module).__module__ != nn.CrossEntropyLoss.__module__:
             kind = type(module).__name__
             raise UnknownRuleError(
@@ -254,7 +254,7 @@ class _Walk:
             raise UnknownRuleError(f"{_named(step)} has reduction={given['reduction']!r}")
         target = given.get("target")
         is_target = name in _OWN_COUNT and isinstance(target, ValueRef)
-        if is_target and not self._tape.values[given["target"].id].dtype.is_floating_point:
+        if is_target and not self._trace.values[given["target"].id].dtype.is_floating_point:
             return self._target_term(step, given, term)
         if name in ("mse_loss", "l1_loss", "huber_loss") and given.get("weight") is not None:
             raise UnknownRuleError(f"{_named(step)} divides by the sum of its weights")
@@ -262,12 +262,12 @@ class _Walk:
 
     def _target_term(self, step: Step, given: dict[str, Any], term: Term) -> Term:
         target, weight = given["target"].id, given.get("weight")
-        if host_steps(self._tape, [target]) is None:
+        if host_steps(self._trace, [target]) is None:
             raise UnknownRuleError(f"{_named(step)} has targets that the model computes")
         if isinstance(weight, Constant):
             weight = weight.tensor
         elif isinstance(weight, StateRef):
-            weight = self._skeleton.placeholder(weight.name)
+            weight = self._shell.placeholder(weight.name)
         if weight is not None and (
             not isinstance(weight, torch.Tensor) or weight.device.type == "meta"
         ):
@@ -292,11 +292,11 @@ class _Walk:
         pending, seen = [n for n in step.inputs if n in self._learned], set[int]()
         while pending:
             number = pending.pop()
-            index = self._tape.producer[number]
+            index = self._trace.producer[number]
             if number in seen or number not in self._of_batch:
                 continue
             seen.add(number)
-            made_by = self._tape.steps[index] if index >= 0 else step
+            made_by = self._trace.steps[index] if index >= 0 else step
             self._check_value(number, made_by, by_content)
             if index >= 0 and made_by.kind is StepKind.FUNCTION:
                 if by_content and self._picks(made_by):
@@ -306,7 +306,7 @@ class _Walk:
     def _check_value(self, number: int, made_by: Step, by_content: bool) -> None:
         dims = self._dims(number)
         if self._one_size:
-            if all(size % self._num_samples[0] for size in self._tape.values[number].shape):
+            if all(size % self._num_samples[0] for size in self._trace.values[number].shape):
                 raise UnknownRuleError(f"{_named(made_by)} may put samples together")
             return
         if len(dims) > 1:
@@ -314,7 +314,7 @@ class _Walk:
         if not dims:
             raise UnknownRuleError(f"{_named(made_by)} puts samples together before the loss does")
         if by_content:
-            one, two = (t.values[number].shape[dims[0]] for t in (self._tape, self._other))
+            one, two = (t.values[number].shape[dims[0]] for t in (self._trace, self._other))
             if one * self._num_samples[1] != two * self._num_samples[0]:
                 raise UnknownRuleError(
                     f"{_named(made_by)} makes {one} entries of {self._num_samples[0]} samples and "
@@ -323,13 +323,13 @@ class _Walk:
 
     def _picks(self, step: Step) -> bool:
         by_mask = _plain_name(step) == "getitem" and any(
-            self._tape.values[n].dtype is torch.bool for n in step.inputs
+            self._trace.values[n].dtype is torch.bool for n in step.inputs
         )
         return by_mask or _plain_name(step) in _BY_CONTENT
 
     def _dims(self, number: int) -> tuple[int, ...]:
         """Dimensions of a value that depend on the number of samples."""
-        one, two = self._tape.values[number].shape, self._other.values[number].shape
+        one, two = self._trace.values[number].shape, self._other.values[number].shape
         if self._one_size:
             return tuple(range(len(one))) if self._may_be_batched(number) else ()
         if len(one) != len(two):
@@ -338,17 +338,17 @@ class _Walk:
 
     def _may_be_batched(self, number: int) -> bool:
         """Whether a value that no second size tells about is more than scalars put together."""
-        index, shape = self._tape.producer[number], self._tape.values[number].shape
+        index, shape = self._trace.producer[number], self._trace.values[number].shape
         if not shape or index < 0:
             return bool(shape)
-        step = self._tape.steps[index]
+        step = self._trace.steps[index]
         return step.kind is StepKind.MODULE or any(map(self._may_be_batched, step.inputs))
 
 
-def _reached(tape: Tape, start: set[int], *, state: bool) -> set[int]:
+def _reached(trace: Trace, start: set[int], *, state: bool) -> set[int]:
     """Values that depend on those of ``start``, and on modules and their state if asked for."""
     reached = set(start)
-    for step in tape.steps:
+    for step in trace.steps:
         learned = state and (step.kind is StepKind.MODULE or bool(step.state))
         if learned or not reached.isdisjoint(step.inputs):
             reached.update(step.made)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from harmony.capture.graph.layered import LayeredTape, difference
-from harmony.capture.graph.trace import Tape, ValueRef
+from harmony.capture.graph.layered import LayeredTrace, difference
+from harmony.capture.graph.trace import Trace, ValueRef
 from harmony.capture.loss.reduction import Kind, Term, UnknownRuleError, find_terms, host_steps
 from harmony.capture.replay.captured import Captured
 from harmony.capture.replay.replay import Values, run_step
@@ -39,13 +39,13 @@ class _Reading:
     """The parts of a scalar for one number of samples.
 
     Attributes:
-        inputs: numbers of the model's inputs on the tape, by value.
-        repeat: how often the samples are repeated to fit the tape: the tape of one sample may
+        inputs: numbers of the model's inputs on the trace, by value.
+        repeat: how often the samples are repeated to fit the trace: the trace of one sample may
             have other steps than all others.
     """
 
     terms: tuple[Term, ...]
-    tape: Tape
+    trace: Trace
     inputs: Mapping[int, int]
     repeat: int
 
@@ -64,7 +64,7 @@ class LossWeigher:
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
-        self._tapes = captured.tapes
+        self._traces = captured.traces
         self._template = captured.template
         self._readings: dict[tuple[int, int], _Reading | UnknownRuleError] = {}
 
@@ -118,10 +118,10 @@ class LossWeigher:
         return agreed
 
     def _read(self, value: int, num_samples: int, another: int) -> _Reading:
-        """Return the parts of a scalar, as a tape of this number of samples shows them.
+        """Return the parts of a scalar, as a trace of this number of samples shows them.
 
         Args:
-            another: a number of samples that is in use too, to compare the tape with.
+            another: a number of samples that is in use too, to compare the trace with.
         """
         known = self._readings.get((value, num_samples))
         if known is None:
@@ -139,39 +139,39 @@ class LossWeigher:
             size = repeat * num_samples
             candidates = (self._captured.num_samples, another, 2 * another, 2 * size)
             other = next(s for s in candidates if s not in (1, size))
-            layered = self._tapes.of(size)
-            tapes = layered.tape, self._tapes.of(other).tape
-            if difference(*tapes, (size, other)) is None:
-                return self._read_tapes(value, layered, tapes, (size, other), repeat)
+            layered = self._traces.of(size)
+            traces = layered.trace, self._traces.of(other).trace
+            if difference(*traces, (size, other)) is None:
+                return self._read_traces(value, layered, traces, (size, other), repeat)
         raise UnknownRuleError("the forward takes another path for each number of samples")
 
-    def _read_tapes(
+    def _read_traces(
         self,
         value: int,
-        layered: LayeredTape,
-        tapes: tuple[Tape, Tape],
+        layered: LayeredTrace,
+        traces: tuple[Trace, Trace],
         sizes: tuple[int, int],
         repeat: int,
     ) -> _Reading:
-        """Read the parts off two tapes; modules that make the loss are opened to look inside."""
-        outputs = [leaf.id if isinstance(leaf, ValueRef) else -1 for leaf in tapes[0].outputs]
+        """Read the parts off two traces; modules that make the loss are opened to look inside."""
+        outputs = [leaf.id if isinstance(leaf, ValueRef) else -1 for leaf in traces[0].outputs]
         position = outputs.index(layered.crossing[value])
         inputs = _input_numbers(layered)
         opened: set[str] = set()
         while True:
-            number = tapes[0].outputs[position].id
+            number = traces[0].outputs[position].id
             try:
-                terms = find_terms(*tapes, sizes, number, self._template)
+                terms = find_terms(*traces, sizes, number, self._template)
             except UnknownRuleError as error:
                 if error.inside is None or error.inside in opened:
                     raise
                 opened.add(error.inside)
                 one, two = sizes
-                tapes = self._tapes.opened(one, opened), self._tapes.opened(two, opened)
-                if difference(*tapes, sizes) is not None:
+                traces = self._traces.opened(one, opened), self._traces.opened(two, opened)
+                if difference(*traces, sizes) is not None:
                     raise
             else:
-                return _Reading(terms, tapes[0], inputs, repeat)
+                return _Reading(terms, traces[0], inputs, repeat)
 
     def divisor(self, value: int, inputs: Values) -> tuple[tuple[Term, ...], list[float]]:
         """Return the parts of a scalar of a model that was captured for this batch only.
@@ -181,17 +181,15 @@ class LossWeigher:
         Raises:
             UnknownRuleError: as for `find_terms`.
         """
-        layered, size = self._tapes.reference, self._captured.num_samples
-        tape, number = layered.tape, layered.crossing[value]
-        terms = find_terms(tape, tape, (size, size), number, self._template)
+        layered, size = self._traces.reference, self._captured.num_samples
+        trace, number = layered.trace, layered.crossing[value]
+        terms = find_terms(trace, trace, (size, size), number, self._template)
         alone = tuple(replace(term, by_size=False) for term in terms)
-        reading = _Reading(alone, tape, _input_numbers(layered), 1)
+        reading = _Reading(alone, trace, _input_numbers(layered), 1)
         whole = (0, size)
         return terms, [self._divisor(reading, i, inputs, whole) for i in range(len(terms))]
 
-    def _divisor(
-        self, reading: _Reading, position: int, inputs: Values, samples: Range
-    ) -> float:
+    def _divisor(self, reading: _Reading, position: int, inputs: Values, samples: Range) -> float:
         """What a part divides the sum over the entries of these samples by."""
         term, found = reading.terms[position], 1.0
         if term.host_values:
@@ -211,7 +209,7 @@ class LossWeigher:
         self, reading: _Reading, term: Term, inputs: Values, samples: Range
     ) -> Values:
         """Compute what the inputs alone decide, for some samples."""
-        steps = host_steps(reading.tape, term.host_values)
+        steps = host_steps(reading.trace, term.host_values)
         assert steps is not None, "find_terms takes only what the inputs decide"
         mutates = any(step.mutated for step in steps)
         values: Values = {}
@@ -229,8 +227,8 @@ class LossWeigher:
         return values
 
 
-def _input_numbers(layered: LayeredTape) -> dict[int, int]:
-    numbers = (n for n in layered.tape.inputs if n is not None and n in layered.ids)
+def _input_numbers(layered: LayeredTrace) -> dict[int, int]:
+    numbers = (n for n in layered.trace.inputs if n is not None and n in layered.ids)
     return {layered.ids[number]: number for number in numbers}
 
 
@@ -314,9 +312,7 @@ def _count(target: torch.Tensor, term: Term) -> float:
     return float(term.class_weights.to(counted.device)[counted].sum())
 
 
-def _agreed(
-    found: Sequence[tuple[Term, Mapping[Range, float]]]
-) -> Mapping[Range, float]:
+def _agreed(found: Sequence[tuple[Term, Mapping[Range, float]]]) -> Mapping[Range, float]:
     """Return the weights of all parts, if they are the same.
 
     Raises:

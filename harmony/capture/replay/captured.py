@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from harmony.capture.graph.assemble import Sizes, build_graph
-from harmony.capture.graph.layered import LayerChanges, LayeredTape, changes_of
+from harmony.capture.graph.layered import LayerChanges, LayeredTrace, changes_of
 from harmony.capture.graph.params import (
     ParamInfo,
     dense_stride,
@@ -19,12 +19,12 @@ from harmony.capture.graph.params import (
     running_statistics,
 )
 from harmony.capture.graph.structure import Structure
-from harmony.capture.graph.trace import Step, StepKind, Tape, ValueRef
-from harmony.capture.graph.trace_set import TapeSet
+from harmony.capture.graph.trace import Step, StepKind, Trace, ValueRef
+from harmony.capture.graph.trace_set import TraceSet
 from harmony.capture.loss.call import run_loss
 from harmony.capture.replay.inputs import Batch, Call
 from harmony.capture.replay.replay import Values, run_step
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.tracer import Tracer
 from harmony.core.layergraph import LayerGraph
 from harmony.errors import CaptureError
@@ -34,8 +34,8 @@ class Captured:
     """A model as layers.
 
     Values are named by their ids in ``graph``; inputs that only decisions of the forward's Python
-    look at, which no layer reads, by negative ids of their own. There is a tape for each number of
-    samples that was asked for, all with the same layers.
+    look at, which no layer reads, by negative ids of their own. There is a trace for each number
+    of samples that was asked for, all with the same layers.
 
     Attributes:
         graph: what the model is, for the planner.
@@ -48,19 +48,20 @@ class Captured:
         changes: by layer, what its forward leaves changed; layers that change nothing are left
             out.
         draws_on_host: whether a layer draws from random generators that all threads share.
-        real: whether the tape is that of a run with real parameters.
-        moved: Python attributes that the glue has changed in a live run: module, attribute, value.
+        real: whether the trace is that of a run with real parameters.
+        moved: Python attributes that functional code has changed in a dynamic run: module,
+            attribute, value.
         guards: what has to be as it was for all this to stand.
-        as_is: why it stands for nothing, so that the module has to be run as it is; None if it
+        eager: why it stands for nothing, so that the module has to be run as it is; None if it
             does.
-        tapes: what its layers run, for each number of samples.
+        traces: what its layers run, for each number of samples.
         template: the module tree without parameter memory.
     """
 
     def __init__(
         self,
         tracer: Tracer,
-        template: Skeleton,
+        template: ModuleShell,
         batch: Batch,
         sizes: Sizes,
         has_loss: bool,
@@ -68,8 +69,8 @@ class Captured:
         params = describe_parameters(template.root)
         buffers = describe_buffers(template.root)
         nbytes = {info.name: info.nbytes for info in params}
-        self.tapes = TapeSet(tracer, sizes, nbytes, batch.num_samples)
-        reference = self.tapes.reference
+        self.traces = TraceSet(tracer, sizes, nbytes, batch.num_samples)
+        reference = self.traces.reference
         built = build_graph(sizes, reference, template, params, buffers, has_loss)
         self.graph: LayerGraph = built.graph
         self.params: list[ParamInfo] = built.params
@@ -77,22 +78,22 @@ class Captured:
         self.num_samples = batch.num_samples
         self.only_size = batch.num_samples if sizes.only else None
         self.changes = dict(_changes(reference, template))
-        self.draws_on_host = any(step.random_on_host for step in sizes.tape.steps)
-        self.real = sizes.tape.real
-        self.moved = sizes.tape.attributes
+        self.draws_on_host = any(step.random_on_host for step in sizes.trace.steps)
+        self.real = sizes.trace.real
+        self.moved = sizes.trace.attributes
         moving = {a for change in self.changes.values() for a in change.attributes}
         moving.update((module, name) for module, name, _ in self.moved)
-        replayed = sizes.tape.loss_call is None
+        replayed = sizes.trace.loss_call is None
         self.guards = tracer.outside.guards(moving, loss=replayed)
-        self.as_is = tracer.outside.refusal(self.guards, loss=replayed)
+        self.eager = tracer.outside.refusal(self.guards, loss=replayed)
         self._outside = tracer.outside
         self.template = template
         self._batch = batch
 
     @property
-    def tape(self) -> Tape:
-        """The tape of the batch that the model was captured with."""
-        return self.tapes.reference.tape
+    def trace(self) -> Trace:
+        """The trace of the batch that the model was captured with."""
+        return self.traces.reference.trace
 
     def bring_home(self, devices: Iterable[torch.device]) -> None:
         """Bring what the loss function has kept of a step from the devices to the host."""
@@ -110,11 +111,11 @@ class Captured:
         Raises:
             CaptureError: if the layers exchange other values for this size.
         """
-        self.tapes.of(num_samples)
+        self.traces.of(num_samples)
 
-    def make_skeleton(self, device: torch.device) -> Skeleton:
+    def make_shell(self, device: torch.device) -> ModuleShell:
         """Return a copy of the module tree without parameter memory, to run layers with."""
-        return Skeleton(self.template.root, device)
+        return ModuleShell(self.template.root, device)
 
     def tensors_of(self, layer: int) -> list[ParamInfo]:
         """Parameters and buffers that only this layer uses, in the order of the arena."""
@@ -124,7 +125,7 @@ class Captured:
         self,
         first: int,
         last: int,
-        skeleton: Skeleton,
+        shell: ModuleShell,
         env: Values,
         num_samples: int,
         *,
@@ -138,7 +139,7 @@ class Captured:
         cloned first.
 
         Args:
-            skeleton: has the parameters of these layers bound.
+            shell: has the parameters of these layers bound.
             env: at least the values that these layers read from earlier ones.
             num_samples: samples of the microbatch.
             wanted: values to return: outputs of these layers.
@@ -146,14 +147,14 @@ class Captured:
             guarded: whether what the forward's Python read has to come out as recorded, and the
                 loss function itself runs; else its recorded steps do.
         """
-        layered = self.tapes.of(num_samples)
+        layered = self.traces.of(num_samples)
         keep = {layered.crossing[value] for value in wanted}
         values = self._inputs(layered, first, last, env)
         aside: Values = {}
         for layer in range(first, last):
             if at_layer is not None:
                 at_layer(layer)
-            _run_layer(layered, layer, skeleton, values, keep, guarded)
+            _run_layer(layered, layer, shell, values, keep, guarded)
             aside.update(_changed_later(layered, layer, last, values, keep))
         return {layered.ids[number]: aside.get(number, values[number]) for number in keep}
 
@@ -166,8 +167,8 @@ class Captured:
             CaptureError: naming the argument that differs from what was captured.
         """
         leaves = self._batch.match(args, kwargs, targets)
-        ids = self.tapes.reference.ids
-        numbered = zip(self.tapes.reference.tape.inputs, leaves, strict=True)
+        ids = self.traces.reference.ids
+        numbered = zip(self.traces.reference.trace.inputs, leaves, strict=True)
         return {
             ids.get(number, _only_looked_at(number)): leaf
             for number, leaf in numbered
@@ -194,7 +195,7 @@ class Captured:
 
     def first_guard(self) -> str:
         """File and line of the first decision that the forward takes by looking at the inputs."""
-        return self.tapes.first_guard()
+        return self.traces.first_guard()
 
     def check_guards(self, inputs: Values, num_samples: int) -> None:
         """Check what the forward's Python decided by looking at the inputs.
@@ -202,9 +203,9 @@ class Captured:
         Raises:
             CaptureError: naming the line whose outcome differs.
         """
-        layered = self.tapes.of(num_samples)
-        if layered.tape.host_program:
-            changes = any(step.mutated for step in layered.tape.host_program)
+        layered = self.traces.of(num_samples)
+        if layered.trace.host_program:
+            changes = any(step.mutated for step in layered.trace.host_program)
             values = {
                 layered.crossing[value] if value >= 0 else _only_looked_at(value): tensor
                 for value, tensor in inputs.items()
@@ -212,17 +213,17 @@ class Captured:
             if changes:  # that is for the forward itself to do, once
                 values = {number: tensor.clone() for number, tensor in values.items()}
             with torch.no_grad():
-                for step in layered.tape.host_program:
+                for step in layered.trace.host_program:
                     run_step(step, values, self.template)
 
     def unflatten_output(self, values: Mapping[int, torch.Tensor]) -> Any:
         """Return what the model returns, made of the given output values."""
-        tape = self.tapes.reference.tape
+        trace = self.traces.reference.trace
         leaves = [
-            values[self.tapes.reference.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
-            for leaf in tape.outputs
+            values[self.traces.reference.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
+            for leaf in trace.outputs
         ]
-        structure: Structure = tape.output_structure
+        structure: Structure = trace.output_structure
         return structure.unflatten(leaves)
 
     def value_form(
@@ -233,19 +234,19 @@ class Captured:
         The stride is the one it had in the forward, so that kernels see the same layout when it
         comes back from the host; a view with gaps or overlaps is stored contiguous.
         """
-        layered = self.tapes.of(num_samples)
-        known = layered.tape.values[layered.crossing[value]]
+        layered = self.traces.of(num_samples)
+        known = layered.trace.values[layered.crossing[value]]
         return known.shape, dense_stride(known.shape, known.stride), known.dtype
 
-    def tape_for(self, num_samples: int) -> Tape:
-        """Return the tape for microbatches of this size."""
-        return self.tapes.of(num_samples).tape
+    def trace_for(self, num_samples: int) -> Trace:
+        """Return the trace for microbatches of this size."""
+        return self.traces.of(num_samples).trace
 
     def steps_of(self, layer: int, num_samples: int) -> list[Step]:
         """Return the steps of a layer for microbatches of this size."""
-        return self.tapes.of(num_samples).steps(layer)
+        return self.traces.of(num_samples).steps(layer)
 
-    def _inputs(self, layered: LayeredTape, first: int, last: int, env: Values) -> Values:
+    def _inputs(self, layered: LayeredTrace, first: int, last: int, env: Values) -> Values:
         """Return what layers read from earlier ones; what they change in place as a clone."""
         changed = frozenset[int]().union(*layered.changes[first:last])
         values = {}
@@ -256,7 +257,7 @@ class Captured:
                     f"layers [{first}:{last}] read value {value} ({name}), which was not given"
                 )
             number = layered.crossing[value]
-            in_place = layered.tape.values[number].storage in changed
+            in_place = layered.trace.values[number].storage in changed
             values[number] = env[value].clone() if in_place else env[value]
         return values
 
@@ -264,22 +265,20 @@ class Captured:
         if value >= 0:
             dim = self.graph.values[value].batch_dim
         else:
-            leaf = self.tapes.reference.tape.inputs.index(_only_looked_at(value))
+            leaf = self.traces.reference.trace.inputs.index(_only_looked_at(value))
             dim = self._batch.batch_dims[leaf]
         return tensor if dim is None else tensor.narrow(dim, low, high - low)
 
 
 def _only_looked_at(number: int) -> int:
-    """Id of an input that no layer reads, from its number on the tape; and the other way round.
+    """Id of an input that no layer reads, from its number on the trace; and the other way round.
 
-    Inputs have the same numbers on all tapes.
+    Inputs have the same numbers on all traces.
     """
     return -1 - number
 
 
-def _changes(
-    reference: LayeredTape, template: Skeleton
-) -> Iterator[tuple[int, LayerChanges]]:
+def _changes(reference: LayeredTrace, template: ModuleShell) -> Iterator[tuple[int, LayerChanges]]:
     statistics = set(running_statistics(template.root))
     for layer in range(reference.num_layers):
         changes = changes_of(reference.steps(layer))
@@ -289,28 +288,28 @@ def _changes(
 
 
 def _run_layer(
-    layered: LayeredTape,
+    layered: LayeredTrace,
     layer: int,
-    skeleton: Skeleton,
+    shell: ModuleShell,
     values: Values,
     keep: AbstractSet[int],
     guarded: bool = True,
 ) -> None:
-    tape = layered.tape
+    trace = layered.trace
     for index in layered.ranges[layer]:
-        step = tape.steps[index]
-        if guarded and tape.loss_call is not None and index == tape.loss_call.first:
-            values[tape.loss_call.result] = run_loss(tape, values, skeleton)
+        step = trace.steps[index]
+        if guarded and trace.loss_call is not None and index == trace.loss_call.first:
+            values[trace.loss_call.result] = run_loss(trace, values, shell)
             return
         if guarded or step.kind is not StepKind.GUARD:
-            run_step(step, values, skeleton)
-        for number in tape.dead_after[index]:
+            run_step(step, values, shell)
+        for number in trace.dead_after[index]:
             if number not in keep:
                 values.pop(number, None)
 
 
 def _changed_later(
-    layered: LayeredTape,
+    layered: LayeredTrace,
     layer: int,
     last: int,
     values: Values,
@@ -321,4 +320,4 @@ def _changed_later(
     if not changed:
         return {}
     made = (n for n in keep if n in values and layered.producer(n) == layer)
-    return {n: values[n].clone() for n in made if layered.tape.values[n].storage in changed}
+    return {n: values[n].clone() for n in made if layered.trace.values[n].storage in changed}

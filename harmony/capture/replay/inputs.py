@@ -92,9 +92,7 @@ class Batch:
         # In the caller's order, by which samples are counted.
         return some, {name: named[name] for name in kwargs}, target
 
-    def take(
-        self, num_samples: int, device: torch.device, first: int = 0
-    ) -> tuple[Any, Any, Any]:
+    def take(self, num_samples: int, device: torch.device, first: int = 0) -> tuple[Any, Any, Any]:
         """Return ``(args, kwargs, targets)`` with this many samples, repeated as necessary.
 
         Args:
@@ -186,9 +184,7 @@ def _batch_dim(leaf: Any, num_samples: int) -> int | None:
     return 0 if batched else None
 
 
-def _take(
-    leaf: Any, dim: int | None, num_samples: int, device: torch.device, first: int
-) -> Any:
+def _take(leaf: Any, dim: int | None, num_samples: int, device: torch.device, first: int) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     with torch.no_grad():

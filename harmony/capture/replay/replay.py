@@ -1,6 +1,6 @@
-"""Runs steps of a tape again, on any device, with a skeleton's modules.
+"""Runs steps of a trace again, on any device, with a shell's modules.
 
-No patches, no global state: several threads replay at once, each with its own skeleton.
+No patches, no global state: several threads replay at once, each with its own shell.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from harmony.capture.graph.trace import (
     StepKind,
     ValueRef,
 )
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.errors import CaptureError
 
 Values = dict[int, torch.Tensor]
-"""Tensors by their number on the tape."""
+"""Tensors by their number on the trace."""
 
 _MISSING = object()
-# Factories that make their tensor on the default device unless told otherwise: in the glue they
-# follow the inputs, so that a model written for one device runs on any.
+# Factories that make their tensor on the default device unless told otherwise: in functional code
+# they follow the inputs, so that a model written for one device runs on any.
 FACTORIES = frozenset(function.__name__ for function in _device_constructors())
 _ON_HOST = {"_pack_padded_sequence": 1}
 """Functions that want one of their arguments on the CPU, and its place."""
@@ -49,7 +49,7 @@ class GuardError(CaptureError):
         self.where = where
 
 
-def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
+def run_step(step: Step, values: Values, shell: ModuleShell) -> None:
     """Run one step, adding what it makes to ``values``; guards are checked.
 
     Raises:
@@ -57,20 +57,20 @@ def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
             number of tensors.
     """
     alone = bool(step.with_graph) and not torch.is_grad_enabled()
-    args, kwargs = _arguments(step, values, skeleton, alone)
-    target = skeleton.modules[step.target] if isinstance(step.target, str) else step.target
-    before_call = [_attribute(left, skeleton) for left in step.left_behind]
+    args, kwargs = _arguments(step, values, shell, alone)
+    target = shell.modules[step.target] if isinstance(step.target, str) else step.target
+    before_call = [_attribute(left, shell) for left in step.left_behind]
     if step.python_random is not None:
         step.python_random.restore()
     context = step.context
     if alone:
-        with surroundings(context, skeleton.device), torch.enable_grad():
+        with surroundings(context, shell.device), torch.enable_grad():
             leaves, structure = flatten(target(*args, **kwargs))
         out = structure.unflatten(map(_without_graph, leaves))
     elif context.grad_enabled and context.autocast is None:
         out = target(*args, **kwargs)
     else:
-        with surroundings(context, skeleton.device):
+        with surroundings(context, shell.device):
             out = target(*args, **kwargs)
     if step.kind is StepKind.GUARD:
         _check_guard(step, out)
@@ -79,13 +79,13 @@ def run_step(step: Step, values: Values, skeleton: Skeleton) -> None:
         values[after] = values[before]
     _keep_outputs(step, out, values)
     for left, held in zip(step.left_behind, before_call, strict=True):
-        values[left.value] = _take_back(left, held, skeleton)
+        values[left.value] = _take_back(left, held, shell)
 
 
 def _arguments(
-    step: Step, values: Values, skeleton: Skeleton, alone: bool
+    step: Step, values: Values, shell: ModuleShell, alone: bool
 ) -> tuple[Any, dict[str, Any]]:
-    leaves = [resolve(leaf, values, skeleton) for leaf in step.leaves]
+    leaves = [resolve(leaf, values, shell) for leaf in step.leaves]
     if alone:  # with a graph of its own
         leaves = [
             leaf.detach().requires_grad_() if learns and not leaf.requires_grad else leaf
@@ -93,26 +93,26 @@ def _arguments(
         ]
     args, kwargs = step.structure.unflatten(leaves)
     if step.kind is StepKind.FUNCTION and step.name in FACTORIES and "device" not in kwargs:
-        kwargs = {**kwargs, "device": skeleton.device}
+        kwargs = {**kwargs, "device": shell.device}
     if step.name in _ON_HOST:  # an input that plain PyTorch's user leaves on the CPU
         place = _ON_HOST[step.name]
         args = (*args[:place], args[place].cpu(), *args[place + 1 :])
     return args, kwargs
 
 
-def resolve(leaf: Any, values: Values, skeleton: Skeleton) -> Any:
+def resolve(leaf: Any, values: Values, shell: ModuleShell) -> Any:
     """Return what a leaf of arguments stands for in a replay."""
     kind = type(leaf)
     if kind is ValueRef:
         return values[leaf.id]
     if kind is StateRef:
-        return skeleton.tensor(leaf.name)
+        return shell.tensor(leaf.name)
     if leaf is DEVICE:
-        return skeleton.device
+        return shell.device
     if kind is Constant:
-        return leaf.on(skeleton.device)
+        return leaf.on(shell.device)
     if kind is ModuleRef:
-        return skeleton.modules[leaf.name]
+        return shell.modules[leaf.name]
     return leaf
 
 
@@ -134,13 +134,13 @@ def _keep_outputs(step: Step, out: Any, values: Values) -> None:
             values[number] = leaf
 
 
-def _attribute(left: LeftBehind, skeleton: Skeleton) -> Any:
-    return skeleton.modules[left.module].__dict__.get(left.attribute, _MISSING)
+def _attribute(left: LeftBehind, shell: ModuleShell) -> Any:
+    return shell.modules[left.module].__dict__.get(left.attribute, _MISSING)
 
 
-def _take_back(left: LeftBehind, held: Any, skeleton: Skeleton) -> torch.Tensor:
+def _take_back(left: LeftBehind, held: Any, shell: ModuleShell) -> torch.Tensor:
     """Return a tensor left on an attribute, and clear that: it would keep its graph alive."""
-    attributes = skeleton.modules[left.module].__dict__
+    attributes = shell.modules[left.module].__dict__
     tensor: torch.Tensor = attributes.pop(left.attribute)
     if held is not _MISSING:
         attributes[left.attribute] = held

@@ -1,7 +1,7 @@
-"""Skeletons: copies of a module tree that hold no parameter memory.
+"""ModuleShells: copies of a module tree that hold no parameter memory.
 
-The parameters of a skeleton are placeholders on the meta device until tensors are bound in their
-place. Each device thread has a skeleton of its own.
+The parameters of a shell are placeholders on the meta device until tensors are bound in their
+place. Each device thread has a shell of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Slot = tuple[Any, Any]
 """A container and a key or index in it: where a parameter is stored."""
 
 
-class Skeleton:
+class ModuleShell:
     """A copy of ``module`` whose parameters take no memory.
 
     Attributes:
@@ -100,7 +100,7 @@ def _placeholders(
     for name, param in module.named_parameters():
         memo[id(param)] = by_name[name] = _on_meta(param)
     for name, buffer in module.named_buffers():
-        # They are small, and the glue may compute with them before anything is bound.
+        # They are small, and functional code may compute with them before anything is bound.
         memo[id(buffer)] = by_name[name] = buffer.detach().clone()
     for owner in module.modules():
         for _, tensor in plain_tensors(owner):

@@ -18,9 +18,7 @@ _RATES = ("dropout", "dropout_p")
 class Determined(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every kernel that draws random numbers gives the same for each entry."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
         if name == "native_dropout":

@@ -38,7 +38,7 @@ class CallHandler(TorchFunctionMode):
         kernels.on_kernel = self._notice_kernel
 
     def _call_function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Call a function of the glue as a step."""
+        """Call a function of functional code as a step."""
         raise NotImplementedError
 
     def _call_leaf(
@@ -118,7 +118,7 @@ class CallHandler(TorchFunctionMode):
             )
 
     def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Handle ``apply`` of a custom ``autograd.Function``: a step, in the glue."""
+        """Handle ``apply`` of a custom ``autograd.Function``: a step, in functional code."""
         if self._elsewhere():
             return apply(*args, **kwargs)
         name = f"{function.__name__}.apply"
@@ -126,13 +126,13 @@ class CallHandler(TorchFunctionMode):
         return self._handle(lambda: self._call_function(apply, name, args, kwargs))
 
     def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Handle a TorchScript function, which no mode sees inside: a step, in the glue."""
+        """Handle a TorchScript function, which no mode sees inside: a step, in functional code."""
         if self._elsewhere():
             return call(script, *args, **kwargs)
         return self._handle(lambda: self._call_function(script, script.name, args, kwargs))
 
     def call_vmap(self, function: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Handle a call of a function that is mapped by ``torch.vmap``: a step, in the glue."""
+        """Handle a call of a function mapped by ``torch.vmap``: a step, in functional code."""
         if self._elsewhere() or in_transform():
             return call(function, *args, **kwargs)
         modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ _SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.S
 
 
 class LeafMustOpenError(Exception):
-    """Leaf modules exchange a tensor behind the tape's back: open them and trace again.
+    """Leaf modules exchange a tensor behind the trace's back: open them and trace again.
 
     Attributes:
         names: the modules to open.

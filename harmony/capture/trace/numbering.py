@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from harmony.capture.graph.trace import TapeValue
+from harmony.capture.graph.trace import TraceValue
 from harmony.capture.trace.identity import IdentityMap
 
 
@@ -20,7 +20,7 @@ class Numbering:
     """
 
     def __init__(self) -> None:
-        self.values: list[TapeValue] = []
+        self.values: list[TraceValue] = []
         self._numbers: IdentityMap[int] = IdentityMap()
         self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
 
@@ -43,7 +43,7 @@ class Numbering:
         if dense:
             storage = self._storage(tensor, number)
         self.values.append(
-            TapeValue(
+            TraceValue(
                 shape=() if tensor.is_nested else tuple(tensor.shape),
                 stride=tuple(tensor.stride()) if dense else (),
                 dtype=tensor.dtype,

@@ -1,6 +1,6 @@
-"""Which parameters a loss depends on: by autograd's own graph, and by the tape.
+"""Which parameters a loss depends on: by autograd's own graph, and by the trace.
 
-Where the two differ, a gradient would be lost without a word; so they are compared for each tape.
+Where the two differ, a gradient would be lost without a word; so they are compared for each trace.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from harmony.capture.graph.trace import Tape, ValueRef
+from harmony.capture.graph.trace import Trace, ValueRef
 from harmony.errors import CaptureError
 
 
 def check_reach(
-    tape: Tape, outputs: Iterable[object], names: Mapping[int, str], trained: Iterable[str]
+    trace: Trace, outputs: Iterable[object], names: Mapping[int, str], trained: Iterable[str]
 ) -> None:
-    """Refuse a tape that does not lead to a parameter to which autograd's graph leads.
+    """Refuse a trace that does not lead to a parameter to which autograd's graph leads.
 
     Args:
         outputs: what the forward returned, with its graph.
@@ -27,7 +27,7 @@ def check_reach(
         CaptureError: naming the parameters.
     """
     roots = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
-    lost = by_graph(roots, names).intersection(trained) - by_tape(tape)
+    lost = by_graph(roots, names).intersection(trained) - by_trace(trace)
     if lost:
         listed = ", ".join(sorted(lost)[:5])
         raise CaptureError(
@@ -53,16 +53,16 @@ def by_graph(roots: Iterable[torch.Tensor], names: Mapping[int, str]) -> set[str
     return found
 
 
-def by_tape(tape: Tape) -> set[str]:
+def by_trace(trace: Trace) -> set[str]:
     """Names of parameters and buffers that are used on the way to an output that learns.
 
     Values go by their memory: what is written through one name of it is read by another.
     """
-    values = tape.values
-    outputs = (leaf.id for leaf in tape.outputs if isinstance(leaf, ValueRef))
+    values = trace.values
+    outputs = (leaf.id for leaf in trace.outputs if isinstance(leaf, ValueRef))
     wanted = {values[n].storage for n in outputs if values[n].requires_grad}
     found: set[str] = set()
-    for step in reversed(tape.steps):
+    for step in reversed(trace.steps):
         learns = (values[n].storage for n in step.made if values[n].requires_grad)
         if wanted.isdisjoint(learns):
             continue

@@ -1,4 +1,4 @@
-"""Records a forward as a tape while it runs.
+"""Records a forward as a trace while it runs.
 
 A ``TorchFunctionMode`` sees every torch function, a patched ``nn.Module.__call__`` every call of a
 module, a ``TorchDispatchMode`` every kernel (to know who draws random numbers). Inside a leaf
@@ -22,17 +22,17 @@ from harmony.capture.graph.trace import (
     StateRef,
     Step,
     StepKind,
-    TapeValue,
+    TraceValue,
     ValueRef,
 )
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.random_state import PythonState
 from harmony.capture.trace.calls import CallHandler
 from harmony.capture.trace.isolation import autocast_dtype, held_by_variables, user_frame
 from harmony.capture.trace.kernels import KernelWatch, Noticed, changed_by, version_of
 from harmony.capture.trace.references import References, with_devices
 from harmony.capture.trace.refuse import (
-    LiveOnlyError,
+    DynamicOnlyError,
     check_argument,
     check_function,
     check_transform,
@@ -52,31 +52,31 @@ class Recorder(CallHandler):
 
     Attributes:
         steps: the calls so far.
-        once: whether the tape has to stand for this one run only
+        once: whether the trace has to stand for this one run only
             (`harmony.capture.eager.dynamic_trace`).
-        attributes: Python attributes that the glue has changed in that run.
+        attributes: Python attributes that functional code has changed in that run.
         inputs: numbers of the model's inputs.
         loss_call: the call of the loss function, if there was one.
         of_data: tensors that leaf modules have made of the content of others.
-        number_of: returns the number of a tensor; None if no step in the glue has made it.
+        number_of: returns the number of a tensor; None if no step in functional code has made it.
     """
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        shell: ModuleShell,
         leaves: set[str],
         device: torch.device,
         stand_ins: Mapping[int, Any],
         kernels: KernelWatch,
     ) -> None:
-        super().__init__(leaves, References(skeleton, device, stand_ins), kernels)
+        super().__init__(leaves, References(shell, device, stand_ins), kernels)
         self.steps: list[Step] = []
         self.once = False
         self.attributes: list[tuple[str, str, Any]] = []
         self.inputs: list[int] = []
         self.loss_call: LossCall | None = None
         self._device = device
-        self._skeleton = skeleton
+        self._shell = shell
         self.of_data = self._references.of_data
         self.number_of = self._references.numbers.find
         self._kept: list[tuple[str, str]] = []
@@ -84,7 +84,7 @@ class Recorder(CallHandler):
         self._python_random = PythonState.now()
 
     @property
-    def values(self) -> list[TapeValue]:
+    def values(self) -> list[TraceValue]:
         """What is known of each numbered tensor."""
         return self._references.numbers.values
 
@@ -116,7 +116,8 @@ class Recorder(CallHandler):
         return self._references.of(passed_on, "the model's output")
 
     def assign(self, name: str, buffer: torch.Tensor, new: torch.Tensor) -> None:
-        """Record that the glue put a new tensor in the place of a buffer: a copy, once it is made.
+        """Record that functional code put a new tensor in the place of a buffer: a copy, once it
+        is made.
 
         Raises:
             CaptureError: if the new tensor has another form.
@@ -148,8 +149,8 @@ class Recorder(CallHandler):
             CaptureError: naming the layer and its attribute.
         """
         for name, attribute in self._kept:
-            raise LiveOnlyError(
-                f"{name} adds to its attribute {attribute} in the forward", name, as_is=True
+            raise DynamicOnlyError(
+                f"{name} adds to its attribute {attribute} in the forward", name, eager=True
             )
 
     def begin(self) -> None:
@@ -157,20 +158,20 @@ class Recorder(CallHandler):
         self._python_random = PythonState.now()
 
     def check_python_random(self) -> PythonState | None:
-        """Refuse randomness of Python or NumPy in the glue: a tape freezes what was drawn.
+        """Refuse randomness of Python or NumPy in functional code: a trace freezes what was drawn.
 
         Returns:
-            For a live run, the states if any was drawn since the last layer.
+            For a dynamic run, the states if any was drawn since the last layer.
 
         Raises:
-            LiveOnlyError: if any was, and the tape has to stand for other runs.
+            DynamicOnlyError: if any was, and the trace has to stand for other runs.
         """
         now, before = PythonState.now(), self._python_random
         self._python_random = now
         if now.same(before):
             return None
         if not self.once:
-            raise LiveOnlyError(
+            raise DynamicOnlyError(
                 "the forward draws random numbers of Python or NumPy outside of a layer",
                 user_frame(),
             )
@@ -241,7 +242,7 @@ class Recorder(CallHandler):
         step = Step(StepKind.MODULE, name, name, references, structure, _context())
         step.state = watch.state()
         step.python_random = moved_on if noticed.on_host else None
-        own = [self._skeleton.tensor(used) for used in step.state]
+        own = [self._shell.tensor(used) for used in step.state]
         changed = [*changed_by(tensors, versions, noticed), *filter(noticed.wrote, own)]
         if watch.needs_graph:
             step.with_graph = tuple(map(_learns, leaves))

@@ -1,4 +1,4 @@
-"""Tells what the leaves of arguments are on the tape: values, parameters, modules, constants."""
+"""Tells what the leaves of arguments are on the trace: values, parameters, modules, constants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harmony.capture.graph.trace import (
     Step,
     ValueRef,
 )
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.identity import IdentityMap
 from harmony.capture.trace.leaf_watch import LeafCall, LeafMustOpenError
 from harmony.capture.trace.numbering import Numbering
@@ -44,12 +44,12 @@ class References:
     """
 
     def __init__(
-        self, skeleton: Skeleton, device: torch.device, stand_ins: Mapping[int, Any]
+        self, shell: ModuleShell, device: torch.device, stand_ins: Mapping[int, Any]
     ) -> None:
         self.numbers = Numbering()
         self.made_in: IdentityMap[LeafCall] = IdentityMap()
-        self.state = {id(skeleton.tensor(name)): name for name in skeleton.names}
-        self.module_names = {id(module): name for name, module in skeleton.modules.items()}
+        self.state = {id(shell.tensor(name)): name for name in shell.names}
+        self.module_names = {id(module): name for name, module in shell.modules.items()}
         self.made_of_nothing: set[int] = set()
         self.of_data: IdentityMap[bool] = IdentityMap()
         self._device = device
@@ -57,9 +57,7 @@ class References:
         self._constants: dict[int, Constant] = {}
         self._alive: list[torch.Tensor] = []
 
-    def watch(
-        self, name: str, module: nn.Module, arguments: Sequence[torch.Tensor]
-    ) -> LeafCall:
+    def watch(self, name: str, module: nn.Module, arguments: Sequence[torch.Tensor]) -> LeafCall:
         """Return what watches a call of a leaf module."""
         known = (self.state, self.made_in, self.numbers, self.of_data)
         return LeafCall(name, module, arguments, *known)
@@ -82,11 +80,12 @@ class References:
         return found
 
     def of_all(self, leaves: Sequence[Any], user: str) -> tuple[Any, ...]:
-        """Return what each leaf is on the tape; see `of`."""
+        """Return what each leaf is on the trace; see `of`."""
         return tuple(self.of(leaf, user) for leaf in leaves)
 
     def of(self, leaf: Any, user: str) -> Any:
-        """Return what a leaf is on the tape; itself, if it is no tensor, module or device of ours.
+        """Return what a leaf is on the trace; itself, if it is no tensor, module or device of
+        ours.
 
         Args:
             user: what uses it, for errors.

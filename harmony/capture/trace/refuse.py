@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from harmony.capture.graph.trace import Step
-from harmony.capture.replay.shell import Skeleton, closes_over_module, plain_tensors
+from harmony.capture.replay.shell import ModuleShell, closes_over_module, plain_tensors
 from harmony.capture.trace.isolation import user_frame, user_frame_of
 from harmony.errors import CaptureError, HarmonyError
 
@@ -28,35 +28,33 @@ _REFUSED = {
 }
 
 
-class LiveOnlyError(CaptureError):
-    """The tape of one forward does not stand for others: the model has to be run live.
+class DynamicOnlyError(CaptureError):
+    """The trace of one forward does not stand for others: the model has to be run dynamically.
 
     Attributes:
         reason: why.
         where: file and line.
-        as_is: whether its Python has to run as it is, once: no recording of it will do.
+        eager: whether its Python has to run as it is, once: no recording of it will do.
         passing: whether that holds for what was found now only; a later call may find it as it
-            was when a tape was recorded.
+            was when a trace was recorded.
     """
 
     def __init__(
-        self, reason: str, where: str, *, as_is: bool = False, passing: bool = False
+        self, reason: str, where: str, *, eager: bool = False, passing: bool = False
     ) -> None:
-        super().__init__(f"{reason}, at {where}: the tape of one run does not stand for another")
+        super().__init__(f"{reason}, at {where}: the trace of one run does not stand for another")
         self.reason = reason
         self.where = where
-        self.as_is = as_is
+        self.eager = eager
         self.passing = passing
 
-    def again(self) -> LiveOnlyError:
+    def again(self) -> DynamicOnlyError:
         """Return it without its traceback, which would keep all that was captured alive."""
-        return LiveOnlyError(
-            self.reason, self.where, as_is=self.as_is, passing=self.passing
-        )
+        return DynamicOnlyError(self.reason, self.where, eager=self.eager, passing=self.passing)
 
 
 @contextmanager
-def or_as_it_is(net: nn.Module) -> Iterator[None]:
+def or_eager(net: nn.Module) -> Iterator[None]:
     """Let a module whose forward cannot be recorded run as it is, since plain PyTorch runs it.
 
     An error that is not ours may be the caller's own: then the module fails as it is too, and
@@ -64,12 +62,12 @@ def or_as_it_is(net: nn.Module) -> Iterator[None]:
 
     Raises:
         CaptureError: for modules that no way of running them takes.
-        LiveOnlyError: in the place of whatever recording raises.
+        DynamicOnlyError: in the place of whatever recording raises.
     """
     check_module(net)
     try:
         yield
-    except LiveOnlyError:
+    except DynamicOnlyError:
         raise
     except Exception as error:
         ours = isinstance(error, CaptureError)
@@ -78,10 +76,10 @@ def or_as_it_is(net: nn.Module) -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         why = text if ours else f"{type(error).__name__}: {text}"
-        raise LiveOnlyError(
+        raise DynamicOnlyError(
             f"the forward cannot be recorded ({why})",
             user_frame_of(error),
-            as_is=True,
+            eager=True,
             passing=not ours,
         ) from error
 
@@ -91,7 +89,8 @@ def _on_meta(net: nn.Module) -> bool:
 
 
 class UnrecordableError(CaptureError):
-    """The glue does what a tape cannot hold, but a layer may: its Python runs again as it is.
+    """Functional code does what a trace cannot hold, but a layer may: its Python runs again as it
+    is.
 
     Attributes:
         inside: name of the module whose forward does it; None if it is none of the model's.
@@ -120,16 +119,16 @@ def check_module(module: nn.Module) -> None:
     _check_attributes(module)
     attribute = closes_over_module(module)
     if attribute is not None:
-        raise LiveOnlyError(
+        raise DynamicOnlyError(
             f"{attribute} is a function that captured a module, and would go on using its "
             "weights: pass the module as an argument, or use functools.partial",
             type(module).__name__,
-            as_is=True,
+            eager=True,
         )
 
 
 def check_function(name: str, func: Any, has_tensors: bool) -> None:
-    """Refuse functions that the glue may not call.
+    """Refuse functions that functional code may not call.
 
     Raises:
         CaptureError: naming the function and the line.
@@ -161,7 +160,7 @@ def check_transform(name: str) -> None:
 
 
 def check_argument(leaf: Any, user: str) -> None:
-    """Refuse arguments that hide tensors from the tape, such as KV caches.
+    """Refuse arguments that hide tensors from the trace, such as KV caches.
 
     Raises:
         CaptureError: naming the argument's class and who gets it.
@@ -216,7 +215,7 @@ def check_in_layer(name: str, func: Any) -> None:
         )
 
 
-def check_buffers(steps: Iterable[Step], template: Skeleton) -> None:
+def check_buffers(steps: Iterable[Step], template: ModuleShell) -> None:
     """Refuse buffers that get their shape in the first forward, as those of observers do.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Runs the forward once on a throwaway copy of the module and returns its tape.
+"""Runs the forward once on a throwaway copy of the module and returns its trace.
 
 The parameters of the copy are fake tensors: no weight memory, no compute; the inputs are real, so
 that masks and position tables come out as they will in training. Where the forward looks at
@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import (
 )
 
 from harmony.capture.graph.structure import flatten
-from harmony.capture.graph.trace import StepKind, Tape, without_dead_steps
+from harmony.capture.graph.trace import StepKind, Trace, without_dead_steps
 from harmony.capture.guards.outside import Outside, depends_on_batch
 from harmony.capture.replay.inputs import Batch
-from harmony.capture.replay.shell import Skeleton
+from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed, user_frame_of
@@ -37,7 +37,7 @@ from harmony.capture.trace.program import CallLoss, Loss, Program
 from harmony.capture.trace.reach import check_reach
 from harmony.capture.trace.record import Recorder
 from harmony.capture.trace.refuse import (
-    LiveOnlyError,
+    DynamicOnlyError,
     UnrecordableError,
     check_buffers,
     hides_tensors,
@@ -64,7 +64,7 @@ class Tracer:
     def __init__(
         self,
         source: nn.Module,
-        template: Skeleton,
+        template: ModuleShell,
         program: Program,
         batch: Batch,
         leaves: set[str],
@@ -86,7 +86,7 @@ class Tracer:
         """Class of the module."""
         return type(self._source).__name__
 
-    def trace(self, num_samples: int, first: int = 0) -> Tape:
+    def trace(self, num_samples: int, first: int = 0) -> Trace:
         """Record the forward on ``num_samples`` samples of the batch, beginning with ``first``.
 
         Raises:
@@ -124,8 +124,8 @@ class Tracer:
     def state(self, state: tuple[set[str], bool, dict[str, str]]) -> None:
         self.leaves, self._real, self._closed = state
 
-    def _attempt(self, num_samples: int, first: int) -> Tape:
-        twin = Skeleton(self._template.root, self.device)
+    def _attempt(self, num_samples: int, first: int) -> Trace:
+        twin = ModuleShell(self._template.root, self.device)
         twin.bind(self._parameters(twin))
         twin.bind({name: b.to(self.device) for name, b in twin.root.named_buffers()})
         stand_ins = _stand_ins(self._source, twin)
@@ -162,7 +162,7 @@ class Tracer:
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
         _check_guards(recorder)
         check_buffers(recorder.steps, self._template)
-        tape = Tape(
+        trace = Trace(
             recorder.steps,
             recorder.values,
             inputs,
@@ -173,34 +173,34 @@ class Tracer:
             attributes=tuple(recorder.attributes),
             loss_call=recorder.loss_call,
         )
-        self._check_reach(tape, leaves, twin)
-        return tape
+        self._check_reach(trace, leaves, twin)
+        return trace
 
-    def _check_reach(self, tape: Tape, leaves: Sequence[Any], twin: Skeleton) -> None:
+    def _check_reach(self, trace: Trace, leaves: Sequence[Any], twin: ModuleShell) -> None:
         trained = {name: p for name, p in twin.root.named_parameters() if p.requires_grad}
         names = {id(param): name for name, param in trained.items()}
-        check_reach(tape, leaves, names, trained)
+        check_reach(trace, leaves, names, trained)
 
-    def _calls_loss(self, recorder: Recorder, twin: Skeleton) -> CallLoss:
+    def _calls_loss(self, recorder: Recorder, twin: ModuleShell) -> CallLoss:
         def call(loss: Loss, out: Any, targets: Any) -> torch.Tensor:
             with self.outside.watched_loss(self._judges(recorder, twin)):
                 return recorder.at_loss(loss, out, targets)
 
         return call
 
-    def _judges(self, recorder: Recorder, twin: Skeleton) -> Callable[[torch.Tensor], bool]:
+    def _judges(self, recorder: Recorder, twin: ModuleShell) -> Callable[[torch.Tensor], bool]:
         parameters = [name for name, _ in twin.root.named_parameters()]
         return depends_on_batch(recorder, parameters)
 
     def _recorder(
-        self, twin: Skeleton, stand_ins: Mapping[int, Any], kernels: KernelWatch
+        self, twin: ModuleShell, stand_ins: Mapping[int, Any], kernels: KernelWatch
     ) -> Recorder:
         return Recorder(twin, self.leaves, self.device, stand_ins, kernels)
 
     def _begin(self) -> None:
         """Come to where the forward begins."""
 
-    def _parameters(self, twin: Skeleton) -> dict[str, torch.Tensor]:
+    def _parameters(self, twin: ModuleShell) -> dict[str, torch.Tensor]:
         if not self._real:
             return fake_parameters(twin, self.device)
         return {
@@ -241,11 +241,11 @@ class Tracer:
         """Start from what the forward left on opened modules; once, as it may be set up lazily.
 
         Raises:
-            LiveOnlyError: if the forward changes the attributes each time.
+            DynamicOnlyError: if the forward changes the attributes each time.
         """
         if self._settled:
             names = ", ".join(f"{m}.{a}".lstrip(".") for m, a, _ in moved.attributes)
-            raise LiveOnlyError(
+            raise DynamicOnlyError(
                 f"the forward changes Python attributes outside of a layer ({names})",
                 type(self._template.root).__name__,
             )
@@ -258,7 +258,7 @@ class Tracer:
                 settled.__dict__[hooks].update(module.__dict__[hooks])
             settled._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
 
-    def _settle_objects(self, twin: Skeleton) -> None:
+    def _settle_objects(self, twin: ModuleShell) -> None:
         """Start anew from objects on modules as the forward has set them up; once."""
         moved = [] if self._set_up or self.outside.reason is None else self.outside.moved_objects()
         self._set_up |= bool(moved)
@@ -285,11 +285,11 @@ class Tracer:
         self._real = True
 
 
-def fake_parameters(skeleton: Skeleton, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return fake tensors for all parameters of a skeleton: shapes without memory."""
+def fake_parameters(shell: ModuleShell, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return fake tensors for all parameters of a shell: shapes without memory."""
     fake: dict[str, torch.Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for name, param in skeleton.root.named_parameters():
+        for name, param in shell.root.named_parameters():
             empty = torch.empty_strided(
                 param.shape, param.stride(), dtype=param.dtype, device=device
             )
@@ -305,7 +305,7 @@ def _trace_device(batch: Batch) -> torch.device:
     return torch.device("cpu")
 
 
-def _stand_ins(source: nn.Module, twin: Skeleton) -> Mapping[int, Any]:
+def _stand_ins(source: nn.Module, twin: ModuleShell) -> Mapping[int, Any]:
     """Map the user's own modules, parameters and buffers to the twin's, by id."""
     stand_ins: dict[int, Any] = {}
     for name, module in source.named_modules():
@@ -349,9 +349,9 @@ class _AttributesMovedError(Exception):
 
 
 class OpenedModules:
-    """What the forward may change on the modules whose Python a tape does not run again."""
+    """What the forward may change on the modules whose Python a trace does not run again."""
 
-    def __init__(self, twin: Skeleton, leaves: AbstractSet[str]) -> None:
+    def __init__(self, twin: ModuleShell, leaves: AbstractSet[str]) -> None:
         inside = {id(m) for name in leaves for m in twin.modules[name].modules()}
         opened = {name: m for name, m in twin.modules.items() if id(m) not in inside}
         self._twin = twin
@@ -389,7 +389,7 @@ def _check_guards(recorder: Recorder) -> None:
     """Refuse Python decisions that depend on random numbers, or on buffers that change.
 
     Raises:
-        LiveOnlyError: naming the line.
+        DynamicOnlyError: naming the line.
     """
     if recorder.once:
         return
@@ -399,8 +399,8 @@ def _check_guards(recorder: Recorder) -> None:
         draws = step.random and step.kind is StepKind.FUNCTION
         tainted = draws or not drawn.isdisjoint(step.inputs)
         if step.kind is StepKind.GUARD and tainted:
-            raise LiveOnlyError(f"{step.name} decides by a random number", step.where)
+            raise DynamicOnlyError(f"{step.name} decides by a random number", step.where)
         if step.kind is StepKind.GUARD and not changing.isdisjoint(step.state):
-            raise LiveOnlyError(f"{step.name} decides by a buffer that changes", step.where)
+            raise DynamicOnlyError(f"{step.name} decides by a buffer that changes", step.where)
         if tainted:
             drawn.update(step.made)

@@ -104,9 +104,7 @@ def _with_cells(function: FunctionType, inner: Callable[[Any], Any]) -> Function
         CellType() if one is _EMPTY else CellType(other)
         for one, other in zip(held, cells, strict=True)
     )
-    copy = FunctionType(
-        function.__code__, function.__globals__, function.__name__, defaults, made
-    )
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, made)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 

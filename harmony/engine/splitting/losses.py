@@ -175,6 +175,7 @@ class LossTrial:
             and not values[v].requires_grad
             and self._dims[v] is not None
         ]
+
         def alternatives(number: int, scale: float | None) -> Iterator[_Try]:
             inputs = {
                 v: _scaled(t, scale, number) if values[v].requires_grad else t

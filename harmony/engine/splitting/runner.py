@@ -50,7 +50,7 @@ class LayerRunner:
         self._graph = graph
         self._weights = weights
         self._context = context
-        self._skeleton = captured.make_skeleton(self.device)
+        self._shell = captured.make_shell(self.device)
         self._trained = {p.name for p in captured.params if p.requires_grad}
         self._params = {p.name for p in captured.params}
         self._held: dict[str, torch.Tensor] = {}
@@ -61,7 +61,7 @@ class LayerRunner:
 
         Only where a loss knows it: other kernels may write to memory that is not theirs.
         """
-        names = {step.name.lower() for step in self._captured.tape.steps}
+        names = {step.name.lower() for step in self._captured.trace.steps}
         known = not _IGNORING.isdisjoint(names)
         unchecked = any("ctc" in name for name in names)
         return known and not unchecked and self.device.type != "cuda"
@@ -128,7 +128,7 @@ class LayerRunner:
             return self._captured.run(
                 layer.index,
                 layer.index + 1,
-                self._skeleton,
+                self._shell,
                 env,
                 num_samples,
                 wanted=layer.outputs,
@@ -146,13 +146,13 @@ class LayerRunner:
         }
         change = self._captured.changes.get(layer.index)
         names = {module for module, _ in change.attributes} if change is not None else set()
-        modules = [self._skeleton.modules[name] for name in names]
+        modules = [self._shell.modules[name] for name in names]
         before = [copy.deepcopy(dict(plain_attributes(module))) for module in modules]
-        self._skeleton.bind(tensors)
+        self._shell.bind(tensors)
         try:
             yield tensors
         finally:
-            self._skeleton.release(tensors)
+            self._shell.release(tensors)
             for module, attributes in zip(modules, before, strict=True):
                 module.__dict__.update(attributes)
 

@@ -127,9 +127,7 @@ def _check_complete(
             raise refuse(schedule, runs[after], why)
 
 
-def _check_capacity(
-    schedule: Schedule, graph: LayerGraph, costs: CostTable | None
-) -> Checked:
+def _check_capacity(schedule: Schedule, graph: LayerGraph, costs: CostTable | None) -> Checked:
     workspace = Workspace(graph, costs)
     peaks = [
         device_peak(schedule, index, graph, workspace) for index in range(schedule.num_devices)

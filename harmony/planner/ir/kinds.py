@@ -62,9 +62,7 @@ def span_kinds(schedule: Schedule, graph: LayerGraph) -> dict[str, tuple[str, ..
     return kinds
 
 
-def _kind(
-    step: Instruction, graph: LayerGraph, backward: bool, stashed: dict[int, bool]
-) -> str:
+def _kind(step: Instruction, graph: LayerGraph, backward: bool, stashed: dict[int, bool]) -> str:
     if step.op not in (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND):
         return ""
     passed = step.ref is not None and step.ref.kind is not TensorKind.SAVED

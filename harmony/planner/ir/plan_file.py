@@ -121,8 +121,10 @@ def compare_plans(first: Plan, second: Plan, names: tuple[str, str]) -> list[str
     else:
         lines.append(f"B is predicted to take {_change(ratio)} A.")
     if first.minibatch != second.minibatch and per_s[0]:
-        lines.append(f"Their minibatches differ: B trains {per_s[1] / per_s[0]:.3g} times as many"
-                     " samples a second.")
+        lines.append(
+            f"Their minibatches differ: B trains {per_s[1] / per_s[0]:.3g} times as many"
+            " samples a second."
+        )
     rows = [(what, *pair) for what, *pair in _rows(first, second) if pair[0] != pair[1]]
     if not rows:
         return [*lines, "They decide everything alike."]

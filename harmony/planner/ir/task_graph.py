@@ -177,9 +177,7 @@ def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int]) -> None:
         _add(tasks, task, [*_parameters(graph, pack), *inputs], outputs)
 
 
-def _microbatches(
-    tasks: TaskGraph, kind: TaskKind, pack: Pack
-) -> Iterator[tuple[Task, Samples]]:
+def _microbatches(tasks: TaskGraph, kind: TaskKind, pack: Pack) -> Iterator[tuple[Task, Samples]]:
     for replica in range(len(tasks.spec.shares)):
         for samples in tasks.spec.microbatches(replica, kind):
             task = Task(kind, pack, samples)

@@ -1,11 +1,11 @@
 """Lowers a task graph to a schedule, by small passes.
 
-    place    which device runs what, and one order that every program keeps
-    resident which weights stay on their device between steps, and are updated there
-    stays    how long each value stays on a device, how it comes and where it goes
-    slots    which slot holds the weights and gradients of each group of Runs
-    values   the copies and drops of values around each Run
-    events   Record and Wait for every ordering that the streams do not enforce
+place    which device runs what, and one order that every program keeps
+resident which weights stay on their device between steps, and are updated there
+stays    how long each value stays on a device, how it comes and where it goes
+slots    which slot holds the weights and gradients of each group of Runs
+values   the copies and drops of values around each Run
+events   Record and Wait for every ordering that the streams do not enforce
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _LINK_OF = {
 }
 
 
-def binding(timeline: Timeline, schedule: Schedule, spec: StepSpec) -> tuple[str, str]:
+def bottleneck(timeline: Timeline, schedule: Schedule, spec: StepSpec) -> tuple[str, str]:
     """Return what binds (see `Plan.bound`) and advice in a sentence."""
     names = [f"gpu{index}" for index in range(schedule.num_devices)]
     busy = max((timeline.busy_s(f"{name}.compute") for name in names), default=0.0)

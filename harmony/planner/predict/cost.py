@@ -171,8 +171,8 @@ def forward_peak_nbytes(
 def transient_nbytes(graph: LayerGraph, costs: CostTable, layers: range, num_samples: int) -> int:
     """Most bytes that come and go in a BACKWARD, beside what was saved and what was made::
 
-        max over layers i of   forward_nbytes(i)
-                          or   backward_nbytes(i) + gradients on their way to i or before
+    max over layers i of   forward_nbytes(i)
+                      or   backward_nbytes(i) + gradients on their way to i or before
     """
     seen = {v for i in layers for v in (*graph.layers[i].inputs, *graph.layers[i].outputs)}
     touched = [graph.values[v] for v in seen]

@@ -190,9 +190,7 @@ def _contended(
 def _forward(after: Sequence[Sequence[int]], seconds: Sequence[float]) -> Times:
     """Start and end of activities whose durations are fixed."""
     starts, ends = [0.0] * len(after), [0.0] * len(after)
-    is_listed = all(
-        0 <= before < number for number, waits in enumerate(after) for before in waits
-    )
+    is_listed = all(0 <= before < number for number, waits in enumerate(after) for before in waits)
     for number in range(len(after)) if is_listed else _order(after):
         at = 0.0
         for before in after[number]:

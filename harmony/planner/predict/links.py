@@ -1,9 +1,9 @@
 """What the activities of a machine share, by name: links, switches, host memory, cores.
 
-    gpu0.h2d  gpu0.d2h  gpu0.p2p     the links of a device
-    switch0.h2d  switch0.d2h         a link to the host that several devices share
-    memory                           host memory: copies, updates and accumulations
-    cores                            cores of the host, where devices are virtual
+gpu0.h2d  gpu0.d2h  gpu0.p2p     the links of a device
+switch0.h2d  switch0.d2h         a link to the host that several devices share
+memory                           host memory: copies, updates and accumulations
+cores                            cores of the host, where devices are virtual
 """
 
 from __future__ import annotations

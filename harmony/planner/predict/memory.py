@@ -96,9 +96,7 @@ def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Wo
     return peak_then
 
 
-def _device_peak(
-    schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace
-) -> Peak:
+def _device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
     spec = schedule.devices[index]
     slots = sum(s.count * _blocks(s.nbytes) for s in (spec.weight_slots, spec.gradient_slots))
     slots += sum(resident_nbytes(ref, graph) for ref in spec.resident)

@@ -276,9 +276,7 @@ class _Work:
                 after.append(thread.held)
                 thread.saw[stream] = thread.held
         seconds, units, path = self._costs(program, step)
-        number = self.activities.add(
-            lane, after, seconds=seconds, units=units, resources=path
-        )
+        number = self.activities.add(lane, after, seconds=seconds, units=units, resources=path)
         thread.last[stream] = number
         thread.waits[stream] = []
         self.made.append((number, program, index))

@@ -87,9 +87,7 @@ def filled(
             yield found
 
 
-def offloading(
-    question: Question, found: Candidate, *, few: bool = False
-) -> Iterator[Candidate]:
+def offloading(question: Question, found: Candidate, *, few: bool = False) -> Iterator[Candidate]:
     """Variants of a candidate that offload the activations of packs that recompute.
 
     Args:

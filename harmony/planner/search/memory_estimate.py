@@ -55,9 +55,7 @@ def _peak(
     return _slots_nbytes(packer, spec, policy, here) + peak
 
 
-def _slots_nbytes(
-    packer: Packer, spec: StepSpec, policy: Policy, here: list[Stage]
-) -> int:
+def _slots_nbytes(packer: Packer, spec: StepSpec, policy: Policy, here: list[Stage]) -> int:
     coming = [stage.slot for stage in here if stage.weights]
     held = sum(1 for stage in here if stage.holds and stage.kind is TaskKind.FORWARD)
     made = [s.gradients for s in here if s.gradients and not s.updates_here]

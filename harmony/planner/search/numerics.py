@@ -46,6 +46,4 @@ def numerics_of(
         packs = [p for layer in param.layers for p in spec.backward_packs if layer in p]
         ties.append(tuple(packs.index(pack) for pack in packs))
     updated = () if updates_alike else tuple(layer for p in policy.resident for layer in p)
-    return Numerics(
-        spec.shares, spec.forward_size, spec.backward_size, tuple(ties), updated
-    )
+    return Numerics(spec.shares, spec.forward_size, spec.backward_size, tuple(ties), updated)

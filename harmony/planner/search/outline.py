@@ -75,9 +75,7 @@ def outline(packer: Packer, machine: Machine, spec: StepSpec, policy: Policy) ->
     sequence = _sequence(packer, spec)
     ring = min(machine.num_devices // replicas, max(1, len(sequence)))
     maker = _Maker(packer, spec, policy)
-    stages = [
-        maker.stage(kind, pack, turn % ring) for turn, (kind, pack) in enumerate(sequence)
-    ]
+    stages = [maker.stage(kind, pack, turn % ring) for turn, (kind, pack) in enumerate(sequence)]
     if policy.mirror:
         seats = {s.pack.first: s.seat for s in stages if s.kind is TaskKind.FORWARD}
         for stage in stages:

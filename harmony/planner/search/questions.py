@@ -26,6 +26,7 @@ INFINITE = 1e18
 
 MAX_REPETITIONS = 4096
 
+
 @dataclass(frozen=True)
 class Answer:
     """The answer to a question, and the plan that shows it.

@@ -124,8 +124,7 @@ class SizedCosts:
         places = range(graph.num_layers + 1)
         self.crossing = [self.nbytes(ranges.crossing(place)) for place in places]
         self.forward = [
-            c.forward_nbytes + self.crossing[i] + self.crossing[i + 1]
-            for i, c in enumerate(table)
+            c.forward_nbytes + self.crossing[i] + self.crossing[i + 1] for i, c in enumerate(table)
         ]
         self.backward = [
             max(c.forward_nbytes, c.backward_nbytes + self.crossing[i + 1])

@@ -19,7 +19,7 @@ from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.ir.plan import Decision, Plan, describe_spec
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import Phase
-from harmony.planner.predict.bottleneck import binding
+from harmony.planner.predict.bottleneck import bottleneck
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.lower_bound import lower_bound
 from harmony.planner.predict.memory import arena_nbytes
@@ -202,9 +202,7 @@ def ask(
     if like is not None:
         model = Candidate(like.mode, like.spec, like.policy)
         counts, sizes = (len(like.spec.shares),), (like.spec.backward_size,)
-    return Question(
-        packer, machine, minibatch, phase, counts, sizes, num_packs, recompute, model
-    )
+    return Question(packer, machine, minibatch, phase, counts, sizes, num_packs, recompute, model)
 
 
 class _Search:
@@ -249,7 +247,7 @@ class _Search:
         """The plan of a candidate, with everything that people want to know."""
         candidate, timeline = best.tried.candidate, best.timeline
         spec, question = candidate.spec, self.question
-        bound, advice = binding(timeline, best.schedules[spec.phase], spec)
+        bound, advice = bottleneck(timeline, best.schedules[spec.phase], spec)
         chosen = describe_spec(spec, candidate.policy)
         others = [item for item in self.outcomes.items() if item[0] != chosen]
         others.sort(key=lambda item: (isinstance(item[1], str), item[1]))

@@ -32,7 +32,7 @@ from harmony.runtime.host.host_program import HostProgram
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import Place, Stash
 from harmony.runtime.interrupts import held_back
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 from harmony.runtime.step.step import HostValues, Step, Weights
 from harmony.runtime.update.optimizer import PackOptimizer
@@ -64,7 +64,7 @@ class Job:
     """One run of a prepared schedule.
 
     Attributes:
-        recall: the random states of the microbatches, started, and what layers change.
+        replay: the random states of the microbatches, started, and what layers change.
         weights: how much the scalars of each microbatch count.
         apply_updates: whether parameters are updated; if not, the gradients are all that is new.
         check: figures of a forward that ran before, or are to be compared with a backward to
@@ -73,7 +73,7 @@ class Job:
             steps until the run is over.
     """
 
-    recall: Recall
+    replay: ReplayState
     weights: Weights
     apply_updates: bool = True
     check: SelfCheck | None = None
@@ -94,9 +94,7 @@ class Executor:
         self._host = host
         self._place_of = place_of
         layouts = (host.weights.layout, host.gradients.layout)
-        self._stages = [
-            Stage(context, code, host.graph, *layouts) for context in self.contexts
-        ]
+        self._stages = [Stage(context, code, host.graph, *layouts) for context in self.contexts]
         self._envs: list[Env] = [{} for _ in contexts]
         self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
         self._residents = [Residents(context, host, ()) for context in self.contexts]
@@ -209,7 +207,7 @@ class Executor:
         Raises:
             ExecutionError: if a task fails; names the task.
         """
-        with job.recall.random.borrowed():
+        with job.replay.random.borrowed():
             return self._run(prepared, job)
 
     def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
@@ -227,7 +225,7 @@ class Executor:
         waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
         step = Step(
             signals,
-            job.recall,
+            job.replay,
             job.weights,
             before_updates=tuple(ends) if first_time or waits or check else (),
             approval=num_signals - 1,
@@ -239,7 +237,7 @@ class Executor:
         for context in self.contexts:
             context.reset_peak()
         self._host.begin_step()
-        job.recall.random.check = signals.check
+        job.replay.random.check = signals.check
         countdown = Countdown(num_programs)
         with held_back() as held, held.stopped_by(partial(signals.fail, "")):
             try:

@@ -28,9 +28,7 @@ class Residents:
         gradients: memory of each pack's gradients, likewise; empty for packs without.
     """
 
-    def __init__(
-        self, context: DeviceContext, host: HostState, refs: Sequence[TensorRef]
-    ) -> None:
+    def __init__(self, context: DeviceContext, host: HostState, refs: Sequence[TensorRef]) -> None:
         """Take memory on the device, in the order of its current stream."""
         self.refs = tuple(refs)
         self._host = host
@@ -49,9 +47,7 @@ class Residents:
         held = [tensors[n] for ref in self._places if ref.is_parameter for n in self._names(ref)]
         self._watch = DataWatch(t for t in held if isinstance(t, nn.Parameter))
 
-    def _room(
-        self, context: DeviceContext, refs: Sequence[TensorRef], slot: int
-    ) -> torch.Tensor:
+    def _room(self, context: DeviceContext, refs: Sequence[TensorRef], slot: int) -> torch.Tensor:
         """Memory for tensors side by side, as in a slot."""
         sizes = [aligned(ref.nbytes(self._host.graph)) for ref in refs]
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=context.device)

@@ -15,7 +15,7 @@ from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of,
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.pinned_memory import view_bytes
 from harmony.runtime.step.kernel_choice import as_recomputed
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 
 Values = dict[int, torch.Tensor]
 """Tensors by the id of their value."""
@@ -83,7 +83,7 @@ class Stage:
         self._guarded = guarded
         self._weights = weights
         self._gradients = gradients
-        self._skeleton = code.make_skeleton(context.device)
+        self._shell = code.make_shell(context.device)
         self._trainable = frozenset(gradients.places)
         self._weight_slots: list[torch.Tensor] = []
         self._gradient_slots: list[torch.Tensor] = []
@@ -104,27 +104,27 @@ class Stage:
         self._weight_slots, self._gradient_slots = weights, gradients
 
     def forward(
-        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], recall: Recall
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], replay: ReplayState
     ) -> Values:
         """Run the pack forward and keep only the values of ``wanted``."""
         self._bind(task.pack, slot)
-        if not recall.states.recomputed:
+        if not replay.states.recomputed:
             with torch.no_grad():
-                return self._own(self._run(task, inputs, wanted, recall))
+                return self._own(self._run(task, inputs, wanted, replay))
         leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
         with as_recomputed():
-            found = self._run(task, leaves, wanted, recall)
+            found = self._run(task, leaves, wanted, replay)
         return self._own({v: tensor.detach() for v, tensor in found.items()})
 
     def forward_saving(
-        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], recall: Recall
+        self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], replay: ReplayState
     ) -> tuple[Values, SavedForward]:
         """Run the pack forward, and keep what its backward needs beside the values."""
         self._bind(task.pack, slot)
         leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
         kept = SavedForward(slot, self.context.device)
         with kept.saving(self._slot(slot), self._changing(task.pack)):
-            found = self._run(task, dict(leaves), wanted, recall)
+            found = self._run(task, dict(leaves), wanted, replay)
         kept.finish(leaves, found)
         return self._own({v: tensor.detach() for v, tensor in found.items()}), kept
 
@@ -173,7 +173,7 @@ class Stage:
         inputs: Values,
         output_gradients: Values,
         outputs: Iterable[int],
-        recall: Recall,
+        replay: ReplayState,
         loss_weight: float | None,
     ) -> tuple[Values, Values]:
         """Recompute the pack from its inputs and run it backward.
@@ -193,7 +193,7 @@ class Stage:
         made = [v for v in output_gradients if v not in leaves]
         outputs = tuple(outputs)
         with torch.enable_grad():
-            found = self._run(task, dict(leaves), {*made, *outputs}, recall)
+            found = self._run(task, dict(leaves), {*made, *outputs}, replay)
         # A partial sum enters as the gradient of the input itself: autograd then adds the pack's
         # own uses to it one by one, in the order in which plain PyTorch would.
         roots = [(leaves.get(v, found.get(v)), g) for v, g in output_gradients.items()]
@@ -238,24 +238,24 @@ class Stage:
     def unbind(self) -> None:
         """Let go of the parameters of the pack that ran last."""
         if self._bound is not None:
-            self._skeleton.release(self._tensors[self._bound])
+            self._shell.release(self._tensors[self._bound])
             self._bound = None
 
     def _run(
-        self, task: Task, inputs: Values, wanted: Iterable[int], recall: Recall
+        self, task: Task, inputs: Values, wanted: Iterable[int], replay: ReplayState
     ) -> Values:
-        pack, samples, random = task.pack, _samples(task), recall.random
+        pack, samples, random = task.pack, _samples(task), replay.random
 
         def at_layer(layer: int) -> None:
             random.keep(self.context, samples, layer)
 
         with random.turn(self.context, samples, pack.first):
             with torch.no_grad():
-                recall.states.enter(task, self._skeleton)
+                replay.states.enter(task, self._shell)
             found = self._code.run(
                 pack.first,
                 pack.last,
-                self._skeleton,
+                self._shell,
                 inputs,
                 task.num_samples,
                 wanted=wanted,
@@ -263,7 +263,7 @@ class Stage:
                 guarded=self._guarded,
             )
             random.keep(self.context, samples, pack.last)
-            recall.states.leave(task, self._skeleton)
+            replay.states.leave(task, self._shell)
         return found
 
     def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -275,7 +275,7 @@ class Stage:
         self.unbind()
         if (pack, slot) not in self._tensors:
             self._tensors[pack, slot] = self._make_tensors(pack, slot)
-        self._skeleton.bind(self._tensors[pack, slot])
+        self._shell.bind(self._tensors[pack, slot])
         self._bound = (pack, slot)
 
     def _make_tensors(self, pack: Pack, slot: int) -> dict[str, torch.Tensor]:

@@ -48,9 +48,9 @@ class TaskIssuer:
         def issue(step: Step) -> None:
             values = {ref.first: env[ref] for ref in inputs}
             if kept is None:
-                found = stage.forward(task, slot, values, wanted, step.recall)
+                found = stage.forward(task, slot, values, wanted, step.replay)
             else:
-                run = stage.forward_saving(task, slot, values, wanted, step.recall)
+                run = stage.forward_saving(task, slot, values, wanted, step.replay)
                 found, self.saved[kept] = run
             for ref in outputs:
                 env[ref] = found[ref.first]
@@ -93,7 +93,7 @@ class TaskIssuer:
             weight = None if loss is None else step.weights[loss, samples] or None
             again = [] if step.check is None else [v for v in above if v in own]
             results = [*wanted, *again]
-            made, below = stage.backward(task, slot, values, above, results, step.recall, weight)
+            made, below = stage.backward(task, slot, values, above, results, step.replay, weight)
             if step.check is not None:
                 step.check.record(task, {v: made[v] for v in again})
             for ref in outputs:

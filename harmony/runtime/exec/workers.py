@@ -20,7 +20,6 @@ _LAST_JOB_S = 10.0
 """An update of the user's own that takes longer than this is left alone at exit."""
 
 
-
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -41,7 +40,6 @@ class Worker:
     def submit(self, job: Callable[[], None], done: Callable[[], None]) -> None:
         """Run ``job`` on the thread, which must not raise; then let go of it and call ``done``."""
         self._jobs.put((job, done))
-
 
     def end(self) -> None:
         """Take no job any more."""

@@ -35,9 +35,7 @@ class ArenaLayout:
         nbytes: bytes of the arena.
     """
 
-    def __init__(
-        self, tensors: Iterable[ParamInfo], num_layers: int, num_shared: int
-    ) -> None:
+    def __init__(self, tensors: Iterable[ParamInfo], num_layers: int, num_shared: int) -> None:
         by_layer: dict[int, list[ParamInfo]] = {}
         by_shared: dict[int, list[ParamInfo]] = {}
         rest: list[ParamInfo] = []

@@ -72,9 +72,7 @@ class HostProgram:
             step.updated.append(str(instruction.task))  # one that fails may have changed some
         self._run(instruction)
         lane = f"{HOST}.{instruction.stream}"
-        span = Span(
-            lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index
-        )
+        span = Span(lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index)
         step.spans.append(span)
 
     def _gather(self, step: Step) -> None:

@@ -58,9 +58,7 @@ class HostBuffer:
             self.pinned = reason is None
             if reason is None:
                 native.withhold_from_children(device, self._memory, withhold=True)
-                weakref.finalize(
-                    self.tensor, _unpin, device, self.tensor.data_ptr(), self._memory
-                )
+                weakref.finalize(self.tensor, _unpin, device, self.tensor.data_ptr(), self._memory)
             else:
                 warnings.warn(
                     f"{purpose} ({format_bytes(size)}) could not be pinned: {reason}. Copies to "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture import LayerChanges, Skeleton
+from harmony.capture import LayerChanges, ModuleShell
 from harmony.planner.ir.tasks import Pack, Samples, Task, TaskKind
 from harmony.runtime import native
 
@@ -75,30 +75,30 @@ class LayerStates:
                     held = modules[module].__dict__.get(name, _MISSING)
                     self._running[module, name] = copy.deepcopy(held)
 
-    def enter(self, task: Task, skeleton: Skeleton) -> None:
+    def enter(self, task: Task, shell: ModuleShell) -> None:
         """Give the layers of a task the state that their microbatch has to find."""
         for layer, change in self._in(task.pack):
             key = (layer, _samples(task))
             if self._runs_first(task):
-                _set_attributes(skeleton, {a: self._running[a] for a in change.attributes})
+                _set_attributes(shell, {a: self._running[a] for a in change.attributes})
                 if task.kind is TaskKind.FORWARD and self.recomputed:
-                    self._snapshots[key] = self._snapshot(change, skeleton)
+                    self._snapshots[key] = self._snapshot(change, shell)
                 continue
             found = self._snapshots[key]
-            _set_attributes(skeleton, found.attributes)
+            _set_attributes(shell, found.attributes)
             for name, kept in found.buffers.items():
-                skeleton.tensor(name).copy_(kept, non_blocking=True)
+                shell.tensor(name).copy_(kept, non_blocking=True)
 
-    def leave(self, task: Task, skeleton: Skeleton) -> None:
+    def leave(self, task: Task, shell: ModuleShell) -> None:
         """Take what the layers of a task have left."""
         for _, change in self._in(task.pack):
-            skeleton.settle(change.buffers)
+            shell.settle(change.buffers)
             if not self._runs_first(task):
                 continue
             for attribute in change.attributes:
-                self._running[attribute] = copy.deepcopy(_attribute(skeleton, attribute))
+                self._running[attribute] = copy.deepcopy(_attribute(shell, attribute))
             if _samples(task)[1] == self._minibatch:
-                self._pending.update({n: _to_host(skeleton.tensor(n)) for n in change.buffers})
+                self._pending.update({n: _to_host(shell.tensor(n)) for n in change.buffers})
 
     def commit(self, begun: list[str] | None = None) -> None:
         """Let the model have the changes; nothing happens to it before.
@@ -130,11 +130,11 @@ class LayerStates:
         """Whether this is the forward of its layers, not their recompute."""
         return task.kind is TaskKind.FORWARD or task.pack.first >= self._forward_end
 
-    def _snapshot(self, change: LayerChanges, skeleton: Skeleton) -> _Snapshot:
+    def _snapshot(self, change: LayerChanges, shell: ModuleShell) -> _Snapshot:
         names = change.buffers if change.feeds_outputs else ()
         return _Snapshot(
-            {name: _to_host(skeleton.tensor(name)) for name in names},
-            {a: copy.deepcopy(_attribute(skeleton, a)) for a in change.attributes},
+            {name: _to_host(shell.tensor(name)) for name in names},
+            {a: copy.deepcopy(_attribute(shell, a)) for a in change.attributes},
         )
 
 
@@ -144,14 +144,14 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def _attribute(skeleton: Skeleton, attribute: Attribute) -> Any:
+def _attribute(shell: ModuleShell, attribute: Attribute) -> Any:
     module, name = attribute
-    return skeleton.modules[module].__dict__.get(name, _MISSING)
+    return shell.modules[module].__dict__.get(name, _MISSING)
 
 
-def _set_attributes(skeleton: Skeleton, values: Mapping[Attribute, Any]) -> None:
+def _set_attributes(shell: ModuleShell, values: Mapping[Attribute, Any]) -> None:
     for (module, name), held in values.items():
-        _set(skeleton.modules[module], name, copy.deepcopy(held))
+        _set(shell.modules[module], name, copy.deepcopy(held))
 
 
 def _set(module: nn.Module, name: str, held: Any) -> None:

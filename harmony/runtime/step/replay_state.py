@@ -11,13 +11,13 @@ from harmony.runtime.step.randomness import RandomStates
 
 
 @dataclass(frozen=True)
-class Recall:
+class ReplayState:
     """Random states, and what layers change, of one forward and its backward."""
 
     random: RandomStates
     states: LayerStates
 
     @staticmethod
-    def nothing() -> Recall:
-        """Return a recall of nothing, for runs that nothing depends on."""
-        return Recall(RandomStates(frozenset()), LayerStates(nn.Module(), {}, 0, 0, False))
+    def nothing() -> ReplayState:
+        """Return a replay of nothing, for runs that nothing depends on."""
+        return ReplayState(RandomStates(frozenset()), LayerStates(nn.Module(), {}, 0, 0, False))

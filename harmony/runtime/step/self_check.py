@@ -119,9 +119,7 @@ class SelfCheck:
         cuts = [cut for cut in self._cuts if samples[0] <= cut <= samples[1]]
         return list(pairwise(cuts))
 
-    def _explain(
-        self, value: int, samples: Samples, first: _Record, again: _Record
-    ) -> str:
+    def _explain(self, value: int, samples: Samples, first: _Record, again: _Record) -> str:
         known = self._graph.values[value]
         last = known.producer
         return (

@@ -10,7 +10,7 @@ from harmony.core.timeline import Span
 from harmony.planner.ir.tasks import Samples, TensorKind
 from harmony.runtime.exec.signals import Signals
 from harmony.runtime.host.pinned_memory import Stash
-from harmony.runtime.step.replay_state import Recall
+from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 
 HostValues = dict[tuple[TensorKind, int], Stash]
@@ -25,7 +25,7 @@ class Step:
     """One run of a schedule.
 
     Attributes:
-        recall: the microbatches' random states, and what layers change.
+        replay: the microbatches' random states, and what layers change.
         weights: how much the scalars of each microbatch count.
         before_updates: events that the host waits for before its first update.
         approval: the event by which the host says that updates may begin, where they were held
@@ -41,7 +41,7 @@ class Step:
     """
 
     signals: Signals
-    recall: Recall
+    replay: ReplayState
     weights: Weights
     before_updates: tuple[int, ...] = ()
     approval: int = -1

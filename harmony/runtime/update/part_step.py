@@ -54,9 +54,7 @@ def own_step(optimizer: torch.optim.Optimizer) -> None:
     step(optimizer)
 
 
-def moved(
-    state: dict[str, Any], device: torch.device, group: Mapping[str, Any]
-) -> dict[str, Any]:
+def moved(state: dict[str, Any], device: torch.device, group: Mapping[str, Any]) -> dict[str, Any]:
     """Move the state of a parameter to a device; scalars as well only where kernels want that."""
     scalars_too = bool(group.get("fused") or group.get("capturable"))
     for key, held in state.items():

@@ -70,9 +70,7 @@ def usual_choice(full: torch.optim.Optimizer, per_kind: int = 2) -> dict[int, Sh
     return chosen
 
 
-def stand_in(
-    full: torch.optim.Optimizer, chosen: Mapping[int, Shape] | None = None
-) -> StandIn:
+def stand_in(full: torch.optim.Optimizer, chosen: Mapping[int, Shape] | None = None) -> StandIn:
     """Copy an optimizer with other parameters.
 
     The values of the parameters are drawn from a generator of their own; a learning rate of 0
@@ -132,9 +130,7 @@ def _items(held: object) -> Iterator[object]:
         yield held
 
 
-def _param_like(
-    param: nn.Parameter, shape: Shape, generator: torch.Generator
-) -> nn.Parameter:
+def _param_like(param: nn.Parameter, shape: Shape, generator: torch.Generator) -> nn.Parameter:
     dtype = param.dtype
     wide = torch.complex64 if dtype.is_complex else torch.float32
     values = torch.randn(shape, generator=generator, dtype=wide)
@@ -182,9 +178,7 @@ def _let_move(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 class _SmallCopies(TorchFunctionMode):
     """Refuses to copy large tensors, while it is active."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         copies = func in (torch.Tensor.__deepcopy__, torch.Tensor.clone)
         if copies and args[0].numel() > _LARGEST_COPY:
             raise NoStandInError(f"it holds a tensor of {args[0].numel()} elements")

@@ -47,9 +47,7 @@ class Outcome:
         return sum(n for (link, kind), n in found if link in SWAPS and kind in kinds)
 
 
-def fastest(
-    outcome_of: Callable[[int], Outcome], sizes: Sequence[int]
-) -> Outcome:
+def fastest(outcome_of: Callable[[int], Outcome], sizes: Sequence[int]) -> Outcome:
     """The outcome of the microbatch size whose step is shortest.
 
     Raises:

@@ -241,9 +241,7 @@ class _Swap:
             wanted = [("gradients of activations", v, index) for v in kept]
         return all(tensor in self.sent for tensor in wanted)
 
-    def _run_stage(
-        self, stage: int, stages: Sequence[range], kind: TaskKind, index: int
-    ) -> None:
+    def _run_stage(self, stage: int, stages: Sequence[range], kind: TaskKind, index: int) -> None:
         layers = stages[stage]
         order = layers if kind is TaskKind.FORWARD else layers[::-1]
         run = self.forward if kind is TaskKind.FORWARD else self.backward
@@ -290,7 +288,5 @@ class _Swap:
             *((("shared gradients", s.id, -1), s.gradient_nbytes) for s in shared),
         ]
 
-    def _values(
-        self, kind: str, values: Sequence[int], index: int
-    ) -> list[tuple[Tensor, int]]:
+    def _values(self, kind: str, values: Sequence[int], index: int) -> list[tuple[Tensor, int]]:
         return [((kind, v, index), self.graph.values[v].nbytes(self.size)) for v in values]

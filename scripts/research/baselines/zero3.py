@@ -50,9 +50,7 @@ def zero3_step(
 class _Zero3:
     """The activities of a step, the same on every GPU."""
 
-    def __init__(
-        self, graph: LayerGraph, costs: CostTable, machine: Machine, size: int
-    ) -> None:
+    def __init__(self, graph: LayerGraph, costs: CostTable, machine: Machine, size: int) -> None:
         self.graph = graph
         self.table = costs
         self.costs = [costs.layer(i, size) for i in range(graph.num_layers)]
@@ -153,9 +151,7 @@ class _Zero3:
         units, path = self.links.compute_units(seconds)
         for device in self.devices:
             lane = ((device, "compute"),)
-            done = self.activities.add(
-                lane, waits, seconds=seconds, units=units, resources=path
-            )
+            done = self.activities.add(lane, waits, seconds=seconds, units=units, resources=path)
             self.tasks[device].append(done)
             ends.append(done)
         return ends

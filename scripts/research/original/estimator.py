@@ -150,7 +150,6 @@ def estimate_events(
     return events.run(), traffic
 
 
-
 @dataclass
 class _Turn(Generic[H]):
     """A task while its events are given out.

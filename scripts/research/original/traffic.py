@@ -114,9 +114,7 @@ def _edges(profile: PaperProfile, pack: Pack) -> tuple[int, int]:
     return entered[pack.first], entered[pack.last] if pack.last < len(entered) else 0
 
 
-def _alone(
-    profile: PaperProfile, sums: tuple[float, ...], pack: Pack, num_samples: int
-) -> float:
+def _alone(profile: PaperProfile, sums: tuple[float, ...], pack: Pack, num_samples: int) -> float:
     """C: the layers' peaks run alone, less inputs that are the output of the layer before."""
     entered = profile.entered_nbytes
     inner = entered[pack.last] - entered[pack.first + 1]
