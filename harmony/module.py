@@ -59,7 +59,7 @@ class Harmony(Wrapper):
 
     Args:
         module: the module, on the CPU (or on the meta device's way there); it is not copied.
-        optimizer: a `torch.optim` class (or a function of the parameters) for the step form. If
+        optimizer: a `torch.optim` class (or a function of the parameters) for `train_step`. If
             its step for all parameters is not its steps for some of them one by one, which is
             tried, it is one call of ``optimizer.step()`` on the host behind the backward.
         optimizer_kwargs: its options. ``fused=True`` is added where the class knows it and it
@@ -207,12 +207,12 @@ class Harmony(Wrapper):
         Plain PyTorch runs the module itself, on the host, with its hooks and ``loss_fn``, on the
         whole batch at once (in microbatches only where ``microbatch_size=`` fixes them), and the
         optimizer's own ``step()``. Compared are the loss, every gradient, every buffer that
-        changes, and in the step form every parameter and all state of the optimizer after the
+        changes, and with `train_step` every parameter and all state of the optimizer after the
         step. Nothing of the model, its optimizer or the random states changes; what hooks and
         forwards do outside of the module happens once more for each run.
 
         Args:
-            inputs, targets: as for `train_step`. The drop-in form needs a loss as well:
+            inputs, targets: as for `train_step`. A loop of one's own needs a loss as well:
                 ``loss_fn`` and targets, or a module that returns its loss.
 
         Returns:
@@ -255,7 +255,7 @@ class Harmony(Wrapper):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer of the step form, for LR schedulers and checkpoints."""
+        """The optimizer of `train_step`, for LR schedulers and checkpoints."""
         return self._engine.optimizer
 
     @property

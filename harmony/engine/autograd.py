@@ -1,4 +1,4 @@
-"""The drop-in form: a forward whose outputs take part in the user's own autograd graph."""
+"""Autograd: a forward whose outputs take part in the user's own autograd graph."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ForwardCall:
 
 
 class ForwardObserver(Protocol):
-    """Sees every forward and backward of the drop-in form, e.g. to compare them."""
+    """Sees every forward and backward of an own loop, e.g. to compare them."""
 
     def before_forward(
         self, call: ForwardCall, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -230,7 +230,7 @@ class DynamicRunner:
             begun: hears when the first parameter is about to change.
         """
         optimizer, params = self._optimizer, list(self._net.parameters())
-        assert optimizer is not None, "only the step form trains here"
+        assert optimizer is not None, "only train_step trains here"
         if optimizer.max_norm is not None:
             optimizer.clip(params)
         begun.append("all packs")

@@ -76,8 +76,8 @@ class Engine:
         record: what the report is made of.
         whole: whether it can go on.
         lock: who runs it now.
-        verifier: sees every forward and backward of the drop-in form, where one is set.
-        optimizer: the full optimizer of the step form, once training has begun or asked for.
+        verifier: sees every forward and backward of an own loop, where one is set.
+        optimizer: the full optimizer of `train_step`, once training has begun or asked for.
     """
 
     def __init__(

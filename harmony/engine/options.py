@@ -39,7 +39,7 @@ class EngineOptions:
         return groups(net) if callable(groups) else groups
 
     def batch_dims_of(self, form: str) -> dict[str, int | None]:
-        """The batch dimensions of the inputs of a form: only the step form has targets."""
+        """The batch dimensions of the inputs of a kind of call: only `train_step` has targets."""
         return {
             name: dim
             for name, dim in self.batch_dims.items()

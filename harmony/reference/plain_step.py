@@ -111,7 +111,7 @@ class PlainStep:
         return result
 
     def by_loop(self) -> Result:
-        """Run the forward, one loss of the whole batch, and its backward: the drop-in form."""
+        """Run the forward, one loss of the whole batch, and its backward, as an own loop does."""
         found: list[torch.Tensor] = []
 
         def finish(out: Any) -> torch.Tensor:
@@ -301,7 +301,7 @@ class PlainStep:
 
 @dataclass(frozen=True)
 class PlainForward:
-    """A forward of the drop-in form, to be run by plain PyTorch once its backward has come.
+    """A forward of an own loop, to be run by plain PyTorch once its backward has come.
 
     Attributes:
         before: the module as it was.

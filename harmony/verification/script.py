@@ -44,7 +44,7 @@ def verify_and_stop(engine: Engine) -> None:
 
 
 class Verifier:
-    """Compares every forward and backward of the drop-in form with plain PyTorch."""
+    """Compares every forward and backward of an own loop with plain PyTorch."""
 
     def __init__(self, engine: Engine, report: Callable[[Verification], object] | None) -> None:
         """Hand every comparison to ``report``; without one, nothing is compared."""

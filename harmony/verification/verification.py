@@ -66,7 +66,7 @@ class Verification:
         num_microbatches: of Harmony's step.
         reference: where plain PyTorch ran, and on what: the whole batch, or microbatches.
         updates: of every parameter and all optimizer state after the step, the worst first; empty
-            in the drop-in form, whose optimizer is the script's own.
+            in a loop whose optimizer is the script's own.
         notes: what could not be compared, and why.
     """
 

@@ -1,4 +1,4 @@
-"""The drop-in form: the user's own loop, loss and optimizer around the wrapped module."""
+"""The user's own loop, loss and optimizer around the wrapped module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drop-in form in the user's own graphs: several forwards, parts of them, again and again."""
+"""Forwards in the user's own graphs: several forwards, parts of them, again and again."""
 
 from __future__ import annotations
 

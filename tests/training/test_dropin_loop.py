@@ -1,4 +1,4 @@
-"""The drop-in form in training loops: gradients added up, held, hooked, clipped and scaled."""
+"""Training loops of the user's own: gradients added up, held, hooked, clipped and scaled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drop-in form where a loss uses some of the outputs only."""
+"""Own loops whose loss uses some of the outputs only."""
 
 from __future__ import annotations
 

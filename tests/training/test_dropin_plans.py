@@ -1,4 +1,4 @@
-"""The drop-in form by any plan: packs, policies, outputs in use, gradients of inputs."""
+"""Own loops by any plan: packs, policies, outputs in use, gradients of inputs."""
 
 from __future__ import annotations
 

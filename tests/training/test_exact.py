@@ -18,7 +18,7 @@ SGD = (torch.optim.SGD, {"lr": 1e-1, "momentum": 0.9, "fused": True})
 
 
 def train_harmony(net: torch.nn.Module, batches: list[Any], **options: Any) -> Run:
-    """Train a copy of ``net`` with the wrapper's step form, gradients to be seen after a step."""
+    """Train a copy of ``net`` by `train_step`, gradients to be seen after a step."""
     model = harmony.Harmony(copy.deepcopy(net), **{"updates": "host", **options})
     run = Run()
     for inputs, targets in batches:

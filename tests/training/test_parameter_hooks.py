@@ -1,4 +1,4 @@
-"""Hooks on parameters are called in the step form as plain PyTorch calls them."""
+"""Hooks on parameters are called with `train_step` as plain PyTorch calls them."""
 
 from __future__ import annotations
 

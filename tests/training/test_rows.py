@@ -1,4 +1,4 @@
-"""Outputs of the drop-in form whose rows are not one for each sample, in order.
+"""Outputs of own loops whose rows are not one for each sample, in order.
 
 Compared with plain PyTorch on the whole batch: bit for bit as one microbatch, within the rounding
 of sums where microbatches were asked for.

@@ -88,7 +88,7 @@ ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
 
 
 def wrap(net: nn.Module, **options: Any) -> harmony.Harmony:
-    """Harmony in its step form, with several packs on two devices."""
+    """Harmony's `train_step`, with several packs on two devices."""
     given = {
         "optimizer": torch.optim.AdamW,
         "optimizer_kwargs": ADAMW,

@@ -108,7 +108,7 @@ def backward_packs(graph: LayerGraph, spec: StepSpec) -> tuple[BackwardPack, ...
 def _wanted_inputs(graph: LayerGraph, pack: Pack, phase: Phase) -> list[int]:
     """Inputs of a pack whose gradient its BACKWARD writes.
 
-    An input of the model gets one in the drop-in form only: in a whole step nobody takes it.
+    An input of the model gets one in an own loop only: in a whole step nobody takes it.
     """
     inputs = (graph.values[v] for v in graph.pack_inputs(pack.first, pack.last))
     given = phase is not Phase.TRAIN

@@ -220,7 +220,7 @@ def packed(
     """Candidates of one layout, microbatch size and policy, for any packing worth trying."""
     budget = _budget(question, where, size, policy)
     backward = question.packer.table(TaskKind.BACKWARD, size, budget)
-    # The drop-in form and inference run the same packs forward as backward.
+    # Own loops and inference run the same packs forward as backward.
     for packs in _backward_packs(question, backward, where.ring, few=few):
         for first in _forward_packs(question, packs, size, budget, where.ring, few=few):
             yield Candidate(where.mode, _spec(question, where, size, first, packs), policy)

@@ -89,7 +89,7 @@ def choose(
             several replicas with a pipeline each.
         replicas: so many, whatever ``mode`` says.
         activations: ``"auto"``, or ``"recompute"`` to keep and offload none.
-        phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for the drop-in form, where
+        phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for loops of one's own, where
             the plan then has schedules for both; ``INFER`` for inference alone.
         like: a plan for the same minibatch, the bits of which this one computes too (see
             `harmony.planner.search.numerics`), whatever mode, microbatch_size and replicas say.

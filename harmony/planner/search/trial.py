@@ -114,7 +114,7 @@ class Trial:
 
 
 def timed_phases(phase: Phase) -> tuple[Phase, ...]:
-    """The phases that make up a step: the drop-in form runs its two one after the other.
+    """The phases that make up a step: an own loop runs its two one after the other.
 
     A plan has schedules for those; `inference_schedule` makes one more when somebody wants it.
     """
