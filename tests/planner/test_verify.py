@@ -166,12 +166,12 @@ def edited(old: str, new: str) -> tuple[Schedule, TaskGraph]:
     [
         ("  h2d     Wait e0\n", "", "nothing makes this wait for Alloc"),
         ("compute Alloc W[2:4] slot 1", "compute Alloc W[2:4] slot 0", "still holds"),
-        ("compute Alloc W[2:4] slot 1", "compute Alloc W[2:4] slot 7", "bytes in number 7"),
-        ("d2h     SwapOut dW[2:4]%0", "d2h     SwapOut dW[2:4]%0 stage 0", "goes to the arena"),
+        ("compute Alloc W[2:4] slot 1", "compute Alloc W[2:4] slot 7", "bytes in slot 7"),
+        ("d2h     SwapOut dW[2:4]%0", "d2h     SwapOut dW[2:4]%0 stage 0", "go to a stage"),
         ("  compute Drop W[2:4]\n", "", "never dropped"),
         ("Record e16", "Record e15", "recorded twice"),
         ("Run U[2:4] (dW[2:4]%0 K", "Run U[2:4] (K", "does not read and write what it should"),
-        ("weight_slots=2x131072", "weight_slots=2x131008", "131072 bytes in number 0"),
+        ("weight_slots=2x131072", "weight_slots=2x131008", "131072 bytes in slot 0"),
         ("d2h     SwapOut X4@0:2\n", "p2p     Send X4@0:2 gpu0\n", "another device"),
     ],
 )

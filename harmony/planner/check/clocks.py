@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from harmony.planner.ir.schedule import Instruction, Op
-from harmony.planner.ir.tasks import Task
 
 StreamName = tuple[int, str]
 
@@ -24,7 +23,6 @@ class Clocks:
         self.events: dict[int, list[int]] = {}
         self.stream = 0
         self.now = (0, 0)
-        self.runs: dict[Task, tuple[int, int, list[int]]] = {}
 
     def _select(self, program: int, stream: str) -> list[int]:
         name = (program, stream)
@@ -53,17 +51,9 @@ class Clocks:
         clock = self._select(program, step.stream)
         clock[self.stream] += 1
         self.now = self.stream, clock[self.stream]
-        if step.op is Op.RUN and step.task is not None:
-            self.runs[step.task] = (*self.now, list(clock))
 
     def is_over(self, instruction: tuple[int, int]) -> bool:
         """Whether an earlier instruction has certainly ended when the current one starts."""
         stream, tick = instruction
         clock = self.clocks[self.stream]
-        return stream < len(clock) and tick <= clock[stream]
-
-    def is_before(self, earlier: Task, later: Task) -> bool:
-        """Whether the Run of one task has certainly ended when that of another starts."""
-        stream, tick, _ = self.runs[earlier]
-        clock = self.runs[later][2]
         return stream < len(clock) and tick <= clock[stream]

@@ -7,14 +7,15 @@ Run must read what plain PyTorch would: the order of the tasks there says who th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from harmony.core.layergraph import MODEL_INPUT, LayerGraph
 from harmony.errors import ScheduleError
 from harmony.planner.check.clocks import Clocks
+from harmony.planner.check.kept import Brought
 from harmony.planner.check.occupancy import SlotTable, StageTable
-from harmony.planner.ir.issue import Place, refuse
+from harmony.planner.ir.issue import Place, program_name, refuse
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
 from harmony.planner.ir.tasks import Phase, Task, TaskKind, TensorKind, TensorRef
 
@@ -49,19 +50,24 @@ class Contents:
     """The memories of one walk through a schedule."""
 
     def __init__(
-        self, schedule: Schedule, graph: LayerGraph, clocks: Clocks, phase: Phase
+        self,
+        schedule: Schedule,
+        graph: LayerGraph,
+        clocks: Clocks,
+        resident: dict[TensorRef, int],
+        given: Container[Brought],
     ) -> None:
         self.schedule = schedule
         self.graph = graph
         self.clocks = clocks
-        self.phase = phase
+        self.resident = resident
+        self.given = given
         self.memories = _Memories()
-        self.slots = SlotTable(schedule, graph)
-        self.stages = StageTable(schedule, graph)
+        self.slots = SlotTable(schedule, graph, self._refuse)
+        self.stages = StageTable(schedule, graph, self._refuse)
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
         self.at = Place(0, 0)
         self.authors = _expected_authors(schedule)
-        self.resident = _resident(schedule)
         for ref, index in self.resident.items():
             memory = self.memories[index, ref]
             memory.author = NOTHING if ref.is_gradient_part else START
@@ -72,26 +78,27 @@ class Contents:
         self.at = at
         if step.op is Op.RUN:
             self._run(step)
-        elif step.ref is None:
-            raise self._refuse("an instruction without a tensor")
-        elif step.op is Op.ALLOC:
-            self._alloc(step.ref, step.slot)
+            return
+        ref = step.ref
+        assert ref is not None  # `check_form` has seen to that
+        if step.op is Op.ALLOC:
+            self._alloc(ref, step.slot)
         elif step.op is Op.DROP:
-            self._drop(step.ref)
+            self._drop(ref)
         elif step.op is Op.SWAP_IN:
-            self._swap_in(step.ref)
+            self._swap_in(ref)
         elif step.op is Op.SWAP_OUT:
-            self._swap_out(step.ref, step.slot)
-        else:
-            self._send(step.ref, step.peer)
+            self._swap_out(ref, step.slot)
+        elif step.peer is not None:
+            self._send(ref, step.peer)
 
-    def finish(self, kept: frozenset[int]) -> None:
+    def finish(self, kept: frozenset[int], phase: Phase) -> None:
         """Check what the step leaves behind.
 
         Raises:
-            ScheduleError: if a device still holds something, if a gradient part was never added
-                or if a value in ``kept``, or the gradient of an input of the model, is not on
-                the host.
+            ScheduleError: if a device still holds something, if a gradient part was never added,
+                if a value in ``kept``, or a gradient that is asked for, is not on the host, or
+                if what stays on a device is not what the next step must find there.
         """
         for cell, memory in self.memories.items():
             is_resident = isinstance(cell, tuple) and self.resident.get(cell[1]) == cell[0]
@@ -100,18 +107,36 @@ class Contents:
         for part in self.stages.parts():
             raise ScheduleError(f"{part} is swapped out and never added")
         for ref, author in self.authors.final.items():
-            if ref in self.resident:
+            asked_for: list[_Memory] = []
+            if ref.is_parameter and ref in self.resident:
                 # Anybody may read parameters on the host once the step is over.
-                copies = self._on_host(ref) if ref.is_parameter else ()
-                if any(memory.author != author for memory in copies):
-                    raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
-                continue
-            must = ref.is_gradient_part and ref.part == 0
-            must = must or (ref.kind is TensorKind.VALUE and ref.first in kept)
-            if ref.kind is TensorKind.VALUE_GRADIENT:
-                must = self.graph.values[ref.first].producer == MODEL_INPUT
-            if must and self.memories["host", ref].author != author:
+                asked_for = self._on_host(ref)
+            elif self._is_asked_for(ref, kept, phase):
+                asked_for = [self.memories["host", ref]]
+            if any(memory.author != author for memory in asked_for):
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
+            for stale in self._stale(ref, author):
+                device = program_name(self.schedule, self.resident[stale])
+                raise ScheduleError(f"{ref} is made by {author}, {stale} on {device} is not")
+
+    def _is_asked_for(self, ref: TensorRef, kept: frozenset[int], phase: Phase) -> bool:
+        """Whether a tensor that the step makes must be on the host when it ends."""
+        if ref.is_gradient_part:
+            # An update on the device uses up the gradient there.
+            return ref.part == 0 and (phase is not Phase.TRAIN or ref not in self.resident)
+        if ref.kind is TensorKind.VALUE_GRADIENT:
+            return self.graph.values[ref.first].producer == MODEL_INPUT
+        return ref.kind is TensorKind.VALUE and ref.first in kept
+
+    def _stale(self, ref: TensorRef, author: Author) -> Iterator[TensorRef]:
+        """Weights or state that stay on a device and are not as ``author`` wrote them last."""
+        if ref.is_value or ref.is_gradient_part:
+            return
+        for there, device in self.resident.items():
+            # Layers may be resident in other packs than those in which they are updated.
+            overlaps = there.kind is ref.kind and there.first < ref.last and ref.first < there.last
+            if overlaps and self.memories[device, there].author != author:
+                yield there
 
     # -- instructions -----------------------------------------------------------------------
 
@@ -119,13 +144,11 @@ class Contents:
         memory = self._device(ref)
         if memory.alive:
             raise self._refuse(f"{ref} is still on {self._here}")
-        if ref.is_value != (slot is None):
-            raise self._refuse("weights and gradients live in slots, values do not")
         self._touch(memory, write=True)
         memory.alive, memory.author = True, NOTHING
         if slot is not None:
             memory.slot = slot
-            self._check(self.slots.enter(self.at.program, ref, slot))
+            self.slots.enter(self.at.program, ref, slot)
 
     def _drop(self, ref: TensorRef) -> None:
         memory = self._on_device(ref)
@@ -153,10 +176,8 @@ class Contents:
                 memory.author = author
             return
         cell: Cell = ("host", ref)
-        if (stage is None) != (ref.part == 0):
-            raise self._refuse("part 0 of a gradient goes to the arena, all others to a stage")
         if stage is not None:
-            self._check(self.stages.enter(self.at.program, ref, stage))
+            self.stages.enter(self.at.program, ref, stage)
             cell = ("stage", self.at.program, stage)
         elif ref not in self.copies[ref.kind, ref.first]:
             self.copies[ref.kind, ref.first].append(ref)
@@ -164,9 +185,7 @@ class Contents:
         self._touch(memory, write=True)
         memory.author = author
 
-    def _send(self, ref: TensorRef, peer: int | None) -> None:
-        if peer is None or peer == self.at.program or peer >= self.schedule.num_devices:
-            raise self._refuse("a Send needs another device")
+    def _send(self, ref: TensorRef, peer: int) -> None:
         author = self._read_by_device(ref)
         memory = self._empty(peer, ref)
         self._touch(memory, write=True)
@@ -188,7 +207,7 @@ class Contents:
             else:
                 self._write_on_device(step, ref)
         if on_host and step.task.addend is not None:
-            self.stages.leave(self._stage_of(step.task.addend))
+            self.stages.leave(self.stages.of(step.task.addend))
 
     def _write_on_device(self, step: Instruction, ref: TensorRef) -> None:
         memory = self._device(ref)
@@ -233,19 +252,23 @@ class Contents:
             # Layer by layer: FORWARD and BACKWARD pack them differently.
             return [(ref.kind, layer) for layer in range(ref.first, ref.last)]
         if ref.part:
-            return [("stage", *self._stage_of(ref))]
+            return [("stage", *self.stages.of(ref))]
         if ref.is_value:
-            copy = _host_copy(ref, self.copies[ref.kind, ref.first], self.graph, self.phase)
+            copy = self._host_copy(ref)
             if copy is None:
                 raise self._refuse(f"nothing on the host holds {ref}")
             return [("host", copy)]
         return [("host", ref)]
 
-    def _stage_of(self, ref: TensorRef) -> tuple[int, int]:
-        key = self.stages.of(ref)
-        if key is None:
-            raise self._refuse(f"{ref} is in no staging buffer")
-        return key
+    def _host_copy(self, ref: TensorRef) -> TensorRef | None:
+        """The copy on the host that ``ref`` is, or is a part of; None if there is none."""
+        copies = self.copies[ref.kind, ref.first]
+        if ref in copies:
+            return ref
+        for copy in copies:
+            if _within(ref, copy):
+                return copy
+        return ref if (ref.kind, ref.first) in self.given else None
 
     def _on_device(self, ref: TensorRef) -> _Memory:
         memory = self._device(ref)
@@ -289,41 +312,8 @@ class Contents:
         name, program = list(self.schedule.all_programs())[place.program]
         return f"{program[place.index]} of {name}, instruction {place.index}"
 
-    def _check(self, why: str | None) -> None:
-        if why is not None:
-            raise self._refuse(why)
-
     def _refuse(self, why: str) -> ScheduleError:
         return refuse(self.schedule, self.at, why)
-
-
-def _resident(schedule: Schedule) -> dict[TensorRef, int]:
-    """The device of everything that stays on one from step to step."""
-    found: dict[TensorRef, int] = {}
-    for index, device in enumerate(schedule.devices):
-        for ref in device.resident:
-            if ref in found:
-                raise ScheduleError(f"{ref} is resident on two devices, or twice on one")
-            found[ref] = index
-    return found
-
-
-def _host_copy(
-    ref: TensorRef, copies: Sequence[TensorRef], graph: LayerGraph, phase: Phase
-) -> TensorRef | None:
-    """The copy on the host that ``ref`` is, or is a part of; None if there is none."""
-    if ref in copies:
-        return ref
-    for copy in copies:
-        if _within(ref, copy):
-            return copy
-    if ref.kind is TensorKind.SAVED:
-        return None
-    value = graph.values[ref.first]
-    there = value.is_output and phase is Phase.BACKWARD
-    if ref.kind is TensorKind.VALUE:
-        there = value.producer == MODEL_INPUT or phase is Phase.BACKWARD
-    return ref if there else None
 
 
 def _within(part: TensorRef, whole: TensorRef) -> bool:

@@ -1,4 +1,8 @@
-"""The checker of schedules. It shares no code with the passes that make them.
+"""The checker of schedules. It shares no code with what makes them, or chooses between them.
+
+Of the planner it knows the data only (tasks, schedules, costs). What a step must leave behind
+(`harmony.planner.check.kept`) and what memory a device needs (`harmony.planner.check.peak`) it
+works out by itself.
 
 It walks a schedule in an order in which it could be issued, keeps vector clocks over its streams
 and remembers for each memory who wrote what is in it. A schedule passes if
@@ -7,7 +11,9 @@ and remembers for each memory who wrote what is in it. A schedule passes if
   and events, never by luck;
 - *residency*: every Run finds each tensor it reads on its device, as the task wrote it that
   would have written it in plain PyTorch; slots hold one pack; nothing leaks;
-- *completeness*: it runs every task of a task graph once, in an order that the edges allow;
+- *completeness*: it runs every task of a task graph once, and each reads and writes what it
+  should there. Their order need not be looked at: each found what those before it wrote;
+- *order of changes*: layers that change their buffers do so microbatch by microbatch;
 - *capacity*: no device needs more memory than it has.
 
 Any two runs of a schedule without races read the same values everywhere, so one walk is enough.
@@ -24,12 +30,13 @@ from harmony.core.units import format_bytes
 from harmony.errors import DoesNotFitError, ScheduleError
 from harmony.planner.check.clocks import Clocks
 from harmony.planner.check.contents import Contents
+from harmony.planner.check.form import check_form
+from harmony.planner.check.kept import brought, left_behind
+from harmony.planner.check.peak import Peak, PeakMemory
 from harmony.planner.ir.issue import Place, excerpt, issue_order, program_name, refuse
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
-from harmony.planner.ir.task_graph import kept_values
 from harmony.planner.ir.tasks import Phase, Task, TaskGraph, TaskKind, state
 from harmony.planner.predict.cost import CostTable
-from harmony.planner.predict.memory import Peak, Workspace, device_peak, stash_nbytes
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,12 @@ def verify(
         DoesNotFitError: if a device needs more memory than it has.
     """
     programs = [program for _, program in schedule.all_programs()]
+    resident = check_form(schedule, graph)
     runs = _check_runs(schedule, programs)
     order = issue_order(schedule)
     clocks = Clocks()
-    contents = Contents(schedule, graph, clocks, phase)
+    spec = None if tasks is None else tasks.spec
+    contents = Contents(schedule, graph, clocks, resident, brought(graph, phase, spec))
     for at in order:
         step = programs[at.program][at.index]
         if step.op in (Op.RECORD, Op.WAIT):
@@ -72,12 +81,11 @@ def verify(
         else:
             clocks.advance(at.program, step)
             contents.do(at, step)
-    kept = frozenset(graph.output_ids)
+    outputs = frozenset(graph.output_ids)
+    contents.finish(outputs if spec is None else left_behind(graph, spec), phase)
     if tasks is not None:
-        kept |= kept_values(tasks.layers, tasks.spec)
-    contents.finish(kept)
-    if tasks is not None:
-        _check_complete(schedule, tasks, runs, clocks)
+        _check_complete(schedule, tasks, runs)
+    _check_changes(schedule, graph, runs, phase)
     return _check_capacity(schedule, graph, costs)
 
 
@@ -97,16 +105,14 @@ def _check_runs(
             is_host_task = step.task.kind in (TaskKind.UPDATE, TaskKind.ACCUMULATE)
             if step.task.kind is TaskKind.UPDATE and not on_host:
                 is_host_task = state(step.task.pack) not in schedule.devices[number].resident
-            if is_host_task is not on_host or step.stream not in ("compute", "update"):
+            if is_host_task is not on_host:
                 raise refuse(schedule, at, f"{step.task} cannot run here")
             runs[step.task] = at
     return runs
 
 
-def _check_complete(
-    schedule: Schedule, tasks: TaskGraph, runs: dict[Task, Place], clocks: Clocks
-) -> None:
-    """Every task runs, reads and writes what it should, after what it depends on."""
+def _check_complete(schedule: Schedule, tasks: TaskGraph, runs: dict[Task, Place]) -> None:
+    """Every task runs, and reads and writes what it should."""
     programs = [program for _, program in schedule.all_programs()]
     missing = Counter(tasks.tasks) - Counter(list(runs))
     if missing:
@@ -117,28 +123,40 @@ def _check_complete(
             raise refuse(schedule, at, f"{task} is not a task of this step")
         if step.reads != tasks.reads[task] or step.writes != tasks.writes[task]:
             raise refuse(schedule, at, f"{task} does not read and write what it should")
-    for before, after in tasks.graph.edges:
-        only_read = set(tasks.writes[before]).isdisjoint(tasks.reads[after])
-        if after.kind is TaskKind.UPDATE and only_read:
-            # It overwrites what the earlier task read, but that one read its own copy.
-            continue
-        if not clocks.is_before(before, after):
-            why = f"{after} does not wait for {before}"
-            raise refuse(schedule, runs[after], why)
+
+
+def _check_changes(
+    schedule: Schedule, graph: LayerGraph, runs: dict[Task, Place], phase: Phase
+) -> None:
+    """Buffers change on one device, in the order of the microbatches, as in plain PyTorch."""
+    changing = {layer.index for layer in graph.layers if layer.changes_state}
+    if not changing:
+        return
+    changers = [task for task in runs if task.kind is TaskKind.FORWARD]
+    if phase is Phase.TRAIN:
+        # The last pack has no FORWARD: its BACKWARD is both.
+        last = graph.num_layers - 1
+        changers += [t for t in runs if t.kind is TaskKind.BACKWARD and last in t.pack]
+    latest: dict[int, Task] = {}
+    for task in sorted(changers, key=lambda task: task.samples or (0, 0)):
+        for layer in changing.intersection(task.pack):
+            before = latest.get(layer, task)
+            if runs[before].program != runs[task].program or runs[before] > runs[task]:
+                why = f"{task} does not come after {before}, and both change buffers"
+                raise refuse(schedule, runs[task], why)
+            latest[layer] = task
 
 
 def _check_capacity(schedule: Schedule, graph: LayerGraph, costs: CostTable | None) -> Checked:
-    workspace = Workspace(graph, costs)
-    peaks = [
-        device_peak(schedule, index, graph, workspace) for index in range(schedule.num_devices)
-    ]
+    memory = PeakMemory(schedule, graph, costs)
+    peaks = [memory.of(index) for index in range(schedule.num_devices)]
     for index, (peak, device) in enumerate(zip(peaks, schedule.devices, strict=True)):
         if peak.nbytes > device.memory_nbytes:
             raise DoesNotFitError(_overflow(schedule, index, peak))
     return Checked(
         tuple(peak.nbytes for peak in peaks),
         tuple(_peak_text(schedule, index, peak) for index, peak in enumerate(peaks)),
-        stash_nbytes(schedule, graph),
+        memory.stash_nbytes(),
     )
 
 
@@ -149,7 +167,7 @@ def _peak_text(schedule: Schedule, index: int, peak: Peak) -> str:
 def _overflow(schedule: Schedule, index: int, peak: Peak) -> str:
     limit = schedule.devices[index].memory_nbytes
     parts = (
-        f"slots {format_bytes(peak.slots)}, values {format_bytes(peak.values)},"
+        f"slots {format_bytes(peak.fixed)}, values {format_bytes(peak.values)},"
         f" workspace {format_bytes(peak.workspace)}"
     )
     lines = "" if peak.index < 0 else "\n" + excerpt(schedule, Place(index, peak.index))

@@ -8,14 +8,12 @@ for itself either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from harmony.errors import ScheduleError
-from harmony.planner.ir.schedule import DEVICE_STREAMS, HOST, HOST_STREAM, Op, Schedule
+from harmony.planner.ir.schedule import HOST, Op, Schedule
 
 _CONTEXT = 3
-_ORDER = "_issue_order"
 
 
 class Place(NamedTuple):
@@ -44,30 +42,14 @@ def excerpt(schedule: Schedule, at: Place) -> str:
 def issue_order(schedule: Schedule) -> list[Place]:
     """Return all instructions in an order in which the threads can issue them.
 
-    It is found once for each schedule, which never changes.
-
     Raises:
-        ScheduleError: if an event is recorded twice or never, if an instruction is on a stream
-            that its program does not have, or if the threads wait for each other.
+        ScheduleError: if an event is recorded twice or never, or if the threads wait for each
+            other.
     """
-    known: list[Place] | None = schedule.__dict__.get(_ORDER)
-    if known is None:
-        known = _find_order(schedule)
-        schedule.__dict__[_ORDER] = known
-    return known
-
-
-def _find_order(schedule: Schedule) -> list[Place]:
     programs = [program for _, program in schedule.all_programs()]
     recorded: dict[int, Place] = {}
     for number, program in enumerate(programs):
-        streams: Sequence[str] = DEVICE_STREAMS
-        if number == schedule.num_devices:
-            streams = (HOST_STREAM,)
         for index, step in enumerate(program):
-            if step.stream not in streams:
-                why = f"a program without stream {step.stream!r}"
-                raise refuse(schedule, Place(number, index), why)
             if step.op is Op.RECORD and step.event is not None:
                 at = Place(number, index)
                 if step.event in recorded:
