@@ -30,6 +30,7 @@ def capture(
     output_loss: bool = False,
     max_layer_nbytes: int | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
+    target: torch.device | None = None,
 ) -> Captured:
     """Record the forward of a module and cut it into layers.
 
@@ -49,6 +50,7 @@ def capture(
         max_layer_nbytes: open blocks with more bytes of parameters than this.
         batch_dims: the dimension that counts the samples of an input (None: it has none), by name
             (``"args[0]"``, ``"kwargs['mask']"``, ``"targets"``), where it is not dimension 0.
+        target: the device that the layers will run on.
 
     Raises:
         CaptureError: naming what cannot be recorded, where, and what to change.
@@ -64,7 +66,7 @@ def capture(
     _switch_off_caches(template.root)
     program = Program(loss, output_loss)
     leaves = choose_leaves(template.root, max_layer_nbytes)
-    tracer = Tracer(module, template, program, batch, leaves)
+    tracer = Tracer(module, template, program, batch, leaves, target or torch.device("cpu"))
     try:
         sizes = first_traces(tracer, batch.num_samples)
         tracer.warn_of_closed()  # only now: what tries find out is not to be heard

@@ -324,6 +324,7 @@ class VariantCache:
                 targets=targets,
                 output_loss=form == "step" and options.loss_fn is None,
                 batch_dims=options.batch_dims_of(form),
+                target=self._contexts[0].device,
             )
 
     @contextmanager

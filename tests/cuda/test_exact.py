@@ -136,3 +136,44 @@ def test_the_drop_in_form_trains_as_plain_pytorch(devices: int) -> None:
     assert losses == pytest.approx(expected[0], rel=1e-6)  # the loss itself is made on the host
     for name, value in expected[1].items():
         torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+class EndsIn(nn.Module):
+    """A layer whose last operator CUDA's autocast runs in float32, and CPU's in bfloat16."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(48, 48)
+        self.norm = nn.LayerNorm(48)
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x * 1.7)  # the product sees all bits of what the layer before has made
+        if self.kind == "layer norm":
+            return self.norm(h)
+        if self.kind == "softmax":
+            return torch.softmax(h, -1)
+        if self.kind == "root mean square":
+            return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return torch.cumsum(h, -1)
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "softmax", "root mean square", "cumsum"])
+def test_values_between_layers_have_the_types_that_autocast_on_the_gpu_makes(kind: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(EndsIn(kind) for _ in range(6)), nn.Linear(48, 8))
+    batches = [
+        (torch.randn(8, 48, generator=torch.Generator().manual_seed(step)), torch.zeros(8).long())
+        for step in range(3)
+    ]
+    model = check_step(
+        net, batches, F.cross_entropy, devices=4, device_memory="64KiB", autocast=True
+    )
+    assert model.plan is not None and len(model.plan.spec.backward_packs) > 1
+
+
+def test_a_gpt_trains_under_autocast_as_plain_pytorch() -> None:
+    torch.manual_seed(0)
+    net = GPT(width=64, depth=4, dropout=0.1)
+    batches = [token_batch(step) for step in range(3)]
+    check_step(net, batches, token_loss, devices=2, device_memory="2MiB", autocast=True)

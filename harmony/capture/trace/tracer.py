@@ -52,6 +52,9 @@ NEEDS_VALUES = (
 _MOST_OPENED = 100
 
 
+_HOST = torch.device("cpu")
+
+
 class Tracer:
     """Traces one module for any number of samples.
 
@@ -68,9 +71,10 @@ class Tracer:
         program: Program,
         batch: Batch,
         leaves: set[str],
+        target: torch.device = _HOST,
     ) -> None:
         self.leaves = leaves
-        self.device = _trace_device(batch)
+        self.device = _trace_device(batch, target)
         self.outside = Outside(source, program.loss)
         self._source = source
         self._template = template
@@ -283,6 +287,7 @@ class Tracer:
                 "parameters, but some are on the meta device: materialise them first"
             ) from error
         self._real = True
+        self.device = _HOST  # where the parameters are; a GPU may not hold all of them
 
 
 def fake_parameters(shell: ModuleShell, device: torch.device) -> dict[str, torch.Tensor]:
@@ -297,12 +302,13 @@ def fake_parameters(shell: ModuleShell, device: torch.device) -> dict[str, torch
     return fake
 
 
-def _trace_device(batch: Batch) -> torch.device:
-    """Where to trace: on the inputs' device if fake tensors can stand for its kernels."""
-    for leaf in batch.leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda":
-            return leaf.device
-    return torch.device("cpu")
+def _trace_device(batch: Batch, target: torch.device) -> torch.device:
+    """Where to trace: on the device that runs it if fake tensors can stand for its kernels.
+
+    What a forward makes depends on it: autocast has other lists for CUDA than for the CPU.
+    """
+    devices = [leaf.device for leaf in batch.leaves if isinstance(leaf, torch.Tensor)]
+    return next((device for device in (target, *devices) if device.type == "cuda"), _HOST)
 
 
 def _stand_ins(source: nn.Module, twin: ModuleShell) -> Mapping[int, Any]:
