@@ -9,6 +9,7 @@ from torch import nn
 
 from harmony.capture import Captured
 from harmony.core.layergraph import LayerGraph
+from harmony.errors import CaptureError
 from harmony.planner.ir.tasks import Pack, Samples, Task
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of, run_backward
@@ -264,6 +265,8 @@ class Stage:
             )
             random.keep(self.context, samples, pack.last)
             replay.states.leave(task, self._shell)
+        if self._guarded:
+            _check_forms(self._code, found, task.num_samples)
         return found
 
     def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -303,6 +306,25 @@ class Stage:
                 for name, (offset, place) in places.items()
             }
         return self._gradient_views[pack, slot]
+
+
+def _check_forms(code: Captured, found: Values, num_samples: int) -> None:
+    """Check that values have the form that memory and copies are planned for.
+
+    A copy to a buffer of another type would round, where a plan cuts and nowhere else.
+
+    Raises:
+        CaptureError: naming the value and both forms.
+    """
+    for value, tensor in found.items():
+        shape, _, dtype = code.value_form(value, num_samples)
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise CaptureError(
+                f"{code.graph.values[value].name} is {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}, but was recorded as {dtype} of shape "
+                f"{tuple(shape)}: the forward makes something else there than where it was "
+                "recorded. Give it its type in the forward (`.float()`, `.to(dtype)`)"
+            )
 
 
 def _is_root(root: Root) -> bool:
