@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from pretrain_gpt import batches, loss_fn, make_model
 
 import harmony
+from harmony.engine.call_kind import CallKind
 from harmony.errors import HarmonyError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan, describe_spec
@@ -174,7 +175,7 @@ def new_model(setting: Setting) -> harmony.Harmony:
 def variant_of(model: harmony.Harmony) -> tuple[Any, Plan]:
     """What stands for the model: its graph, costs and machine, and its plan."""
     inputs, targets = next(iter(batches(1, BATCH, CONTEXT)))
-    variant, plan, _ = model._engine.variants.find("step", ((inputs,), {}, targets))
+    variant, plan, _ = model._engine.variants.find(CallKind.TRAIN_STEP, ((inputs,), {}, targets))
     return variant, plan
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from harmony.capture import Batch, autocast_dtype
+from harmony.engine.call_kind import CallKind
 from harmony.errors import ConfigError
 
-Signature = tuple[Any, ...]
+CallKey = tuple[Any, ...]
 """All of a call that changes what is computed, but for the number of samples."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
@@ -20,12 +21,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def signature_of(
+def call_key_of(
     net: nn.Module,
     call: Call,
-    form: str,
+    kind: CallKind,
     batch_dims: Mapping[str, int | None],
-) -> tuple[Signature, int]:
+) -> tuple[CallKey, int]:
     """Return what identifies a call, and its number of samples.
 
     Beside the inputs it holds the modes and hooks of the modules. What else the forward's Python
@@ -43,7 +44,7 @@ def signature_of(
         raise ConfigError("no input is a tensor whose dimension 0 could count samples")
     if batch.num_samples == 0:
         raise ConfigError("the batch is empty: dimension 0 of the inputs is 0")
-    if form == "step" and any(x.requires_grad for x in sized):
+    if kind is CallKind.TRAIN_STEP and any(x.requires_grad for x in sized):
         shape = next(tuple(x.shape) for x in sized if x.requires_grad)
         raise ConfigError(
             f"train_step with an input of shape {shape} that requires a gradient, which a whole "
@@ -53,7 +54,7 @@ def signature_of(
     described = tuple(_describe(leaf, dim) for leaf, dim in pairs)
     trained = tuple(param.requires_grad for param in net.parameters())
     state = tuple(_python_state(net))
-    key = (form, str(batch.structure.spec), described, trained, autocast_dtype(), state)
+    key = (kind, str(batch.structure.spec), described, trained, autocast_dtype(), state)
     return key, batch.num_samples
 
 

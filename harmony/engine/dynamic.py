@@ -26,6 +26,7 @@ from harmony.capture import (
 )
 from harmony.capture.loss.weights import LiveWeights, parts_asked_for
 from harmony.engine.call_key import Call
+from harmony.engine.call_kind import CallKind
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import Paths
 from harmony.engine.step_result import RanStep, ReadyStep
@@ -67,8 +68,8 @@ class DynamicRunner:
         self._variants = variants
         self._optimizer = optimizer
         self._record = record
-        self._captures: dict[str, DynamicTrace] = {}
-        self._known: dict[str, Paths] = {}
+        self._captures: dict[CallKind, DynamicTrace] = {}
+        self._known: dict[CallKind, Paths] = {}
         self.size: int | None = None
         self._generation = 0
         self._noticed: set[str] = set()
@@ -103,7 +104,7 @@ class DynamicRunner:
         self._known.clear()
 
     def ready(
-        self, form: str, call: Call, step: int, index: int, num_samples: int | None = None
+        self, kind: CallKind, call: Call, step: int, index: int, num_samples: int | None = None
     ) -> ReadyStep:
         """Capture one microbatch, number ``index`` of the step, and plan for it.
 
@@ -123,19 +124,19 @@ class DynamicRunner:
             seed_python(seed)
             context.set_random_state(context.seeded_state(seed))
 
-        run = self._capture_of(form).capture
+        run = self._capture_of(kind).capture
         capture = partial(run, args, kwargs, targets, begin, num_samples)
         with or_eager(self._net):
             captured = with_room("the forward of a microbatch", [context.device], capture)
         if captured.eager is not None:
             raise DynamicOnlyError(captured.eager, type(self._net).__name__, eager=True)
-        paths = self._known.setdefault(form, Paths())
+        paths = self._known.setdefault(kind, Paths())
         standing = (b for b in paths.variants if b.captured.guards.same())
         same = (b for b in standing if same_path(b.captured, captured))
-        variant = next(same, None) or self._variants.bind(captured, form)
+        variant = next(same, None) or self._variants.bind(captured, kind)
         paths.use(variant)
         size = captured.num_samples  # its trace is good for no other
-        measure = partial(self._variants.measured, variant, form, size, call, [size])
+        measure = partial(self._variants.measured, variant, kind, size, call, [size])
         inputs = with_room("measuring the layers", [context.device], measure)
         plan = self._plan(variant, size)
         weights, _ = variant.weights(detached(inputs), plan.spec)
@@ -185,7 +186,7 @@ class DynamicRunner:
         for index, low in enumerate(range(0, minibatch, size)):
             high = min(low + size, minibatch)
             part = batch.part(*call, low, high)
-            ready = self.ready("step", part, step, index, high - low)
+            ready = self.ready(CallKind.TRAIN_STEP, part, step, index, high - low)
             captured, loss = ready.variant.captured, ready.variant.graph.loss
             assert loss is not None
             weight = weights.weigh(captured, loss, detached(ready.inputs))
@@ -255,16 +256,16 @@ class DynamicRunner:
         self._record.planned(plan, variant.predicted(plan))
         return plan
 
-    def _capture_of(self, form: str) -> DynamicTrace:
-        if form not in self._captures:
-            loss = self._options.loss_fn if form == "step" else None
-            self._captures[form] = DynamicTrace(
+    def _capture_of(self, kind: CallKind) -> DynamicTrace:
+        if kind not in self._captures:
+            loss = self._options.loss_fn if kind is CallKind.TRAIN_STEP else None
+            self._captures[kind] = DynamicTrace(
                 self._net,
                 self._context.device,
                 loss=loss,
-                output_loss=form == "step" and loss is None,
+                output_loss=kind is CallKind.TRAIN_STEP and loss is None,
             )
-        return self._captures[form]
+        return self._captures[kind]
 
 
 class ModuleState:

@@ -19,6 +19,7 @@ from harmony.capture.loss.weights import LossWeigher, parts_asked_for
 from harmony.capture.trace.program import Program
 from harmony.core.units import format_bytes
 from harmony.engine.call_key import Call
+from harmony.engine.call_kind import CallKind
 from harmony.engine.options import EngineOptions
 from harmony.engine.variants import VariantCache
 from harmony.errors import DoesNotFitError
@@ -50,7 +51,7 @@ class EagerRunner:
         self._options = options
         self._variants = variants
         self._say = say
-        self._outside: dict[str, Outside] = {}
+        self._outside: dict[CallKind, Outside] = {}
 
     def train(
         self, call: Call, minibatch: int, step: int, captured: Captured | None
@@ -67,7 +68,7 @@ class EagerRunner:
         loss_fn = self._options.loss_fn
         program = Program(loss_fn, output_loss=loss_fn is None)
         size = min(self._options.microbatch_size or minibatch, minibatch)
-        outside = self._of("step", loss_fn)
+        outside = self._of(CallKind.TRAIN_STEP, loss_fn)
         ranges = [(low, min(low + size, minibatch)) for low in range(0, minibatch, size)]
         weights = self._weights(call, ranges, captured)
         try:
@@ -81,7 +82,7 @@ class EagerRunner:
         """Run the forward; its outputs are part of autograd's graph as in plain PyTorch."""
         self._variants.activate(None)  # it needs the memory
         device, home = self._context.device, _device_of((args, kwargs))
-        outside = self._of("dropin", None)
+        outside = self._of(CallKind.OWN_LOOP, None)
         try:
             with undisturbed(device), self._as_before(outside):
                 self._seed(step, 0)
@@ -145,10 +146,10 @@ class EagerRunner:
         seed_python(seed)
         self._context.set_random_state(self._context.seeded_state(seed))
 
-    def _of(self, form: str, loss: Any) -> Outside:
-        if form not in self._outside:
-            self._outside[form] = Outside(self._net, loss)
-        return self._outside[form]
+    def _of(self, kind: CallKind, loss: Any) -> Outside:
+        if kind not in self._outside:
+            self._outside[kind] = Outside(self._net, loss)
+        return self._outside[kind]
 
     @contextmanager
     def _as_before(self, outside: Outside) -> Iterator[None]:

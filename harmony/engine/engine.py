@@ -28,6 +28,7 @@ from harmony.engine.autograd import (
     input_gradients,
 )
 from harmony.engine.call_key import Call
+from harmony.engine.call_kind import CallKind
 from harmony.engine.dynamic import DynamicRunner, detached
 from harmony.engine.eager import EagerRunner
 from harmony.engine.generate import generate
@@ -153,12 +154,12 @@ class Engine:
         timeline: Timeline | None
         with self.whole.together() as begun:
             try:
-                ready = self._prepare("step", call)
+                ready = self._prepare(CallKind.TRAIN_STEP, call)
                 step, minibatch = self._planned(call, ready, begun), ready.plan.minibatch
                 step.replay.states.commit(begun)
                 loss, timeline = step.loss, step.timeline
             except (DynamicOnlyError, GuardError) as reason:
-                _, minibatch = self.variants.paths("step", call)
+                _, minibatch = self.variants.paths(CallKind.TRAIN_STEP, call)
                 loss, timeline = self._train_dynamic(call, minibatch, reason)
                 self._dynamic.update(begun)
             self.num_steps += 1
@@ -173,23 +174,23 @@ class Engine:
         self, call: Call, minibatch: int, reason: DynamicOnlyError | GuardError
     ) -> tuple[torch.Tensor, Timeline | None]:
         """Run what no trace stands for up to its gradients: recorded on its way, or as it is."""
-        reason = self._goes_dynamic("step", call, reason)
+        reason = self._goes_dynamic(CallKind.TRAIN_STEP, call, reason)
         if not reason.eager:
             try:
                 step = self._dynamic.train(call, minibatch, self.num_steps, self._run_gradients)
             except DynamicOnlyError as found:
                 if not found.eager:
                     raise
-                self._goes_dynamic("step", call, found)
+                self._goes_dynamic(CallKind.TRAIN_STEP, call, found)
             else:
                 return step.loss, step.timeline
-        captured = self.variants.recorded("step", call)
+        captured = self.variants.recorded(CallKind.TRAIN_STEP, call)
         return self._eager.train(call, minibatch, self.num_steps, captured), None
 
-    def _prepare(self, form: str, call: Call) -> ReadyStep:
+    def _prepare(self, kind: CallKind, call: Call) -> ReadyStep:
         """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
         with held_back() as held, held.open():
-            return self.ready(form, *call)
+            return self.ready(kind, *call)
 
     def _planned(self, call: Call, ready: ReadyStep, begun: list[str]) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
@@ -206,7 +207,7 @@ class Engine:
         return ran
 
     def _goes_dynamic(
-        self, form: str, call: Call, reason: DynamicOnlyError | GuardError
+        self, kind: CallKind, call: Call, reason: DynamicOnlyError | GuardError
     ) -> DynamicOnlyError:
         """Note that no trace stands for the calls of this signature; return why.
 
@@ -216,30 +217,30 @@ class Engine:
         known = isinstance(reason, DynamicOnlyError)
         found = reason if known else DynamicOnlyError(OTHER_WAY, reason.where)
         assert isinstance(found, DynamicOnlyError)
-        paths, _ = self.variants.paths(form, call)
+        paths, _ = self.variants.paths(kind, call)
         if not found.passing:
             paths.dynamic = found.again()
         self._dynamic.notice(found)
         return found
 
     def ready(
-        self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+        self, kind: CallKind, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> ReadyStep:
         """Capture, measure and plan for a batch, as far as that was not done before."""
         self.whole.check()
         call = (args, kwargs, targets)
-        find = functools.partial(self.variants.find, form, call)
+        find = functools.partial(self.variants.find, kind, call)
         try:
             variant, plan, inputs = with_room("measuring the model", self.devices, find)
         except DynamicOnlyError as reason:
-            if form == "step" or reason.eager:
+            if kind is CallKind.TRAIN_STEP or reason.eager:
                 raise
             self._dynamic.notice(reason)
-            return self._dynamic.ready(form, call, self.num_steps, 0)
+            return self._dynamic.ready(kind, call, self.num_steps, 0)
         weights, doubt = variant.weights(detached(inputs), plan.spec)
         if doubt is not None and self.options.microbatch_size is None:
             variant.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
-            return self.ready(form, args, kwargs, targets)
+            return self.ready(kind, args, kwargs, targets)
         if doubt is not None:
             self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
         return ReadyStep(variant, plan, inputs, weights)
@@ -273,7 +274,7 @@ class Engine:
             try:
                 return run(args, kwargs)
             except (GuardError, DynamicOnlyError) as reason:
-                found = self._goes_dynamic("dropin", (args, kwargs, None), reason)
+                found = self._goes_dynamic(CallKind.OWN_LOOP, (args, kwargs, None), reason)
             if found.eager:
                 break
         self.whole.check()
@@ -287,7 +288,7 @@ class Engine:
         self.whole.check()
         check_surroundings()
         with hooks_of_others_off():
-            ready = self._prepare("dropin", (args, kwargs, None))
+            ready = self._prepare(CallKind.OWN_LOOP, (args, kwargs, None))
         variant, plan, inputs, weights = ready.variant, ready.plan, ready.inputs, ready.weights
         replay, check, step = self._replay_state(ready), variant.self_check(plan), self.num_steps
         in_flight = variant.in_flight_pool.take(plan.minibatch)
@@ -346,7 +347,7 @@ class Engine:
         return self._or_dynamic(self._infer, args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ready = self._prepare("dropin", (args, kwargs, None))
+        ready = self._prepare(CallKind.OWN_LOOP, (args, kwargs, None))
         variant, plan, weights = ready.variant, ready.plan, ready.weights
         prepared = self._with_slots(variant.prepared_inference, plan)
         load_inputs(prepared, variant.graph, detached(ready.inputs))

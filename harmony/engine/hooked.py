@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from harmony.engine.call_key import Call
+from harmony.engine.call_kind import CallKind
 from harmony.engine.dynamic import ModuleState
 from harmony.engine.options import EngineOptions
 from harmony.engine.step_result import RanStep, ReadyStep
@@ -36,7 +37,7 @@ class _Steps(Protocol):
     variants: VariantCache
 
     def ready(
-        self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+        self, kind: CallKind, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> ReadyStep: ...
 
 
@@ -78,7 +79,7 @@ def _in_parts(
         if ran is not None:
             ran.replay.states.commit([])
         part = whole.variant.captured.part_of_call(call, *samples)
-        ready = engine.ready("step", *part)
+        ready = engine.ready(CallKind.TRAIN_STEP, *part)
         weight = whole.weights[whole.variant.graph.loss, samples]
         weights = dict.fromkeys(ready.weights, weight)
         ran = run(replace(ready, weights=weights, first_index=index))

@@ -53,7 +53,7 @@ def profile_of(
         machine=variant.machine,
         minibatch=minibatch,
         torch_version=torch.__version__,
-        phase=variant.form,
+        phase=variant.phase,
         clips=clips,
         num_params=_num_params(variant.captured),
     )

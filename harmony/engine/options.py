@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.engine.call_kind import CallKind
 from harmony.planner.ir.plan import Plan
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
 
@@ -38,17 +39,17 @@ class EngineOptions:
         groups = self.param_groups
         return groups(net) if callable(groups) else groups
 
-    def batch_dims_of(self, form: str) -> dict[str, int | None]:
+    def batch_dims_of(self, kind: CallKind) -> dict[str, int | None]:
         """The batch dimensions of the inputs of a kind of call: only `train_step` has targets."""
         return {
             name: dim
             for name, dim in self.batch_dims.items()
-            if form == "step" or not name.startswith("targets")
+            if kind is CallKind.TRAIN_STEP or not name.startswith("targets")
         }
 
-    def loss_name(self, form: str) -> str:
-        """The name of the loss function of a form; empty where the model makes its loss."""
-        loss = self.loss_fn if form == "step" else None
+    def loss_name(self, kind: CallKind) -> str:
+        """The loss function's name for a kind of call; empty where the model makes its loss."""
+        loss = self.loss_fn if kind is CallKind.TRAIN_STEP else None
         return "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
 
     def make_optimizer(self, net: nn.Module) -> PackOptimizer | None:

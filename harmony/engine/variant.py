@@ -87,7 +87,7 @@ class Variant:
         machine: Machine,
         host: HostState,
         contexts: Sequence[DeviceContext],
-        form: Phase,
+        phase: Phase,
         steady: Steady | None = None,
     ) -> None:
         self.captured = captured
@@ -99,7 +99,7 @@ class Variant:
         self.in_flight_pool = InFlightPool(self.executor)
         self.costs: CostTable | None = None
         self._contexts = contexts
-        self._form = form
+        self._phase = phase
         self._steady = steady
         self._plans: dict[int, Plan] = {}
         self._asked: dict[int, tuple[object, ...]] = {}
@@ -116,9 +116,9 @@ class Variant:
         return self._contexts[0].device
 
     @property
-    def form(self) -> Phase:
+    def phase(self) -> Phase:
         """``TRAIN`` for whole steps, ``BACKWARD`` for a loop of the caller's own."""
-        return self._form
+        return self._phase
 
     def try_splitting(
         self, inputs: Values, minibatch: int, asked: int | None, loss_name: str
@@ -192,7 +192,7 @@ class Variant:
         """Take costs from a variant of another length that was measured, if there is one."""
         found: list[tuple[float, int, float, Variant]] = []
         for other in others:
-            if other.costs is not None and other._kin is None and other.form is self.form:
+            if other.costs is not None and other._kin is None and other.phase is self.phase:
                 ratio = ratio_between(self.graph, other.graph)
                 if ratio is not None and same_updates(self.machine, other.machine):
                     found.append((abs(ratio - 1.0), len(found), ratio, other))
@@ -275,7 +275,7 @@ class Variant:
                 mode=mode,
                 microbatch_size=microbatch_size or "auto",
                 activations=activations,
-                phase=self._form,
+                phase=self._phase,
             )
             self._asked[minibatch] = asked
         self._plans[minibatch] = plan
@@ -320,7 +320,7 @@ class Variant:
             raise PlanError(
                 f"the plan parts a batch of {plan.minibatch} samples, but {why}. {REMEDY}"
             )
-        check_plan(plan, self.graph, self.machine, self._form)
+        check_plan(plan, self.graph, self.machine, self._phase)
         tasks = build_tasks(self.graph, plan.spec)
         verify(plan.schedule, self.graph, self.costs, plan.spec.phase, tasks)
         return plan

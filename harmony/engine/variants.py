@@ -24,7 +24,8 @@ from harmony.capture import (
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.core.options import current_options
-from harmony.engine.call_key import Call, Signature, signature_of
+from harmony.engine.call_key import Call, CallKey, call_key_of
+from harmony.engine.call_kind import CallKind
 from harmony.engine.grad_alias import check_plain
 from harmony.engine.offline_plan import (
     only_captured,
@@ -38,7 +39,6 @@ from harmony.engine.variant import Variant, with_state
 from harmony.errors import HarmonyError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_minibatch
-from harmony.planner.ir.tasks import Phase
 from harmony.planner.search.candidates import sizes_that_work
 from harmony.profiling.measured import Measurements
 from harmony.profiling.model_profile import ModelProfile
@@ -84,7 +84,7 @@ class VariantCache:
         self._options = options
         self._optimizer = optimizer
         self._record = record
-        self._paths: dict[tuple[Signature, bool], Paths] = {}
+        self._paths: dict[tuple[CallKey, bool], Paths] = {}
         self._stages: dict[int, tuple[HostBuffer, int]] = {}
         limits = options.device_memory_nbytes, options.host_memory_nbytes
         self._measured = Measurements(net, contexts, limits, record.warn)
@@ -94,17 +94,17 @@ class VariantCache:
         for paths in self._paths.values():
             yield from paths.variants
 
-    def paths(self, form: str, call: Call) -> tuple[Paths, int]:
+    def paths(self, kind: CallKind, call: Call) -> tuple[Paths, int]:
         """Return what the signature of a call has led to, and its number of samples."""
         self._take_in()
-        key, minibatch = self._key(form, call)
+        key, minibatch = self._key(kind, call)
         return use_last(self._paths, key), minibatch
 
-    def _key(self, form: str, call: Call) -> tuple[tuple[Signature, bool], int]:
+    def _key(self, kind: CallKind, call: Call) -> tuple[tuple[CallKey, bool], int]:
         """What paths are kept by: a plan may be one for updates that wait, or not."""
-        batch_dims = self._options.batch_dims_of(form)
-        key, minibatch = signature_of(self._net, call, form, batch_dims)
-        return (key, form == "step" and self.waits()), minibatch
+        batch_dims = self._options.batch_dims_of(kind)
+        key, minibatch = call_key_of(self._net, call, kind, batch_dims)
+        return (key, kind is CallKind.TRAIN_STEP and self.waits()), minibatch
 
     def hooked(self) -> bool:
         """Whether a trained parameter has hooks, which want its gradient on the host."""
@@ -158,16 +158,16 @@ class VariantCache:
         self._stages.clear()
         self.generation += 1
 
-    def find(self, form: str, call: Call) -> tuple[Variant, Plan, Values]:
+    def find(self, kind: CallKind, call: Call) -> tuple[Variant, Plan, Values]:
         """Return a variant that stands for a call, its plan, and the tensors by value.
 
         Raises:
             DynamicOnlyError: if there is none: the call has to be run dynamically.
         """
-        paths, minibatch = self.paths(form, call)
+        paths, minibatch = self.paths(kind, call)
         if current_options().gpu is not None:
-            self._plan_elsewhere(form, call, minibatch)
-        self._check_pinned(form, minibatch)
+            self._plan_elsewhere(kind, call, minibatch)
+        self._check_pinned(kind, minibatch)
         for _ in range(MAX_PATHS):
             if paths.dynamic is not None:
                 raise paths.dynamic.again()
@@ -177,7 +177,7 @@ class VariantCache:
                 if variant.captured.only_size not in (None, minibatch):
                     continue
                 try:
-                    inputs = self.measured(variant, form, minibatch, call)
+                    inputs = self.measured(variant, kind, minibatch, call)
                 except GuardError as error:
                     paths.dynamic = DynamicOnlyError(OTHER_WAY, error.where)
                     raise paths.dynamic.again() from error
@@ -189,7 +189,7 @@ class VariantCache:
                         self._record.forward_s = variant.forward_s(plan)
                     self._record.planned(plan, variant.predicted(plan))
                     return variant, plan, inputs
-            self._add_path(paths, standing, form, call, misfit)
+            self._add_path(paths, standing, kind, call, misfit)
         raise DynamicOnlyError("the microbatches of a minibatch take different paths", "?")
 
     def _fitting(
@@ -209,16 +209,16 @@ class VariantCache:
         variant.forbid_parts("parts of a batch take another way through the forward than it does")
         return self.plan(variant, minibatch), None
 
-    def recorded(self, form: str, call: Call) -> Captured | None:
+    def recorded(self, kind: CallKind, call: Call) -> Captured | None:
         """Return a recording of calls like this one, though it may not stand for it."""
-        paths, _ = self.paths(form, call)
+        paths, _ = self.paths(kind, call)
         return next((variant.captured for variant in paths.variants), paths.recorded)
 
     def _add_path(
         self,
         paths: Paths,
         standing: Sequence[Variant],
-        form: str,
+        kind: CallKind,
         call: Call,
         misfit: tuple[int, int] | None,
     ) -> None:
@@ -233,7 +233,7 @@ class VariantCache:
                 )
         try:
             check_hooks(self._net)
-            variant = self._make(form, part)
+            variant = self._make(kind, part)
             if variant.captured.eager is not None:
                 paths.recorded = variant.captured
                 where = type(self._net).__name__
@@ -257,7 +257,7 @@ class VariantCache:
     def measured(
         self,
         variant: Variant,
-        form: str,
+        kind: CallKind,
         minibatch: int,
         call: Call,
         sizes: Sequence[int] | None = None,
@@ -271,10 +271,10 @@ class VariantCache:
         self.activate(variant)
         asked = self._options.microbatch_size
         with undisturbed(self._contexts[0].device):
-            variant.try_splitting(inputs, minibatch, asked, self._options.loss_name(form))
+            variant.try_splitting(inputs, minibatch, asked, self._options.loss_name(kind))
         if variant.costs is None and not variant.borrow(self):
             sizes = sizes or self._sizes_to_measure(minibatch, variant.graph)
-            update = self.update_cost() if form == "step" else None
+            update = self.update_cost() if kind is CallKind.TRAIN_STEP else None
             known = self._measured.times()
             with undisturbed(self._contexts[0].device):
                 variant.measure(inputs, sizes, update, known)
@@ -308,22 +308,22 @@ class VariantCache:
             minibatch, mode, options.microbatch_size, options.activations, options.plan
         )
 
-    def _make(self, form: str, call: Call) -> Variant:
+    def _make(self, kind: CallKind, call: Call) -> Variant:
         if self.arenas is None:
             check_values(self._net)
-        return self.bind(self._capture(form, call), form)
+        return self.bind(self._capture(kind, call), kind)
 
-    def _capture(self, form: str, call: Call) -> Captured:
+    def _capture(self, kind: CallKind, call: Call) -> Captured:
         options, (args, kwargs, targets) = self._options, call
         with or_eager(self._net), self._blaming_difference():
             return capture(
                 self._net,
                 args,
                 kwargs,
-                loss=options.loss_fn if form == "step" else None,
+                loss=options.loss_fn if kind is CallKind.TRAIN_STEP else None,
                 targets=targets,
-                output_loss=form == "step" and options.loss_fn is None,
-                batch_dims=options.batch_dims_of(form),
+                output_loss=kind is CallKind.TRAIN_STEP and options.loss_fn is None,
+                batch_dims=options.batch_dims_of(kind),
                 target=self._contexts[0].device,
             )
 
@@ -339,21 +339,21 @@ class VariantCache:
                 f"the forward fails since {self._difference}. {type(error).__name__}: {error}"
             ) from error
 
-    def bind(self, captured: Captured, form: str) -> Variant:
+    def bind(self, captured: Captured, kind: CallKind) -> Variant:
         """Make a variant of a capture."""
-        if self._optimizer is not None and form == "step":
+        if self._optimizer is not None and kind is CallKind.TRAIN_STEP:
             self.settle_optimizer()
             self._optimizer.check_covers(dict(self._net.named_parameters()))
         machine = self._measured.machine()
-        update = NO_UPDATE if form != "step" else self.update_cost()
-        if form == "step" and self.waits():
+        update = NO_UPDATE if kind is not CallKind.TRAIN_STEP else self.update_cost()
+        if kind is CallKind.TRAIN_STEP and self.waits():
             machine = replace(machine, updates_wait=True)
-        elif form == "step" and self._options.updates == "auto":
+        elif kind is CallKind.TRAIN_STEP and self._options.updates == "auto":
             machine = with_device_updates(machine, update)
         host = self._host_state(captured, machine)
         graph = with_state(captured.graph, host.gradients.layout, update)
         host = replace(host, graph=graph)
-        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
+        phase = kind.phase
         steady = self._measured.steady()
         return Variant(captured, graph, machine, host, self._contexts, phase, steady)
 
@@ -399,10 +399,12 @@ class VariantCache:
         assert self._optimizer is not None
         return self._measured.update(self._optimizer)
 
-    def _check_pinned(self, form: str, minibatch: int) -> None:
+    def _check_pinned(self, kind: CallKind, minibatch: int) -> None:
         """Refuse a plan of the caller's that is not for the batches that are trained first."""
         plan = self._options.plan
-        trains = form == "step" or (self._options.optimizer is None and torch.is_grad_enabled())
+        trains = kind is CallKind.TRAIN_STEP or (
+            self._options.optimizer is None and torch.is_grad_enabled()
+        )
         if plan is None or self._pinned_seen or not trains:
             return
         self._pinned_seen = True
@@ -412,18 +414,18 @@ class VariantCache:
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch, variant.graph)
         return profile_later(name, variant, sizes, minibatch, clips=self.waits())
 
-    def _plan_elsewhere(self, form: str, call: Call, minibatch: int) -> None:
+    def _plan_elsewhere(self, kind: CallKind, call: Call, minibatch: int) -> None:
         """Plan for the machine that the command line describes, and end the script.
 
         Raises:
             CaptureError: if the layers cannot be known without running them.
         """
         with only_captured():
-            captured = self._capture(form, call)
-        update = self.update_cost() if form == "step" else NO_UPDATE
+            captured = self._capture(kind, call)
+        update = self.update_cost() if kind is CallKind.TRAIN_STEP else NO_UPDATE
         name = type(self._net).__name__
         sizes = self._sizes_to_measure(minibatch, captured.graph)
-        phase = Phase.TRAIN if form == "step" else Phase.BACKWARD
+        phase = kind.phase
         options = self._options
         clips = self.waits()
         profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)

@@ -14,6 +14,7 @@ from harmony.capture import DynamicOnlyError
 from harmony.capture.graph.structure import flatten
 from harmony.capture.trace.isolation import undisturbed
 from harmony.core.units import format_bytes
+from harmony.engine.call_kind import CallKind
 from harmony.engine.engine import Engine
 from harmony.errors import DoesNotFitError
 from harmony.planner.ir.tasks import Samples, TaskKind
@@ -94,9 +95,9 @@ def parts_of(engine: Engine, minibatch: int) -> Parts:
 def weights_of(engine: Engine, call: Call) -> dict[Samples, float]:
     """What the loss of each microbatch counts in Harmony's step; empty where it is not known."""
     args, kwargs, targets = copied(call)
-    form = "dropin" if engine.optimizer is None else "step"
+    kind = CallKind.OWN_LOOP if engine.optimizer is None else CallKind.TRAIN_STEP
     try:
-        ready = engine.ready(form, args, kwargs, targets if form == "step" else None)
+        ready = engine.ready(kind, args, kwargs, targets if kind is CallKind.TRAIN_STEP else None)
     except DynamicOnlyError:
         return {}
     loss = ready.variant.graph.loss

@@ -16,6 +16,7 @@ import torch
 from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.graph.structure import flatten
 from harmony.capture.state.random_state import HostState
+from harmony.engine.call_kind import CallKind
 from harmony.engine.engine import Engine
 from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Samples
@@ -102,9 +103,9 @@ class _Comparison:
 
     def _give_values(self) -> None:
         """Let parameters on the meta device have their values, which Harmony gives them."""
-        form = "step" if self._steps else "dropin"
+        kind = CallKind.TRAIN_STEP if self._steps else CallKind.OWN_LOOP
         try:
-            self._engine.ready(form, *self._call)
+            self._engine.ready(kind, *self._call)
         except DynamicOnlyError as reason:
             raise ConfigError(
                 "verify of a model without values that runs dynamically; give it values first: "
@@ -270,7 +271,7 @@ class _Comparison:
         engine.num_steps = self._step
         no_gradients(engine)
         try:
-            ready = engine.ready("step", *copied(self._call))
+            ready = engine.ready(CallKind.TRAIN_STEP, *copied(self._call))
             engine.run_step(ready, apply_updates=False)
         except (DynamicOnlyError, GuardError):  # live, every gradient comes to the host
             return {}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import harmony
+from harmony.engine.call_kind import CallKind
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
@@ -72,7 +73,7 @@ def use_plan(
     policy: Policy,
 ) -> None:
     """Make the model run this batch by a plan of the test's own, all phases verified."""
-    variant, plan, _ = model._engine.variants.find("dropin", (call, {}, None))
+    variant, plan, _ = model._engine.variants.find(CallKind.OWN_LOOP, (call, {}, None))
     minibatch = plan.minibatch
     every = packs(cuts, variant.graph.num_layers)
     spec = StepSpec(minibatch, size, size, every, every, halves(minibatch, replicas))

@@ -15,6 +15,7 @@ from torch import nn
 
 import harmony
 from harmony.capture.replay import captured
+from harmony.engine.call_kind import CallKind
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import StepSpec
 from harmony.runtime.step import layer_state as layerstate
@@ -121,7 +122,7 @@ def test_first_step_is_all_or_nothing(vgpus: VirtualGPUs, switch: Switch) -> Non
     before = params_of(model.module)
     switch.set(-1000, 1)  # past capture and measuring
     x, y = vector_batch(0)
-    model._engine.variants.find("step", ((x,), {}, y))
+    model._engine.variants.find(CallKind.TRAIN_STEP, ((x,), {}, y))
     switch.set(0, 8)
     with pytest.raises(harmony.ExecutionError) as caught:
         model.train_step(x, y)

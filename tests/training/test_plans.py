@@ -15,6 +15,7 @@ from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 
 import harmony
+from harmony.engine.call_kind import CallKind
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op
@@ -46,7 +47,7 @@ def packs(cuts: list[int], num_layers: int) -> tuple[Pack, ...]:
 def use_plan(model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy) -> StepSpec:
     """Make ``model`` train ``batch`` by a plan of the test's own, verified."""
     engine = model._engine
-    variant, plan, _ = engine.variants.find("step", ((batch[0],), {}, batch[1]))
+    variant, plan, _ = engine.variants.find(CallKind.TRAIN_STEP, ((batch[0],), {}, batch[1]))
     minibatch = plan.minibatch
     spec = spec_of(variant.graph.num_layers, minibatch)
     tasks = build_tasks(variant.graph, spec)
@@ -180,7 +181,7 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     with racecheck.checked():
         model = make(twin, token_loss, num_devices, size)
         variant, _, _ = model._engine.variants.find(
-            "step", ((token_batch(0)[0],), {}, token_batch(0)[1])
+            CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
         )
         spec_of(variant.graph.num_layers, 8)
         left = {name: chosen[name] for name in ("offload", "resident")}

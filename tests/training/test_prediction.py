@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import harmony
+from harmony.engine.call_kind import CallKind
 from harmony.planner.predict.simulate import _Work
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, token_batch, token_loss
@@ -38,7 +39,7 @@ def test_what_the_simulator_lets_wait_does_wait(
     for step in range(2):
         model.train_step(*token_batch(step))
     variant, plan, _ = model._engine.variants.find(
-        "step", ((token_batch(0)[0],), {}, token_batch(0)[1])
+        CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
     )
     work = _Work(plan.schedule, variant.graph, variant.costs, variant.machine)
     names = [name for name, _ in plan.schedule.all_programs()]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.engine.call_kind import CallKind
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
@@ -48,7 +49,7 @@ def resident_model(
         return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),), saved=saved)
 
     call = ((token_batch(0)[0],), {}, token_batch(0)[1])
-    variant, _, _ = model._engine.variants.find("step", call)
+    variant, _, _ = model._engine.variants.find(CallKind.TRAIN_STEP, call)
     stay = resident(packs([*cuts], variant.graph.num_layers))
     use_plan(model, token_batch(0), spec_of, Policy(resident=stay, mirror=True))
     return model
@@ -93,7 +94,7 @@ def test_tied_weights_stay_with_all_that_use_them(vgpus: VirtualGPUs) -> None:
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
     engine = model._engine
     inputs, targets = token_batch(3)
-    engine._run_gradients(engine.ready("step", (inputs,), {}, targets))
+    engine._run_gradients(engine.ready(CallKind.TRAIN_STEP, (inputs,), {}, targets))
     assert all(param.grad is not None for param in model.parameters())
 
 
@@ -131,7 +132,7 @@ def test_gradients_without_an_update_are_on_the_host(vgpus: VirtualGPUs) -> None
     model = resident_model(copy.deepcopy(net), lambda p: p[1:3])
     engine = model._engine
     inputs, targets = token_batch(0)
-    engine._run_gradients(engine.ready("step", (inputs,), {}, targets))
+    engine._run_gradients(engine.ready(CallKind.TRAIN_STEP, (inputs,), {}, targets))
     expected = plain(net, 1)
     for name, param in model.named_parameters():
         found, wanted = param.grad, expected.gradients[0][name]
@@ -210,7 +211,9 @@ def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> N
     assert optimizer is not None
     active = model._engine.variants.active
     optimizer.max_norm = 1.0
-    found = model._engine.variants.find("step", ((token_batch(0)[0],), {}, token_batch(0)[1]))
+    found = model._engine.variants.find(
+        CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
+    )
     assert active is not None and found[0] is not active  # it is planned again
     plan = active.plan(8, "auto", 2, "auto", None)
     with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0: all gradients have to be"):
