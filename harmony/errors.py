@@ -67,7 +67,7 @@ class ExecutionError(HarmonyError):
 
 
 class RecomputeError(HarmonyError):
-    """A layer gave something else in the recompute than in the forward."""
+    """A layer's recompute differed from its forward."""
 
 
 class RaceError(HarmonyError):

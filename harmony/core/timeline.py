@@ -28,7 +28,7 @@ class Span(NamedTuple):
     start_s: float
     end_s: float
     nbytes: int = 0
-    index: int = -1  # type: ignore[assignment]  # tuple.index, which nobody needs here
+    index: int = -1  # type: ignore[assignment]  # tuple.index, deliberately shadowed
 
     @property
     def duration_s(self) -> float:

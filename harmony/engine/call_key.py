@@ -1,4 +1,4 @@
-"""What identifies a call of a model: all that decides what is computed."""
+"""The key of a call: all that decides what is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs what no trace stands for: one microbatch after the other, each captured on its way.
+"""Dynamic mode: control flow depends on data, so each microbatch is traced as it runs.
 
 A dynamic microbatch costs one forward more than a planned one: first the forward runs for real, to
 see which path it takes, then the layers of that path run as any other, planned and verified.
@@ -75,7 +75,7 @@ class DynamicRunner:
         self._noticed: set[str] = set()
 
     def notice(self, reason: DynamicOnlyError) -> None:
-        """Say once that, and why, the model runs dynamically."""
+        """Warn once that the model runs dynamically, and why."""
         if reason.eager:
             self.say(
                 f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: "

@@ -1,6 +1,6 @@
-"""What stands behind the wrapper: captures the module, plans, and runs the steps.
+"""The engine behind the wrapper: captures the module, plans, and runs the steps.
 
-A *variant* is what one signature of the inputs leads to: captured layers, measured costs, plans,
+A *variant* is what one kind of call leads to: captured layers, measured costs, plans,
 an executor. The parameters' arena is one for all variants.
 """
 

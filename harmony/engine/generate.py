@@ -18,7 +18,7 @@ def generate(
 ) -> Any:
     """Run ``net.generate(*args, **kwargs)`` with its forwards on ``device``.
 
-    The parameters are streamed through the device once a token, since nobody knows the next one;
+    The parameters are streamed through the device once a token, because decoding is sequential;
     a cache of keys and values stays there.
     """
     check_values(net)

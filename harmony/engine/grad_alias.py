@@ -1,4 +1,4 @@
-"""What autograd and the host arena share: gradients lent without a copy, parameters watched."""
+"""Gradients that alias the host arena, and the watch over parameters in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InFlightPool: what each forward that awaits its backward keeps of its own on the host."""
+"""Forwards in flight: what each keeps on the host until its backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles of captured models, and plans for machines that are not there.
+"""Profiles of captured models, and plans for other machines.
 
 `harmony-run --save-profile` and ``--plan-only --gpu NAME``: the layers of a model with the FLOPs
 and bytes of each, counted on tensors without memory. Nothing of the model is computed.

@@ -1,4 +1,4 @@
-"""What one signature of the inputs has led to: a capture for each path of the forward, or none."""
+"""The paths of a forward at one key of calls: a variant for each, or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One signature of the inputs: captured layers, measured costs, plans, prepared schedules."""
+"""A variant: captured layers, measured costs, plans, prepared schedules of one kind of call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All captures of a model: one for each signature of the inputs and each path of the forward.
+"""The variant cache: one variant for each key of a call and each path of the forward.
 
 They share one arena of parameters, and take turns in having the memory of the devices.
 """

@@ -1,6 +1,6 @@
 """GPUs, links and hosts by name: what their vendors state and what is achieved of it.
 
-A machine that one does not have is described by its parts: `machine_of("RTX 4090", 4, 256 GiB)`.
+To describe a machine that you do not have, name its parts: `machine_of("RTX 4090", 4, 256 GiB)`.
 Peaks are dense (no sparsity), per GPU, for products that accumulate in fp32; memory is what the
 driver reports. Figures that PyTorch reaches are lower, and are fractions with a source here.
 """

@@ -1,4 +1,4 @@
-"""What the head of a report says about a model: its size, its devices, its memory."""
+"""The header of a report: a model's size, its devices, its memory."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class PlanRun:
 
 
 class Observer(Protocol):
-    """Hears of every plan and every step, e.g. to show progress."""
+    """Receives a callback for every plan and every step, e.g. to show progress."""
 
     def planned(self, record: ModelRecord) -> None:
         """A model has a new plan: ``record.plan``."""

@@ -63,7 +63,7 @@ class DeviceContext:
             stream.synchronize()
 
     def drain(self) -> None:
-        """Wait for what a failed step had issued; what its kernels raised besides is no news."""
+        """Wait for what a failed step had issued; its further errors are ignored."""
         for stream in self.streams.values():
             for _ in range(_MAX_ERRORS):
                 try:

@@ -1,4 +1,4 @@
-"""One thread at a time, where the access trace can see it."""
+"""A reentrant lock that the race checker knows of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs kernels on fake tensors with fewer detours than PyTorch takes by itself."""
+"""A faster dispatch path for kernels on fake tensors."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ class Tracer:
         return Recorder(twin, self.leaves, self.device, stand_ins, kernels)
 
     def _begin(self) -> None:
-        """Come to where the forward begins."""
+        """Synchronise state before the forward is traced."""
 
     def _parameters(self, twin: ModuleShell) -> dict[str, torch.Tensor]:
         if not self._real:

@@ -20,7 +20,7 @@ class Place(NamedTuple):
     """Where an instruction stands: its program, ``num_devices`` for the host, and position."""
 
     program: int
-    index: int  # type: ignore[assignment]  # tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # tuple.index, deliberately shadowed
 
 
 def refuse(schedule: Schedule, at: Place, why: str) -> ScheduleError:

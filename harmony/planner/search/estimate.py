@@ -10,7 +10,7 @@ from harmony.planner.search.sketch import sketch
 from harmony.planner.search.trial import for_phase, policy_for, timed_phases
 
 TIGHT = 1.06
-"""The footprint is an estimate from above: what is this much too large may fit nevertheless."""
+"""The footprint is an upper bound: up to this much above the limit is still tried."""
 
 
 class Estimator:

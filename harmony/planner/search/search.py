@@ -244,7 +244,7 @@ class _Search:
         raise self._explain()
 
     def plan_of(self, best: Fitting) -> Plan:
-        """The plan of a candidate, with everything that people want to know."""
+        """The plan of a candidate, with the explanation shown to users."""
         candidate, timeline = best.tried.candidate, best.timeline
         spec, question = candidate.spec, self.question
         bound, advice = bottleneck(timeline, best.schedules[spec.phase], spec)

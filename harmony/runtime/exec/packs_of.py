@@ -1,4 +1,4 @@
-"""For which pack an instruction moves parameters or gradients."""
+"""The pack whose parameters or gradients an instruction moves."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class HostArena:
         """Make room for those tensors of a layout that have none here, or are of another form.
 
         Raises:
-            DoesNotFitError: if the host has not that much memory left.
+            DoesNotFitError: if the host does not have that much memory left.
         """
         missing = {
             name

@@ -37,7 +37,7 @@ class HostBuffer:
         """Take ``nbytes`` of host memory for ``purpose``, pinned for ``device`` if given.
 
         Raises:
-            DoesNotFitError: if the host has not that much memory left.
+            DoesNotFitError: if the host does not have that much memory left.
         """
         size = max(nbytes, 1)
         free = available_host_nbytes()

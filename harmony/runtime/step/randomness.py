@@ -57,7 +57,7 @@ def drawn_seed() -> int:
 
 
 def _nothing() -> None:
-    """All is well."""
+    """Accept: the default check."""
 
 
 class RandomStates:

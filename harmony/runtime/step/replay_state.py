@@ -1,4 +1,4 @@
-"""What the recompute of a layer has to find as its forward found it."""
+"""The replay state of a layer: random numbers and buffers that its recompute must find."""
 
 from __future__ import annotations
 
