@@ -31,6 +31,7 @@ def capture(
     max_layer_nbytes: int | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
     target: torch.device | None = None,
+    known: Captured | None = None,
 ) -> Captured:
     """Record the forward of a module and cut it into layers.
 
@@ -51,6 +52,8 @@ def capture(
         batch_dims: the dimension that counts the samples of an input (None: it has none), by name
             (``"args[0]"``, ``"kwargs['mask']"``, ``"targets"``), where it is not dimension 0.
         target: the device that the layers will run on.
+        known: a capture of the same module and loss for inputs of another length, which may spare
+            half of the work.
 
     Raises:
         CaptureError: naming what cannot be recorded, where, and what to change.
@@ -68,7 +71,8 @@ def capture(
     leaves = choose_leaves(template.root, max_layer_nbytes)
     tracer = Tracer(module, template, program, batch, leaves, target or torch.device("cpu"))
     try:
-        sizes = first_traces(tracer, batch.num_samples)
+        alike = known.other_length(tracer, batch) if known is not None else None
+        sizes = alike or first_traces(tracer, batch.num_samples)
         tracer.warn_of_closed()  # only now: what tries find out is not to be heard
         check_backward_hooks(template.root, tracer.leaves)
         captured = Captured(tracer, template, batch, sizes, program.has_loss)

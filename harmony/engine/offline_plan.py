@@ -18,7 +18,8 @@ from harmony.capture import Captured, DynamicOnlyError
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import LayerGraph
 from harmony.core.options import current_options
-from harmony.engine.variant import Variant, with_saved, with_state
+from harmony.engine.graph_bytes import with_saved, with_state
+from harmony.engine.variant import Variant
 from harmony.errors import CaptureError, HarmonyError
 from harmony.planner.ir.tasks import Phase
 from harmony.planner.predict.cost import CostTable, LayerCost

@@ -8,7 +8,6 @@ length grows at most with its square. Seconds are scaled, and corrected by the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -126,35 +125,6 @@ def _relowered(graph: LayerGraph, costs: CostTable, machine: Machine, plan: Plan
         bound_s=0.0,
         bound_reason="",
     )
-
-
-def with_bytes(
-    costs: CostTable, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
-) -> CostTable:
-    """Return the costs at all sizes whose bytes are known, also those that could not be timed."""
-
-    def row(index: int) -> dict[int, LayerCost]:
-        timed = {size: costs.layer(index, size) for size in nbytes}
-        return {
-            size: LayerCost(cost.forward_s, cost.backward_s, cost.update_s, *nbytes[size][index])
-            for size, cost in timed.items()
-        }
-
-    return CostTable(tuple(row(index) for index in range(len(costs.by_layer))))
-
-
-def with_saved_of(graph: LayerGraph, costs: CostTable) -> LayerGraph:
-    """Return the graph with the bytes that forwards save for their backwards, by its costs."""
-    layers = tuple(
-        replace(
-            layer,
-            saved_nbytes_per_sample=max(
-                -(-cost.saved_nbytes // size) for size, cost in costs.by_layer[layer.index].items()
-            ),
-        )
-        for layer in graph.layers
-    )
-    return replace(graph, layers=layers)
 
 
 def same_updates(machine: Machine, other: Machine) -> bool:

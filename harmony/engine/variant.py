@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 
 from harmony.capture import Captured, GuardError
 from harmony.capture.cost.costs import costs_nbytes
-from harmony.core.layergraph import Layer, LayerGraph, SharedParam
+from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.core.timeline import Timeline
+from harmony.engine.graph_bytes import with_bytes, with_saved, with_saved_of
 from harmony.engine.inflight import (
     InFlight,
     InFlightPool,
@@ -26,10 +26,8 @@ from harmony.engine.other_lengths import (
     ratio_between,
     same_updates,
     stretched,
-    with_bytes,
-    with_saved_of,
 )
-from harmony.engine.splitting import Splitting
+from harmony.engine.splitting import Splitting, Verdict
 from harmony.errors import PlanError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
@@ -49,13 +47,13 @@ from harmony.runtime import interrupts
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.executor import Executor, PreparedSchedule
 from harmony.runtime.exec.stage import Values
-from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import Place
 from harmony.runtime.step.self_check import SelfCheck
 from harmony.runtime.step.step import Weights
 
-Part = TypeVar("Part", Layer, SharedParam)
+Asked = tuple[str, int | None, str]
+"""What a plan is asked for beside its minibatch: mode, microbatch size, activations."""
 
 
 def microbatches_of(spec: StepSpec) -> list[Samples]:
@@ -102,12 +100,14 @@ class Variant:
         self._phase = phase
         self._steady = steady
         self._plans: dict[int, Plan] = {}
-        self._asked: dict[int, tuple[object, ...]] = {}
+        self._asked: dict[int, Asked] = {}
         self._kin: Variant | None = None
         self._predicted: dict[int, tuple[Plan, Timeline]] = {}
         self._backwards: dict[tuple[int, Reached], Schedule] = {}
         self._inferences: dict[int, tuple[Plan, Schedule]] = {}
+        self._bare, self._unmeasured = graph, machine
         self._splitting = Splitting(captured)
+        self._verdict = Verdict()
         self._checked: set[int] = set()
 
     @property
@@ -124,8 +124,8 @@ class Variant:
         self, inputs: Values, minibatch: int, asked: int | None, loss_name: str
     ) -> None:
         """Find out whether batches may be parted (see `Splitting.found`)."""
-        self.graph = self.host.graph = self._splitting.found(
-            self.graph,
+        verdict = self._splitting.found(
+            self._bare,
             self.host.weights,
             self._contexts[0],
             inputs,
@@ -133,11 +133,22 @@ class Variant:
             asked,
             loss_name,
         )
+        if verdict is None:
+            return
+        if self._kin is not None and verdict != self._kin._verdict:  # other sizes may work
+            self._kin, self.costs, self.machine = None, None, self._unmeasured
+        self._judge(verdict)
 
     def forbid_parts(self, why: str) -> None:
         """Let every minibatch be one microbatch from now on."""
-        self.graph = self.host.graph = replace(self.graph, whole_batch=why)
+        self._judge(replace(self._verdict, whole_batch=why))
         self._plans.clear()
+
+    def _judge(self, verdict: Verdict) -> None:
+        """Let the graph say what is known of parts of batches."""
+        self._verdict = verdict
+        graph = self._bare if self.costs is None else with_saved_of(self._bare, self.costs)
+        self.graph = self.host.graph = verdict.applied(graph)
 
     def measure(
         self,
@@ -192,8 +203,9 @@ class Variant:
         """Take costs from a variant of another length that was measured, if there is one."""
         found: list[tuple[float, int, float, Variant]] = []
         for other in others:
-            if other.costs is not None and other._kin is None and other.phase is self.phase:
-                ratio = ratio_between(self.graph, other.graph)
+            other = other._kin or other  # which may have been forgotten meanwhile
+            if other.costs is not None and other.phase is self.phase:
+                ratio = ratio_between(self._bare, other._bare)
                 if ratio is not None and same_updates(self.machine, other.machine):
                     found.append((abs(ratio - 1.0), len(found), ratio, other))
         if not found:
@@ -202,23 +214,45 @@ class Variant:
         assert kin.costs is not None
         self._kin, self.machine = kin, kin.machine
         self.costs = stretched(kin.costs, ratio)
-        self.graph = self.host.graph = with_saved_of(self.graph, self.costs)
+        self._judge(kin._verdict)  # until it is tried, or needs not be
         return True
 
-    def _adapted(self, minibatch: int, asked: tuple[object, ...], activations: str) -> Plan | None:
+    def runs_whole(self, minibatch: int, asked: Asked) -> bool:
+        """Whether no batch of this size is parted, as none of the other length is.
+
+        Then nothing needs to be known of its parts.
+        """
+        if self._splitting.is_tried:
+            return False
+        plan = self._plans.get(minibatch)
+        if plan is None and self._is_whole(self._like(minibatch, asked)):
+            plan = self._adapted(minibatch, asked)
+            if plan is not None:
+                self._plans[minibatch] = plan
+        return self._is_whole(plan)
+
+    @staticmethod
+    def _is_whole(plan: Plan | None) -> bool:
+        return plan is not None and len(microbatches_of(plan.spec)) == 1
+
+    def _like(self, minibatch: int, asked: Asked) -> Plan | None:
+        """The other length's plan for what is asked."""
+        kin = self._kin
+        same = kin is not None and kin._asked.get(minibatch) == asked
+        return kin._plans.get(minibatch) if kin is not None and same else None
+
+    def _adapted(self, minibatch: int, asked: Asked) -> Plan | None:
         """A plan like that of the other length, if one was made for what is asked now."""
         kin, plan = self._kin, None
         if kin is None:
             return None
         same = ratio_between(self.graph, kin.graph) is not None  # it may have learnt of this one
-        like = kin._plans.get(minibatch) if kin._asked.get(minibatch) == asked else None
-        if like is not None and self.graph.whole_batch and len(microbatches_of(like.spec)) > 1:
+        like = self._like(minibatch, asked)
+        if like is not None and self.graph.whole_batch and not self._is_whole(like):
             like = None  # batches of the other length may be parted, these may not
         if same and like is not None:
             assert self.costs is not None
-            plan = adapted(self.graph, self.costs, self.machine, like, activations)
-        if plan is None:
-            self._count_bytes()
+            plan = adapted(self.graph, self.costs, self.machine, like, asked[2])
         return plan
 
     def _count_bytes(self) -> None:
@@ -257,8 +291,10 @@ class Variant:
         if plan is None and pinned is not None and pinned.minibatch == minibatch:
             plan = self._check_pinned(pinned, microbatch_size)
         asked = mode, microbatch_size, activations
-        if plan is None:
-            plan = self._adapted(minibatch, asked, activations)
+        if plan is None and self._kin is not None:
+            plan = self._adapted(minibatch, asked)
+            if plan is None:
+                self._count_bytes()
         if plan is None:
             assert self._steady is not None, "the machine is known before a plan is made"
             interrupts.check()
@@ -407,43 +443,3 @@ def _place_of(captured: Captured, index: int, num_samples: int) -> Place:
 def _is_scalar(captured: Captured, value: int) -> bool:
     shape, _, dtype = captured.value_form(value, captured.num_samples)
     return not shape and dtype.is_floating_point
-
-
-def with_saved(
-    graph: LayerGraph, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
-) -> LayerGraph:
-    """Return the graph with the bytes that each layer's forward saves for its backward.
-
-    Args:
-        nbytes: per microbatch size and layer, the bytes of `LayerCost`.
-    """
-    layers = tuple(
-        replace(
-            layer,
-            saved_nbytes_per_sample=max(
-                -(-found[layer.index][1] // size) for size, found in nbytes.items()
-            ),
-        )
-        for layer in graph.layers
-    )
-    return replace(graph, layers=layers)
-
-
-def with_state(graph: LayerGraph, layout: ArenaLayout, update: UpdateCost) -> LayerGraph:
-    """Return the graph with the bytes of optimizer state, and of its updates, filled in.
-
-    Args:
-        layout: of the gradients.
-    """
-
-    def nbytes(names: Mapping[str, Place]) -> tuple[int, int]:
-        temporary = max((update.temporary_of(place) for place in names.values()), default=0)
-        return sum(update.state_of(place) for place in names.values()), temporary
-
-    def filled(part: Part, names: Mapping[str, Place]) -> Part:
-        state, temporary = nbytes(names)
-        return replace(part, state_nbytes=state, update_nbytes=temporary)
-
-    layers = tuple(filled(layer, layout.layers[layer.index].places) for layer in graph.layers)
-    shared = tuple(filled(param, layout.shared[param.id].places) for param in graph.shared)
-    return replace(graph, layers=layers, shared=shared)

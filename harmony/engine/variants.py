@@ -27,6 +27,7 @@ from harmony.core.options import current_options
 from harmony.engine.call_key import Call, CallKey, call_key_of
 from harmony.engine.call_kind import CallKind
 from harmony.engine.grad_alias import check_plain
+from harmony.engine.graph_bytes import with_state
 from harmony.engine.offline_plan import (
     only_captured,
     plan_elsewhere,
@@ -35,7 +36,7 @@ from harmony.engine.offline_plan import (
 )
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
-from harmony.engine.variant import Variant, with_state
+from harmony.engine.variant import Asked, Variant
 from harmony.errors import HarmonyError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_minibatch
@@ -269,10 +270,13 @@ class VariantCache:
         """
         inputs = variant.captured.flatten_inputs(*call)
         self.activate(variant)
-        asked = self._options.microbatch_size
-        with undisturbed(self._contexts[0].device):
-            variant.try_splitting(inputs, minibatch, asked, self._options.loss_name(kind))
-        if variant.costs is None and not variant.borrow(self):
+        if variant.costs is None:
+            variant.borrow(self)
+        if not variant.runs_whole(minibatch, self._asked()):
+            asked, name = self._options.microbatch_size, self._options.loss_name(kind)
+            with undisturbed(self._contexts[0].device):
+                variant.try_splitting(inputs, minibatch, asked, name)
+        if variant.costs is None:
             sizes = sizes or self._sizes_to_measure(minibatch, variant.graph)
             update = self.update_cost() if kind is CallKind.TRAIN_STEP else None
             known = self._measured.times()
@@ -300,13 +304,13 @@ class VariantCache:
 
     def plan(self, variant: Variant, minibatch: int) -> Plan:
         """Return the plan of a variant for a minibatch."""
+        return variant.plan(minibatch, *self._asked(), self._options.plan)
+
+    def _asked(self) -> Asked:
         options = self._options
         # Hooks on parameters see one microbatch after the other, where these are fixed.
         in_turn = options.microbatch_size is not None and self.hooked()
-        mode = "pp" if in_turn else options.mode
-        return variant.plan(
-            minibatch, mode, options.microbatch_size, options.activations, options.plan
-        )
+        return "pp" if in_turn else options.mode, options.microbatch_size, options.activations
 
     def _make(self, kind: CallKind, call: Call) -> Variant:
         if self.arenas is None:
@@ -315,6 +319,7 @@ class VariantCache:
 
     def _capture(self, kind: CallKind, call: Call) -> Captured:
         options, (args, kwargs, targets) = self._options, call
+        known = [v for v in self if v.phase is kind.phase]
         with or_eager(self._net), self._blaming_difference():
             return capture(
                 self._net,
@@ -325,6 +330,7 @@ class VariantCache:
                 output_loss=kind is CallKind.TRAIN_STEP and options.loss_fn is None,
                 batch_dims=options.batch_dims_of(kind),
                 target=self._contexts[0].device,
+                known=known[-1].captured if known else None,
             )
 
     @contextmanager

@@ -110,8 +110,56 @@ class OneSize(Sizes):
         return 0, self.trace.values[number].nbytes
 
 
+@dataclass(frozen=True)
+class OtherLength(Sizes):
+    """A trace of another length: its values depend on the number of samples as those known do.
+
+    Attributes:
+        scaling: per value, the dimensions that depend on it, and whether its size is linear.
+    """
+
+    scaling: tuple[tuple[tuple[int, ...], bool], ...] = ()
+
+    @staticmethod
+    def of(trace: Trace, num_samples: int, known: Sizes) -> OtherLength | None:
+        """Take a trace whose steps are those of a known one; None if they are not."""
+        sizes = (num_samples, num_samples)
+        if known.only or difference(known.trace, trace, sizes) is not None:
+            return None
+        if list(map(_form, trace.values)) != list(map(_form, known.trace.values)):
+            return None
+        scaling = []
+        for number, value in enumerate(trace.values):
+            dims, linear = known.batch_dims(number), known._linear(number)
+            if linear is not None and dims and (linear[1] or value.shape[dims[0]] % num_samples):
+                return None  # not so many rows a sample: another trace has to tell
+            scaling.append((dims, linear is not None))
+        return OtherLength(trace, trace, sizes, "", tuple(scaling))
+
+    def batch_dims(self, number: int) -> tuple[int, ...]:
+        """As of the value that is known."""
+        return self.scaling[number][0]
+
+    def rows_per_sample(self, number: int, dim: int) -> int | None:
+        """As many as there are for these samples."""
+        _, linear = self.scaling[number]
+        return self.trace.values[number].shape[dim] // self.num_samples[0] if linear else None
+
+    def _linear(self, number: int) -> tuple[int, int] | None:
+        dims, linear = self.scaling[number]
+        nbytes = self.trace.values[number].nbytes
+        if not linear:
+            return None
+        return (nbytes // self.num_samples[0], 0) if dims else (0, nbytes)
+
+
+def _form(value: TraceValue) -> object:
+    """What a value has in common with that of another length."""
+    return len(value.shape), value.dtype, value.requires_grad, value.dense, value.fake
+
+
 def _value_dependent(trace: Trace) -> set[int]:
-    """Values that functional code makes with as many rows as some values happen to ask for."""
+    """Values that glue makes with as many rows as some values happen to ask for."""
     found: set[int] = set()
     for step in trace.steps:
         rows = {trace.values[n].shape[:1] for n in found.intersection(step.inputs)}

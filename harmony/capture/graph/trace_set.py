@@ -6,10 +6,11 @@ import logging
 import threading
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 
 import torch
 
-from harmony.capture.graph.assemble import OneSize, Sizes
+from harmony.capture.graph.assemble import OneSize, OtherLength, Sizes
 from harmony.capture.graph.layered import LayeredTrace, check_same_layers, difference
 from harmony.capture.graph.layers import cut_layers
 from harmony.capture.graph.trace import StepKind, Trace, ValueRef
@@ -82,6 +83,22 @@ class TraceSet:
             finally:
                 tracer.leaves = leaves
 
+    def other_length(self, tracer: Tracer, num_samples: int) -> OtherLength | None:
+        """Trace a batch of another length for one number of samples, where that is enough.
+
+        What depends on the number of samples is known if the steps are the same as here.
+
+        Returns:
+            None if they are not; then nothing is left of the try.
+        """
+        before, tracer.state = tracer.state, self._tracer.state
+        size, found = _at_least_two(num_samples), None
+        with suppress(CaptureError):  # whoever traces two sizes meets it again
+            found = OtherLength.of(trace_other(tracer, size), size, self._sizes)
+        if found is None:
+            tracer.state = before
+        return found
+
     def first_guard(self) -> str:
         """File and line of the first decision that the forward takes by looking at values."""
         trace = self.reference.trace
@@ -96,8 +113,9 @@ class TraceSet:
             )
         where = (self._traced_for, num_samples)
         for first in range(min(self._num_samples, _MOST_TRIED)):
-            layered = self._cut(trace_other(self._tracer, num_samples, first))
+            layered = self._cut(self._recorded(num_samples, first))
             try:
+                self._check_steps(layered, where)
                 check_same_layers(self.reference, layered, where)
                 self._check_sizes(layered, num_samples)
             except CaptureError as error:
@@ -107,6 +125,29 @@ class TraceSet:
         found = DynamicOnlyError(str(failure), self.first_guard())
         self._other_ways[num_samples] = found
         raise found.again()
+
+    def _recorded(self, num_samples: int, first: int) -> Trace:
+        sizes = self._sizes
+        if (num_samples, first) == (sizes.num_samples[1], 0):
+            return sizes.other
+        return trace_other(self._tracer, num_samples, first)
+
+    def _check_steps(self, layered: LayeredTrace, num_samples: tuple[int, int]) -> None:
+        """Refuse another path for another number of samples, as `first_traces` does.
+
+        One sample may have other steps: ``contiguous`` does nothing, for instance.
+
+        Raises:
+            CaptureError: naming the first step that differs.
+        """
+        if not isinstance(self._sizes, OtherLength) or min(num_samples) == 1:
+            return
+        one, size = self.reference.trace, self._traced_for
+        found = difference(one, layered.trace, num_samples)
+        if found is None:
+            return
+        if difference(one, trace_other(self._tracer, 2 * size), (size, 2 * size)) is not None:
+            raise CaptureError(found)
 
     def _check_sizes(self, layered: LayeredTrace, num_samples: int) -> None:
         """Refuse a trace on which what crosses the layers is larger or smaller than planned for.
@@ -137,7 +178,7 @@ def first_traces(tracer: Tracer, num_samples: int) -> Sizes:
     Raises:
         DynamicOnlyError: if every two sizes take different paths.
     """
-    size = max(num_samples, 2)
+    size = _at_least_two(num_samples)
     others = [size // 2, 2 * size] if size >= 4 else [2 * size]
     found: str | None = None
     failure = ""
@@ -161,6 +202,10 @@ def first_traces(tracer: Tracer, num_samples: int) -> Sizes:
     if failure:
         return OneSize.of(tracer.trace(num_samples), num_samples, failure)
     raise DynamicOnlyError(str(found), tracer.name)
+
+
+def _at_least_two(num_samples: int) -> int:
+    return max(num_samples, 2)
 
 
 def _output_of_all(sizes: Sizes) -> str:

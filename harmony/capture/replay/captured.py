@@ -113,6 +113,12 @@ class Captured:
         """
         self.traces.of(num_samples)
 
+    def other_length(self, tracer: Tracer, batch: Batch) -> Sizes | None:
+        """Trace a batch that may differ from this one in length (`TraceSet.other_length`)."""
+        if self.only_size is not None or not self._batch.differs_in_length(batch):
+            return None
+        return self.traces.other_length(tracer, batch.num_samples)
+
     def make_shell(self, device: torch.device) -> ModuleShell:
         """Return a copy of the module tree without parameter memory, to run layers with."""
         return ModuleShell(self.template.root, device)

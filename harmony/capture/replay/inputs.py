@@ -76,6 +76,15 @@ class Batch:
         ]
         return replace(self, leaves=tuple(leaves))
 
+    def differs_in_length(self, other: Batch) -> bool:
+        """Whether all that another batch may differ in is the sizes of its tensors."""
+        return (self.structure, self.batch_dims) == (other.structure, other.batch_dims) and all(
+            (one.dim(), one.dtype, one.requires_grad) == (two.dim(), two.dtype, two.requires_grad)
+            if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
+            else type(one) is type(two)
+            for one, two in zip(self.leaves, other.leaves, strict=True)
+        )
+
     def count_samples(self, leaves: Sequence[Any]) -> int:
         """Return the number of samples of the leaves of another batch."""
         pairs = zip(leaves, self.batch_dims, strict=True)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from harmony.capture.guards.observe import unobserved
+
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -40,7 +42,7 @@ class FakeKernels:
         mode = fake.fake_mode
         if not all(isinstance(tensor, FakeTensor) for tensor in tensors) and _makes_new(func):
             args = tuple(self._stand_in(arg, mode) for arg in args)
-        return mode.dispatch(func, types, args, kwargs)
+        return unobserved(mode.dispatch, func, types, args, kwargs)
 
     def _stand_in(self, arg: Any, mode: FakeTensorMode) -> Any:
         """Return a fake tensor of the form of a real one; a scalar's value may be looked at."""

@@ -8,5 +8,6 @@ to be those of the parts put together by a rule (`losses`).
 from __future__ import annotations
 
 from harmony.engine.splitting.known import Splitting
+from harmony.engine.splitting.probe import Verdict
 
-__all__ = ["Splitting"]
+__all__ = ["Splitting", "Verdict"]

@@ -10,7 +10,7 @@ from harmony.capture import Captured
 from harmony.capture.loss.weights import LossWeigher
 from harmony.core.layergraph import LayerGraph
 from harmony.engine.splitting.losses import Rule
-from harmony.engine.splitting.probe import Model, try_splitting
+from harmony.engine.splitting.probe import Model, Verdict, try_splitting
 from harmony.planner.ir.tasks import Samples
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
@@ -26,6 +26,11 @@ class Splitting:
         self._rules: Mapping[int, Rule] = {}
         self._tried = False
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether that has happened."""
+        return self._tried
+
     def found(
         self,
         graph: LayerGraph,
@@ -35,10 +40,11 @@ class Splitting:
         minibatch: int,
         asked: int | None,
         loss_name: str,
-    ) -> LayerGraph:
-        """Return the graph with what is known now.
+    ) -> Verdict | None:
+        """Return what is found out now; None if nothing is.
 
         Args:
+            graph: of the capture, without what an earlier verdict has added.
             context: of the device that the samples are tried on.
             inputs: a batch, by value.
             asked: the microbatch size that the caller has chosen: then batches are parted, and
@@ -47,16 +53,16 @@ class Splitting:
         """
         parted = any(graph.values[v].batch_dim is not None for v in graph.input_ids)
         if self._tried or minibatch < 2 or not parted:
-            return graph
+            return None
         self._tried = True
         if not self._is_needed(graph, minibatch, asked):
-            return graph
+            return Verdict()
         model = Model(self._captured, graph, weights, self._weigher, loss_name)
         # It runs on memory as it was found: an anomaly there means nothing.
         with torch.autograd.set_detect_anomaly(False):
             verdict = try_splitting(model, context, inputs, minibatch, asked)
         self._rules = verdict.rules
-        return verdict.applied(graph)
+        return verdict
 
     def weigh(
         self, value: int, inputs: Values, microbatches: Sequence[Samples]
