@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -217,7 +217,7 @@ class Variant:
         self._judge(kin._verdict)  # until it is tried, or needs not be
         return True
 
-    def runs_whole(self, minibatch: int, asked: Asked) -> bool:
+    def runs_whole(self, minibatch: int, asked: Callable[[], Asked]) -> bool:
         """Whether no batch of this size is parted, as none of the other length is.
 
         Then nothing needs to be known of its parts.
@@ -225,8 +225,8 @@ class Variant:
         if self._splitting.is_tried:
             return False
         plan = self._plans.get(minibatch)
-        if plan is None and self._is_whole(self._like(minibatch, asked)):
-            plan = self._adapted(minibatch, asked)
+        if plan is None and self._is_whole(self._like(minibatch, asked())):
+            plan = self._adapted(minibatch, asked())
             if plan is not None:
                 self._plans[minibatch] = plan
         return self._is_whole(plan)

@@ -272,7 +272,7 @@ class VariantCache:
         self.activate(variant)
         if variant.costs is None:
             variant.borrow(self)
-        if not variant.runs_whole(minibatch, self._asked()):
+        if not variant.runs_whole(minibatch, self._asked):
             asked, name = self._options.microbatch_size, self._options.loss_name(kind)
             with undisturbed(self._contexts[0].device):
                 variant.try_splitting(inputs, minibatch, asked, name)

@@ -35,7 +35,7 @@ def rows_of(
 
 def joined(parts: Sequence[torch.Tensor], dim: int, groups: int) -> torch.Tensor:
     """Return the rows of all samples as a new tensor, those of the parts in order."""
-    if groups == 1:
+    if groups == 1 or len(parts) == 1:
         return torch.cat(list(parts), dim)
     apart = [_in_groups(part, dim, groups) for part in parts]
     return torch.cat(apart, dim + 1).flatten(dim, dim + 1)
