@@ -11,7 +11,7 @@ from harmony.core.machine import Machine
 from harmony.core.timeline import Timeline
 from harmony.planner.ir.policy import LEAN, Policy
 from harmony.planner.ir.task_graph import build_tasks
-from harmony.planner.ir.tasks import Phase, StepSpec
+from harmony.planner.ir.tasks import Phase, StepSpec, TaskKind
 from harmony.planner.lower.passes import lower
 from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes, stash_nbytes
 from harmony.planner.predict.simulate import simulate
@@ -139,6 +139,18 @@ def test_an_outline_moves_the_bytes_of_the_schedule(num_devices: int, name: str)
             assert exact["d2h"] <= leaving <= exact["d2h"] + found.stash_nbytes
         else:
             assert leaving == exact["d2h"]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_an_outline_leaves_out_the_backward_of_frozen_layers_in_front(num_devices: int) -> None:
+    graph, server = chain(8, weight=MIB, frozen=(0, 1, 2)), machine(num_devices, 1e9)
+    costs = uniform_costs(graph)
+    shape = outline(Packer(graph, costs), server, PLAIN, Policy())
+    schedule = lower(build_tasks(graph, PLAIN), server, Policy())
+    backward = [s.pack for s in shape.stages if s.kind is TaskKind.BACKWARD]
+    assert backward == list(packs(2, 4, 6, 8)[:0:-1])
+    exact = traffic(simulate(schedule, graph, costs, server))
+    assert sum(s.weights + s.inputs * s.num_runs for s in shape.stages) == exact["h2d"]
 
 
 @pytest.mark.parametrize(("num_devices", "name"), CASES)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harmony.core.machine import Machine
+from harmony.core.machine import Machine, Switch
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import Pack, TaskKind
 from harmony.planner.search.outline import Outline, Stage
@@ -97,3 +97,32 @@ def test_updates_on_the_host_follow_each_other_or_wait_for_all_gradients() -> No
     assert estimate(machine(), backward, backward).step_s == 25.0
     late = estimate(replace(machine(), updates_wait=True), backward, backward)
     assert late.step_s == 29.0 and late.host_s == 20.0
+
+
+def test_devices_behind_a_switch_share_it_as_much_as_they_use_it_at_once() -> None:
+    alone = machine(2)
+    switch = Switch((0, 1), 1.0, 1.0)
+    weights = (stage(weights=4), stage(seat=1, weights=4))
+    gradients = [stage(TaskKind.BACKWARD, seat=seat, gradients=4, slot=4) for seat in (0, 1)]
+    for stages in (weights, gradients):
+        assert estimate(alone, *stages).step_s == 9.0
+        # The other device copies for 4 of 9 s, and then takes half of what both get.
+        shared = estimate(replace(alone, switches=(switch,)), *stages)
+        assert shared.step_s == pytest.approx(5 + 4 * (1 + 4 / 9))
+
+
+def test_all_copies_share_the_bandwidth_of_the_host_s_memory() -> None:
+    server = machine(2)
+    host = replace(server.host, memory_bytes_per_s=1.0)
+    stages = (stage(weights=4), stage(seat=1, weights=4))
+    # One byte a second in, one out (both directions are at hand), and the other's 4 of 9 s.
+    found = estimate(replace(server, host=host), *stages)
+    assert found.step_s == pytest.approx(5 + 4 * (1 + 1 + 4 / 9))
+
+
+def test_devices_that_need_cores_slow_each_other_down_where_there_are_too_few() -> None:
+    server = machine(2)
+    for cores, slowdown in ((2, 1.0), (1, 1.8)):
+        few = replace(server, cpu_share=1.0, host=replace(server.host, num_cores=cores))
+        # The other device computes for 4 of 5 s.
+        assert estimate(few, stage(), stage(seat=1)).step_s == pytest.approx(5 * slowdown)
