@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harmony.errors import DoesNotFitError
+from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.ir.policy import LEAN
 from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.planner.search.candidates import (
@@ -21,10 +21,14 @@ from harmony.planner.search.candidates import (
 )
 from harmony.planner.search.estimate import Estimator
 from harmony.planner.search.keeping import filled
+from harmony.planner.search.memory_estimate import peaks_nbytes
 from harmony.planner.search.packing import Budget, Packer, check_layers
-from harmony.planner.search.search import ask
-from tests.toys import MIB, chain, packs, server, uniform_costs
+from harmony.planner.search.search import MOST_SAMPLES, ask
+from harmony.planner.search.sketch import sketch
+from harmony.planner.search.trial import for_phase, policy_for, timed_phases
+from tests.toys import MIB, chain, packs, server, step, uniform_costs
 
+ALL = packs(2, 4, 6, 8)
 _CHAIN = chain(8, weight=MIB, per_sample=64 * 1024)
 MODEL = replace(
     _CHAIN, layers=tuple(replace(x, saved_nbytes_per_sample=MIB) for x in _CHAIN.layers)
@@ -49,19 +53,21 @@ def test_the_shares_of_replicas_are_as_equal_as_can_be() -> None:
     ("share", "most", "sizes"),
     [
         (8, 99, (8, 4, 2, 1)),
-        (12, 99, (4, 2, 1)),  # powers of two that divide it, before others
-        (7, 99, (7, 1)),
+        # Powers of two that divide it, then the largest others, at most seven in all.
+        (36, 99, (36, 32, 18, 4, 2, 1)),
+        # No power of two divides it: divisors, then powers.
+        (15, 99, (15, 8, 5, 4, 3, 1)),
         (8, 3, (2, 1)),
-        (8, 0, (8, 4, 2, 1)),  # where not even one sample fits, the answer says what is lacking
+        # Where not even one sample fits, the answer says what is lacking.
+        (8, 0, (8, 4, 2, 1)),
+        # So many microbatches of one sample would be too many Runs.
+        (4096, 9999, (4096, 2048, 1024, 512, 256, 128)),
     ],
 )
 def test_sizes_of_microbatches_divide_the_share(
     share: int, most: int, sizes: tuple[int, ...]
 ) -> None:
-    found = microbatch_sizes(question(), share, lambda size: size <= most)
-    assert set(sizes) <= set(found)
-    assert found == tuple(sorted(found, reverse=True))
-    assert all(size <= most for size in found) or most == 0
+    assert microbatch_sizes(question(), share, lambda size: size <= most) == sizes
 
 
 def test_a_size_that_is_given_is_at_most_the_share() -> None:
@@ -115,3 +121,57 @@ def test_a_layer_that_needs_exactly_the_limit_fits_and_with_a_byte_less_it_does_
     check_layers(packer, 1, Budget(most, LEAN))
     with pytest.raises(DoesNotFitError, match="alone needs"):
         check_layers(packer, 1, Budget(most - 1, LEAN))
+
+
+def test_a_step_of_ones_own_loop_is_a_forward_of_all_packs_and_a_backward() -> None:
+    train = replace(step(12, 4, ALL[:-1], ALL, backward_size=2), saved_runs=0)
+    forward, backward = (for_phase(train, phase) for phase in (Phase.FORWARD, Phase.BACKWARD))
+    assert for_phase(train, Phase.TRAIN) is train
+    assert forward.forward_packs == backward.forward_packs == ALL
+    assert forward.forward_size == backward.backward_size == 2
+    saved = for_phase(replace(step(12, 2, ALL[:-1], ALL), saved=ALL[:1]), Phase.FORWARD)
+    assert not saved.saved and saved.phase is Phase.FORWARD
+    assert timed_phases(Phase.TRAIN) == (Phase.TRAIN,)
+    assert timed_phases(Phase.BACKWARD) == (Phase.FORWARD, Phase.BACKWARD)
+
+
+def test_a_loop_of_ones_own_takes_the_time_and_the_most_memory_of_its_two_phases() -> None:
+    asked = question(phase=Phase.BACKWARD)
+    estimator, candidate = Estimator(asked), finest(asked, layout(asked, 1), 2)
+    seconds, peaks = [], []
+    for phase in (Phase.FORWARD, Phase.BACKWARD):
+        shape = estimator.shape(candidate, phase)
+        assert len(shape.stages) == 8
+        assert {s.kind is TaskKind.BACKWARD for s in shape.stages} == {phase is Phase.BACKWARD}
+        policy = policy_for(candidate.policy, phase)
+        seconds.append(sketch(shape, asked.machine, policy).step_s)
+        spec = for_phase(candidate.spec, phase)
+        peaks.append(max(peaks_nbytes(asked.packer, shape, spec, policy)))
+    assert estimator.step_s(candidate) == pytest.approx(sum(seconds))
+    assert estimator.peak_nbytes(candidate) == max(peaks)
+    assert estimator.shape(candidate).stages == shape.stages
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"minibatch": MOST_SAMPLES}, False),
+        ({"minibatch": MOST_SAMPLES + 1}, True),
+        ({"minibatch": 1}, False),
+        ({"minibatch": 0}, True),
+        ({"num_packs": 1}, False),
+        ({"num_packs": 8}, False),
+        ({"num_packs": 0}, True),
+        ({"num_packs": 9}, True),
+        ({"microbatch_size": 1}, False),
+        ({"microbatch_size": 0}, True),
+    ],
+)
+def test_options_are_refused_just_outside_of_their_range(
+    options: dict[str, int], refused: bool
+) -> None:
+    if refused:
+        with pytest.raises(ConfigError):
+            question(**options)
+    else:
+        question(**options)
