@@ -86,8 +86,8 @@ def trained(**options: Any) -> harmony.Harmony:
 
 
 def costs_of(model: harmony.Harmony) -> tuple[Any, Any]:
-    (binding,) = model._engine.bindings
-    return binding.costs, binding.machine
+    (variant,) = model._engine.variants
+    return variant.costs, variant.machine
 
 
 @pytest.mark.usefixtures("contexts")

@@ -34,7 +34,7 @@ def same_gradients(found: nn.Module, expected: nn.Module) -> None:
 
 
 def lanes(model: harmony.Harmony) -> list[Any]:
-    found = [b.lanes._taken.values() for b in model._engine.variants]
+    found = [b.in_flight_pool._taken.values() for b in model._engine.variants]
     return [lane for per_size in found for each in per_size for lane in each]
 
 
