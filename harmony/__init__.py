@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from harmony.errors import (
         CaptureError,
         ConfigError,
+        DeviceLostError,
         DoesNotFitError,
         ExecutionError,
         HarmonyError,
@@ -43,6 +44,7 @@ _HOMES = {
     "ConfigError": "harmony.errors",
     "CaptureError": "harmony.errors",
     "PlanError": "harmony.errors",
+    "DeviceLostError": "harmony.errors",
     "DoesNotFitError": "harmony.errors",
     "ScheduleError": "harmony.errors",
     "ExecutionError": "harmony.errors",
@@ -54,6 +56,7 @@ _HOMES = {
 __all__ = [
     "CaptureError",
     "ConfigError",
+    "DeviceLostError",
     "DoesNotFitError",
     "ExecutionError",
     "Harmony",

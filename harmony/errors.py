@@ -7,6 +7,7 @@ HarmonyError
  |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
  |   `- ScheduleError    a schedule that the checker refuses; shows the line
  |- ExecutionError       a task failed while it ran; names the task
+ |   `- DeviceLostError  a GPU stopped for good: the process has to be started again
  |- RecomputeError       a layer does not compute the same twice; names the layer
  |- RaceError            two accesses to the same memory that no event orders
  `- VirtualGPUError      the virtual GPU could not be built, loaded or configured
@@ -64,6 +65,10 @@ class ExecutionError(HarmonyError):
         super().__init__(message)
         self.task = task
         self.torn = torn
+
+
+class DeviceLostError(ExecutionError):
+    """A GPU has stopped, and with it everything of this process on all of them."""
 
 
 class RecomputeError(HarmonyError):

@@ -22,7 +22,7 @@ from harmony.planner.ir.tasks import Pack, Task, TaskKind
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.profiling.server import best_of
 from harmony.profiling.update_times import UpdateCost
-from harmony.runtime import interrupts
+from harmony.runtime import interrupts, native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.stage import Stage, Values
 from harmony.runtime.host.arena import ArenaView
@@ -255,7 +255,7 @@ class _LayerRun:
             self._meter.measure(timed)
             return begin.elapsed_time(end) / 1e3
 
-        return best_of(once)
+        return best_of(once, cold=not native.is_virtual(self._context.device))
 
 
 def _update_seconds(layer: Layer, gradients: ArenaView, update: UpdateCost | None) -> float:

@@ -14,6 +14,7 @@ from harmony.profiling.server import measure_machine
 from harmony.profiling.steady import Steady, steady_of
 from harmony.profiling.update_times import UpdateCost, measure_update
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.update.optimizer import PackOptimizer
 
 
@@ -50,14 +51,17 @@ class Measurements:
         """Links and memory of the devices and the host."""
         if self._machine is None:
             gc.collect()  # nobody holds it any more: such memory is free
-            cache, limits = self._opened(), self._limits
-            if cache is None:
-                self._machine = measure_machine(self._contexts, *limits)
-            else:
-                self._machine = cache.machine(
-                    self._contexts, *limits, lambda: measure_machine(self._contexts, *limits)
-                )
+            devices = [context.device for context in self._contexts]
+            self._machine = with_room("the measurement of the links", devices, self._measured)
         return self._machine
+
+    def _measured(self) -> Machine:
+        cache, limits = self._opened(), self._limits
+        if cache is None:
+            return measure_machine(self._contexts, *limits)
+        return cache.machine(
+            self._contexts, *limits, lambda: measure_machine(self._contexts, *limits)
+        )
 
     def steady(self) -> Steady:
         """The machine without what was timed of it."""

@@ -15,6 +15,8 @@ from itertools import combinations
 import torch
 
 from harmony.core.machine import Device, Host, Machine, Switch
+from harmony.core.units import format_bytes
+from harmony.errors import DoesNotFitError
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.host.limits import available_host_nbytes
@@ -60,15 +62,37 @@ def measure_machine(
             return Machine(devices, Host(host_nbytes, add, num_cores), share)
         memory = memory_rate(num_cores)
         host = Host(host_nbytes, add, num_cores, memory)
-        return Machine(devices, host, switches=_measure_switches(contexts, devices))
+        own = native.have_own_links([context.device for context in contexts])
+        return Machine(
+            devices,
+            host,
+            switches=_measure_switches(contexts, devices),
+            peer_links="direct" if own else "host",
+        )
 
 
 def usable_nbytes(context: DeviceContext, memory_nbytes: int | None = None) -> int:
-    """Bytes of a device that plans may use now: what is free, or what was asked for."""
-    free, total = native.memory_info(context.device)
+    """Bytes of a device that plans may use now: what is free, at most what was asked for.
+
+    Raises:
+        DoesNotFitError: if nothing is left of a real GPU.
+    """
+    device = context.device
+    free, total = native.memory_info(device)
+    if native.is_virtual(device):
+        return free if memory_nbytes is None else min(memory_nbytes, total)
+    free += native.cached_nbytes(device)
+    usable = free - native.reserve_nbytes(device)
     if memory_nbytes is not None:
-        return min(memory_nbytes, total)
-    return free - native.reserve_nbytes(context.device)
+        usable = min(memory_nbytes, free)
+    if usable > 0:
+        return usable
+    mine = int(torch.accelerator.memory_allocated(device))
+    raise DoesNotFitError(
+        f"{device} has {format_bytes(max(free, 0))} of {format_bytes(total)} free: tensors of "
+        f"this process hold {format_bytes(mine)}, other processes and what CUDA itself needs the "
+        "rest. Let go of what is on it, or choose another GPU (devices=, CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def find_switches(
@@ -160,7 +184,8 @@ def _measure_links(
             queue.synchronize()
             return begin.elapsed_time(end) / 1e3
 
-        return nbytes / max(best_of(once), 1e-9)
+        cold = not native.is_virtual(context.device)
+        return nbytes / max(best_of(once, cold=cold), 1e-9)
 
     return rate("h2d", here, host), rate("d2h", host, here), rate("p2p", there, here)
 
@@ -293,9 +318,13 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
     return once
 
 
-def best_of(once: Callable[[], float]) -> float:
-    """Shortest of a few tries after one that warms up; a long one is believed at once."""
+def best_of(once: Callable[[], float], *, cold: bool = False) -> float:
+    """Shortest of a few tries after one that warms up; a long one is believed at once.
+
+    Args:
+        cold: the first try loads code and raises clocks, as on a real GPU: it says nothing.
+    """
     first = once()
     if first > _ENOUGH_S:
-        return first
+        return once() if cold else first
     return min(once() for _ in range(_REPEATS))

@@ -29,7 +29,8 @@ class DeviceContext:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.module = torch.get_device_module(device)
-        self.streams = {name: torch.Stream(device=device) for name in DEVICE_STREAMS}
+        with torch.accelerator.device_index(device.index):  # else it makes a context on GPU 0, too
+            self.streams = {name: torch.Stream(device=device) for name in DEVICE_STREAMS}
         self._landing: dict[torch.device, torch.Stream] = {}
         self._current = ""
 

@@ -39,6 +39,7 @@ def choose_devices(devices: Devices, device_memory: str | int | None) -> list[to
     if not found:
         _start_virtual(wanted or 1, device_memory)
         found = available_devices()
+    found = _with_kernels(found)
     if wanted is not None and wanted > len(found):
         raise ConfigError(
             f"{wanted} devices asked for, but there are {len(found)}: "
@@ -66,7 +67,25 @@ def _named_devices(
         raise ConfigError(
             f"devices={absent}: there are {', '.join(map(str, found)) or 'none'}. Name those"
         )
-    return chosen
+    return _with_kernels(chosen, named=True)
+
+
+def _with_kernels(devices: list[torch.device], *, named: bool = False) -> list[torch.device]:
+    """Leave out GPUs that PyTorch has no kernels for; refuse them if they were named."""
+    unusable = [device for device in devices if not native.can_run_kernels(device)]
+    if not unusable:
+        return devices
+    capability = torch.cuda.get_device_capability(unusable[0])
+    why = (
+        f"{', '.join(map(str, unusable))} ({native.product_name(unusable[0])}, compute capability "
+        f"{capability[0]}.{capability[1]}) cannot run this PyTorch, which has kernels for "
+        f"{', '.join(torch.cuda.get_arch_list())}"
+    )
+    usable = [device for device in devices if device not in unusable]
+    if named or not usable:
+        raise ConfigError(f"{why}. Use other GPUs, or a PyTorch that was built for them")
+    warnings.warn(f"{why}: left out", stacklevel=3)
+    return usable
 
 
 def memory_limit(device_memory: str | int | None) -> int | None:

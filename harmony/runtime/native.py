@@ -9,6 +9,8 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections.abc import Sequence
+from itertools import permutations
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +79,73 @@ def reserve_nbytes(device: torch.device) -> int:
     return max(512 * 2**20, memory_info(device)[1] // 20)
 
 
+def cached_nbytes(device: torch.device) -> int:
+    """Bytes that PyTorch's allocator holds of a device without a tensor in them.
+
+    The driver counts them as taken; for this process they are free.
+    """
+    if is_virtual(device):
+        return 0
+    reserved = torch.accelerator.memory_reserved(device)
+    return int(reserved) - int(torch.accelerator.memory_allocated(device))
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a device does not even do a trivial thing any more, as after a kernel's assert."""
+    if is_virtual(device):
+        return False
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError:
+        return True
+    return False
+
+
+def have_own_links(devices: Sequence[torch.device]) -> bool:
+    """Whether copies between devices leave their links to the host alone: by NVLink.
+
+    GPUs that may reach each other's memory mostly do so over PCIe, which is that link; so
+    without a word of NVML none is believed.
+    """
+    if is_virtual(devices[0]):
+        return True
+    if any(device.type != "cuda" for device in devices):
+        return False
+    pairs = permutations(devices, 2)
+    reach = all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    return reach and all(map(_has_nvlink, devices))
+
+
+def _has_nvlink(device: torch.device) -> bool:
+    """Whether NVML knows an active NVLink of a GPU."""
+    try:
+        import pynvml  # type: ignore[import-untyped]
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return bool(pynvml.nvmlDeviceGetNvLinkState(handle, 0))
+    except Exception:  # no NVML, an older driver, a GPU without the question: each its own error
+        return False
+
+
+def can_run_kernels(device: torch.device) -> bool:
+    """Whether this build of PyTorch has kernels for a device's compute capability."""
+    if device.type != "cuda" or torch.version.hip:
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    for name in torch.cuda.get_arch_list():
+        kind, _, digits = name.partition("_")
+        number = int("".join(c for c in digits if c.isdigit()))
+        # Machine code runs on later GPUs of its generation; the other form is compiled for any.
+        same = number // 10 == major and number % 10 <= minor
+        if same or (kind == "compute" and number <= 10 * major + minor):
+            return True
+    return False
+
+
 def pin_range(device: torch.device, address: int, nbytes: int) -> str | None:
     """Page-lock a range of host memory for a device's copies.
 
@@ -114,8 +183,8 @@ def unpin_range(device: torch.device, address: int) -> None:
         vgpu = _vgpu()
         if vgpu is not None:
             vgpu.host_unregister(address)
-    elif device.type == "cuda" and int(_cudart().cudaHostUnregister(address)) != 0:
-        _clear_error(device)
+    elif device.type == "cuda":
+        _cudart().cudaHostUnregister(address)  # fails on a lost device, where all is lost anyway
 
 
 def withhold_from_children(device: torch.device, memory: mmap.mmap, *, withhold: bool) -> None:

@@ -56,8 +56,9 @@ def driver(needed: set[str]) -> str:
     names |= {"cuInit", "cuGetProcAddress_v2"}
     lines = [f"int {name}(void) {{ return 0; }}" for name in sorted(names)]
     lines.append(
+        "extern _Bool fakecuda_has_context(int device);\n"
         "int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active)"
-        " { *flags = 0; *active = 1; return 0; }"
+        " { *flags = 0; *active = fakecuda_has_context(device); return 0; }"
     )
     return "\n".join(lines)
 

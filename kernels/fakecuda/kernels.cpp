@@ -35,6 +35,7 @@ extern "C" void fakecuda_wait(void* stream);
 extern "C" void fakecuda_kernel_failed(const char* why);
 extern "C" void fakecuda_load(const char* kernel);
 extern "C" void fakecuda_refuse_unanswered();
+extern "C" int cudaGetLastError();
 
 namespace vgpu {
 
@@ -111,6 +112,7 @@ void submit(int device, const std::string& what, const Accesses&, std::function<
   auto* kernel = new Kernel{what, std::move(run), at::GradMode::is_enabled()};
   int error = fakecuda_enqueue(current_stream_handle(device), run_kernel, kernel);
   if (!error) return;
+  cudaGetLastError();  // PyTorch's own check of a launch takes the error, too
   delete kernel;
   TORCH_CHECK(false, "CUDA error: the launch of ", what, " failed with error ", error);
 }
