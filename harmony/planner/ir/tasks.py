@@ -23,26 +23,31 @@ Samples = tuple[int, int]
 
 
 class _Hashed:
-    """Names of tasks and tensors are looked up by the million: their hash is computed once."""
+    """Names of tasks and tensors are looked up by the million: their hash is computed once.
+
+    They have slots: a search makes hundreds of thousands of objects, and the garbage collector
+    would walk the dictionary of each besides.
+    """
+
+    __slots__ = ("_hash",)
 
     _hash: int
 
     def __hash__(self) -> int:
         return self._hash
 
-    def __getstate__(self) -> dict[str, object]:
-        # Hashes of members of an Enum differ from process to process.
-        return {name: held for name, held in self.__dict__.items() if name != "_hash"}
+    def _values(self) -> tuple[object, ...]:
+        raise NotImplementedError
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+    def __reduce__(self) -> tuple[object, ...]:
+        # Made anew where it is loaded: hashes of members of an Enum differ by process.
+        return type(self), self._values()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(tuple(self.__dict__.values())))
+        object.__setattr__(self, "_hash", hash(self._values()))
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Pack(_Hashed):
     """Layers ``first`` to ``last - 1``; text form ``[first:last]``."""
 
@@ -50,6 +55,9 @@ class Pack(_Hashed):
     last: int
 
     __hash__ = _Hashed.__hash__
+
+    def _values(self) -> tuple[object, ...]:
+        return self.first, self.last
 
     def __str__(self) -> str:
         return f"[{self.first}:{self.last}]"
@@ -85,7 +93,7 @@ _GRADIENTS = frozenset({TensorKind.WEIGHT_GRADIENTS, TensorKind.SHARED_GRADIENTS
 _REF = re.compile(r"(dW|dT|dX|W|T|K|X|S)(?:\[(\d+):(\d+)\]|(\d+))(?:@(\d+):(\d+))?(?:%(\d+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef(_Hashed):
     """A tensor of the step, wherever it lives.
 
@@ -107,6 +115,9 @@ class TensorRef(_Hashed):
     part: int = 0
 
     __hash__ = _Hashed.__hash__
+
+    def _values(self) -> tuple[object, ...]:
+        return self.kind, self.first, self.last, self.samples, self.part
 
     def __str__(self) -> str:
         index = f"[{self.first}:{self.last}]" if self.kind in _BY_LAYER else str(self.first)
@@ -239,7 +250,7 @@ class TaskKind(Enum):
 _TASK = re.compile(r"([FBU])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task(_Hashed):
     """One unit of work.
 
@@ -259,6 +270,9 @@ class Task(_Hashed):
     addend: TensorRef | None = None
 
     __hash__ = _Hashed.__hash__
+
+    def _values(self) -> tuple[object, ...]:
+        return self.kind, self.pack, self.samples, self.addend
 
     def __str__(self) -> str:
         if self.addend is not None:

@@ -8,7 +8,7 @@ value of an aspect is what choosing that value would have given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from harmony.core.units import format_seconds
 from harmony.planner.ir.plan import Decision
@@ -16,6 +16,15 @@ from harmony.planner.ir.tasks import TaskKind
 from harmony.planner.search.candidates import Candidate
 
 MAX_ALTERNATIVES = 6
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The fastest candidate with a value of an aspect, and whether it was simulated."""
+
+    seconds: float
+    exact: bool
+    candidate: Candidate
 
 
 def aspects(candidate: Candidate) -> dict[str, str]:
@@ -29,6 +38,7 @@ def decide(
     estimates: Iterable[tuple[float, Candidate]],
     simulated: Mapping[Candidate, float],
     refused: Iterable[tuple[str, str, str]] = (),
+    why_not: Callable[[Candidate], str] = lambda candidate: "",
 ) -> tuple[Decision, ...]:
     """Say what was decided.
 
@@ -37,14 +47,15 @@ def decide(
         estimates: estimated seconds of everything that was looked at.
         simulated: simulated seconds of those that were lowered and fit.
         refused: aspect, value and reason of what no candidate could be found for.
+        why_not: why a candidate that seems to be faster was not chosen.
     """
-    best: dict[str, dict[str, tuple[float, bool]]] = {name: {} for name in _ASPECTS}
+    best: dict[str, dict[str, _Best]] = {name: {} for name in _ASPECTS}
     for seconds, candidate in estimates:
         exact = simulated.get(candidate)
-        item = (seconds, False) if exact is None else (exact, True)
+        item = _Best(seconds if exact is None else exact, exact is not None, candidate)
         for name, value in aspects(candidate).items():
             known = best[name].get(value)
-            if known is None or item[0] < known[0]:
+            if known is None or item.seconds < known.seconds:
                 best[name][value] = item
     missing: dict[str, dict[str, str]] = {name: {} for name in _ASPECTS}
     for name, value, reason in refused:
@@ -52,7 +63,8 @@ def decide(
             missing[name][value] = reason
     mine = aspects(chosen)
     return tuple(
-        _decision(name, mine[name], chosen_s, best[name], missing[name]) for name in _ASPECTS
+        _decision(name, mine[name], chosen_s, best[name], missing[name], why_not)
+        for name in _ASPECTS
     )
 
 
@@ -69,13 +81,15 @@ def _decision(
     name: str,
     chosen: str,
     chosen_s: float,
-    best: Mapping[str, tuple[float, bool]],
+    best: Mapping[str, _Best],
     missing: Mapping[str, str],
+    why_not: Callable[[Candidate], str],
 ) -> Decision:
-    others = sorted((item, value) for value, item in best.items() if value != chosen)
+    others = [(item, value) for value, item in best.items() if value != chosen]
+    others.sort(key=lambda other: (other[0].seconds, not other[0].exact, other[1]))
     shown: list[tuple[str, float | str]] = [
-        (value if exact else f"{value} (estimate)", seconds)
-        for (seconds, exact), value in others[:MAX_ALTERNATIVES]
+        (value if item.exact else f"{value} (estimate)", item.seconds)
+        for item, value in others[:MAX_ALTERNATIVES]
     ]
     shown += missing.items()
     if not shown:
@@ -83,15 +97,18 @@ def _decision(
     elif not others:
         why = "nothing else is possible"
     else:
-        (seconds, exact), value = others[0]
-        about = "" if exact else "about "
+        item, value = others[0]
+        seconds, about = item.seconds, "" if item.exact else "about "
         if seconds >= 1.005 * chosen_s:
             more = f"{100 * (seconds / chosen_s - 1):.0f}% longer"
             why = f"the best with {value} takes {about}{more} ({format_seconds(seconds)})"
         elif seconds >= 0.995 * chosen_s:
             why = f"it is as fast as any; {value} takes {about}{format_seconds(seconds)}"
         else:
-            why = f"{value} would hardly be faster ({about}{format_seconds(seconds)})"
+            faster = f"{100 * (1 - seconds / chosen_s):.1f} % faster"
+            by = "" if item.exact else " by estimate"
+            why = f"{value} is {faster}{by} ({format_seconds(seconds)}), not chosen because "
+            why += why_not(item.candidate)
     return Decision(name, chosen, why, tuple(shown))
 
 

@@ -9,6 +9,7 @@ nothing recomputed, takes longer than something that was found.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -47,9 +48,13 @@ KEEPING = (
 REFINED = 2
 """How many pairs of replicas and size get the finer choices."""
 
+FEW_RUNS = 10_000
 MANY_RUNS = 0.05
-"""A schedule of very many Runs must be faster by this share for each time that they are twice as
-many as that: lowering them takes seconds."""
+"""Lowering a schedule of more Runs than that takes seconds. It must be faster by this share for
+each time that they are twice as many."""
+
+MAX_TWINS = 2
+"""After so many refusals of candidates with as many packs and slots, the others of those wait."""
 
 STREAMS = 1.03
 """What streams weights that could all stay on the devices must be this much faster than that."""
@@ -77,13 +82,17 @@ class Ranking:
         self._base: dict[Candidate, tuple[Candidate, int]] = {}
         self._done: set[Candidate] = set()
         self._heavy: set[Candidate] = set()
+        self._refusals: Counter[tuple[int, ...]] = Counter()
         self._off: dict[tuple[bool, ...], float] = {}
+        self._smaller: set[Candidate] = set()
+        self._too_large: set[Candidate] = set()
         self._shrunk = 0
         self._best_s = float("inf")
 
     def estimates(self) -> list[tuple[float, Candidate]]:
-        """Everything that was estimated, with its seconds."""
-        return [(seconds, candidate) for candidate, seconds in self._known.items()]
+        """What was estimated and may fit, with its seconds by what was learned since."""
+        left = [c for c in self._known if c not in self._too_large]
+        return [(self._known[c] * self._off.get(family(c), 1.0), c) for c in left]
 
     def least_host_nbytes(self) -> int | None:
         """Bytes of the host that the least of the candidates need; None if one seems to fit."""
@@ -148,33 +157,34 @@ class Ranking:
         found = [(s, c.num_runs, i, c) for i, (c, s) in enumerate(self._known.items())]
         return [c for *_, c in sorted(found) if not c.spec.saved][:count]
 
-    def promising(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
-        """Candidates that were not handed out yet, best first, also those that `shrink` adds.
+    def promising(self) -> Iterator[tuple[float, Candidate]]:
+        """Candidates that were not handed out yet, best first, also those that `refuse` adds.
 
-        Of those within half a percent the one with fewest Runs comes first.
+        Of those within half a percent the one with fewest Runs comes first. What has as many
+        packs and slots as several that did not fit is left out.
         """
         while True:
-            left = [c for c in self._known if c not in self._done]
+            left = [c for c in self._known if c not in self._done and self.may_be_tried(c)]
             if not left:
                 return
-            found = min(left, key=lambda c: self._rank(c, max_runs))
+            found = min(left, key=self._rank)
             self._done.add(found)
             yield self._known[found] * self._factor(found), found
 
     def learn(self, candidate: Candidate, simulated_s: float) -> None:
         """Note how far off the estimate of a candidate was: that of its likes is as far off."""
-        ratio, family = simulated_s / self.estimator.step_s(candidate), _family(candidate)
-        self._off[family] = max(self._off.get(family, 0.0), ratio)
+        ratio, likes = simulated_s / self.estimator.step_s(candidate), family(candidate)
+        self._off[likes] = max(self._off.get(likes, 0.0), ratio)
 
-    def rest(self, max_runs: int) -> Iterator[tuple[float, Candidate]]:
+    def rest(self) -> Iterator[Candidate]:
         """Those that are left, for when memory is short: most frugal policies first, then the
         smallest packs there are.
         """
         left = [c for c in self._known if c not in self._done]
-        left.sort(key=lambda c: (c.policy.weight_slots, self._rank(c, max_runs)))
+        left.sort(key=lambda c: (c.policy.weight_slots, self._rank(c)))
         for candidate in left[: 2 * MAX_SHRUNK]:
             self._done.add(candidate)
-            yield self._known[candidate], candidate
+            yield candidate
         if self.question.num_packs in (None, len(self.question.packer.finest)):
             for replicas in self.question.replicas:
                 where = layout(self.question, replicas)
@@ -182,25 +192,33 @@ class Ranking:
                 if candidate in self._done or not self.question.admits(candidate):
                     continue
                 if self.estimator.may_fit(candidate):
-                    yield self.estimator.step_s(candidate), candidate
+                    yield candidate
 
-    def shrink(self, candidate: Candidate, needed_nbytes: int) -> None:
-        """Make a candidate that is too large again, with as much less room as it lacks."""
+    def refuse(self, candidate: Candidate, needed_nbytes: int) -> None:
+        """Note that a candidate is too large; make it again with as much less room as it lacks."""
+        self._refusals[_twins(candidate)] += 1
+        self._too_large.add(candidate)
         if candidate not in self._base or self._shrunk >= MAX_SHRUNK:
             return
         self._shrunk += 1
         base, memory = self._base[candidate]
         lacking = needed_nbytes - self.question.memory_nbytes
+        before = set(self._known)
         self._keep(base, memory - lacking - lacking // 8)
+        self._smaller |= self._known.keys() - before
 
-    def _rank(self, candidate: Candidate, max_runs: int) -> tuple[int, int]:
-        factor = 1.0 + MANY_RUNS * max(0.0, math.log2(candidate.num_runs / max_runs))
+    def may_be_tried(self, candidate: Candidate) -> bool:
+        """Whether too few of its likes did not fit to leave it out."""
+        return candidate in self._smaller or self._refusals[_twins(candidate)] < MAX_TWINS
+
+    def _rank(self, candidate: Candidate) -> tuple[int, int]:
+        factor = 1.0 + MANY_RUNS * max(0.0, math.log2(candidate.num_runs / FEW_RUNS))
         factor *= self._factor(candidate)
         return round(200 * math.log(factor * self._known[candidate])), candidate.num_runs
 
     def _factor(self, candidate: Candidate) -> float:
         """What an estimate counts for: more if its likes took longer, or the host is too small."""
-        factor = self._off.get(_family(candidate), 1.0) * handicap(candidate)
+        factor = self._off.get(family(candidate), 1.0) * handicap(candidate)
         return factor * HEAVY if candidate in self._heavy else factor
 
     def _least_s(self, where: Layout, size: int) -> float:
@@ -304,7 +322,14 @@ def handicap(candidate: Candidate) -> float:
     return 1.0 if len(candidate.policy.resident) == len(candidate.spec.backward_packs) else STREAMS
 
 
-def _family(candidate: Candidate) -> tuple[bool, ...]:
+def _twins(candidate: Candidate) -> tuple[int, ...]:
+    """What candidates have in common that mostly fit together, or do not."""
+    spec, policy = candidate.spec, candidate.policy
+    counts = len(spec.shares), spec.backward_size, len(spec.backward_packs)
+    return (*counts, policy.weight_slots)
+
+
+def family(candidate: Candidate) -> tuple[bool, ...]:
     """Candidates that are estimated too low or too high together."""
     spec, policy = candidate.spec, candidate.policy
     return (

@@ -7,9 +7,8 @@ figures are those of the very schedule that will run.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections import Counter
 from typing import Literal
 
 from harmony.core.layergraph import LayerGraph
@@ -35,22 +34,28 @@ from harmony.planner.search.candidates import (
 )
 from harmony.planner.search.decisions import decide, without_choice
 from harmony.planner.search.packing import Budget, Packer, check_layers, suggest_memory
-from harmony.planner.search.ranking import Ranking, handicap
+from harmony.planner.search.ranking import Ranking, family, handicap
 from harmony.planner.search.trial import Fitting, TooLarge, Trial, Tried
 
 __all__ = ["Plan", "Policy", "choose"]
 
 Mode = Literal["auto", "pp", "dp"]
-MAX_LOWERED = 4
-MAX_REFUSED = 12
-"""How many candidates are lowered and fit, and how many are lowered and do not."""
+MAX_LOWERED = 12
+MAX_ALIKE = 3
+"""How many candidates are lowered and fit, in all and of one family: near twins are estimated
+alike, and would leave no room for others that turn out faster."""
 
-RUNS_LOWERED = 2000
-RUNS_PER_LAYER = 10
-"""How many Runs all those have together, about; it bounds the time of a search."""
+MAX_REFUSED = 12
+"""How many candidates are lowered and do not fit, before what needs least is tried."""
+
+RUNS_LOWERED = 7000
+"""How many Runs all that is lowered and fits has, about; it bounds the time of a search."""
 
 SURPRISED = 3
 """How many times as many they may have while something is estimated to be clearly faster."""
+
+FRUGAL = 3
+"""How many of those that need least are compared, where nothing promising fits."""
 
 MOST_SAMPLES = 2**30
 """Of a minibatch: trying its divisors, and its microbatches, takes time."""
@@ -113,37 +118,16 @@ def choose(
     )
     _check_host(graph, machine)
     search = _Search(question)
-    with _no_collection():
-        try:
-            best = search.run()
-        except DoesNotFitError as error:
-            if microbatch_size != "auto" or not graph.whole_batch:
-                raise
-            raise DoesNotFitError(
-                f"{error}. The {minibatch} samples have to be one microbatch: {graph.whole_batch}."
-                f" {REMEDY}"
-            ) from None
-        return search.plan_of(best)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from looking, again and again, at all that a search makes.
-
-    Schedules are hundreds of thousands of objects without a cycle; walking them for some takes a
-    quarter of the time of a search.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
     try:
-        yield
-    finally:
-        if gc.get_freeze_count() == 0:
-            # Makes them old without a walk: only a full collection will look at them.
-            gc.freeze()
-            gc.unfreeze()
-        if was_on:
-            gc.enable()
+        best = search.run()
+    except DoesNotFitError as error:
+        if microbatch_size != "auto" or not graph.whole_batch:
+            raise
+        raise DoesNotFitError(
+            f"{error}. The {minibatch} samples have to be one microbatch: {graph.whole_batch}."
+            f" {REMEDY}"
+        ) from None
+    return search.plan_of(best)
 
 
 def ask(
@@ -216,7 +200,7 @@ class _Search:
         self.outcomes: dict[str, float | str] = {}
         self.simulated: dict[Candidate, float] = {}
         self.closest: tuple[int, str] | None = None
-        self.max_runs = RUNS_LOWERED + RUNS_PER_LAYER * self.graph.num_layers
+        self.alike: Counter[tuple[bool, ...]] = Counter()
 
     def run(self) -> Fitting:
         """Return the fastest candidate that fits.
@@ -226,22 +210,38 @@ class _Search:
         """
         self.ranking.fill()
         self._refuse_small_host()
-        found = self._most_promising()
+        found = self._most_promising([])
+        if not found:
+            # What fits by all means is the time to beat for what was not tried.
+            found = self._most_promising(self._frugal())
         found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
+        fitting = self._fastest(found)
+        if fitting is None and found:
+            # They fit the devices, but not the host.
+            fitting = self._fastest(self._frugal(short_of_host=True))
+        if fitting is None:
+            raise self._explain()
+        return fitting
+
+    def _fastest(self, found: list[Tried]) -> Fitting | None:
+        """The fastest of some that passes the checker and fits the host."""
         for tried in sorted(found, key=_counted_s):
             fitting = self._verified(tried)
             if fitting is not None:
                 return fitting
-        # What was promising did not fit the host, or nothing fitted a device.
-        short = bool(found)  # of host memory: these fitted the devices
-        for _, candidate in self.ranking.rest(self.max_runs):
-            if short and not self.ranking.estimator.fits_host(candidate):
+        return None
+
+    def _frugal(self, *, short_of_host: bool = False) -> list[Tried]:
+        """Simulate candidates that need little memory, until a few fit."""
+        found: list[Tried] = []
+        for candidate in self.ranking.rest():
+            if short_of_host and not self.ranking.estimator.fits_host(candidate):
                 continue
-            tried_ = self._simulated(candidate)
-            fitting = None if tried_ is None else self._verified(tried_)
-            if fitting is not None:
-                return fitting
-        raise self._explain()
+            tried = self._simulated(candidate)
+            found += [] if tried is None else [tried]
+            if len(found) >= FRUGAL:
+                break
+        return found
 
     def plan_of(self, best: Fitting) -> Plan:
         """The plan of a candidate, with the explanation shown to users."""
@@ -282,26 +282,57 @@ class _Search:
             self.ranking.estimates(),
             self.simulated,
             self.ranking.refused,
+            lambda candidate: self._why_not(candidate, best.tried.candidate),
         )
         is_whole = self.question.sizes == (self.question.minibatch,)
         return without_choice(found, self.graph.whole_batch) if is_whole else found
 
-    def _most_promising(self) -> list[Tried]:
-        """Simulate candidates by estimated time, until the estimates are clearly worse."""
-        found: list[Tried] = []
-        lowered, refused, best_s = 0, 0, float("inf")
-        for step_s, candidate in self.ranking.promising(self.max_runs):
+    def _why_not(self, candidate: Candidate, chosen: Candidate) -> str:
+        """Why a candidate that is estimated, or simulated, to be faster was not chosen."""
+        if handicap(candidate) > handicap(chosen):
+            share = round(100 * (handicap(candidate) - 1))
+            return f"streaming weights must be {share} % faster than keeping them"
+        if candidate in self.simulated:
+            return self._outcome_of(candidate)
+        if not self.ranking.may_be_tried(candidate):
+            return "plans with as many packs and slots do not fit"
+        if not self.ranking.estimator.may_fit(candidate):
+            return "it hardly fits"
+        if self.alike[family(candidate)] >= MAX_ALIKE:
+            return f"{MAX_ALIKE} plans like it were simulated and are not faster"
+        if candidate.num_runs > RUNS_LOWERED // 2:
+            return f"working out its {candidate.num_runs} tasks would take too long"
+        return "the estimate is not more exact than that"
+
+    def _outcome_of(self, candidate: Candidate) -> str:
+        """What came of a candidate that fits the GPUs."""
+        found = self.outcomes[describe_spec(candidate.spec, candidate.policy)]
+        return found if isinstance(found, str) else "it recomputes with other batch sizes"
+
+    def _most_promising(self, found: list[Tried]) -> list[Tried]:
+        """Simulate candidates by estimated time, until the estimates are clearly worse.
+
+        Args:
+            found: what was simulated before.
+        """
+        found, best_s = list(found), min(map(_counted_s, found), default=math.inf)
+        self.alike = alike = Counter(family(tried.candidate) for tried in found)
+        lowered, refused = 0, 0
+        for step_s, candidate in self.ranking.promising():
             if len(found) >= MAX_LOWERED or step_s > CLOSE * best_s or refused >= MAX_REFUSED:
                 break
+            if alike[family(candidate)] >= MAX_ALIKE:
+                continue
             # An estimate that turned out far too low must not be what the search ends with.
             more = SURPRISED if step_s < WORTHWHILE * best_s else 1
-            if found and lowered + candidate.num_runs > more * self.max_runs:
-                break
+            if found and lowered + candidate.num_runs > more * RUNS_LOWERED:
+                continue
             tried = self._simulated(candidate)
             if tried is None:
                 refused += 1
                 continue
             lowered += candidate.num_runs
+            alike[family(candidate)] += 1
             found.append(tried)
             best_s = min(best_s, _counted_s(tried))
         return sorted(found, key=_counted_s)
@@ -333,7 +364,7 @@ class _Search:
             self.outcomes[what] = f"needs {format_bytes(tried.nbytes)} of {limit}"
             if self.closest is None or tried.nbytes < self.closest[0]:
                 self.closest = (tried.nbytes, what)
-            self.ranking.shrink(candidate, tried.nbytes)
+            self.ranking.refuse(candidate, tried.nbytes)
             return None
         self.outcomes[what] = self.simulated[candidate] = tried.total_s
         self.ranking.learn(candidate, tried.total_s)
