@@ -335,7 +335,7 @@ def _reachable(source: nn.Module, loss: Callable[..., Any] | None) -> Observed:
         fresh = {f.__code__: f.__globals__ for f in pending if f.__code__ not in codes}
         if not any(map(is_users, fresh)):
             break
-        for code, names in fresh.items():
+        for code, names in list(fresh.items()):
             if is_users(code):
                 codes.update(dict.fromkeys(_nested(code), names))
         observed = Observed(codes)

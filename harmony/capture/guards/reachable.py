@@ -127,7 +127,7 @@ class Walk:
             if isinstance(module, torch.jit.ScriptModule):  # compiled
                 continue
             among = _Names(path, moving, _is_torchs(type(module)))
-            for name, value in held.items():
+            for name, value in list(held.items()):
                 if name in among:
                     entry = self._entry(where + name, held, name, value)
                     if entry is not None:
@@ -135,7 +135,7 @@ class Walk:
             about = f"an attribute of {where[:-1]}"
             self.holders.append(Names(about, held, among, nn.Module))
             for hooks in _HOOKS:
-                for hook in held[hooks].values():
+                for hook in list(held[hooks].values()):
                     self.visit(f"a hook of {where[:-1]}", hook)
             self.visit(type(module).__name__, type(module))
         self._run()
@@ -147,7 +147,7 @@ class Walk:
 
     def code(self, codes: Mapping[CodeType, dict[str, Any]]) -> None:
         """Walk over the globals that code names."""
-        for code, names in codes.items():
+        for code, names in list(codes.items()):
             for name in code.co_names:
                 if name in names and not name.startswith("__"):
                     self._entry(name, names, name, names[name])

@@ -21,7 +21,7 @@ def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
     Numbers, texts, and containers of nothing else; what PyTorch keeps on each module is left out.
     """
-    for name, held in module.__dict__.items():
+    for name, held in list(module.__dict__.items()):
         if name not in _MACHINERY and is_plain(held):
             yield name, held
 
@@ -72,7 +72,7 @@ def _copied(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _lengths(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Lengths of the containers that hold something that is not plain."""
-    for name, held in module.__dict__.items():
+    for name, held in list(module.__dict__.items()):
         if name in _MACHINERY or not isinstance(held, _CONTAINERS) or is_plain(held):
             continue
         if isinstance(held, Sized):
