@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from harmony.capture import Captured, DynamicOnlyError
-from harmony.engine.variant import Variant
+from harmony.engine.options import EngineOptions
+from harmony.engine.variant import Variant, microbatches_of
+from harmony.planner.ir.plan import Plan
 
 K = TypeVar("K", bound=Hashable)
 
@@ -29,18 +31,41 @@ class Paths:
         variants: of each path, the one used last first.
         dynamic: why no trace stands for later runs; None while one does.
         changes: how often something outside had changed that the forward reads.
+        other_losses: how often something had changed that the loss reads.
         recorded: a recording that stands for nothing, but shows how its loss adds up.
     """
 
     variants: list[Variant] = field(default_factory=list)
     dynamic: DynamicOnlyError | None = None
     changes: int = 0
+    other_losses: int = 0
     recorded: Captured | None = None
 
     def use(self, variant: Variant) -> None:
         """Put a variant, known or new, first."""
         others = [other for other in self.variants if other is not variant]
         self.variants = [variant, *others][:MAX_PATHS]
+
+    def adds_up(self, variant: Variant, plan: Plan, options: EngineOptions) -> bool:
+        """Whether it is still known how the losses of a plan's microbatches make the batch's.
+
+        If not, the variant is forgotten, for a new one to be made. Where what the loss reads keeps
+        changing, the batch is not parted any more, if the caller lets us choose.
+        """
+        reads = variant.captured.loss_reads
+        if reads is None or len(microbatches_of(plan.spec)) < 2:
+            return True
+        changed = reads.changed()
+        if changed is None:
+            return True
+        free = options.microbatch_size is None and options.mode != "dp" and options.plan is None
+        if free and self.other_losses >= MAX_CHANGES:
+            variant.forbid_parts(f"what the loss reads keeps changing ({changed})")
+            return True
+        self.other_losses += 1
+        self.variants.remove(variant)
+        variant.release()
+        return False
 
     def standing(self, name: str) -> list[Variant]:
         """Return the variants for which all that was read outside is as it was.

@@ -183,7 +183,10 @@ class VariantCache:
                     paths.dynamic = DynamicOnlyError(OTHER_WAY, error.where)
                     raise paths.dynamic.again() from error
                 plan, misfit = self._fitting(variant, minibatch, inputs)
+                if misfit is None and not paths.adds_up(variant, plan, self._options):
+                    break
                 if misfit is None:
+                    plan = self.plan(variant, minibatch)
                     paths.use(variant)
                     self._record.profile = self._profile_of(variant, minibatch)
                     if current_options().plan_only:

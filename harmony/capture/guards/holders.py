@@ -60,19 +60,19 @@ class Whole:
     def __init__(self, name: str, container: Any) -> None:
         self.name = name
         self.container = container
-        self.held = _listed(container)
+        self.held = listed(container)
 
     def same(self) -> bool:
         """Whether it holds the same objects, or equal plain values, in the same order."""
         container, held = self.container, self.held
         if len(container) * (2 if isinstance(container, dict) else 1) != len(held):
             return False
-        now = _listed(container)
+        now = listed(container)
         return all(a is b or equal_atoms(a, b) for a, b in zip(now, held, strict=True))
 
     def replace(self, other: Callable[[Any], Any]) -> None:
         """Put other objects in the place of those for which the function gives others."""
-        now = _listed(self.container)
+        now = listed(self.container)
         new = [other(held) for held in now]
         if any(a is not b for a, b in zip(now, new, strict=True)):
             self._fill(new)
@@ -219,7 +219,8 @@ def first_changed(holders: Iterable[Holder]) -> Holder | None:
     return None
 
 
-def _listed(container: Any) -> list[Any]:
+def listed(container: Any) -> list[Any]:
+    """All that a container holds, keys and values one after the other."""
     if isinstance(container, dict):
         return [part for item in container.items() for part in item]
     return list(container)

@@ -1,4 +1,4 @@
-"""Hooks of modules that have to be called once, on real values: those that do more than compute.
+"""Hooks that have to be called once, on real values: those that do more than compute.
 
 A recorded layer runs again for its recompute, and is run on made-up values to be measured; its
 hooks with it. Of a hook that computes a result from its arguments nobody can tell. One that
@@ -11,7 +11,7 @@ import builtins
 import dis
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from harmony.capture.trace.isolation import user_frame
 from harmony.capture.trace.refuse import DynamicOnlyError
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -55,6 +56,26 @@ def check_hooks(net: nn.Module) -> None:
             raise DynamicOnlyError(
                 "a hook of all modules does more than compute a result", _place(hook), eager=True
             )
+
+
+def check_tensor_hook(name: str, args: Sequence[Any]) -> None:
+    """Let a module run as it is if its forward keeps gradients of its tensors, or shows them.
+
+    Args:
+        name: what the forward calls: ``register_hook``, ``retain_grad`` or another function.
+        args: its arguments, the tensor first.
+
+    Raises:
+        DynamicOnlyError: naming the place.
+    """
+    if name == "retain_grad":
+        raise DynamicOnlyError(
+            "the forward keeps the gradient of a tensor (retain_grad)", user_frame(), eager=True
+        )
+    if name == "register_hook" and not all(map(_only_computes, args[1:2])):
+        raise DynamicOnlyError(
+            "a hook of a tensor does more than compute a result", _place(args[1]), eager=True
+        )
 
 
 def _only_computes(hook: Any) -> bool:

@@ -122,6 +122,11 @@ def is_read(code: CodeType) -> bool:
     return not filename.startswith("<frozen importlib") and code.co_name != "<module>"
 
 
+def is_torchs(code: CodeType) -> bool:
+    """Whether a function is torch's."""
+    return code.co_filename.startswith(_TORCH)
+
+
 def is_users(code: CodeType) -> bool:
     """Whether a function is of the program, not of Python, torch or an installed library."""
     return is_read(code) and not code.co_filename.startswith(_INSTALLED)

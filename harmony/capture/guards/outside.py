@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harmony.capture.guards.holders import MISSING, Entry, Holder, Names, Whole
+from harmony.capture.guards.loss_reads import LossReads
 from harmony.capture.guards.observe import Observed, is_users, observing
 from harmony.capture.guards.reachable import Walk, World
 from harmony.capture.replay.shell import ModuleShell
@@ -43,6 +44,7 @@ class Outside:
     Attributes:
         reason: why the last trace stands for no other run, if so: what was read or written.
         kept_by_loss: what the loss function has written to, if anything.
+        written_by_loss: names of all that it has written to.
         alone: whether each trace is to be undone at once.
     """
 
@@ -59,6 +61,7 @@ class Outside:
         """
         self.reason: str | None = None
         self.kept_by_loss: str | None = None
+        self.written_by_loss: frozenset[str] = frozenset()
         self.alone = False
         self._source = source
         self._loss = loss
@@ -120,6 +123,8 @@ class Outside:
         written = judge.written(self._around.holders)
         if self._loss is not None:
             written, self.kept_by_loss = self._by_forward, written
+            changed = (holder.name for holder in self._around.holders if not holder.same())
+            self.written_by_loss = frozenset(changed) if self.kept_by_loss else frozenset()
         written = written or judge.written_by_copy(self._copied)
         if written is not None:
             self.reason = f"the forward changes {written}"
@@ -148,6 +153,15 @@ class Outside:
         """
         observed = self.observed if loss else self._forward
         return self._walk(observed, loss, moving).world()
+
+    def loss_reads(self) -> LossReads | None:
+        """Return what the loss alone reads, as it is now; None without a loss function."""
+        if self._loss is None:
+            return None
+        walk = Walk(self._in_loss, [*self._source.parameters(), *self._source.buffers()])
+        walk.code(self._in_loss.codes)
+        walk.root("the loss", self._loss)
+        return LossReads(walk.world(), self._in_loss, self.written_by_loss)
 
     def refusal(self, guards: World, loss: bool) -> str | None:
         """Say why no recording stands for the next forward; None if one does.

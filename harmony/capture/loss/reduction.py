@@ -7,6 +7,7 @@ What cannot be read (samples compared with each other, products of two losses) i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -56,8 +57,9 @@ class Term:
 
     Attributes:
         where: that step, with file and line.
-        factor: the numbers that it is multiplied by.
-        by_size: whether those depend on the number of samples.
+        factor: the numbers that it is multiplied by, of those that another number of samples
+            may make others.
+        by_size: whether there are any.
         times, over: numbers of scalars, decided by the inputs, that multiply or divide it.
         target, class_weights: of ``Kind.TARGETS``: the argument's number on the trace, and the
             weight of each class.
@@ -182,9 +184,13 @@ class _Walk:
                 more = (*(so_far.over if divides else so_far.times), factor.id)
                 so_far = replace(so_far, over=more) if divides else replace(so_far, times=more)
         elif isinstance(factor, (int, float)):
-            scale = 1.0 / factor if divides else float(factor)
-            by_size = so_far.by_size or self._one_size or not self._same_numbers(step)
-            so_far = replace(so_far, factor=so_far.factor * scale, by_size=by_size)
+            scale = float(factor)
+            if divides:
+                scale = 1.0 / scale if scale else math.inf
+            if scale == 0.0:
+                return  # a part that counts nothing
+            if self._one_size or not self._same_numbers(step):
+                so_far = replace(so_far, factor=so_far.factor * scale, by_size=True)
         yield from self.terms(of_batch[0], so_far)
 
     def _varies(self, number: int) -> bool:

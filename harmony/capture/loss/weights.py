@@ -87,6 +87,8 @@ class LossWeigher:
             found = self._weights(value, inputs, by_samples)
         except UnknownRuleError as doubt:
             return LossWeights(by_samples, str(doubt))
+        if any(map(math.isinf, found.values())):
+            return LossWeights(by_samples, "a part of a microbatch is multiplied by 0")
         # Nothing counts in the whole batch: NaN, as in plain PyTorch.
         return LossWeights(found if all(map(math.isfinite, found.values())) else by_samples)
 
@@ -199,7 +201,8 @@ class LossWeigher:
             for number in term.over:
                 found *= float(values[number])
             for number in term.times:
-                found /= float(values[number])
+                factor = float(values[number])
+                found = found / factor if factor else math.inf
         if term.kind is Kind.SAMPLES:
             found *= reading.repeat * _size(samples)
         # A factor that all sizes have in common would only round the ratio of two divisors.

@@ -52,6 +52,7 @@ class Captured:
         moved: Python attributes that functional code has changed in a dynamic run: module,
             attribute, value.
         guards: what has to be as it was for all this to stand.
+        loss_reads: what a loss function reads that runs as it is in every step, if there is one.
         eager: why it stands for nothing, so that the module has to be run as it is; None if it
             does.
         traces: what its layers run, for each number of samples.
@@ -86,6 +87,7 @@ class Captured:
         replayed = sizes.trace.loss_call is None
         self.guards = tracer.outside.guards(moving, loss=replayed)
         self.eager = tracer.outside.refusal(self.guards, loss=replayed)
+        self.loss_reads = None if replayed else tracer.outside.loss_reads()
         self._outside = tracer.outside
         self.template = template
         self._batch = batch

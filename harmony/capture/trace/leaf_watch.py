@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from harmony.capture.graph.structure import tensors_in
+from harmony.capture.guards.module_hooks import check_tensor_hook
 from harmony.capture.replay.shell import plain_tensors
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.identity import IdentityMap
@@ -85,6 +86,7 @@ class LeafCall:
         name = getattr(func, "__name__", "")
         check_in_layer(name, func)
         if name in NEED_A_GRAPH and "__get__" not in str(func):
+            check_tensor_hook(name, args)
             self.needs_graph = True
         of_data = False
         for tensor in _tensors((*args, *kwargs.values())):
