@@ -57,6 +57,7 @@ class InFlightPool:
         self._executor = executor
         self._taken: dict[int, list[InFlight]] = {}
         self._own: dict[tuple[Phase, int], InFlight] = {}
+        self._old: list[InFlight] = []
 
     def take(self, minibatch: int) -> InFlight:
         """Return a in_flight that no other forward uses; it is free again after its ``free()``."""
@@ -85,13 +86,20 @@ class InFlightPool:
             in_flight.prepared[key] = self._executor.prepare(schedule, values)
         return in_flight.prepared[key]
 
+    def drop(self) -> None:
+        """Let later forwards have host copies of their own: their batches are parted otherwise."""
+        self._own.clear()
+        self._old += [held for pool in self._taken.values() for held in pool if held.is_taken]
+        self._taken.clear()
+
     def forget(self) -> None:
         """Prepare everything anew when it is wanted again: the device memory is another."""
         in_flight_pool = [
             in_flight for in_flight_pool in self._taken.values() for in_flight in in_flight_pool
         ]
-        for in_flight in (*in_flight_pool, *self._own.values()):
+        for in_flight in (*in_flight_pool, *self._own.values(), *self._old):
             in_flight.prepared.clear()
+        self._old = [held for held in self._old if held.is_taken]
 
 
 def differentiable_outputs(graph: LayerGraph) -> Reached:

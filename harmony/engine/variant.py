@@ -143,6 +143,8 @@ class Variant:
         """Let every minibatch be one microbatch from now on."""
         self._judge(replace(self._verdict, whole_batch=why))
         self._plans.clear()
+        self._backwards.clear()
+        self.in_flight_pool.drop()
 
     def _judge(self, verdict: Verdict) -> None:
         """Let the graph say what is known of parts of batches."""

@@ -198,7 +198,39 @@ class Array:
             self._array[...] = numpy.frombuffer(self._bytes, dtype).reshape(shape)
 
 
-Holder = Entry | Whole | Names | Content | Array
+Puts = Callable[[list[Any]], None]
+
+
+class Opaque:
+    """What an object holds, as a list."""
+
+    __slots__ = ("_get", "_put", "held", "name")
+
+    def __init__(self, name: str, get: Callable[[], Iterable[Any]], put: Puts | None) -> None:
+        self.name = name
+        self._get, self._put = get, put
+        self.held = list(get())
+
+    def same(self) -> bool:
+        """Whether it holds the same objects, or equal plain values."""
+        now = list(self._get())
+        pairs = zip(now, self.held, strict=False)
+        return len(now) == len(self.held) and all(a is b or equal_atoms(a, b) for a, b in pairs)
+
+    def replace(self, other: Callable[[Any], Any]) -> None:
+        """Put other objects in the place of those for which the function gives others."""
+        now = list(self._get())
+        new = [other(held) for held in now]
+        if self._put is not None and any(a is not b for a, b in zip(now, new, strict=True)):
+            self._put(new)
+
+    def restore(self) -> None:
+        """Let it hold the same again, where that can be done."""
+        if self._put is not None and not self.same():
+            self._put(self.held)
+
+
+Holder = Entry | Whole | Names | Content | Array | Opaque
 
 
 def equal_atoms(one: Any, two: Any) -> bool:

@@ -13,7 +13,7 @@ from types import CodeType
 from typing import Any
 
 from harmony.capture.guards.holders import Entry, Holder, Whole, listed
-from harmony.capture.guards.observe import Observed, is_torchs
+from harmony.capture.guards.observe import Observed, is_machinery
 from harmony.capture.guards.reachable import World
 
 
@@ -63,6 +63,6 @@ def _are_weights(before: Any, now: Any) -> bool:
 
 def _branches(code: CodeType) -> bool:
     """Whether a function of the user's or of a library takes a decision."""
-    if is_torchs(code):
+    if is_machinery(code):
         return False
     return any(step.opname.startswith("POP_JUMP") for step in dis.get_instructions(code))

@@ -36,6 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _HEARS = "observing.<locals>.hear"
 
+_PYTHONS = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib"))
 _MACHINERY_FILES = ("/contextlib.py", "/functools.py", "/threading.py", "/abc.py", "/typing.py")
 
 
@@ -122,9 +123,11 @@ def is_read(code: CodeType) -> bool:
     return not filename.startswith("<frozen importlib") and code.co_name != "<module>"
 
 
-def is_torchs(code: CodeType) -> bool:
-    """Whether a function is torch's."""
-    return code.co_filename.startswith(_TORCH)
+def is_machinery(code: CodeType) -> bool:
+    """Whether a function is of torch or of Python: what a recording itself calls is, too."""
+    filename = code.co_filename
+    pythons = filename.startswith(_PYTHONS) and "-packages" not in filename
+    return pythons or filename.startswith(_TORCH)
 
 
 def is_users(code: CodeType) -> bool:

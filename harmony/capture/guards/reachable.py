@@ -29,6 +29,7 @@ from harmony.capture.guards.holders import (
     first_changed,
 )
 from harmony.capture.guards.observe import Observed
+from harmony.capture.guards.opaque import opaque_state
 
 MOST = 20_000
 """Objects that a walk looks at, at most."""
@@ -46,6 +47,9 @@ _GLOBAL_RANDOM = getattr(random, "_inst", None)
 
 _PATCHED = (nn.Module, torch.Tensor, torch.autograd.Function, torch.jit.ScriptFunction)
 """Classes that a recording changes itself while it is on."""
+
+_FUNCTIONS: dict[str, Any] = vars(torch.nn.functional)
+"""Of all of torch, what programs replace: attention, above all."""
 
 _PLACES = ("__code__", "__defaults__", "__kwdefaults__")
 
@@ -151,6 +155,10 @@ class Walk:
             for name in code.co_names:
                 if name in names and not name.startswith("__"):
                     self._entry(name, names, name, names[name])
+                if name in _FUNCTIONS and (id(_FUNCTIONS), name) not in self._entries:
+                    self._entries.add((id(_FUNCTIONS), name))
+                    about = f"torch.nn.functional.{name}"
+                    self.holders.append(Entry(about, _FUNCTIONS.get, name, _putter(_FUNCTIONS)))
         self._run()
 
     def root(self, name: str, held: Any) -> None:
@@ -162,11 +170,18 @@ class Walk:
         """Go to an object later, unless it is plain or was visited."""
         if isinstance(held, ATOMS) or id(held) in self._seen or len(self._seen) > MOST:
             return
-        if _home_of(type(held)).split(".")[0] in _LEFT_ALONE or held is _GLOBAL_RANDOM:
+        opaque = opaque_state(name, held)
+        left_alone = _home_of(type(held)).split(".")[0] in _LEFT_ALONE or held is _GLOBAL_RANDOM
+        if opaque is None and left_alone:
             return
         self._seen.add(id(held))
         self._alive.append(held)
-        self._pending.append((name, held))
+        if opaque is None:
+            self._pending.append((name, held))
+            return
+        self.holders.append(opaque)
+        for inner in (*opaque.held, getattr(held, "__wrapped__", None)):
+            self.visit(name, inner)
 
     def _run(self) -> None:
         while self._pending:

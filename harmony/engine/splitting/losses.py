@@ -46,10 +46,15 @@ Hinges and margins are flat for outputs that are far apart, or close together.
 
 @dataclass(frozen=True)
 class _Try:
-    """Some inputs of a layer, and the inputs of the model that they belong to."""
+    """Some inputs of a layer, and the inputs of the model that they belong to.
+
+    Attributes:
+        made_up: whether they are others than those of the batch.
+    """
 
     inputs: Values
     of_model: Values
+    made_up: bool
 
 
 class LossTrial:
@@ -140,9 +145,12 @@ class LossTrial:
             kept[scalar] = [
                 rule
                 for rule in rules
-                for weights in [_weights(rule, weigher, scalar, trial.of_model, ranges)]
+                for weights in [_weights(rule, weigher, scalar, trial, ranges)]
                 if weights is not None
-                and self._same(scalar, whole, list(zip(ranges, parts, weights, strict=True)))
+                and (
+                    not weights
+                    or self._same(scalar, whole, list(zip(ranges, parts, weights, strict=True)))
+                )
             ]
 
     def _whole(self, trial: _Try, scalars: Sequence[int]) -> Scalars | None:
@@ -187,7 +195,7 @@ class LossTrial:
                     v: perturbed(given[v], _dim(self._dims[v]), 7 * number + v, ignored=ignored)
                     for v in (targets if number else ())
                 }
-                yield _Try(inputs | others, of_model | others)
+                yield _Try(inputs | others, of_model | others, number > 0)
 
         yield from (alternatives(*numbered) for numbered in enumerate(_SCALES))
 
@@ -244,18 +252,24 @@ def _weights(
     rule: Rule,
     weigher: LossWeigher,
     scalar: int,
-    of_model: Values,
+    trial: _Try,
     ranges: Sequence[Samples],
 ) -> list[float] | None:
-    """What a rule gives for each part; None if it gives nothing."""
+    """What a rule gives for each part; None if it gives nothing.
+
+    An empty list is for a batch that is not this one, of which the rule itself says that its parts
+    do not make it: should such a batch come, it will say so again.
+    """
     if rule is not Rule.READ:
         known = rule.weights(ranges)
         return [known[samples] for samples in ranges]
     try:
-        found = weigher.weigh(scalar, of_model, ranges)
+        found = weigher.weigh(scalar, trial.of_model, ranges)
     except Exception:  # the steps of some size cannot be had, or read on these values
         return None
-    return None if found.doubt is not None else [found.weights[samples] for samples in ranges]
+    if found.doubt is not None:
+        return [] if trial.made_up else None
+    return [found.weights[samples] for samples in ranges]
 
 
 def _scaled(tensor: torch.Tensor, scale: float | None, seed: int) -> torch.Tensor:
