@@ -127,7 +127,8 @@ def is_machinery(code: CodeType) -> bool:
     """Whether a function is of torch or of Python: what a recording itself calls is, too."""
     filename = code.co_filename
     pythons = filename.startswith(_PYTHONS) and "-packages" not in filename
-    return pythons or filename.startswith(_TORCH)
+    made = filename.startswith("<frozen") or (filename, code.co_name) == ("<string>", "__init__")
+    return pythons or made or filename.startswith(_TORCH)
 
 
 def is_users(code: CodeType) -> bool:
