@@ -56,7 +56,7 @@ each time that they are twice as many."""
 MAX_TWINS = 2
 """After so many refusals of candidates with as many packs and slots, the others of those wait."""
 
-STREAMS = 1.03
+STREAMS = 1.035
 """What streams weights that could all stay on the devices must be this much faster than that."""
 
 HEAVY = 1000.0
@@ -338,5 +338,6 @@ def family(candidate: Candidate) -> tuple[bool, ...]:
         bool(spec.saved_runs),
         bool(policy.offload),
         bool(policy.resident),
+        handicap(candidate) == 1.0,
         policy.mirror,
     )

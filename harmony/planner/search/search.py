@@ -290,8 +290,8 @@ class _Search:
     def _why_not(self, candidate: Candidate, chosen: Candidate) -> str:
         """Why a candidate that is estimated, or simulated, to be faster was not chosen."""
         if handicap(candidate) > handicap(chosen):
-            share = round(100 * (handicap(candidate) - 1))
-            return f"streaming weights must be {share} % faster than keeping them"
+            share = 100 * (handicap(candidate) - 1)
+            return f"streaming weights must be {share:.1f} % faster than keeping them"
         if candidate in self.simulated:
             return self._outcome_of(candidate)
         if not self.ranking.may_be_tried(candidate):
