@@ -63,18 +63,9 @@ def switch() -> tuple[Loss, Change]:
     return loss, lambda i: settings.update(sum=i % 2 == 0)
 
 
-def from_nothing() -> tuple[Loss, Change]:
-    settings = {"weight": 0.0}
-
-    def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(out, target) + settings["weight"] * out.pow(2).mean()
-
-    return loss, lambda i: settings.update(weight=0.5 * (i + 1))
-
-
 @pytest.mark.parametrize(
     "change",
-    [reduction, class_weights, class_weights_in_place, ignored, switch, from_nothing],
+    [reduction, class_weights, class_weights_in_place, ignored, switch],
     ids=lambda change: change.__name__,
 )
 def test_the_loss_of_two_replicas_follows_what_the_loss_reads(
@@ -112,24 +103,6 @@ def test_a_loss_that_keeps_changing_gets_the_batch_as_a_whole(vgpus: VirtualGPUs
     assert worst(*switch(), steps=5, width=64, size=96, devices=1, parted=True) <= TOLERANCE
 
 
-def regularised(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(out, target) + 0.1 * out.pow(2).mean()
-
-
-def test_two_means_are_parted_between_replicas_while_all_targets_count(vgpus: VirtualGPUs) -> None:
-    """Refused before, since they would not be with targets that do not count."""
-    assert worst(regularised, lambda _: None, mode="dp", devices=2) <= TOLERANCE
-
-
-def test_two_means_get_the_batch_as_a_whole_once_targets_do_not_count(vgpus: VirtualGPUs) -> None:
-    """Ended in a KeyError: the host's copies were still those of the parts."""
-    vgpus(count=1, memory="2MiB")
-    found = worst(
-        regularised, lambda _: None, width=64, size=96, devices=1, ignored_from=2, parted=True
-    )
-    assert found <= TOLERANCE
-
-
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_weight_that_grows_in_every_step_costs_no_capture(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch, writes: bool
@@ -142,11 +115,11 @@ def test_a_weight_that_grows_in_every_step_costs_no_capture(
         return known(*args, **kwargs)
 
     def plain_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(out, target) + settings["weight"] * out.pow(2).mean()
+        return settings["weight"] * F.cross_entropy(out, target)
 
     def logging_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         log.append(len(out))
-        return F.cross_entropy(out, target) + settings["weight"] * out.pow(2).mean()
+        return settings["weight"] * F.cross_entropy(out, target)
 
     monkeypatch.setattr(variants, "capture", counted)
 
@@ -166,14 +139,12 @@ def worst(
     steps: int = 3,
     width: int = 8,
     size: int = 12,
-    ignored_from: int | None = None,
     parted: bool = False,
     **options: Any,
 ) -> float:
     """The largest difference between the losses, and parameters, of some steps of both.
 
     Args:
-        ignored_from: the step from which on a target in the first half does not count.
         parted: whether the first batch has to be parted, for the test to say anything.
     """
     torch.manual_seed(0)
@@ -184,8 +155,6 @@ def worst(
     found = 0.0
     for index in range(steps):
         inputs, targets = batch(index, width, size)
-        if ignored_from is not None and index >= ignored_from:
-            targets[: size // 3] = -100
         ours = model.train_step(inputs, targets)
         if parted and index == 0:
             assert model.plan is not None

@@ -46,15 +46,10 @@ Hinges and margins are flat for outputs that are far apart, or close together.
 
 @dataclass(frozen=True)
 class _Try:
-    """Some inputs of a layer, and the inputs of the model that they belong to.
-
-    Attributes:
-        made_up: whether they are others than those of the batch.
-    """
+    """Some inputs of a layer, and the inputs of the model that they belong to."""
 
     inputs: Values
     of_model: Values
-    made_up: bool
 
 
 class LossTrial:
@@ -145,12 +140,9 @@ class LossTrial:
             kept[scalar] = [
                 rule
                 for rule in rules
-                for weights in [_weights(rule, weigher, scalar, trial, ranges)]
+                for weights in [_weights(rule, weigher, scalar, trial.of_model, ranges)]
                 if weights is not None
-                and (
-                    not weights
-                    or self._same(scalar, whole, list(zip(ranges, parts, weights, strict=True)))
-                )
+                and self._same(scalar, whole, list(zip(ranges, parts, weights, strict=True)))
             ]
 
     def _whole(self, trial: _Try, scalars: Sequence[int]) -> Scalars | None:
@@ -195,7 +187,7 @@ class LossTrial:
                     v: perturbed(given[v], _dim(self._dims[v]), 7 * number + v, ignored=ignored)
                     for v in (targets if number else ())
                 }
-                yield _Try(inputs | others, of_model | others, number > 0)
+                yield _Try(inputs | others, of_model | others)
 
         yield from (alternatives(*numbered) for numbered in enumerate(_SCALES))
 
@@ -252,24 +244,18 @@ def _weights(
     rule: Rule,
     weigher: LossWeigher,
     scalar: int,
-    trial: _Try,
+    of_model: Values,
     ranges: Sequence[Samples],
 ) -> list[float] | None:
-    """What a rule gives for each part; None if it gives nothing.
-
-    An empty list is for a batch that is not this one, of which the rule itself says that its parts
-    do not make it: should such a batch come, it will say so again.
-    """
+    """What a rule gives for each part; None if it gives nothing."""
     if rule is not Rule.READ:
         known = rule.weights(ranges)
         return [known[samples] for samples in ranges]
     try:
-        found = weigher.weigh(scalar, trial.of_model, ranges)
+        found = weigher.weigh(scalar, of_model, ranges)
     except Exception:  # the steps of some size cannot be had, or read on these values
         return None
-    if found.doubt is not None:
-        return [] if trial.made_up else None
-    return [found.weights[samples] for samples in ranges]
+    return None if found.doubt is not None else [found.weights[samples] for samples in ranges]
 
 
 def _scaled(tensor: torch.Tensor, scale: float | None, seed: int) -> torch.Tensor:
