@@ -99,9 +99,10 @@ class RunBackward(torch.autograd.Function):
         ctx: Any, call: ForwardCall, outputs: Sequence[torch.Tensor], *sources: torch.Tensor
     ) -> Any:
         """Hand the outputs through."""
-        # Autograd lets go of what is saved when the graph is freed, and with it of the call.
+        # Autograd lets go of what is saved when the graph is freed, and with it of the call. Until
+        # the first backward the node holds it: with several threads, what was saved can be gone.
         ctx.save_for_backward(torch.empty(0))
-        ctx.call = weakref.ref(call)
+        ctx.call, ctx.first = weakref.ref(call), call
         ctx.devices = [source.device for source in sources]
         ctx.set_materialize_grads(False)
         values = call.variant.graph.values
@@ -131,8 +132,11 @@ class RunBackward(torch.autograd.Function):
                 "is_grads_batched=True or jacobian(vectorize=True): Harmony runs one backward at "
                 "a time. Call torch.autograd.grad once for each row"
             )
-        call: ForwardCall = ctx.call()
+        call: ForwardCall | None = ctx.first or ctx.call()
+        if call is None:
+            raise HarmonyError("this forward's values were freed by an earlier backward")
         found = call.run_backward(call, gradients)
+        ctx.first = None
         placed = [
             None if gradient is None else gradient.to(device)
             for gradient, device in zip(found, ctx.devices, strict=True)

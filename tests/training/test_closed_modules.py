@@ -191,7 +191,6 @@ class TakesABag(nn.Module):
 
 CLOSED = [
     tensor_hook,
-    kept_gradient,
     inner_gradient,
     function_of_a_module,
     made_weights,
@@ -207,6 +206,13 @@ def test_a_module_that_cannot_be_recorded_is_one_layer(between: Any, vgpus: Virt
     net = nn.Sequential(nn.Linear(8, 8), Between(between))
     model = assert_same_training(net, batches())
     assert layers_of(model) == ["0", "1"]
+
+
+def test_a_gradient_that_is_kept_for_the_user_is_no_layer_of_a_plan(vgpus: VirtualGPUs) -> None:
+    """Whoever asks for it looks at it: the module runs as it is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Between(kept_gradient))
+    assert assert_same_training(net, batches()).capture_mode == "eager"
 
 
 class Mapped(nn.Module):
@@ -415,6 +421,7 @@ class HandsOver(nn.Module):
 def test_a_module_that_a_layer_gets_as_an_argument_is_the_one_on_the_device(
     num_norms: int, vgpus: VirtualGPUs
 ) -> None:
+    """One device: a weight of several packs is summed pack by pack, which is another order."""
     torch.manual_seed(0)
-    model = assert_same_training(HandsOver(num_norms), batches())
+    model = assert_same_training(HandsOver(num_norms), batches(), devices=1)
     assert len(layers_of(model)) == 4

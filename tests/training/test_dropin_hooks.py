@@ -76,7 +76,7 @@ def test_a_model_with_backward_hooks_of_what_is_parted_runs_as_it_is(
         square_loss(module(x), y).backward()
         handle.remove()
     same_gradients(model, net)
-    assert model.capture_mode == "dynamic"
+    assert model.capture_mode == "eager"
 
 
 class Ignores(nn.Module):

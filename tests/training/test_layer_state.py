@@ -219,7 +219,8 @@ def test_a_failed_step_leaves_the_buffers_alone(vgpus: VirtualGPUs) -> None:
     model, _ = train(net, 2, steps=1, loss_fn=loss)
     before = copy.deepcopy(net.state_dict())
     fails.append(True)
-    with pytest.raises(harmony.ExecutionError, match="on purpose"):
+    # What the loss reads has changed: it is put together anew, and fails there as it would alone.
+    with pytest.raises((harmony.ExecutionError, ValueError), match="on purpose"):
         model.train_step(*vector_batch(1, width=WIDTH))
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -252,4 +253,4 @@ def test_a_parameter_that_the_forward_changes_is_changed_once(vgpus: VirtualGPUs
         optimizer.step()
         assert torch.equal(model.train_step(x, y), loss.detach())
     assert all(map(torch.equal, net.parameters(), plain.parameters()))
-    assert model.capture_mode == "dynamic"
+    assert model.capture_mode == "eager"

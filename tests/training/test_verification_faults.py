@@ -29,20 +29,20 @@ Fault = Callable[[Engine, Callable[[], Any]], Any]
 class Net(nn.Module):
     """Layers with running statistics, which may decide by values that are computed."""
 
-    def __init__(self, live: bool = False) -> None:
+    def __init__(self, dynamic: bool = False) -> None:
         super().__init__()
         self.first = nn.Linear(8, 16)
         self.norm = nn.BatchNorm1d(16)
         self.second = nn.Linear(16, 16)
         self.last = nn.Linear(16, 4)
-        self.live = live
+        self.dynamic = dynamic
         self.calls = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.live:
+        if self.dynamic:
             self.calls += 1
         h = torch.relu(self.norm(self.first(x)))
-        if self.live and h.sum() > 0:
+        if self.dynamic and h.sum() > 0:
             h = h * 2
         return self.last(torch.tanh(self.second(h)))
 
@@ -60,11 +60,11 @@ def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, torch.randint(0, 4, (size,), generator=generator)
 
 
-def make(live: bool = False, **options: Any) -> harmony.Harmony:
+def make(dynamic: bool = False, **options: Any) -> harmony.Harmony:
     torch.manual_seed(0)
     options.setdefault("microbatch_size", 8)
     return harmony.Harmony(
-        Net(live),
+        Net(dynamic),
         optimizer=torch.optim.Adam,
         optimizer_kwargs={"lr": 1e-2},
         loss_fn=annealed,
@@ -159,9 +159,9 @@ def with_fault(monkeypatch: pytest.MonkeyPatch, method: str, fault: Fault) -> No
     )
 
 
-def prepared(live: bool) -> harmony.Harmony:
+def prepared(dynamic: bool) -> harmony.Harmony:
     """A model that has trained a step, with a hook and a weight of the loss that has changed."""
-    model = make(live)
+    model = make(dynamic)
     WEIGHT["kl"] = 0.0
     model.module.get_parameter("second.weight").register_hook(lambda gradient: gradient * 0.5)
     return model
@@ -171,9 +171,9 @@ def prepared(live: bool) -> harmony.Harmony:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["planned", "dynamic"])
 @pytest.mark.parametrize("fault", STEP_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_in_the_step_is_found(
-    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch, fault: Fault, live: bool
+    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch, fault: Fault, dynamic: bool
 ) -> None:
-    model = prepared(live)
+    model = prepared(dynamic)
     if fault is weight_frozen:
         WEIGHT["kl"] = 0.3
     with_fault(monkeypatch, "train_step", fault)
@@ -188,9 +188,9 @@ def test_a_fault_in_the_step_is_found(
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["planned", "dynamic"])
 def test_without_a_fault_the_step_is_right_and_nothing_is_left(
-    vgpus: VirtualGPUs, live: bool
+    vgpus: VirtualGPUs, dynamic: bool
 ) -> None:
-    model = make(live)
+    model = make(dynamic)
     assert model.verify(*batch()).ok
     model.train_step(*batch())
     before, calls = everything(model), model.module.calls
