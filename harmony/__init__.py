@@ -6,6 +6,7 @@ The public names; each is imported when it is first used, so that planning needs
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'harmony' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    before = random.getstate()  # rich draws a number when it is imported: it is not the script's
+    try:
+        return getattr(importlib.import_module(home), name)
+    finally:
+        random.setstate(before)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,3 +191,13 @@ def test_the_report_says_what_is_kept_instead_of_recomputed() -> None:
     assert "activations of 1 pack on the GPUs and 2 packs on the host" in text
     assert "weights of up to 2 packs a GPU until the backward" in text
     assert "weights of 2 packs from step to step" in text
+
+
+def test_importing_draws_no_number_of_the_scripts_own() -> None:
+    """rich draws from Python's generator when it is imported."""
+    code = (
+        "import random; random.seed(1); wanted = random.getstate();"
+        "import sys, harmony; harmony.Harmony;"
+        "assert 'rich.style' in sys.modules and random.getstate() == wanted"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
