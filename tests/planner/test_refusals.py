@@ -391,3 +391,13 @@ def test_every_refusal_of_the_checker_is_uttered_here() -> None:
                 lines = statements.get(Path(frame.filename), {})
                 left.discard(lines.get(frame.lineno or 0, ""))
     assert left == set()
+
+
+def test_more_shared_parameters_than_layers_are_no_error() -> None:
+    """The number of a shared parameter says nothing of layers (ALBERT has more of them)."""
+    graph = chain(2, tied=True)
+    shared = tuple(replace(graph.shared[0], id=i, name=f"tied{i}") for i in range(5))
+    layers = tuple(replace(layer, shared=tuple(range(5))) for layer in graph.layers)
+    graph = replace(graph, layers=layers, shared=shared)
+    schedule, tasks = one_gpu(graph, step(4, 2, packs(1), packs(1, 2)))
+    verify(schedule, graph, uniform_costs(graph), Phase.TRAIN, tasks)

@@ -113,6 +113,8 @@ class _Look:
         task = step.task
         if task is None:
             return None
+        if task.addend is not None:  # a shared parameter's number says nothing of layers
+            return None if self._exists(task.addend) else task
         pack = self._has_layers(task.pack.first, task.pack.last)
         return None if pack and self._has_samples(task.samples) else task
 
