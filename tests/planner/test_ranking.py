@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from harmony.planner.search.candidates import Candidate
-from harmony.planner.search.ranking import Ranking, _family
+from harmony.planner.search.ranking import Ranking, family
 from harmony.planner.search.search import ask
 from tests.toys import MIB, chain, server, uniform_costs
 
@@ -24,12 +24,12 @@ def estimated() -> Ranking:
 
 def tried(ranking: Ranking) -> dict[Candidate, float]:
     """The candidates that a ranking still has, as they come, with what their seconds count for."""
-    return {candidate: seconds for seconds, candidate in ranking.promising(10**9)}
+    return {candidate: seconds for seconds, candidate in ranking.promising()}
 
 
 def test_the_best_estimate_comes_first_and_each_candidate_once() -> None:
     ranking = estimated()
-    found = list(ranking.promising(10**9))
+    found = list(ranking.promising())
     candidates = [candidate for _, candidate in found]
     assert len(set(candidates)) == len(found) > 10
     assert set(candidates) == {candidate for _, candidate in ranking.estimates()}
@@ -45,11 +45,11 @@ def test_candidates_count_as_much_more_as_the_worst_of_their_likes_took(
 ) -> None:
     as_estimated, ranking = tried(estimated()), estimated()
     estimates = {candidate: seconds for seconds, candidate in ranking.estimates()}
-    first = next(candidate for _, candidate in ranking.promising(10**9))
+    first = next(candidate for _, candidate in ranking.promising())
     for factor in off:
         ranking.learn(first, factor * estimates[first])
     counted = tried(ranking)
-    alike = [c for c in counted if _family(c) == _family(first)]
+    alike = [c for c in counted if family(c) == family(first)]
     others = counted.keys() - alike
     assert alike and others
     assert all(counted[c] == pytest.approx(worst * as_estimated[c]) for c in alike)
