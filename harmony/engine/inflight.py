@@ -23,8 +23,8 @@ Reached = frozenset[int]
 class InFlight:
     """Host copies of the values of one minibatch, and the schedules that are bound to them.
 
-    A forward takes a free in_flight; it is free again when nothing can ask for its backward any
-    more. So there are never more in_flight_pool than forwards were waiting at one time.
+    A forward takes a free entry; it is free again when nothing can ask for its backward any more.
+    So there are never more entries than forwards were waiting at one time.
 
     Attributes:
         values: what its forward leaves, beside what goes through the host meanwhile.
@@ -51,7 +51,7 @@ class InFlight:
 
 
 class InFlightPool:
-    """The in_flight_pool of one executor, and the schedules that are prepared for them."""
+    """The entries of one executor, and the schedules that are prepared for them."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
@@ -60,25 +60,23 @@ class InFlightPool:
         self._old: list[InFlight] = []
 
     def take(self, minibatch: int) -> InFlight:
-        """Return a in_flight that no other forward uses; it is free again after its ``free()``."""
-        in_flight_pool = self._taken.setdefault(minibatch, [])
-        in_flight = next(
-            (in_flight for in_flight in in_flight_pool if not in_flight.is_taken), None
-        )
-        if in_flight is None:
-            in_flight = InFlight()
-            in_flight_pool.append(in_flight)
-        in_flight.is_taken = True
-        return in_flight
+        """Return an entry that no other forward uses; it is free again after its ``free()``."""
+        entries = self._taken.setdefault(minibatch, [])
+        free = next((entry for entry in entries if not entry.is_taken), None)
+        if free is None:
+            free = InFlight()
+            entries.append(free)
+        free.is_taken = True
+        return free
 
     def own(self, phase: Phase, minibatch: int) -> InFlight:
-        """Return the in_flight of a phase that nothing follows."""
+        """Return the entry of a phase that nothing follows."""
         return self._own.setdefault((phase, minibatch), InFlight())
 
     def prepare(
         self, schedule: Schedule, in_flight: InFlight, values: HostValues
     ) -> PreparedSchedule:
-        """Return a schedule ready to run on a in_flight's values."""
+        """Return a schedule ready to run on an entry's values."""
         if not self._executor.fits_slots(schedule):
             self.forget()
         key = id(schedule)  # what is prepared keeps it alive
@@ -94,11 +92,9 @@ class InFlightPool:
 
     def forget(self) -> None:
         """Prepare everything anew when it is wanted again: the device memory is another."""
-        in_flight_pool = [
-            in_flight for in_flight_pool in self._taken.values() for in_flight in in_flight_pool
-        ]
-        for in_flight in (*in_flight_pool, *self._own.values(), *self._old):
-            in_flight.prepared.clear()
+        taken = [entry for entries in self._taken.values() for entry in entries]
+        for entry in (*taken, *self._own.values(), *self._old):
+            entry.prepared.clear()
         self._old = [held for held in self._old if held.is_taken]
 
 
