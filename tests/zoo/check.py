@@ -204,7 +204,7 @@ class PlainTraining:
             inputs, targets = _cut(batch, low, high, minibatch)
             harmony.seed_microbatch(step, index)
             loss = self._loss(inputs, targets)
-            weight = (high - low) / minibatch
+            weight = 1.0 if entry.summed else (high - low) / minibatch
             (loss * weight).backward()
             total = total + loss.detach() * weight
         gradients = gradients_of(self._net)

@@ -40,6 +40,7 @@ class Entry:
         num_packs: packs of the plan; fewer only where a model has fewer layers.
         whole_batch: compare with the loss of the whole minibatch, not with the mean of the
             microbatches' losses.
+        summed: the loss is a sum over the samples: the microbatches' losses are added up.
         needs: packages beyond those that the tests install.
         slow: takes more than ten seconds.
         refused: what Harmony says where it refuses the model by name; empty where it trains.
@@ -58,6 +59,7 @@ class Entry:
     microbatch: int = 2
     num_packs: int = 4
     whole_batch: bool = False
+    summed: bool = False
     needs: tuple[str, ...] = ()
     slow: bool = False
     refused: str = ""
