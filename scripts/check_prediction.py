@@ -172,26 +172,29 @@ def new_model(setting: Setting) -> harmony.Harmony:
     )
 
 
-def variant_of(model: harmony.Harmony) -> tuple[Any, Plan]:
-    """What stands for the model: its graph, costs and machine, and its plan."""
+def planned_for(model: harmony.Harmony) -> tuple[Any, Any]:
+    """The variant that stands for the model, and its plan with what it was made from."""
     inputs, targets = next(iter(batches(1, BATCH, CONTEXT)))
-    variant, plan, _ = model._engine.variants.find(CallKind.TRAIN_STEP, ((inputs,), {}, targets))
-    return variant, plan
+    variant, planned, _ = model._engine.variants.find(
+        CallKind.TRAIN_STEP, ((inputs,), {}, targets)
+    )
+    return variant, planned
 
 
 def plans_of(setting: Setting) -> list[Plan]:
     """The plan of a setting first, and those that it is compared with."""
     model = new_model(setting)
-    variant, plan = variant_of(model)
+    _, planned = planned_for(model)
+    plan, known = planned.plan, planned.measured
     if setting.plan != "chosen":
-        return [made_plan(setting, variant, plan)]
+        return [made_plan(setting, planned)]
     plans = [plan]
     sizes = (1, 2, 4, 8) if setting.compare else ()
     for mode in ("pp", "dp") if setting.gpus > 1 else ("pp",):
         for size in sizes:
             if mode == "dp" and size > BATCH // setting.gpus:
                 continue
-            question = (variant.graph, variant.costs, variant.machine, BATCH)
+            question = (planned.graph, known.costs, known.machine, BATCH)
             try:
                 plans.append(choose(*question, mode=mode, microbatch_size=size))
             except HarmonyError:
@@ -200,9 +203,10 @@ def plans_of(setting: Setting) -> list[Plan]:
     return [plan, *(p for p in described.values() if p.spec != plan.spec)]
 
 
-def made_plan(setting: Setting, variant: Any, plan: Plan) -> Plan:
+def made_plan(setting: Setting, planned: Any) -> Plan:
     """A plan of equal packs."""
-    num_layers = variant.graph.num_layers
+    graph, known = planned.graph, planned.measured
+    num_layers = graph.num_layers
     cuts = [num_layers * i // setting.packs for i in range(setting.packs + 1)]
     packs = tuple(Pack(a, b) for a, b in pairwise(cuts))
     edges = [BATCH * r // setting.replicas for r in range(setting.replicas + 1)]
@@ -212,17 +216,17 @@ def made_plan(setting: Setting, variant: Any, plan: Plan) -> Plan:
         BATCH, setting.size, setting.size, packs[:-1], packs, tuple(pairwise(edges)), saved=saved
     )
     # The embedding's weights are the head's too: packs that share cannot stay.
-    own = tuple(pack for pack in packs if not variant.graph.shared_in(pack.first, pack.last))
+    own = tuple(pack for pack in packs if not graph.shared_in(pack.first, pack.last))
     policy = Policy(
         offload=saved if setting.plan == "offload" else (),
         resident=own if setting.plan == "resident" else (),
         mirror=keeps,
     )
-    tasks = build_tasks(variant.graph, spec)
-    schedule = lower(tasks, variant.machine, policy)
-    checked = verify(schedule, variant.graph, variant.costs, Phase.TRAIN, tasks)
+    tasks = build_tasks(graph, spec)
+    schedule = lower(tasks, known.machine, policy)
+    checked = verify(schedule, graph, known.costs, Phase.TRAIN, tasks)
     return replace(
-        plan,
+        planned.plan,
         spec=spec,
         policy=policy,
         schedules={Phase.TRAIN: schedule},
@@ -234,15 +238,17 @@ def run(setting: Setting, plan: Plan, steps: int) -> dict[str, Any]:
     """Train by a plan, in a model of its own; predicted from what was measured for that."""
     gc.collect()  # the model before holds the virtual GPUs' memory
     model = new_model(setting)
-    variant, own = variant_of(model)
-    variant._plans[BATCH] = replace(
-        own,
+    variant, planned = planned_for(model)
+    own = replace(
+        planned.plan,
         spec=plan.spec,
         policy=plan.policy,
         schedules=plan.schedules,
         peak_nbytes=plan.peak_nbytes,
     )
-    predicted_s = predict_s(plan.schedule, variant.graph, variant.costs, variant.machine)
+    variant.learn(replace(planned, plan=own))
+    known = planned.measured
+    predicted_s = predict_s(plan.schedule, planned.graph, known.costs, known.machine)
     measured = []
     for inputs, targets in batches(steps, BATCH, CONTEXT):
         model.train_step(inputs, targets)

@@ -87,7 +87,7 @@ def trained(**options: Any) -> harmony.Harmony:
 
 def costs_of(model: harmony.Harmony) -> tuple[Any, Any]:
     (variant,) = model._engine.variants
-    return variant.costs, variant.machine
+    return variant.measured.costs, variant.measured.machine
 
 
 @pytest.mark.usefixtures("contexts")

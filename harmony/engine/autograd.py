@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from harmony.engine.grad_alias import Version, versions, watch
 from harmony.engine.inflight import InFlight, gradients_left
+from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
 from harmony.errors import HarmonyError
-from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.tasks import TensorKind, value_gradient
 from harmony.reference.plain_step import PlainForward
 from harmony.runtime.exec.executor import PreparedSchedule
@@ -48,7 +48,7 @@ class ForwardCall:
 
     run_backward: Callable[[ForwardCall, Gradients], Gradients]
     variant: Variant
-    plan: Plan
+    planned: Planned
     replay: ReplayState
     weights: Weights
     in_flight: InFlight

@@ -29,11 +29,11 @@ from harmony.engine.call_key import Call
 from harmony.engine.call_kind import CallKind
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import Paths
+from harmony.engine.planned import Measured, Planned
 from harmony.engine.step_result import RanStep, ReadyStep
 from harmony.engine.variant import Variant
 from harmony.engine.variants import VariantCache
 from harmony.errors import ConfigError, DoesNotFitError
-from harmony.planner.ir.plan import Plan
 from harmony.planner.search.candidates import REMEDY
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
@@ -137,10 +137,10 @@ class DynamicRunner:
         paths.use(variant)
         size = captured.num_samples  # its trace is good for no other
         measure = partial(self._variants.measured, variant, kind, size, call, [size])
-        inputs = with_room("measuring the layers", [context.device], measure)
-        plan = self._plan(variant, size)
-        weights, _ = variant.weights(detached(inputs), plan.spec)
-        return ReadyStep(variant, plan, inputs, weights, index, captured.moved)
+        inputs, measured = with_room("measuring the layers", [context.device], measure)
+        planned = self._plan(variant, size, measured)
+        weights, _ = variant.weights(detached(inputs), planned.plan.spec)
+        return ReadyStep(variant, planned, inputs, weights, index, captured.moved)
 
     def train(
         self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
@@ -251,10 +251,10 @@ class DynamicRunner:
         for module, attribute, held in ready.moved:
             modules[module].__dict__[attribute] = held
 
-    def _plan(self, variant: Variant, size: int) -> Plan:
-        plan = variant.plan(size, "pp", size, "recompute", None)
-        self._record.planned(plan, variant.predicted(plan))
-        return plan
+    def _plan(self, variant: Variant, size: int, measured: Measured) -> Planned:
+        planned = variant.plan(size, measured, ("pp", size, "recompute"))
+        self._record.planned(planned.plan, planned.predicted)
+        return planned
 
     def _capture_of(self, kind: CallKind) -> DynamicTrace:
         if kind not in self._captures:

@@ -155,7 +155,8 @@ class Engine:
         with self.whole.together() as begun:
             try:
                 ready = self._prepare(CallKind.TRAIN_STEP, call)
-                step, minibatch = self._planned(call, ready, begun), ready.plan.minibatch
+                step = self._planned(call, ready, begun)
+                minibatch = ready.planned.plan.minibatch
                 step.replay.states.commit(begun)
                 loss, timeline = step.loss, step.timeline
             except (DynamicOnlyError, GuardError) as reason:
@@ -167,7 +168,7 @@ class Engine:
         if ready is not None and timeline is not None:
             ready.variant.captured.bring_home(self.devices)
             if self._feedback is not None and not self.variants.hooked():
-                self._feedback.stepped(ready.variant, ready.plan, timeline)
+                self._feedback.stepped(ready.variant, ready.planned, timeline)
         return StepResult(loss, minibatch, count_tokens((args, kwargs)), timeline)
 
     def _train_dynamic(
@@ -231,24 +232,25 @@ class Engine:
         call = (args, kwargs, targets)
         find = functools.partial(self.variants.find, kind, call)
         try:
-            variant, plan, inputs = with_room("measuring the model", self.devices, find)
+            variant, planned, inputs = with_room("measuring the model", self.devices, find)
         except DynamicOnlyError as reason:
             if kind is CallKind.TRAIN_STEP or reason.eager:
                 raise
             self._dynamic.notice(reason)
             return self._dynamic.ready(kind, call, self.num_steps, 0)
+        plan = planned.plan
         weights, doubt = variant.weights(detached(inputs), plan.spec)
         if doubt is not None and self.options.microbatch_size is None:
             variant.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
             return self.ready(kind, args, kwargs, targets)
         if doubt is not None:
             self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
-        return ReadyStep(variant, plan, inputs, weights)
+        return ReadyStep(variant, planned, inputs, weights)
 
     def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
         """Run the schedule of a training step, with its updates or up to the gradients."""
-        variant, plan = ready.variant, ready.plan
-        prepared = self._with_slots(variant.prepared, plan, Phase.TRAIN)
+        variant = ready.variant
+        prepared = self._with_slots(variant.prepared, ready.planned.plan, Phase.TRAIN)
         load_inputs(prepared, variant.graph, ready.inputs)
         if self._aliased is not None:
             self._aliased.take_back()
@@ -289,10 +291,13 @@ class Engine:
         check_surroundings()
         with hooks_of_others_off():
             ready = self._prepare(CallKind.OWN_LOOP, (args, kwargs, None))
-        variant, plan, inputs, weights = ready.variant, ready.plan, ready.inputs, ready.weights
+        variant, plan = ready.variant, ready.planned.plan
+        inputs, weights = ready.inputs, ready.weights
         replay, check, step = self._replay_state(ready), variant.self_check(plan), self.num_steps
         in_flight = variant.in_flight_pool.take(plan.minibatch)
-        call = ForwardCall(self.backward, variant, plan, replay, weights, in_flight, step, check)
+        call = ForwardCall(
+            self.backward, variant, ready.planned, replay, weights, in_flight, step, check
+        )
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)
         prepared = self._with_slots(variant.prepared, plan, Phase.FORWARD, in_flight)
@@ -321,7 +326,7 @@ class Engine:
         self.variants.activate(variant)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
         prepare, reached = variant.prepared_backward, frozenset(given)
-        prepared = self._with_slots(prepare, call.plan, call.in_flight, reached)
+        prepared = self._with_slots(prepare, call.planned, call.in_flight, reached)
         read = set(parameters_read(prepared.schedule, host.weights.layout))
         check_unchanged(call.versions, host.weights.arena, read)
         load_gradients(prepared, variant.graph, given, call.weights)
@@ -330,11 +335,13 @@ class Engine:
         self._aliased.take_back()
         job = Job(call.replay, call.weights, check=call.check)
         timeline = variant.executor.run(prepared, job)
-        variant.checked(call.plan)
+        variant.checked(call.planned.plan)
         self.last_timeline = timeline
         if self.verifier is None:
             seconds = timeline.step_s
-            stats = StepStats(call.step, None, call.plan.minibatch, None, seconds, timeline)
+            stats = StepStats(
+                call.step, None, call.planned.plan.minibatch, None, seconds, timeline
+            )
             self.record.stepped(stats)
         made = self._aliased.hand_out(frozenset().union(*host.touched.values()))
         if self.verifier is not None:
@@ -348,8 +355,8 @@ class Engine:
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ready = self._prepare(CallKind.OWN_LOOP, (args, kwargs, None))
-        variant, plan, weights = ready.variant, ready.plan, ready.weights
-        prepared = self._with_slots(variant.prepared_inference, plan)
+        variant, weights = ready.variant, ready.weights
+        prepared = self._with_slots(variant.prepared_inference, ready.planned)
         load_inputs(prepared, variant.graph, detached(ready.inputs))
         replay = self._replay_state(ready, recomputed=False)
         variant.executor.run(prepared, Job(replay, weights))

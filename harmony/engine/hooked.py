@@ -50,7 +50,7 @@ def hooked_step(engine: _Steps, call: Call, ready: ReadyStep, run: Run) -> RanSt
     engine.record.warn(
         "a parameter has a hook: gradients go to the host, and all updates wait for the backward"
     )
-    spec = ready.plan.spec
+    spec = ready.planned.plan.spec
     replicas = range(len(spec.shares))
     parts = [s for r in replicas for s in spec.microbatches(r, TaskKind.BACKWARD)]
     if len(parts) == 1 or engine.options.microbatch_size is None:

@@ -19,6 +19,7 @@ from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import LayerGraph
 from harmony.core.options import current_options
 from harmony.engine.graph_bytes import with_saved, with_state
+from harmony.engine.planned import Measured
 from harmony.engine.variant import Variant
 from harmony.errors import CaptureError, HarmonyError
 from harmony.planner.ir.tasks import Phase
@@ -36,7 +37,13 @@ from harmony.runtime.host.arena_layout import ArenaLayout
 
 
 def profile_of(
-    name: str, variant: Variant, sizes: Sequence[int], minibatch: int, *, clips: bool
+    name: str,
+    variant: Variant,
+    measured: Measured,
+    sizes: Sequence[int],
+    minibatch: int,
+    *,
+    clips: bool,
 ) -> ModelProfile:
     """The profile of a model that was measured here.
 
@@ -44,14 +51,13 @@ def profile_of(
         sizes: microbatch sizes to count FLOPs and bytes at.
         clips: see `ModelProfile`.
     """
-    assert variant.costs is not None, "measure comes before the profile"
     return ModelProfile(
         name=name,
         graph=variant.graph,
-        costs=variant.costs,
+        costs=measured.costs,
         device=native.product_name(variant.device),
         work=count_work(variant.captured, sizes),
-        machine=variant.machine,
+        machine=measured.machine,
         minibatch=minibatch,
         torch_version=torch.__version__,
         phase=variant.phase,
@@ -74,9 +80,9 @@ def profile_later(
     @functools.cache
     def profile() -> ModelProfile:
         found = kept or alive()
-        if found is None:
+        if found is None or found.measured is None:
             raise HarmonyError("the model is gone, and its profile was never asked for")
-        return profile_of(name, found, sizes, minibatch, clips=clips)
+        return profile_of(name, found, found.measured, sizes, minibatch, clips=clips)
 
     return profile
 

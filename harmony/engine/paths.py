@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from harmony.capture import Captured, DynamicOnlyError
 from harmony.engine.options import EngineOptions
-from harmony.engine.variant import Variant, microbatches_of
-from harmony.planner.ir.plan import Plan
+from harmony.engine.planned import Planned
+from harmony.engine.variant import Variant
 
 K = TypeVar("K", bound=Hashable)
 
@@ -46,14 +46,14 @@ class Paths:
         others = [other for other in self.variants if other is not variant]
         self.variants = [variant, *others][:MAX_PATHS]
 
-    def adds_up(self, variant: Variant, plan: Plan, options: EngineOptions) -> bool:
+    def adds_up(self, variant: Variant, planned: Planned, options: EngineOptions) -> bool:
         """Whether it is still known how the losses of a plan's microbatches make the batch's.
 
         If not, the variant is forgotten, for a new one to be made. Where what the loss reads keeps
         changing, the batch is not parted any more, if the caller lets us choose.
         """
         reads = variant.captured.loss_reads
-        if reads is None or len(microbatches_of(plan.spec)) < 2:
+        if reads is None or len(planned.microbatches) < 2:
             return True
         changed = reads.changed()
         if changed is None:

@@ -5,11 +5,12 @@ Only plans that compute the same bits are considered (`harmony.planner.search.nu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_seconds
+from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
 from harmony.errors import PlanError
 from harmony.planner.ir.plan import Plan
@@ -50,8 +51,9 @@ class Feedback:
         # Of a capture that is forgotten nothing is left here.
         self._watched: WeakKeyDictionary[Variant, dict[int, _Watched]] = WeakKeyDictionary()
 
-    def stepped(self, variant: Variant, plan: Plan, timeline: Timeline) -> None:
+    def stepped(self, variant: Variant, planned: Planned, timeline: Timeline) -> None:
         """Note a step; after a few, plan again with what they took."""
+        plan = planned.plan
         known = self._watched.setdefault(variant, {})
         watched = known.get(plan.minibatch)
         if watched is None or watched.plan is not plan:
@@ -62,23 +64,23 @@ class Feedback:
             return
         watched.timelines.append(timeline)
         if len(watched.timelines) == NUM_STEPS:
-            self._reconsider(variant, watched)
+            self._reconsider(variant, planned, watched)
             watched.timelines.clear()
 
-    def _reconsider(self, variant: Variant, watched: _Watched) -> None:
-        plan, timelines = watched.plan, watched.timelines
-        assert variant.costs is not None, "a plan that ran was made from costs"
+    def _reconsider(self, variant: Variant, planned: Planned, watched: _Watched) -> None:
+        plan, known = planned.plan, planned.measured
         found = refine(
-            plan.schedule, variant.costs, variant.machine, variant.predicted(plan), timelines
+            plan.schedule, known.costs, known.machine, planned.predicted, watched.timelines
         )
         if found.worst * WORTHWHILE < 1 or watched.switches >= MOST_SWITCHES:
             return
-        now_s = predict_s(plan.schedule, variant.graph, found.costs, found.machine)
-        better = better_plan(variant, plan, found, now_s, self._activations)
+        now_s = predict_s(plan.schedule, planned.graph, found.costs, found.machine)
+        better = better_plan(planned, found, now_s, self._activations)
         if better is None:
             return
         watched.switches += 1
-        variant.learn(found.costs, found.machine, better)
+        learnt = replace(known, costs=found.costs, machine=found.machine)
+        variant.learn(replace(planned, plan=better, measured=learnt))
         self._record.facts["plan changed"] = (
             f"after {WARM_UP + NUM_STEPS} steps: the costs measured in them predict "
             f"{format_seconds(now_s)} a step for the plan until then, "
@@ -86,18 +88,17 @@ class Feedback:
         )
 
 
-def better_plan(
-    variant: Variant, plan: Plan, found: Refined, now_s: float, activations: str
-) -> Plan | None:
+def better_plan(planned: Planned, found: Refined, now_s: float, activations: str) -> Plan | None:
     """Return a plan that computes the same and is clearly faster; None if there is none.
 
     Args:
-        now_s: what ``plan`` takes by the same costs.
+        now_s: what the plan until now takes by the same costs.
         activations: as for `choose`.
     """
+    plan = planned.plan
     try:
         other = choose(
-            variant.graph,
+            planned.graph,
             found.costs,
             found.machine,
             plan.minibatch,

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from harmony.core.timeline import Timeline
+from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
-from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
@@ -33,7 +33,7 @@ class ReadyStep:
     """
 
     variant: Variant
-    plan: Plan
+    planned: Planned
     inputs: Values
     weights: Weights
     first_index: int = 0
@@ -85,7 +85,7 @@ def replay_state_of(
         run_seed: the run's seed.
         recomputed: whether a backward will run the layers again.
     """
-    variant, spec = ready.variant, ready.plan.spec
+    variant, spec = ready.variant, ready.planned.plan.spec
     changes = variant.captured.changes
     forward_end = variant.graph.num_layers
     if spec.phase is Phase.TRAIN:

@@ -36,9 +36,9 @@ from harmony.engine.offline_plan import (
 )
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
-from harmony.engine.variant import Asked, Variant
+from harmony.engine.planned import Asked, Measured, Planned
+from harmony.engine.variant import Variant
 from harmony.errors import HarmonyError
-from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_minibatch
 from harmony.planner.search.candidates import sizes_that_work
 from harmony.profiling.measured import Measurements
@@ -159,7 +159,7 @@ class VariantCache:
         self._stages.clear()
         self.generation += 1
 
-    def find(self, kind: CallKind, call: Call) -> tuple[Variant, Plan, Values]:
+    def find(self, kind: CallKind, call: Call) -> tuple[Variant, Planned, Values]:
         """Return a variant that stands for a call, its plan, and the tensors by value.
 
         Raises:
@@ -178,40 +178,40 @@ class VariantCache:
                 if variant.captured.only_size not in (None, minibatch):
                     continue
                 try:
-                    inputs = self.measured(variant, kind, minibatch, call)
+                    inputs, measured = self.measured(variant, kind, minibatch, call)
                 except GuardError as error:
                     paths.dynamic = DynamicOnlyError(OTHER_WAY, error.where)
                     raise paths.dynamic.again() from error
-                plan, misfit = self._fitting(variant, minibatch, inputs)
-                if misfit is None and not paths.adds_up(variant, plan, self._options):
+                planned, misfit = self._fitting(variant, minibatch, measured, inputs)
+                if misfit is None and not paths.adds_up(variant, planned, self._options):
                     break
                 if misfit is None:
-                    plan = self.plan(variant, minibatch)
+                    planned = self.plan(variant, minibatch, planned.measured)
                     paths.use(variant)
                     self._record.profile = self._profile_of(variant, minibatch)
                     if current_options().plan_only:
-                        self._record.forward_s = variant.forward_s(plan)
-                    self._record.planned(plan, variant.predicted(plan))
-                    return variant, plan, inputs
+                        self._record.forward_s = planned.forward_s
+                    self._record.planned(planned.plan, planned.predicted)
+                    return variant, planned, inputs
             self._add_path(paths, standing, kind, call, misfit)
         raise DynamicOnlyError("the microbatches of a minibatch take different paths", "?")
 
     def _fitting(
-        self, variant: Variant, minibatch: int, inputs: Values
-    ) -> tuple[Plan, tuple[int, int] | None]:
+        self, variant: Variant, minibatch: int, measured: Measured, inputs: Values
+    ) -> tuple[Planned, tuple[int, int] | None]:
         """Return a plan, and a microbatch that takes another path than the variant's, if any.
 
         Where only parts of the batch do, the batch is not parted.
         """
-        plan, options = self.plan(variant, minibatch), self._options
-        misfit = variant.misfit(inputs, plan.spec, options.microbatch_size)
+        planned, options = self.plan(variant, minibatch, measured), self._options
+        misfit = variant.misfit(inputs, planned, options.microbatch_size)
         whole = (0, minibatch)
         if misfit in (None, whole) or options.microbatch_size is not None:
-            return plan, misfit
+            return planned, misfit
         if options.mode == "dp" or options.plan is not None:
-            return plan, misfit
+            return planned, misfit
         variant.forbid_parts("parts of a batch take another way through the forward than it does")
-        return self.plan(variant, minibatch), None
+        return self.plan(variant, minibatch, planned.measured), None
 
     def recorded(self, kind: CallKind, call: Call) -> Captured | None:
         """Return a recording of calls like this one, though it may not stand for it."""
@@ -265,28 +265,32 @@ class VariantCache:
         minibatch: int,
         call: Call,
         sizes: Sequence[int] | None = None,
-    ) -> Values:
+    ) -> tuple[Values, Measured]:
         """Let a variant have the devices, and measure it if that was not done before.
 
         Args:
             sizes: of the microbatches to measure; chosen here by default.
+
+        Returns:
+            The inputs by value, and what was measured.
         """
         inputs = variant.captured.flatten_inputs(*call)
         self.activate(variant)
-        if variant.costs is None:
+        if variant.measured is None:
             variant.borrow(self)
         if not variant.runs_whole(minibatch, self._asked):
             asked, name = self._options.microbatch_size, self._options.loss_name(kind)
             with undisturbed(self._contexts[0].device):
                 variant.try_splitting(inputs, minibatch, asked, name)
-        if variant.costs is None:
+        measured = variant.measured
+        if measured is None:
             sizes = sizes or self._sizes_to_measure(minibatch, variant.graph)
             update = self.update_cost() if kind is CallKind.TRAIN_STEP else None
             known = self._measured.times()
             with undisturbed(self._contexts[0].device):
-                variant.measure(inputs, sizes, update, known)
+                measured = variant.measure(inputs, sizes, update, known)
             self._measured.keep()
-        return inputs
+        return inputs, measured
 
     def capture_mode(self) -> str:
         """How the model is captured, at worst (see `harmony.Harmony.capture_mode`)."""
@@ -305,9 +309,9 @@ class VariantCache:
                 self.active.release()
             self.active = variant
 
-    def plan(self, variant: Variant, minibatch: int) -> Plan:
+    def plan(self, variant: Variant, minibatch: int, measured: Measured) -> Planned:
         """Return the plan of a variant for a minibatch."""
-        return variant.plan(minibatch, *self._asked(), self._options.plan)
+        return variant.plan(minibatch, measured, self._asked(), self._options.plan)
 
     def _asked(self) -> Asked:
         options = self._options

@@ -77,7 +77,7 @@ class Verifier:
             gradients={name: gradient.clone() for name, gradient in gradients.items()},
             inputs={},
             buffers={n: b.detach().clone() for n, b in net.named_buffers()},
-            parts=parts_of(engine, call.plan.minibatch),
+            parts=parts_of(engine, call.planned.plan.minibatch),
         )
         number, fixed = found.num_microbatches, engine.options.microbatch_size is not None
         order = _outputs_in_order(call)

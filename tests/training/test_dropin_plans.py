@@ -73,18 +73,19 @@ def use_plan(
     policy: Policy,
 ) -> None:
     """Make the model run this batch by a plan of the test's own, all phases verified."""
-    variant, plan, _ = model._engine.variants.find(CallKind.OWN_LOOP, (call, {}, None))
-    minibatch = plan.minibatch
+    variant, planned, _ = model._engine.variants.find(CallKind.OWN_LOOP, (call, {}, None))
+    minibatch = planned.plan.minibatch
     every = packs(cuts, variant.graph.num_layers)
     spec = StepSpec(minibatch, size, size, every, every, halves(minibatch, replicas))
     schedules = {}
     for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.INFER):
         tasks = build_tasks(variant.graph, replace(spec, phase=phase))
-        schedules[phase] = lower(tasks, variant.machine, policy)
-        verify(schedules[phase], variant.graph, variant.costs, phase, tasks)
-    variant._plans[minibatch] = replace(
-        plan, spec=replace(spec, phase=Phase.BACKWARD), policy=policy, schedules=schedules
+        schedules[phase] = lower(tasks, planned.measured.machine, policy)
+        verify(schedules[phase], variant.graph, planned.measured.costs, phase, tasks)
+    own = replace(
+        planned.plan, spec=replace(spec, phase=Phase.BACKWARD), policy=policy, schedules=schedules
     )
+    variant.learn(replace(planned, plan=own))
 
 
 @RANDOM

@@ -46,7 +46,7 @@ def poorly_planned(model: harmony.Harmony) -> Plan:
     use_plan(model, token_batch(0), spec_of, Policy(1, 1, 1, "host"))
     variant = model._engine.variants.active
     assert variant is not None
-    return variant._plans[8]
+    return variant._plans[8].plan
 
 
 @pytest.mark.parametrize("replan", [True, False])

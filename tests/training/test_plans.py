@@ -47,19 +47,20 @@ def packs(cuts: list[int], num_layers: int) -> tuple[Pack, ...]:
 def use_plan(model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy) -> StepSpec:
     """Make ``model`` train ``batch`` by a plan of the test's own, verified."""
     engine = model._engine
-    variant, plan, _ = engine.variants.find(CallKind.TRAIN_STEP, ((batch[0],), {}, batch[1]))
-    minibatch = plan.minibatch
+    variant, planned, _ = engine.variants.find(CallKind.TRAIN_STEP, ((batch[0],), {}, batch[1]))
+    minibatch = planned.plan.minibatch
     spec = spec_of(variant.graph.num_layers, minibatch)
     tasks = build_tasks(variant.graph, spec)
-    schedule = lower(tasks, variant.machine, policy)
-    checked = verify(schedule, variant.graph, variant.costs, Phase.TRAIN, tasks)
-    variant._plans[minibatch] = replace(
-        plan,
+    schedule = lower(tasks, planned.measured.machine, policy)
+    checked = verify(schedule, variant.graph, planned.measured.costs, Phase.TRAIN, tasks)
+    plan = replace(
+        planned.plan,
         spec=spec,
         policy=policy,
         schedules={Phase.TRAIN: schedule},
         peak_nbytes=checked.peak_nbytes,
     )
+    variant.learn(replace(planned, plan=plan))
     return spec
 
 

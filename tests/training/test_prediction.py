@@ -38,10 +38,11 @@ def test_what_the_simulator_lets_wait_does_wait(
     )
     for step in range(2):
         model.train_step(*token_batch(step))
-    variant, plan, _ = model._engine.variants.find(
+    variant, planned, _ = model._engine.variants.find(
         CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
     )
-    work = _Work(plan.schedule, variant.graph, variant.costs, variant.machine)
+    plan, known = planned.plan, planned.measured
+    work = _Work(plan.schedule, variant.graph, known.costs, known.machine)
     names = [name for name, _ in plan.schedule.all_programs()]
     measured = {(span.lane.split(".")[0], span.index): span for span in model.last_timeline.spans}
     place = {number: (names[program], index) for number, program, index in work.made}

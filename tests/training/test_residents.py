@@ -179,12 +179,12 @@ def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
 
     model = resident_model(GPT())
     variant = model._engine.variants.active
-    assert variant is not None and variant.costs is not None
+    assert variant is not None and variant.measured is not None
     whole = packs([2, 4, 6], variant.graph.num_layers)
     spec = StepSpec(8, 2, 2, whole, whole, ((0, 8),), Phase.INFER)
     tasks = build_tasks(variant.graph, spec)
-    schedule = lower(tasks, variant.machine, Policy(resident=whole, mirror=True))
-    verify(schedule, variant.graph, variant.costs, Phase.INFER, tasks)
+    schedule = lower(tasks, variant.measured.machine, Policy(resident=whole, mirror=True))
+    verify(schedule, variant.graph, variant.measured.costs, Phase.INFER, tasks)
     copied = [s.ref for p in schedule.programs for s in p if s.op is Op.SWAP_IN]
     assert not any(ref is not None and ref.is_parameter for ref in copied)
 
@@ -214,7 +214,8 @@ def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> N
     found = model._engine.variants.find(
         CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
     )
-    assert active is not None and found[0] is not active  # it is planned again
-    plan = active.plan(8, "auto", 2, "auto", None)
+    assert active is not None and active.measured is not None
+    assert found[0] is not active  # it is planned again
+    plan = active.plan(8, active.measured, ("auto", 2, "auto")).plan
     with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0: all gradients have to be"):
         active.prepared(plan, Phase.TRAIN)

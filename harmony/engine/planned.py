@@ -1,0 +1,97 @@
+"""What the plans of a variant are made from, and a plan with what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Machine
+from harmony.core.timeline import Timeline
+from harmony.engine.inflight import Reached, backward_schedule, differentiable_outputs
+from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.tasks import Phase, Samples, StepSpec, TaskKind
+from harmony.planner.predict.cost import CostTable
+from harmony.planner.predict.simulate import simulate
+from harmony.planner.search.trial import inference_schedule
+from harmony.report.metrics import forward_seconds
+
+Asked = tuple[str, int | None, str]
+"""What a plan is asked for beside its minibatch: mode, microbatch size, activations."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What plans are made from.
+
+    Attributes:
+        graph: as captured, with the bytes that each forward saves for its backward.
+        costs: of its layers.
+        machine: with the share of a layer's time that needs a core.
+    """
+
+    graph: LayerGraph
+    costs: CostTable
+    machine: Machine
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A plan for a minibatch.
+
+    Attributes:
+        graph: what was measured, with what is known of parts of batches.
+        measured: what the plan was made from.
+        asked: what was asked for; None where the plan was given, or is like another length's.
+    """
+
+    plan: Plan
+    graph: LayerGraph
+    measured: Measured
+    asked: Asked | None = None
+    _backwards: dict[Reached, Schedule] = field(init=False, default_factory=dict)
+
+    @cached_property
+    def predicted(self) -> Timeline:
+        """What the plan is expected to do."""
+        known = self.measured
+        return simulate(self.plan.schedule, self.graph, known.costs, known.machine)
+
+    @cached_property
+    def forward_s(self) -> float:
+        """Predicted seconds of the forward where it has a schedule of its own; else 0."""
+        known = self.measured
+        return forward_seconds(self.plan, self.graph, known.costs, known.machine)
+
+    @cached_property
+    def microbatches(self) -> tuple[Samples, ...]:
+        """All microbatches, of FORWARD and BACKWARD, each once, in order."""
+        return tuple(microbatches_of(self.plan.spec))
+
+    @cached_property
+    def inference(self) -> Schedule:
+        """A forward that nothing follows, with the plan's packs."""
+        plan, costs = self.plan, self.measured.costs
+        return inference_schedule(self.graph, costs, plan.machine, plan.spec, plan.policy)
+
+    def backward(self, reached: Reached) -> Schedule:
+        """Return the backward from the outputs that a gradient has come for."""
+        if reached == differentiable_outputs(self.graph):
+            return self.plan.schedules[Phase.BACKWARD]
+        if reached not in self._backwards:
+            costs = self.measured.costs
+            self._backwards[reached] = backward_schedule(self.plan, self.graph, costs, reached)
+        return self._backwards[reached]
+
+
+def microbatches_of(spec: StepSpec) -> list[Samples]:
+    """All microbatches, of FORWARD and BACKWARD, each once, in order."""
+    replicas = range(len(spec.shares))
+    every = {
+        samples
+        for kind in (TaskKind.FORWARD, TaskKind.BACKWARD)
+        for replica in replicas
+        for samples in spec.microbatches(replica, kind)
+    }
+    return sorted(every)
