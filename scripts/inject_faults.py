@@ -77,14 +77,14 @@ DROPIN = {
     "outputs": "harmony.engine.engine:joined_outputs",
     "attach": "harmony.engine.engine:attach",
     "output gradients": "harmony.engine.engine:load_gradients",
-    "lend": "harmony.engine.grad_alias:AliasedGradients.lend",
+    "hand out": "harmony.engine.grad_alias:AliasedGradients.hand_out",
     "take back": "harmony.engine.grad_alias:AliasedGradients.take_back",
 }
 PLACES = {
     "step": PREPARING | RUNNING | BEHIND | UPDATES,
     "device": PREPARING | RUNNING | BEHIND | UPDATES,
     "dropin": PREPARING | RUNNING | DROPIN | {"commit": BEHIND["commit"]},
-    "live": PREPARING
+    "dynamic": PREPARING
     | RUNNING
     | BEHIND
     | UPDATES

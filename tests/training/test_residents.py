@@ -189,6 +189,44 @@ def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
     assert not any(ref is not None and ref.is_parameter for ref in copied)
 
 
+@pytest.mark.parametrize("first", [8, 5], ids=["on both first", "on one first"])
+def test_plans_on_other_numbers_of_devices_take_turns(vgpus: VirtualGPUs, first: int) -> None:
+    """What stays on a device that a step leaves out is of an earlier step afterwards."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    options = {"lr": 0.1, "momentum": 0.9, "fused": False}
+    inputs, targets = torch.randn(8, 6), torch.randint(0, 3, (8,))
+    model = harmony.Harmony(
+        copy.deepcopy(plain),
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs=options,
+        loss_fn=nn.functional.cross_entropy,
+        devices=2,
+    )
+
+    def spec_of(num_layers: int, minibatch: int) -> StepSpec:
+        last = packs([1] if minibatch == 8 else [], num_layers)
+        return StepSpec(minibatch, minibatch, minibatch, last[:-1], last, ((0, minibatch),))
+
+    for size in (8, 5):
+        batch = inputs[:size], targets[:size]
+        last = packs([1] if size == 8 else [], 2)
+        use_plan(model, batch, spec_of, Policy(resident=last, mirror=True))
+    own = torch.optim.SGD(plain.parameters(), **options)
+    used = set()
+    for size in (first, 13 - first) * 3:
+        own.zero_grad()
+        loss = nn.functional.cross_entropy(plain(inputs[:size]), targets[:size])
+        loss.backward()
+        own.step()
+        assert model.train_step(inputs[:size], targets[:size]) == loss.item()
+        assert model.plan is not None
+        used.add(model.plan.schedules[Phase.TRAIN].num_devices)
+    assert used == {1, 2}
+    for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
 def test_a_released_plan_leaves_nothing_on_the_devices(vgpus: VirtualGPUs) -> None:
     """Not even until Python looks for cycles: the next plan needs the memory at once."""
     model = resident_model(GPT())

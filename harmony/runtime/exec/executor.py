@@ -153,8 +153,7 @@ class Executor:
     def fits_slots(self, schedule: Schedule) -> bool:
         """Whether the slots that exist serve this schedule as they are."""
         return all(
-            _slot_sizes(schedule, index) == self._slot_sizes[index]
-            for index in range(schedule.num_devices)
+            _slot_sizes(schedule, index) == held for index, held in enumerate(self._slot_sizes)
         )
 
     def release(self) -> None:
@@ -166,9 +165,12 @@ class Executor:
             self._reserve_residents(index, ())
 
     def _reserve_slots(self, schedule: Schedule) -> None:
-        for index, spec in enumerate(schedule.devices):
-            self._host.set_stages(index, spec.stages, self.contexts[index].device)
-            wanted = _slot_sizes(schedule, index)
+        # Devices that it leaves out too: weights that stay there would be of an earlier step.
+        for index in range(len(self.contexts)):
+            spec = wanted = _slot_sizes(schedule, index)
+            if index < schedule.num_devices:
+                stages = schedule.devices[index].stages
+                self._host.set_stages(index, stages, self.contexts[index].device)
             if wanted == self._slot_sizes[index]:
                 continue
             self._slot_sizes[index] = _NO_SLOTS  # until all of them are there
@@ -340,7 +342,9 @@ _NO_SLOTS = DeviceSpec(0)
 
 
 def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
-    """What a schedule wants to have on a device from step to step."""
+    """What a schedule wants to have on a device from step to step; nothing where it has none."""
+    if index >= schedule.num_devices:
+        return _NO_SLOTS
     return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
 
 
