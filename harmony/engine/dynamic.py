@@ -139,7 +139,7 @@ class DynamicRunner:
         measure = partial(self._variants.measured, variant, kind, size, call, [size])
         inputs, measured = with_room("measuring the layers", [context.device], measure)
         planned = self._plan(variant, size, measured)
-        weights, _ = variant.weights(detached(inputs), planned.plan.spec)
+        weights, _ = variant.weights(detached(inputs), planned)
         return ReadyStep(variant, planned, inputs, weights, index, captured.moved)
 
     def train(

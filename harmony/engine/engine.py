@@ -239,7 +239,7 @@ class Engine:
             self._dynamic.notice(reason)
             return self._dynamic.ready(kind, call, self.num_steps, 0)
         plan = planned.plan
-        weights, doubt = variant.weights(detached(inputs), plan.spec)
+        weights, doubt = variant.weights(detached(inputs), planned)
         if doubt is not None and self.options.microbatch_size is None:
             variant.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
             return self.ready(kind, args, kwargs, targets)

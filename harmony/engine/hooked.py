@@ -50,9 +50,7 @@ def hooked_step(engine: _Steps, call: Call, ready: ReadyStep, run: Run) -> RanSt
     engine.record.warn(
         "a parameter has a hook: gradients go to the host, and all updates wait for the backward"
     )
-    spec = ready.planned.plan.spec
-    replicas = range(len(spec.shares))
-    parts = [s for r in replicas for s in spec.microbatches(r, TaskKind.BACKWARD)]
+    parts = ready.planned.in_order[TaskKind.BACKWARD]
     if len(parts) == 1 or engine.options.microbatch_size is None:
         ran = run(ready)
         call_hooks(engine.net.parameters())
@@ -68,7 +66,7 @@ def hooked_step(engine: _Steps, call: Call, ready: ReadyStep, run: Run) -> RanSt
 
 
 def _in_parts(
-    engine: _Steps, call: Call, whole: ReadyStep, parts: list[Samples], run: Run
+    engine: _Steps, call: Call, whole: ReadyStep, parts: tuple[Samples, ...], run: Run
 ) -> RanStep:
     """Run forward and backward of one microbatch after the other, with the hooks of each."""
     assert engine.variants.arenas is not None and whole.variant.graph.loss is not None

@@ -77,12 +77,14 @@ class InFlightPool:
         self, schedule: Schedule, in_flight: InFlight, values: HostValues
     ) -> PreparedSchedule:
         """Return a schedule ready to run on an entry's values."""
+        key = id(schedule)  # what is prepared keeps it alive
+        known = in_flight.prepared.get(key)
+        if known is not None:  # in the slots that there are: others would have made it forgotten
+            return known
         if not self._executor.fits_slots(schedule):
             self.forget()
-        key = id(schedule)  # what is prepared keeps it alive
-        if key not in in_flight.prepared:
-            in_flight.prepared[key] = self._executor.prepare(schedule, values)
-        return in_flight.prepared[key]
+        prepared = in_flight.prepared[key] = self._executor.prepare(schedule, values)
+        return prepared
 
     def drop(self) -> None:
         """Let later forwards have host copies of their own: their batches are parted otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -68,6 +69,32 @@ class Planned:
     def microbatches(self) -> tuple[Samples, ...]:
         """All microbatches, of FORWARD and BACKWARD, each once, in order."""
         return tuple(microbatches_of(self.plan.spec))
+
+    @cached_property
+    def in_order(self) -> Mapping[TaskKind, tuple[Samples, ...]]:
+        """The microbatches of FORWARD and those of BACKWARD, one replica's after the other's."""
+        spec = self.plan.spec
+        replicas = range(len(spec.shares))
+        return {
+            kind: tuple(s for replica in replicas for s in spec.microbatches(replica, kind))
+            for kind in (TaskKind.FORWARD, TaskKind.BACKWARD)
+        }
+
+    @cached_property
+    def forward_end(self) -> int:
+        """The layers below it have a FORWARD task; the others run first in BACKWARD."""
+        spec = self.plan.spec
+        if spec.phase is not Phase.TRAIN:
+            return self.graph.num_layers
+        return spec.forward_packs[-1].last if spec.forward_packs else 0
+
+    @cached_property
+    def random_starts(self) -> frozenset[int]:
+        """Layers at which a pack starts, where layers draw random numbers; else none."""
+        spec = self.plan.spec
+        draws = any(layer.uses_rng for layer in self.graph.layers)
+        packs = (*spec.forward_packs, *spec.backward_packs) if draws else ()
+        return frozenset(pack.first for pack in packs)
 
     @cached_property
     def inference(self) -> Schedule:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from harmony.core.timeline import Timeline
 from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
-from harmony.planner.ir.tasks import Phase, TaskKind
+from harmony.planner.ir.tasks import TaskKind
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.step.layer_state import LayerStates
@@ -85,20 +85,14 @@ def replay_state_of(
         run_seed: the run's seed.
         recomputed: whether a backward will run the layers again.
     """
-    variant, spec = ready.variant, ready.planned.plan.spec
-    changes = variant.captured.changes
-    forward_end = variant.graph.num_layers
-    if spec.phase is Phase.TRAIN:
-        forward_end = spec.forward_packs[-1].last if spec.forward_packs else 0
-    states = LayerStates(net, changes, forward_end, spec.minibatch, recomputed)
-    if not any(layer.uses_rng for layer in variant.graph.layers):
+    captured, planned = ready.variant.captured, ready.planned
+    spec = planned.plan.spec
+    states = LayerStates(net, captured.changes, planned.forward_end, spec.minibatch, recomputed)
+    if not planned.random_starts:
         return ReplayState(RandomStates(frozenset()), states)
-    packs = (*spec.forward_packs, *spec.backward_packs)
-    starts = frozenset(pack.first for pack in packs)
-    random = RandomStates(starts, variant.captured.draws_on_host)
+    random = RandomStates(planned.random_starts, captured.draws_on_host)
     kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
-    every = [s for replica in range(len(spec.shares)) for s in spec.microbatches(replica, kind)]
-    for index, samples in enumerate(every, ready.first_index):
+    for index, samples in enumerate(planned.in_order[kind], ready.first_index):
         seed = microbatch_seed(step, index, run_seed)
         random.start(samples, 0, context.seeded_state(seed), seed)
     return ReplayState(random, states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -27,7 +27,7 @@ from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_plan
 from harmony.planner.ir.task_graph import build_tasks
-from harmony.planner.ir.tasks import Phase, Samples, StepSpec, TaskKind
+from harmony.planner.ir.tasks import Phase, Samples
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.planner.search.candidates import REMEDY
 from harmony.profiling.layer_times import KnownTimes, measure_layers
@@ -202,19 +202,19 @@ class Variant:
             self._verdict = self._kin._verdict  # until it is tried, or needs not be
             self._use(Measured(graph, costs, known.machine))
 
-    def runs_whole(self, minibatch: int, asked: Callable[[], Asked]) -> bool:
-        """Whether no batch of this size is parted, as none of the other length is.
+    def wants_trial(self, minibatch: int, asked: Callable[[], Asked]) -> bool:
+        """Whether it is to be found out with a batch of this size whether it may be parted.
 
-        Then nothing needs to be known of its parts.
+        Not where no batch of this size is parted, as none of the other length is.
         """
-        if self._splitting.is_tried:
+        if not self._splitting.is_open(self.captured_graph, minibatch):
             return False
         planned = self._plans.get(minibatch)
         if planned is None and _is_whole(self._like(minibatch, asked())):
             planned = self._adapted(minibatch, asked())
             if planned is not None:
                 self._plans[minibatch] = planned
-        return planned is not None and _is_whole(planned.plan)
+        return planned is None or not _is_whole(planned.plan)
 
     def _like(self, minibatch: int, asked: Asked) -> Plan | None:
         """The other length's plan for what is asked."""
@@ -316,6 +316,8 @@ class Variant:
         """
         whole = [(0, planned.plan.minibatch)] if asked is None else []
         for samples in dict.fromkeys([*whole, *planned.microbatches]):
+            if not self.captured.looks_at_inputs(samples[1] - samples[0]):
+                continue
             try:
                 self.captured.split(inputs, *samples)
             except GuardError:
@@ -361,17 +363,20 @@ class Variant:
         self.in_flight_pool.forget()
         self.executor.release()
 
-    def weights(self, inputs: Values, spec: StepSpec) -> tuple[Weights, str | None]:
+    @cached_property
+    def _scalars(self) -> list[int]:
+        """Outputs that may be losses."""
+        return [v for v in self.graph.output_ids if _is_scalar(self.captured, v)]
+
+    def weights(self, inputs: Values, planned: Planned) -> tuple[Weights, str | None]:
         """Return how much the scalar outputs of each microbatch count.
 
         The second value says why their sum may not be the whole batch's; None where it is.
         """
         weights: dict[tuple[int, Samples], float] = {}
         doubt = None
-        scalars = [v for v in self.graph.output_ids if _is_scalar(self.captured, v)]
-        for kind in (TaskKind.FORWARD, TaskKind.BACKWARD):
-            every = [s for r in range(len(spec.shares)) for s in spec.microbatches(r, kind)]
-            for value in scalars:
+        for every in planned.in_order.values():
+            for value in self._scalars:
                 found, why = self._splitting.weigh(value, inputs, every)
                 weights.update({(value, s): weight for s, weight in found.items()})
                 if self.graph.values[value].requires_grad:

@@ -90,6 +90,7 @@ class VariantCache:
         limits = options.device_memory_nbytes, options.host_memory_nbytes
         self._measured = Measurements(net, contexts, limits, record.warn)
         self._pinned_seen = False
+        self._noted: Planned | None = None
 
     def __iter__(self) -> Iterator[Variant]:
         for paths in self._paths.values():
@@ -155,6 +156,7 @@ class VariantCache:
     def forget(self) -> None:
         """Forget all captures: the model is another."""
         self.activate(None)
+        self._noted = None
         self._paths.clear()
         self._stages.clear()
         self.generation += 1
@@ -188,13 +190,21 @@ class VariantCache:
                 if misfit is None:
                     planned = self.plan(variant, minibatch, planned.measured)
                     paths.use(variant)
-                    self._record.profile = self._profile_of(variant, minibatch)
-                    if current_options().plan_only:
-                        self._record.forward_s = planned.forward_s
-                    self._record.planned(planned.plan, planned.predicted)
+                    self._note(variant, planned)
                     return variant, planned, inputs
             self._add_path(paths, standing, kind, call, misfit)
         raise DynamicOnlyError("the microbatches of a minibatch take different paths", "?")
+
+    def _note(self, variant: Variant, planned: Planned) -> None:
+        """Let the report know of the plan, where it is not that of the step before."""
+        record = self._record
+        if self._noted is planned and record.plan is planned.plan:
+            return
+        record.profile = self._profile_of(variant, planned.plan.minibatch)
+        if current_options().plan_only:
+            record.forward_s = planned.forward_s
+        record.planned(planned.plan, planned.predicted)
+        self._noted = planned
 
     def _fitting(
         self, variant: Variant, minibatch: int, measured: Measured, inputs: Values
@@ -278,7 +288,7 @@ class VariantCache:
         self.activate(variant)
         if variant.measured is None:
             variant.borrow(self)
-        if not variant.runs_whole(minibatch, self._asked):
+        if variant.wants_trial(minibatch, self._asked):
             asked, name = self._options.microbatch_size, self._options.loss_name(kind)
             with undisturbed(self._contexts[0].device):
                 variant.try_splitting(inputs, minibatch, asked, name)

@@ -205,6 +205,10 @@ class Captured:
         """File and line of the first decision that the forward takes by looking at the inputs."""
         return self.traces.first_guard()
 
+    def looks_at_inputs(self, num_samples: int) -> bool:
+        """Whether the forward's Python decides by what is in so many samples."""
+        return bool(self.traces.of(num_samples).trace.host_program)
+
     def check_guards(self, inputs: Values, num_samples: int) -> None:
         """Check what the forward's Python decided by looking at the inputs.
 

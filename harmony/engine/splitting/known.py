@@ -26,10 +26,11 @@ class Splitting:
         self._rules: Mapping[int, Rule] = {}
         self._tried = False
 
-    @property
-    def is_tried(self) -> bool:
-        """Whether that has happened."""
-        return self._tried
+    def is_open(self, graph: LayerGraph, minibatch: int) -> bool:
+        """Whether a batch of so many samples has something to show that is not known."""
+        if self._tried or minibatch < 2:
+            return False
+        return any(graph.values[v].batch_dim is not None for v in graph.input_ids)
 
     def found(
         self,
@@ -51,8 +52,7 @@ class Splitting:
                 only how outputs with several rows a sample are put together is found out.
             loss_name: of the caller's loss function, for the reason.
         """
-        parted = any(graph.values[v].batch_dim is not None for v in graph.input_ids)
-        if self._tried or minibatch < 2 or not parted:
+        if not self.is_open(graph, minibatch):
             return None
         self._tried = True
         if not self._is_needed(graph, minibatch, asked):
