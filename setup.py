@@ -25,7 +25,7 @@ def kernel_packages() -> dict[str, str]:
 
 def version() -> str:
     """The version that the package itself states."""
-    text = (ROOT / "harmony" / "__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "harmony" / "core" / "version.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     assert match is not None
     return match[1]

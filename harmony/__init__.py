@@ -10,6 +10,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harmony.core.version import __version__
     from harmony.errors import (
         CaptureError,
         ConfigError,
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
     from harmony.weights.meta_init import materialise, meta_init
     from harmony.weights.pretrained import load_pretrained
 
-__version__ = "0.1.0"
-
 _HOMES = {
+    "__version__": "harmony.core.version",
     "Harmony": "harmony.module",
     "Plan": "harmony.planner.ir.plan",
     "load_pretrained": "harmony.weights.pretrained",

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmony import __version__
 from harmony.cli.plan_arguments import MODES, Parser, count, in_folder, rate, size
 from harmony.core.files import is_file, is_folder
 from harmony.core.options import Options
+from harmony.core.version import __version__
 from harmony.errors import ConfigError
 from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
 

@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-import harmony
 from harmony.core.files import DAMAGED, amount, cache_folder, check_types, read_json, write_json
 from harmony.core.machine import Machine
 from harmony.core.options import current_options
+from harmony.core.version import __version__
 from harmony.errors import ConfigError, HarmonyError
 from harmony.profiling.layer_times import KnownTimes
 from harmony.profiling.server import usable_nbytes
@@ -168,7 +168,7 @@ def machine_identity(contexts: Sequence[DeviceContext]) -> str:
     """All of the machine and of torch's settings that times depend on, as text."""
     return repr(
         {
-            "harmony": harmony.__version__,
+            "harmony": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "devices": [native.identity(context.device) for context in contexts],
