@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 
 from harmony.core.files import check_types
 from harmony.core.options import current_options
@@ -328,6 +329,12 @@ def _check_options(
         raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
     if isinstance(module, Harmony):
         raise ConfigError("the module is a Harmony model already")
+    lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise ConfigError(
+            f"{lazy[0]} has no shape yet, as its module is lazy: run the module once, on a batch, "
+            "before you wrap it (with torch.no_grad(): module(inputs))"
+        )
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
     if microbatch_size != "auto" and (not isinstance(microbatch_size, int) or microbatch_size < 1):

@@ -24,6 +24,7 @@ from harmony.capture.replay.replay import GuardError
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain, plain_attributes
 from harmony.capture.state.random_state import seed_python
+from harmony.capture.trace.irregular import form_of, irregular_input
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed
 from harmony.capture.trace.refuse import DynamicOnlyError, or_eager
 
@@ -42,6 +43,8 @@ __all__ = [
     "autocast_dtype",
     "capture",
     "check_hooks",
+    "form_of",
+    "irregular_input",
     "is_plain",
     "moved",
     "or_eager",

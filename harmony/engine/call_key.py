@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture import Batch, autocast_dtype
+from harmony.capture import Batch, autocast_dtype, form_of, irregular_input
 from harmony.engine.call_kind import CallKind
 from harmony.errors import ConfigError
 
@@ -26,8 +26,10 @@ def call_key_of(
     call: Call,
     kind: CallKind,
     batch_dims: Mapping[str, int | None],
-) -> tuple[CallKey, int]:
-    """Return what identifies a call, and its number of samples.
+) -> tuple[CallKey, int, str | None]:
+    """Return what identifies a call, its number of samples, and why it runs whole, as it is.
+
+    The last is None for a call that a recording can hold.
 
     Beside the inputs it holds the modes and hooks of the modules. What else the forward's Python
     reads is looked at by the guards of each capture.
@@ -36,14 +38,18 @@ def call_key_of(
         batch_dims: as for `harmony.capture.capture`.
 
     Raises:
-        ConfigError: if there is no tensor one of whose dimensions could count samples.
+        ConfigError: if there is no batch, if it is empty, or if an input of a whole step
+            requires a gradient.
     """
     batch = Batch.of(*call, batch_dims)
     sized = [x for x in batch.leaves if isinstance(x, torch.Tensor) and x.dim() > 0]
-    if not sized:
-        raise ConfigError("no input is a tensor whose dimension 0 could count samples")
-    if batch.num_samples == 0:
-        raise ConfigError("the batch is empty: dimension 0 of the inputs is 0")
+    whole = irregular_input(batch.leaves, batch.names, call)
+    if whole is None and not sized:
+        whole = "no input is a tensor whose dimension 0 could count samples"
+        if not any(isinstance(leaf, torch.Tensor) for leaf in batch.leaves):
+            raise ConfigError(f"{whole}. Give the model its batch as an argument")
+    if sized and batch.num_samples == 0:
+        raise ConfigError("the batch is empty: dimension 0 of the inputs is 0. Leave it out")
     if kind is CallKind.TRAIN_STEP and any(x.requires_grad for x in sized):
         shape = next(tuple(x.shape) for x in sized if x.requires_grad)
         raise ConfigError(
@@ -55,12 +61,14 @@ def call_key_of(
     trained = tuple(param.requires_grad for param in net.parameters())
     state = tuple(_python_state(net))
     key = (kind, str(batch.structure.spec), described, trained, autocast_dtype(), state)
-    return key, batch.num_samples
+    return key, batch.num_samples, whole
 
 
 def _describe(leaf: Any, batch_dim: int | None) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf)
+    if form_of(leaf) is not None:  # its shape may not be known
+        return type(leaf), leaf.layout, leaf.dtype, leaf.requires_grad
     shape = tuple(-1 if dim == batch_dim else size for dim, size in enumerate(leaf.shape))
     return shape, leaf.dtype, leaf.requires_grad
 

@@ -104,13 +104,13 @@ class EagerRunner:
         outside: Outside,
     ) -> torch.Tensor:
         device, total = self._context.device, torch.zeros(())
-        batch = Batch.of(*call, self._options.batch_dims)
         for param in self._net.parameters():
             param.grad = None
         with undisturbed(device):
             for index, samples in enumerate(ranges):
                 self._seed(step, index)
-                part = moved(batch.part(*call, *samples), device)
+                part = call if len(ranges) == 1 else self._part(call, samples)
+                part = moved(part, device)
                 with running_on(device):
                     with outside.watched():
                         loss = program(self._net, *part)
@@ -120,6 +120,9 @@ class EagerRunner:
                 del loss, part
                 self._come_home(outside)
         return total
+
+    def _part(self, call: Call, samples: Range) -> Call:
+        return Batch.of(*call, self._options.batch_dims).part(*call, *samples)
 
     def _weights(
         self, call: Call, ranges: list[Range], captured: Captured | None

@@ -38,7 +38,7 @@ from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
 from harmony.engine.planned import Asked, Measured, Planned
 from harmony.engine.variant import Variant
-from harmony.errors import HarmonyError
+from harmony.errors import ConfigError, HarmonyError
 from harmony.planner.ir.plan_file import check_minibatch
 from harmony.planner.search.candidates import sizes_that_work
 from harmony.profiling.measured import Measurements
@@ -99,14 +99,27 @@ class VariantCache:
     def paths(self, kind: CallKind, call: Call) -> tuple[Paths, int]:
         """Return what the signature of a call has led to, and its number of samples."""
         self._take_in()
-        key, minibatch = self._key(kind, call)
-        return use_last(self._paths, key), minibatch
+        key, minibatch, whole = self._key(kind, call)
+        found = use_last(self._paths, key)
+        if whole is not None and found.dynamic is None:
+            found.dynamic = self._as_it_is(whole, minibatch)
+        return found, minibatch
 
-    def _key(self, kind: CallKind, call: Call) -> tuple[tuple[CallKey, bool], int]:
+    def _as_it_is(self, why: str, minibatch: int) -> DynamicOnlyError:
+        """Say that a batch is run in one piece, by the module's own Python."""
+        size = self._options.microbatch_size
+        if size is not None and size < minibatch:
+            raise ConfigError(
+                f"microbatch_size={size} parts the batch, but {why}, which cannot be parted: "
+                "leave microbatch_size out"
+            )
+        return DynamicOnlyError(why, type(self._net).__name__, eager=True)
+
+    def _key(self, kind: CallKind, call: Call) -> tuple[tuple[CallKey, bool], int, str | None]:
         """What paths are kept by: a plan may be one for updates that wait, or not."""
         batch_dims = self._options.batch_dims_of(kind)
-        key, minibatch = call_key_of(self._net, call, kind, batch_dims)
-        return (key, kind is CallKind.TRAIN_STEP and self.waits()), minibatch
+        key, minibatch, whole = call_key_of(self._net, call, kind, batch_dims)
+        return (key, kind is CallKind.TRAIN_STEP and self.waits()), minibatch, whole
 
     def hooked(self) -> bool:
         """Whether a trained parameter has hooks, which want its gradient on the host."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
@@ -240,10 +241,20 @@ checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept
 
 def moved(tree: Any, device: torch.device) -> Any:
     """Return a structure with its tensors on a device, as part of their graph."""
-    leaves, structure = flatten(tree)
-    return structure.unflatten(
-        [leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    )
+    leaves, structure = flatten(tree, is_leaf=_is_packed)
+    return structure.unflatten([leaf.to(device) if _moves(leaf) else leaf for leaf in leaves])
+
+
+def _is_packed(held: Any) -> bool:
+    return isinstance(held, PackedSequence)
+
+
+def _moves(leaf: Any) -> bool:
+    """Whether a value of a structure goes to the device, as what is of the CPU only does not."""
+    if not isinstance(leaf, torch.Tensor):
+        return _is_packed(leaf)
+    nested = leaf.is_nested and leaf.layout is torch.strided
+    return not (leaf.is_mkldnn or leaf.is_quantized or nested)
 
 
 def _beside(owner: Any, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,15 @@ class Structure:
         return pytree.tree_unflatten(outer, self.spec)
 
 
-def flatten(tree: Any) -> tuple[list[Any], Structure]:
-    """Take a structure apart into its leaves, in a fixed order."""
-    outer, spec = pytree.tree_flatten(tree)
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], Structure]:
+    """Take a structure apart into its leaves, in a fixed order.
+
+    Args:
+        is_leaf: what stays whole beside what is no container; its tensors are no leaves then.
+    """
+    outer, spec = pytree.tree_flatten(tree, is_leaf=is_leaf)
     leaves: list[Any] = []
     nested = []
     for index, leaf in enumerate(outer):
@@ -56,7 +62,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
             leaves.append(leaf)
             continue
         names = _fields(leaf)
-        inner_leaves, inner = flatten([getattr(leaf, name) for name in names])
+        inner_leaves, inner = flatten([getattr(leaf, name) for name in names], is_leaf)
         nested.append((index, type(leaf), names, inner))
         leaves += inner_leaves
     return leaves, Structure(spec, len(leaves), tuple(nested))

@@ -167,7 +167,10 @@ def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list
 
 def _leaf_names(name: str, group: Any) -> list[str]:
     leaves, structure = flatten(group)
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(group)[0]]
+    try:
+        paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(group)[0]]
+    except ValueError:  # a container that was registered without the names of its parts
+        paths = [f"<{i}>" for i in range(len(leaves))]
     if structure.nested:
         paths = [f"<{i}>" for i in range(len(leaves))]
     return [name + path for path in paths]
@@ -184,12 +187,12 @@ def _count_samples(
     for name, leaf in zip(names, leaves, strict=True):
         dim = batch_dims.get(name, 0)
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and dim is not None:
-            return leaf.shape[dim]
+            return leaf.size(dim)
     return 1
 
 
 def _batch_dim(leaf: Any, num_samples: int) -> int | None:
-    batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == num_samples
+    batched = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.size(0) == num_samples
     return 0 if batched else None
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from harmony.capture.graph.trace import Step
 from harmony.capture.replay.shell import ModuleShell, closes_over_module, plain_tensors
+from harmony.capture.trace.irregular import irregular_state
 from harmony.capture.trace.isolation import user_frame, user_frame_of
 from harmony.errors import CaptureError, HarmonyError
 
@@ -117,6 +118,9 @@ def check_module(module: nn.Module) -> None:
             )
     _check_parameters(module)
     _check_attributes(module)
+    irregular = irregular_state(module)
+    if irregular is not None:
+        raise DynamicOnlyError(irregular, type(module).__name__, eager=True)
     attribute = closes_over_module(module)
     if attribute is not None:
         raise DynamicOnlyError(
