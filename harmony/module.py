@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ class Harmony(Wrapper):
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = current_options()
         chosen = choose_devices(devices, device_memory)
-        engine = Engine(
+        self._begin(
             module,
             chosen,
             EngineOptions(
@@ -149,12 +151,41 @@ class Harmony(Wrapper):
             ),
         )
         if options.verify and optimizer is None:
-            verify_and_stop(engine)
+            verify_and_stop(self._engine)
+
+    def _begin(
+        self, module: nn.Module, devices: Sequence[torch.device], options: EngineOptions
+    ) -> None:
+        engine = Engine(module, devices, options)
         # Not registered as a child: names of parameters are the module's own, without a prefix.
         self.__dict__["_net"] = module
         self.__dict__["_engine"] = engine
-        self.__dict__["_bypass"] = Bypass(module, updates_itself=optimizer is not None)
+        self.__dict__["_bypass"] = Bypass(module, updates_itself=options.optimizer is not None)
         self.training = module.training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Harmony:
+        """Return a model of its own: a copy of the module, its optimizer's state and the options.
+
+        It has threads and device memory of its own from its first batch on.
+        """
+        engine = self._engine
+        engine.whole.check()
+        copied = type(self).__new__(type(self))
+        nn.Module.__init__(copied)
+        memo[id(self)] = copied
+        net = copy.deepcopy(self._net, memo)
+        options = replace(
+            engine.options,
+            optimizer_kwargs=copy.deepcopy(engine.options.optimizer_kwargs, memo),
+            param_groups=copy.deepcopy(engine.options.param_groups, memo),
+            loss_fn=copy.deepcopy(engine.options.loss_fn, memo),
+        )
+        copied._begin(net, engine.devices, options)
+        copied.training = self.training
+        copied.num_steps = self.num_steps
+        if self.optimizer is not None and copied.optimizer is not None:
+            copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        return copied
 
     # Training
 

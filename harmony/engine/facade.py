@@ -76,10 +76,10 @@ class Wrapper(nn.Module):
     def __repr__(self) -> str:
         return f"Harmony({self._net!r})"
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __copy__(self) -> Any:
         raise HarmonyError(
-            "a Harmony model owns threads and GPU memory and cannot be copied. Copy its "
-            "state_dict(), or deepcopy the module before you wrap it"
+            "copy.copy of a Harmony model would be two models with the same parameters. "
+            "copy.deepcopy(model) makes one of its own"
         )
 
     def __getstate__(self) -> Any:

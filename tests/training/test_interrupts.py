@@ -381,3 +381,49 @@ def test_an_interrupt_in_a_live_step_changes_nothing_or_all(
     with pytest.raises(KeyboardInterrupt):
         model.train_step(*vector_batch(1))
     assert same(state_of(model), state_of(twin))
+
+
+class Interrupted(nn.Module):
+    """Sends Ctrl-C in its forward, once for each byte in a pipe, which no model can put back."""
+
+    def __init__(self, pipe: int) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            os.read(self.pipe, 1)
+        except BlockingIOError:
+            return x
+        os.kill(os.getpid(), signal.SIGINT)
+        return x + 0
+
+
+@pytest.mark.filterwarnings("ignore:.*no recorded forward stands for the next")
+@pytest.mark.parametrize("form", ["step", "own loop", "inference"])
+@pytest.mark.parametrize("when", [0, 1, 2], ids=["first", "second", "third"])
+def test_an_interrupt_in_a_forward_is_heard_once(vgpus: VirtualGPUs, form: str, when: int) -> None:
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Interrupted(read), nn.Linear(WIDTH, WIDTH))
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}}
+    options |= {"loss_fn": square_loss}
+    model = harmony.Harmony(net, devices=2, **(options if form == "step" else {}))
+    x, y = vector_batch(0)
+    heard = []
+    for step in range(when + 4):
+        if step == when:
+            os.write(write, b"1")
+        try:
+            if form == "step":
+                model.train_step(x, y)
+            elif form == "own loop":
+                square_loss(model(x), y).backward()
+            else:
+                with torch.no_grad():
+                    model(x)
+        except KeyboardInterrupt:
+            heard.append(step)
+    os.close(read)
+    os.close(write)
+    assert heard == [when]
