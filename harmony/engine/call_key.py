@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from harmony.capture import Batch, autocast_dtype, form_of, irregular_input
+from harmony.capture.guards.torch_settings import torch_settings
 from harmony.engine.call_kind import CallKind
 from harmony.errors import ConfigError
 
@@ -31,8 +32,8 @@ def call_key_of(
 
     The last is None for a call that a recording can hold.
 
-    Beside the inputs it holds the modes and hooks of the modules. What else the forward's Python
-    reads is looked at by the guards of each capture.
+    Beside the inputs it holds the modes and hooks of the modules, and PyTorch's settings. What
+    else the forward's Python reads is looked at by the guards of each capture.
 
     Args:
         batch_dims: as for `harmony.capture.capture`.
@@ -60,7 +61,8 @@ def call_key_of(
     described = tuple(_describe(leaf, dim) for leaf, dim in pairs)
     trained = tuple(param.requires_grad for param in net.parameters())
     state = tuple(_python_state(net))
-    key = (kind, str(batch.structure.spec), described, trained, autocast_dtype(), state)
+    form = kind, str(batch.structure.spec), described, trained
+    key = (*form, autocast_dtype(), torch_settings(), state)
     return key, batch.num_samples, whole
 
 

@@ -7,6 +7,7 @@ The last capture_mode of the ladder, for what no recording can stand for: forwar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from torch import nn
 
 from harmony.capture import Batch, Captured, Outside, moved, running_on, seed_python, undisturbed
+from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
+from harmony.capture.guards.reachable import World
 from harmony.capture.loss.weights import LossWeigher, parts_asked_for
+from harmony.capture.state.arguments import Lent, place_of
 from harmony.capture.trace.program import Program
 from harmony.core.units import format_bytes
 from harmony.engine.call_key import Call
@@ -86,10 +90,14 @@ class EagerRunner:
         try:
             with undisturbed(device), self._as_before(outside):
                 self._seed(step, 0)
-                with running_on(device), outside.watched():
-                    out = self._net(*moved(args, device), **moved(kwargs, device))
+                lent = Lent((args, kwargs, None), device)
+                args, kwargs, _ = lent.call
+                with self._watching(outside), running_on(device), outside.watched():
+                    out = self._net(*args, **kwargs)
                     out = moved(out, home)
+                lent.check(place_of(self._net))
                 self._come_home(outside)
+            lent.give_back()
         except torch.OutOfMemoryError as error:
             raise self._does_not_fit(None, error) from None
         return out
@@ -106,19 +114,25 @@ class EagerRunner:
         device, total = self._context.device, torch.zeros(())
         for param in self._net.parameters():
             param.grad = None
+        changed: list[Lent] = []
         with undisturbed(device):
             for index, samples in enumerate(ranges):
                 self._seed(step, index)
                 part = call if len(ranges) == 1 else self._part(call, samples)
-                part = moved(part, device)
-                with running_on(device):
+                lent = Lent(part, device)
+                with self._watching(outside), running_on(device):
                     with outside.watched():
-                        loss = program(self._net, *part)
+                        loss = program(self._net, *lent.call)
+                    lent.check(place_of(self._net))
                     weight = weights[samples]
                     torch.autograd.backward(loss, torch.full_like(loss, weight))
                 total = total + loss.detach().to("cpu").reshape(()) * weight
-                del loss, part
+                if lent.is_changed:
+                    changed.append(lent)
+                del loss, part, lent
                 self._come_home(outside)
+        for lent in changed:
+            lent.give_back()
         return total
 
     def _part(self, call: Call, samples: Range) -> Call:
@@ -148,6 +162,20 @@ class EagerRunner:
         torch.default_generator.manual_seed(seed)
         seed_python(seed)
         self._context.set_random_state(self._context.seeded_state(seed))
+
+    @contextmanager
+    def _watching(self, outside: Outside) -> Iterator[None]:
+        """Let checkpointed functions in the block be refused if they change something."""
+
+        @functools.cache
+        def world() -> World:
+            return outside.state()
+
+        def changes() -> list[str]:
+            return [holder.name for holder in world().holders if not holder.same()]
+
+        with checkpoints_watched(CheckpointWatch(self._net.modules(), changes)):
+            yield
 
     def _of(self, kind: CallKind, loss: Any) -> Outside:
         if kind not in self._outside:

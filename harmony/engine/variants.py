@@ -21,6 +21,7 @@ from harmony.capture import (
     or_eager,
     undisturbed,
 )
+from harmony.capture.guards.torch_settings import mode_of_users
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.core.options import current_options
@@ -181,6 +182,7 @@ class VariantCache:
             DynamicOnlyError: if there is none: the call has to be run dynamically.
         """
         paths, minibatch = self.paths(kind, call)
+        _check_modes(self._net)
         if current_options().gpu is not None:
             self._plan_elsewhere(kind, call, minibatch)
         self._check_pinned(kind, minibatch)
@@ -386,12 +388,22 @@ class VariantCache:
             machine = replace(machine, updates_wait=True)
         elif kind is CallKind.TRAIN_STEP and self._options.updates == "auto":
             machine = with_device_updates(machine, update)
+        captured.graph = self._whole_for(captured, kind)
         host = self._host_state(captured, machine)
         graph = with_state(captured.graph, host.gradients.layout, update)
         host = replace(host, graph=graph)
         phase = kind.phase
         steady = self._measured.steady()
         return Variant(captured, graph, machine, host, self._contexts, phase, steady)
+
+    def _whole_for(self, captured: Captured, kind: CallKind) -> LayerGraph:
+        """Return the graph; of a whole batch, if the loss counts how often it is called."""
+        graph, reads = captured.graph, captured.loss_reads
+        free = kind is CallKind.TRAIN_STEP and self._options.microbatch_size is None
+        if not free or reads is None or reads.steered_by is None or graph.whole_batch:
+            return graph
+        why = f"the loss changes {reads.steered_by}, by which it may go on, once in a batch"
+        return replace(graph, whole_batch=why)
 
     def _host_state(self, captured: Captured, machine: Machine) -> HostState:
         """See the arena as this capture of the model does; the first one makes it."""
@@ -466,3 +478,19 @@ class VariantCache:
         clips = self.waits()
         profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)
         plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)
+
+
+def _check_modes(net: nn.Module) -> None:
+    """Let the model run as it is while a mode of the program's own sees every function.
+
+    Raises:
+        DynamicOnlyError: naming the mode.
+    """
+    mode = mode_of_users()
+    if mode is not None:
+        raise DynamicOnlyError(
+            f"{mode} sees every function that the forward calls",
+            type(net).__name__,
+            eager=True,
+            passing=True,
+        )

@@ -158,6 +158,7 @@ class InPlace(nn.Module):
         self.parts = nn.ModuleList(self.Part() for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()  # the caller's would be changed
         x.add_(1.0)
         h = self.first(x)
         a, b = h[..., : WIDTH // 2].clone(), h[..., WIDTH // 2 :]

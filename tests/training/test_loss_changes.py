@@ -15,6 +15,7 @@ import harmony
 from harmony.engine import variants
 
 from .conftest import VirtualGPUs
+from .effects import model_of, train
 
 CLASSES = 4
 # Whole batch and microbatches add the same terms in another order.
@@ -188,3 +189,49 @@ def batch(index: int, width: int = 8, size: int = 12) -> tuple[torch.Tensor, tor
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+class Counting:
+    """Mixes samples from its third call on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        loss = F.cross_entropy(out, y)
+        if self.calls > 2:
+            loss = loss + ((out - out.mean(0)) ** 2).sum(1).mean()
+        return loss
+
+
+class Annealed(Counting):
+    """Weighs by how often it was called."""
+
+    def __call__(self, out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return F.cross_entropy(out, y) * (1 + 0.1 * self.calls)
+
+
+@pytest.mark.parametrize("kind", [Counting, Annealed])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_loss_that_counts_has_whole_batches(
+    vgpus: VirtualGPUs, kind: type[Counting], gpus: int
+) -> None:
+    vgpus(count=gpus)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    batches = [(torch.randn(8, 8), torch.arange(8) % 4) for _ in range(5)]
+    twin, theirs, ours = copy.deepcopy(net), kind(), kind()
+    expected = train(twin, twin, batches, theirs, "plain")
+    found = train(model_of(net, "step", ours), net, batches, ours, "step")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert ours.calls == theirs.calls == 5
+
+
+def test_a_loss_that_counts_is_not_parted_between_gpus(vgpus: VirtualGPUs) -> None:
+    net = nn.Linear(8, 4)
+    model = model_of(net, "step", Counting(), mode="dp")
+    with pytest.raises(harmony.HarmonyError, match=r"calls.*microbatch_size="):
+        model.train_step(torch.randn(8, 8), torch.arange(8) % 4)

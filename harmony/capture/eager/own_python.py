@@ -25,6 +25,7 @@ from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
 from harmony.capture.graph.structure import flatten
+from harmony.capture.guards.checkpoints import checkpointed
 from harmony.capture.replay.replay import FACTORIES
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.isolation import autocast_dtype
@@ -141,7 +142,8 @@ class OnDevice(TorchFunctionMode):
             return apply(*args, **kwargs)
         if function is CheckpointFunction:  # see `_without_checkpoints`
             run, _, *given = args
-            return run(*given)
+            with checkpointed():
+                return run(*given)
         return self.call(apply, function.__name__, args, kwargs)
 
     def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -230,10 +232,9 @@ _checkpointed = checkpoint._checkpoint_without_reentrant_generator
 
 @functools.wraps(_checkpointed)
 def _checkpointed_or_kept(*args: Any, **kwargs: Any) -> Iterator[None]:
-    if getattr(_as_it_is, "running", False):
-        return iter((None,))
-    found: Iterator[None] = _checkpointed(*args, **kwargs)
-    return found
+    as_it_is = getattr(_as_it_is, "running", False)
+    with checkpointed():
+        yield from iter((None,)) if as_it_is else _checkpointed(*args, **kwargs)
 
 
 checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept

@@ -12,13 +12,20 @@ from collections.abc import Collection
 from types import CodeType
 from typing import Any
 
+import torch
+
 from harmony.capture.guards.holders import Entry, Holder, Whole, listed
 from harmony.capture.guards.observe import Observed, is_machinery
 from harmony.capture.guards.reachable import World
 
 
 class LossReads:
-    """All that a loss function reads from outside, at one moment."""
+    """All that a loss function reads from outside, at one moment.
+
+    Attributes:
+        steered_by: name of what the loss writes itself and may be steered by: a counter, a moving
+            average, anything where its code takes decisions; None for a log.
+    """
 
     def __init__(self, world: World, observed: Observed, written: Collection[str]) -> None:
         """Remember a world.
@@ -30,6 +37,9 @@ class LossReads:
         self._world = world
         self._written = frozenset(written)
         self._branches = any(map(_branches, observed.codes))
+        own = [h for h in world.holders if h.name in self._written]
+        steers = (h.name for h in own if self._branches or _is_number(h))
+        self.steered_by: str | None = next(steers, None)
 
     def changed(self) -> str | None:
         """Name what has changed so that the rule may be another; None if nothing has.
@@ -40,6 +50,12 @@ class LossReads:
             return None
         changed = (h for h in self._world.holders if h.name not in self._written and not h.same())
         return next((h.name for h in changed if self._branches or not _is_weight(h)), None)
+
+
+def _is_number(holder: Holder) -> bool:
+    """Whether a holder is of a number or a tensor: what is counted, or averaged."""
+    numbers = (int, float, complex, torch.Tensor, type(None))
+    return isinstance(holder, Entry) and isinstance(holder.expected, numbers)
 
 
 def _is_weight(holder: Holder) -> bool:

@@ -129,6 +129,10 @@ class Outside:
         if written is not None:
             self.reason = f"the forward changes {written}"
 
+    def changes(self) -> list[str]:
+        """Names of what has changed since `begin`, outside of the copy."""
+        return [holder.name for holder in self._around.holders if not holder.same()]
+
     def moved_objects(self) -> list[tuple[str, str]]:
         """Attributes of the copy's modules that hold an object in which something has changed."""
         held = [

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import CheckpointFunction
 
 from harmony.capture.graph.structure import tensors_in
+from harmony.capture.guards.checkpoints import checkpointed
+from harmony.capture.guards.custom_backward import check_custom_backward
+from harmony.capture.trace.graph_changes import CHANGES_GRAPH, check_graph_change
 from harmony.capture.trace.isolation import user_frame
 from harmony.capture.trace.kernels import KernelWatch, Noticed
 from harmony.capture.trace.leaf_watch import LeafCall, LeafMustOpenError
@@ -47,6 +52,12 @@ class CallHandler(TorchFunctionMode):
         """Call a leaf module as a step."""
         raise NotImplementedError
 
+    def _is_parameter(self, tensor: Any) -> bool:
+        return id(tensor) in self._references.state
+
+    def _is_input(self, tensor: Any) -> bool:
+        return False
+
     def _elsewhere(self) -> bool:
         """Whether what is called now is no concern of the recording's."""
         return threading.get_ident() != self._thread or self._busy or self._leaf is not None
@@ -55,6 +66,8 @@ class CallHandler(TorchFunctionMode):
         kwargs = kwargs or {}
         if threading.get_ident() != self._thread or self._busy:
             return func(*args, **kwargs)
+        if func in CHANGES_GRAPH:
+            check_graph_change(func, args, kwargs, self._is_parameter, self._is_input)
         if self._leaf is not None:
             return self._leaf.call(func, args, kwargs)
         name = getattr(func, "__name__", str(func))
@@ -119,8 +132,11 @@ class CallHandler(TorchFunctionMode):
 
     def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle ``apply`` of a custom ``autograd.Function``: a step, in functional code."""
+        if threading.get_ident() == self._thread:
+            check_custom_backward(function)
         if self._elsewhere():
-            return apply(*args, **kwargs)
+            with checkpointed() if function is CheckpointFunction else nullcontext():
+                return apply(*args, **kwargs)
         name = f"{function.__name__}.apply"
         check_custom(name, args)
         return self._handle(lambda: self._call_function(apply, name, args, kwargs))

@@ -94,6 +94,9 @@ class Recorder(CallHandler):
         self.inputs.append(number)
         return number
 
+    def _is_input(self, tensor: Any) -> bool:
+        return self.number_of(tensor) in self.inputs
+
     def at_loss(
         self, loss: Callable[[Any, Any], torch.Tensor], out: Any, targets: Any
     ) -> torch.Tensor:

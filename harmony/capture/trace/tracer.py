@@ -24,9 +24,11 @@ from torch._subclasses.fake_tensor import (
 
 from harmony.capture.graph.structure import flatten
 from harmony.capture.graph.trace import StepKind, Trace, without_dead_steps
+from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
 from harmony.capture.guards.outside import Outside, depends_on_batch
 from harmony.capture.replay.inputs import Batch
 from harmony.capture.replay.shell import ModuleShell
+from harmony.capture.state.arguments import Containers, place_of
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed, user_frame_of
@@ -143,6 +145,8 @@ class Tracer:
         )
         opened = OpenedModules(twin, self.leaves)
         self.outside.begin(twin)
+        containers = Containers((args, kwargs, targets))
+        watch = CheckpointWatch(twin.modules.values(), self.outside.changes)
         self._begin()
         recorder.begin()
         with ExitStack() as stack:
@@ -152,12 +156,15 @@ class Tracer:
             if self._real:
                 stack.enter_context(_nothing_saved())
             stack.enter_context(kernels)
+            stack.enter_context(checkpoints_watched(watch))
             stack.enter_context(recording(recorder))
             with self.outside.watched():
                 out = self._program(
                     twin.root, args, kwargs, targets, self._calls_loss(recorder, twin)
                 )
         recorder.check_python_random()
+        containers.check(place_of(self._source))
+        _check_inputs(recorder)
         self.outside.end(self._judges(recorder, twin))
         self._settle_objects(twin)
         recorder.check_containers()
@@ -389,6 +396,20 @@ class OpenedModules:
             recorder.attributes = moved
         elif moved:
             raise _AttributesMovedError(moved, self._twin.modules)
+
+
+def _check_inputs(recorder: Recorder) -> None:
+    """Let a module run as it is if its forward changes inputs, which are the caller's tensors.
+
+    Raises:
+        DynamicOnlyError: naming the line.
+    """
+    values = recorder.values
+    given = {values[number].storage for number in recorder.inputs}
+    for step in recorder.steps:
+        if any(values[before].storage in given for before, _ in step.mutated):
+            name = f"{step.name} changes an input in place"
+            raise DynamicOnlyError(name, step.where, eager=True)
 
 
 def _check_guards(recorder: Recorder) -> None:

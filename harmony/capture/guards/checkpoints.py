@@ -1,0 +1,89 @@
+"""What is changed inside of `torch.utils.checkpoint`, which plain PyTorch runs once more.
+
+Its backward runs the checkpointed function again: running statistics move twice, counters count
+twice. Harmony recomputes by its own plan, without a second effect, so such a function is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.capture.state.python_state import PlainState
+from harmony.capture.trace.isolation import user_frame
+from harmony.errors import ConfigError
+
+Changes = Callable[[], Iterable[str]]
+"""Names what has been changed outside of the model so far."""
+
+_watched = threading.local()
+
+
+class CheckpointWatch:
+    """Compares a model before and after each checkpointed function."""
+
+    def __init__(self, modules: Iterable[nn.Module], outside: Changes) -> None:
+        self._modules = list(modules)
+        self._outside = outside
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Refuse the function that runs in the block if it leaves something changed.
+
+        Raises:
+            ConfigError: naming what it changes, and the line of the call.
+        """
+        where = user_frame()
+        plain, buffers, outside = PlainState(self._modules), self._buffers(), set(self._outside())
+        yield
+        now = self._buffers()
+        changed = [f"the buffer {key[1]}" for key in now if now[key] != buffers.get(key)]
+        changed += [f"the attribute {name}" for _, name in plain.changes()]
+        changed += [f"the attribute {name}" for name in plain.grown()]
+        changed += [name for name in self._outside() if name not in outside]
+        if changed:
+            raise ConfigError(
+                f"torch.utils.checkpoint at {where} runs a function that changes {changed[0]}. "
+                "Plain PyTorch runs it once more in the backward, and changes it twice; Harmony "
+                "recomputes layers without that. Switch checkpointing off (Harmony decides itself "
+                "what is recomputed), or keep the change out of the checkpointed function"
+            )
+
+    def _buffers(self) -> dict[tuple[int, str], tuple[int, int]]:
+        return {
+            (id(module), name): (id(buffer), _version(buffer))
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+
+@contextmanager
+def checkpoints_watched(watch: CheckpointWatch) -> Iterator[None]:
+    """Let a watch see the checkpointed functions of this thread inside the block."""
+    before = getattr(_watched, "watch", None)
+    _watched.watch = watch
+    try:
+        yield
+    finally:
+        _watched.watch = before
+
+
+@contextmanager
+def checkpointed() -> Iterator[None]:
+    """A checkpointed function runs in the block."""
+    watch: CheckpointWatch | None = getattr(_watched, "watch", None)
+    if watch is None or not torch.is_grad_enabled():
+        yield
+        return
+    with watch.around():
+        yield
+
+
+def _version(buffer: Any) -> int:
+    return 0 if buffer.is_inference() else int(buffer._version)
