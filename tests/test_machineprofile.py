@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from harmony.core.machine import Device, Host, Machine, Switch
 from harmony.profiling import server as machineprofile
 from harmony.profiling.server import find_switches, measure_machine, memory_rate
 from harmony.profiling.update_times import UpdateCost, measure_update, with_device_updates
+from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, available_devices
 from harmony.runtime.update.optimizer import PackOptimizer
 
@@ -117,3 +120,37 @@ def test_the_update_is_tried_on_the_device(contexts: list[DeviceContext]) -> Non
 
 def test_host_memory_is_measured_with_several_threads() -> None:
     assert memory_rate(2) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("joined", "reaches", "expected"),
+    [
+        ({frozenset("ab"), frozenset("bc"), frozenset("ac")}, True, True),
+        ({frozenset("ab"), frozenset("bc"), frozenset("ac")}, False, False),
+        ({frozenset("ab")}, True, False),  # each of a bridged pair has an NVLink; not to the third
+        (set(), True, False),
+        (None, True, False),  # NVML has no answer
+    ],
+)
+def test_links_of_their_own_are_believed_where_nvml_joins_every_pair_by_nvlink(
+    monkeypatch: pytest.MonkeyPatch,
+    joined: set[frozenset[str]] | None,
+    reaches: bool,
+    expected: bool,
+) -> None:
+    def status(a: str, b: str, kind: int) -> int:
+        if joined is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        assert kind == pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+        return int(frozenset((a, b)) not in joined)
+
+    def properties(device: torch.device) -> Any:
+        return SimpleNamespace(uuid="abc"[device.index])
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: name[-1])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetP2PStatus", status)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reaches)
+    gpus = [torch.device("cuda", index) for index in range(3)]
+    assert native.have_own_links(gpus) is expected

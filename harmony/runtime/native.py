@@ -113,20 +113,29 @@ def have_own_links(devices: Sequence[torch.device]) -> bool:
         return True
     if any(device.type != "cuda" for device in devices):
         return False
-    pairs = permutations(devices, 2)
+    pairs = list(permutations(devices, 2))
     reach = all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
-    return reach and all(map(_has_nvlink, devices))
+    return reach and _have_nvlink(pairs)
 
 
-def _has_nvlink(device: torch.device) -> bool:
-    """Whether NVML knows an active NVLink of a GPU."""
+def _have_nvlink(pairs: Sequence[tuple[torch.device, torch.device]]) -> bool:
+    """Whether NVML says of each pair of GPUs that NVLink, also through a switch, joins them.
+
+    A GPU with an active NVLink may share it with another GPU than the one that is asked about.
+    """
     try:
         import pynvml  # type: ignore[import-untyped]
 
         pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return bool(pynvml.nvmlDeviceGetNvLinkState(handle, 0))
+
+        def handle(device: torch.device) -> Any:
+            uuid = torch.cuda.get_device_properties(device).uuid
+            return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+        kind, joined = pynvml.NVML_P2P_CAPS_INDEX_NVLINK, pynvml.NVML_P2P_STATUS_OK
+        return all(
+            pynvml.nvmlDeviceGetP2PStatus(handle(a), handle(b), kind) == joined for a, b in pairs
+        )
     except Exception:  # no NVML, an older driver, a GPU without the question: each its own error
         return False
 
