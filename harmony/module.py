@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
+from harmony.checkpoint import Restored, load_training, save_training
 from harmony.core.files import check_types
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
@@ -261,6 +263,69 @@ class Harmony(Wrapper):
         args, kwargs = _arguments(inputs)
         with within():
             return verify(self._engine, args, kwargs, targets)
+
+    # Checkpoints
+
+    def save_checkpoint(
+        self, folder: str | Path, *, keep: int | None = None, extra: Any = None, **objects: Any
+    ) -> Path:
+        """Write all that this run needs to go on bit for bit, as ``folder/step-N``.
+
+        That is: parameters and buffers, the optimizer of `train_step`, `num_steps`, `seed`, the
+        Python attributes that the forward changes, and the random states of torch, Python and
+        NumPy. The folder of a checkpoint holds ``model.safetensors``, named as the module's own
+        ``state_dict()``; with the ``config.json`` of a Hugging Face model ``from_pretrained``
+        reads it. Tied weights are stored once. No second copy of the model is made. Gradients are
+        not saved: save between two steps.
+
+        Args:
+            folder: where checkpoints are; made if it is not there.
+            keep: remove all but so many of the newest afterwards; None keeps all.
+            extra: numbers, texts, tensors, and lists and dictionaries of these, for the script.
+            objects: what else has ``state_dict()`` and ``load_state_dict()``: an optimizer of
+                one's own (stored by the names of parameters), LR schedulers, gradient scalers,
+                data loaders that know their position.
+
+        Returns:
+            The folder of this checkpoint.
+
+        Raises:
+            ConfigError: if something cannot be saved, or not there.
+            HarmonyError: if the disk is full, or the model torn. What was saved before is whole.
+        """
+        engine = self._engine
+        with engine.lock:
+            engine.whole.check()
+            return save_training(engine, Path(folder), objects, extra, keep)
+
+    def load_checkpoint(
+        self, folder: str | Path, *, skip_damaged: bool = False, **objects: Any
+    ) -> Restored:
+        """Bring the run back to where `save_checkpoint` was called.
+
+        Every file is read and compared with its checksum before anything changes. Training goes
+        on as if it had not been interrupted, to the last bit, if batches are parted as before;
+        where the plan has other microbatches or replicas, a warning says so.
+
+        Args:
+            folder: where checkpoints are, of which the newest is taken, or one of them.
+            skip_damaged: take the newest that is whole, and warn of those that are not.
+            objects: the same, by the same names, as `save_checkpoint` was given.
+
+        Returns:
+            The step, the folder, and ``extra``.
+
+        Raises:
+            ConfigError: if there is none, or it is damaged, of another model, optimizer or
+                version, or holds other objects. The model is as it was.
+        """
+        engine = self._engine
+        with engine.lock:
+            engine.whole.check_process()
+            restored = load_training(engine, Path(folder), objects, skip_damaged)
+        for why in restored.skipped:
+            warnings.warn(f"passed over a damaged checkpoint: {why}", stacklevel=2)
+        return restored
 
     def close(self) -> None:
         """Give back all threads, GPU memory and pinned memory of the model, at once.

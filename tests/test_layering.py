@@ -25,6 +25,7 @@ ROOMS = (
     "reference",
     "report",
     "engine",
+    "checkpoint",
     "verification",
     "module",
     "cli",

@@ -44,6 +44,7 @@ from harmony.engine.minibatch import (
 )
 from harmony.engine.options import EngineOptions
 from harmony.engine.replan import Feedback
+from harmony.engine.resumed import BitChoices
 from harmony.engine.step_result import (
     RanStep,
     ReadyStep,
@@ -72,6 +73,8 @@ class Engine:
 
     Attributes:
         num_steps: training steps done, which random numbers depend on.
+        resumed: how batches were parted before the checkpoint that was loaded, until it is known
+            whether they still are.
         net: the module.
         devices: the GPUs.
         record: what the report is made of.
@@ -86,6 +89,7 @@ class Engine:
     ) -> None:
         self.options = options
         self.num_steps = 0
+        self.resumed: BitChoices | None = None
         self.verifier: ForwardObserver | None = None
         self.last_timeline: Timeline | None = None
         self.net = net
@@ -191,7 +195,11 @@ class Engine:
     def _prepare(self, kind: CallKind, call: Call) -> ReadyStep:
         """Do what `ready` does; Ctrl-C is heard in it, as nothing has changed."""
         with held_back() as held, held.open():
-            return self.ready(kind, *call)
+            ready = self.ready(kind, *call)
+        if self.resumed is not None and ready.planned.plan.minibatch == self.resumed.minibatch:
+            self.resumed.compare(ready.planned.plan)
+            self.resumed = None
+        return ready
 
     def _planned(self, call: Call, ready: ReadyStep, begun: list[str]) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
@@ -391,6 +399,11 @@ class Engine:
         self._dynamic.forget()
         self.variants.forget()
         self.variants.arenas = None
+
+    def bit_choices(self) -> BitChoices | None:
+        """How the last plan parts a batch, for a checkpoint; None before the first step."""
+        plan = self.record.plan
+        return self.resumed if plan is None else BitChoices.of(plan)
 
     def restored(self, missing: Collection[str] = ()) -> None:
         """Note that a state was loaded, without the tensors named ``missing``."""

@@ -14,9 +14,9 @@ from harmony.planner.ir.plan import Plan
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineOptions:
-    """The wrapper's arguments, checked and parsed."""
+    """The wrapper's arguments, checked and parsed. A checkpoint brings its own seed."""
 
     optimizer: OptimizerFactory | None = None
     optimizer_kwargs: dict[str, Any] = field(default_factory=dict)

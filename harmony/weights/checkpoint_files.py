@@ -23,7 +23,7 @@ from harmony.errors import ConfigError, HarmonyError
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _CHUNK_NBYTES = 1 << 24
 _MOST_HEADER_NBYTES = 100_000_000
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,7 +37,11 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
+"""Types of safetensors by their names there."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,9 @@ def _entry(path: Path, name: str, known: Mapping[str, Any], start: int, end: int
     check_types((*shape, low, high), tuple[int, ...])
     if min((*shape, 0)) < 0:
         raise ValueError(f"{name} of shape {shape}")
-    if known["dtype"] not in _DTYPES:
+    if known["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of type {known['dtype']}, which is not known")
-    dtype = _DTYPES[known["dtype"]]
+    dtype = DTYPES[known["dtype"]]
     if not 0 <= low <= high or high - low != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {shape} and type {dtype} has bytes {low} to {high}")
     if start + high > end:

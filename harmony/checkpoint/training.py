@@ -1,0 +1,315 @@
+"""What a checkpoint holds of a training run, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harmony.capture.state.random_state import HostState
+from harmony.checkpoint import optimizers
+from harmony.checkpoint.store import Stored, found_in, keep_last, read_manifest, writing
+from harmony.checkpoint.tree import decode, encode
+from harmony.core.files import DAMAGED, check_types
+from harmony.core.version import __version__
+from harmony.engine.engine import Engine
+from harmony.engine.resumed import BitChoices
+from harmony.errors import ConfigError
+from harmony.runtime.interrupts import held_back
+from harmony.weights.checkpoint_files import StoredTensor
+from harmony.weights.meta_init import make_room
+
+WEIGHTS, STATE, VALUES = "model", "state", "state.json"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `Harmony.load_checkpoint` has read.
+
+    Attributes:
+        folder: the checkpoint.
+        step: steps trained until then.
+        extra: what was given to `Harmony.save_checkpoint` as ``extra``.
+        skipped: why newer checkpoints were passed over.
+    """
+
+    folder: Path
+    step: int
+    extra: Any
+    skipped: tuple[str, ...] = ()
+
+
+def save_training(
+    engine: Engine, root: Path, objects: Mapping[str, Any], extra: Any, keep: int | None
+) -> Path:
+    """Write a checkpoint of a run.
+
+    Raises:
+        ConfigError, HarmonyError: as `Harmony.save_checkpoint`.
+    """
+    if keep is not None and keep < 1:
+        raise ConfigError(f"keep={keep}: how many checkpoints to keep, at least 1, or None")
+    tensors: dict[str, torch.Tensor] = {}
+    weights, shared, others = _weights(engine.net)
+    choices = engine.bit_choices()
+    data = {
+        "extra": extra,
+        "shared": shared,
+        "module": others,
+        "attributes": _attributes(engine),
+        "buffers": _other_buffers(engine.net),
+        "num_steps": engine.num_steps,
+        "seed": engine.options.seed,
+        "choices": None if choices is None else choices.as_data(),
+        "optimizer": optimizers.state_of(engine.optimizer, engine.net),
+        "objects": {name: _of_object(name, held, engine.net) for name, held in objects.items()},
+        "random": _random_states(),
+        "versions": {"harmony": __version__, "torch": str(torch.__version__)},
+    }
+    encoded = {name: encode(value, name, tensors) for name, value in data.items()}
+    with writing(root, engine.num_steps) as writer:
+        writer.tensors(WEIGHTS, weights)
+        writer.tensors(STATE, tensors)
+        writer.json(VALUES, encoded)
+        config: Any = getattr(engine.net, "config", None)
+        if hasattr(config, "to_json_string"):  # with it the folder is one of Hugging Face's
+            writer.write("config.json", iter([config.to_json_string().encode()]))
+    if keep is not None:
+        keep_last(root, keep)
+    return root / f"step-{engine.num_steps:08}"
+
+
+def load_training(
+    engine: Engine, root: Path, objects: Mapping[str, Any], skip_damaged: bool
+) -> Restored:
+    """Bring a run back to a checkpoint; nothing changes unless all of it is whole and fits.
+
+    Raises:
+        ConfigError, HarmonyError: as `Harmony.load_checkpoint`.
+    """
+    stored, values, skipped = _newest(root, skip_damaged)
+    tensors = stored.tensors(STATE)
+    weights = stored.tensors(WEIGHTS)
+    read = _Reader(stored, tensors)
+    try:
+        data = {name: decode(value, read.tensor) for name, value in values.items()}
+        numbers = data["num_steps"], data["seed"]
+        check_types(numbers, tuple[int, int])
+        choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
+        host, devices = HostState(*data["random"]["host"]), data["random"]["cuda"]
+        shared, optimizer, saved = data["shared"], data["optimizer"], data["objects"]
+        pairs = [*data["buffers"].items(), *data["attributes"].items(), *shared.items()]
+        assert all(isinstance(name, (str, tuple)) for name, _ in pairs), "names"
+    except (AssertionError, *DAMAGED) as error:
+        raise ConfigError(f"{stored.folder / VALUES}: it cannot be read ({error!r})") from None
+    _check_objects(stored, objects, saved)
+    targets = _targets(engine.net, stored, weights, shared)
+    optimizers.check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
+    for name, held in objects.items():
+        if isinstance(held, torch.optim.Optimizer):
+            optimizers.check_state(held, engine.net, saved[name], name)
+    with held_back(), engine.whole.together() as begun:
+        begun.append("the state of a checkpoint")
+        for name, target in targets:
+            with torch.no_grad():
+                weights[name].fill(target.detach())
+        if data["module"]:
+            engine.net.load_state_dict(data["module"], strict=False)
+        _set_attributes(engine.net, data["attributes"], data["buffers"])
+        optimizers.load_state(engine.optimizer, engine.net, optimizer)
+        for name, held in objects.items():
+            if isinstance(held, torch.optim.Optimizer):
+                optimizers.load_state(held, engine.net, saved[name])
+            else:
+                held.load_state_dict(saved[name])
+        engine.num_steps, engine.options.seed = numbers
+        engine.resumed = choices
+        for param in engine.net.parameters():
+            param.grad = None
+        engine.whole.is_as_before()
+        engine.variants.activate(None)  # what stays on devices is of another step
+    _set_random_states(host, devices)
+    return Restored(stored.folder, stored.step, data["extra"], skipped)
+
+
+def _newest(root: Path, skip_damaged: bool) -> tuple[Stored, dict[str, Any], tuple[str, ...]]:
+    folders = found_in(root)
+    if not folders:
+        raise ConfigError(f"there are no checkpoints in {root}: no folder step-N")
+    skipped: list[str] = []
+    for number, folder in enumerate(folders):
+        try:
+            stored = read_manifest(folder)
+            stored.check()
+            values = stored.json(VALUES)
+            if not isinstance(values, dict):
+                raise ConfigError(f"{folder / VALUES}: it is no JSON object")
+            return stored, values, tuple(skipped)
+        except ConfigError as error:
+            skipped.append(str(error))
+            older = folders[number + 1 :]
+            if not skip_damaged:
+                hint = f". The one before is {older[0]}" if older else ""
+                raise ConfigError(f"{error}{hint}") from None
+    raise ConfigError(f"no checkpoint in {root} is whole. {skipped[0]}")
+
+
+class _Reader:
+    """Reads the tensors of the state, each once, when it is asked for."""
+
+    def __init__(self, stored: Stored, tensors: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._tensors = tensors
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a new tensor with the values of the file."""
+        known = self._tensors[name]
+        made = torch.empty(known.shape, dtype=known.dtype)
+        known.fill(made)
+        return made
+
+
+# The module
+
+
+def _weights(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]:
+    """Tensors of the state dict by name, each once; other names of the same; what is no tensor."""
+    found: dict[str, torch.Tensor] = {}
+    shared: dict[str, str] = {}
+    others: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, value in net.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            others[name] = value
+        elif id(value) in first:
+            shared[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            found[name] = value.detach()
+    return found, shared, others
+
+
+def _targets(
+    net: nn.Module, stored: Stored, weights: Mapping[str, StoredTensor], shared: Mapping[str, str]
+) -> list[tuple[str, torch.Tensor]]:
+    """Which tensor each stored one goes to.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
+    mine, mine_shared, _ = _weights(net)
+    if mine.keys() != weights.keys() or mine_shared != shared:
+        ours, theirs = mine.keys() | mine_shared.keys(), weights.keys() | shared.keys()
+        differ = sorted(ours ^ theirs) or sorted({*mine_shared} ^ {*shared})
+        raise ConfigError(
+            f"{stored.folder} is of another model: {len(differ)} names are in one of them only, "
+            f"or shared in one of them only, {', '.join(differ[:4])} for instance"
+        )
+    for name, tensor in mine.items():
+        known = weights[name]
+        if (tuple(tensor.shape), tensor.dtype) != (known.shape, known.dtype):
+            raise ConfigError(
+                f"{stored.folder} is of another model: {name} is {known.dtype} {known.shape} "
+                f"there, {tensor.dtype} {tuple(tensor.shape)} here"
+            )
+    if any(tensor.is_meta for tensor in mine.values()):
+        make_room(net, _placeholders(mine))
+        mine, _, _ = _weights(net)
+    return list(mine.items())
+
+
+def _placeholders(mine: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the right shapes without memory, for those on the meta device."""
+    return {n: torch.zeros(()).expand(t.shape) for n, t in mine.items() if t.is_meta}
+
+
+def _other_buffers(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that are in no state dict: a forward may change them all the same."""
+    known = net.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in net.named_buffers() if name not in known}
+
+
+def _attributes(engine: Engine) -> dict[tuple[str, str], Any]:
+    """Python attributes that the forward changes: name of the module, attribute."""
+    modules = dict(engine.net.named_modules())
+    moving = {
+        pair
+        for variant in engine.variants
+        for change in variant.captured.changes.values()
+        for pair in change.attributes
+    }
+    moving.update((m, a) for v in engine.variants for m, a, _ in v.captured.moved)
+    return {
+        (module, name): modules[module].__dict__[name]
+        for module, name in sorted(moving)
+        if name in modules[module].__dict__
+    }
+
+
+def _set_attributes(
+    net: nn.Module,
+    attributes: Mapping[tuple[str, str], Any],
+    buffers: Mapping[str, torch.Tensor],
+) -> None:
+    modules = dict(net.named_modules())
+    for (module, name), value in attributes.items():
+        setattr(modules[module], name, value)
+    for path, value in buffers.items():
+        owner, _, name = path.rpartition(".")
+        held = modules[owner]._buffers.get(name)
+        if held is not None and held.shape == value.shape and held.dtype == value.dtype:
+            with torch.no_grad():
+                held.copy_(value)
+        else:
+            modules[owner].register_buffer(name, value, persistent=False)
+
+
+# Whatever else has a state
+
+
+def _of_object(name: str, held: Any, net: nn.Module) -> Any:
+    if isinstance(held, torch.optim.Optimizer):
+        return optimizers.state_of(held, net)
+    if not callable(getattr(held, "state_dict", None)):
+        raise ConfigError(
+            f"{name}={type(held).__name__}: it has no state_dict(). Give what it needs as extra="
+        )
+    return held.state_dict()
+
+
+def _check_objects(stored: Stored, objects: Mapping[str, Any], saved: Any) -> None:
+    """Refuse to leave out what was saved, or to invent what was not.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{stored.folder / VALUES}: it cannot be read")
+    lacking, new = sorted(saved.keys() - objects.keys()), sorted(objects.keys() - saved.keys())
+    if lacking or new:
+        words = [f"it holds {', '.join(lacking)}, which was not given"] if lacking else []
+        words += [f"it does not hold {', '.join(new)}"] if new else []
+        raise ConfigError(
+            f"{stored.folder}: {'; '.join(words)}. Give load_checkpoint the same objects, by the "
+            "same names, as save_checkpoint"
+        )
+    for name, held in objects.items():
+        if not callable(getattr(held, "load_state_dict", None)):
+            raise ConfigError(f"{name}={type(held).__name__}: it has no load_state_dict()")
+
+
+def _random_states() -> dict[str, Any]:
+    host = tuple(HostState.now())
+    made = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = torch.cuda.get_rng_state_all() if made else []
+    return {"host": host, "cuda": devices}
+
+
+def _set_random_states(host: HostState, devices: list[torch.Tensor]) -> None:
+    host.restore()
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)

@@ -1,0 +1,420 @@
+"""Checkpoints: a resumed run is the run that was not interrupted, or loading is refused."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import random
+import shutil
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
+
+import harmony
+from harmony.checkpoint import store
+from harmony.checkpoint.tree import decode, encode
+from harmony.core.files import parse_json
+from harmony.errors import ConfigError, HarmonyError
+from harmony.weights.checkpoint_files import open_checkpoint
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import GPT, square_loss, token_batch, token_loss, vector_batch
+
+Net = nn.Module
+
+
+def vectors(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = vector_batch(step, width=8)
+    return x, y
+
+
+def trained(net: Net, **options: Any) -> harmony.Harmony:
+    settings: dict[str, Any] = {
+        "optimizer": torch.optim.AdamW,
+        "optimizer_kwargs": {"lr": 1e-2},
+        "loss_fn": token_loss,
+        "microbatch_size": 4,
+        "mode": "pp",
+        "devices": 2,
+        "device_memory": "400KiB",
+        "seed": 5,
+    }
+    return harmony.Harmony(net, **{**settings, **options})
+
+
+def values(net: Net) -> dict[str, torch.Tensor]:
+    held = net.state_dict().items()
+    return {name: value.clone() for name, value in held if isinstance(value, torch.Tensor)}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"device_memory": "8MiB"},  # other packs, other residency
+        {"devices": 1, "device_memory": "8MiB"},
+        {"updates": "host", "seed": None},  # the checkpoint brings its seed
+    ],
+    ids=["same", "more memory", "one GPU", "host updates"],
+)
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(
+    vgpus: VirtualGPUs, tmp_path: Path, other: dict[str, Any], clipped: bool
+) -> None:
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    fresh = copy.deepcopy(net)
+    clip = {"max_grad_norm": 0.5} if clipped else {}
+    model = trained(net, **clip)
+    scheduler = MultiStepLR(model.optimizer, [2, 4], 0.5)
+    for step in range(3):
+        model.train_step(*token_batch(step))
+        scheduler.step()
+    folder = model.save_checkpoint(tmp_path, scheduler=scheduler, extra={"epoch": (1, "a")})
+    assert folder == tmp_path / "step-00000003"
+    drawn = torch.rand(3), random.random()
+    losses = []
+    for step in range(3, 6):
+        losses.append(model.train_step(*token_batch(step)))
+        scheduler.step()
+    resumed = trained(fresh, **clip, **other)
+    again = MultiStepLR(resumed.optimizer, [2, 4], 0.5)
+    restored = resumed.load_checkpoint(tmp_path, scheduler=again)
+    assert (restored.step, restored.extra, restored.folder) == (3, {"epoch": (1, "a")}, folder)
+    assert (resumed.num_steps, resumed.seed) == (3, 5)
+    assert torch.equal(drawn[0], torch.rand(3))
+    assert drawn[1] == random.random()
+    for step in range(3, 6):
+        assert torch.equal(resumed.train_step(*token_batch(step)), losses[step - 3])
+        again.step()
+    assert same(values(model.module), values(resumed.module))
+    assert scheduler.get_last_lr() == again.get_last_lr()
+    for param, twin in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert param.shape == twin.shape
+        one, two = model.optimizer.state[param], resumed.optimizer.state[twin]
+        assert all(torch.equal(one[key].cpu(), two[key].cpu()) for key in one)
+
+
+class Counting(nn.Module):
+    """Has a norm, a buffer that no state dict has, a counter, and a state of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.drop = nn.Dropout(0.2)
+        self.note: Any = ("none", 0)
+
+    def get_extra_state(self) -> Any:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state["note"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale.mul_(1.5)
+        return self.last(self.drop(self.norm(self.first(x)).relu())) * self.scale
+
+
+def test_a_loop_of_ones_own_goes_on(vgpus: VirtualGPUs, tmp_path: Path) -> None:
+    def run(net: Counting, steps: range, resume: bool) -> tuple[Any, ...]:
+        model = harmony.Harmony(net, devices=1, seed=3)
+        groups = [{"params": [net.last.bias], "lr": 0.1}, {"params": [net.first.weight]}]
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+        scheduler = OneCycleLR(optimizer, 0.2, total_steps=10)
+        objects = {"optimizer": optimizer, "scheduler": scheduler}
+        if resume:
+            model.load_checkpoint(tmp_path, **objects)
+        losses = []
+        for step in steps:
+            optimizer.zero_grad()
+            x, y = vectors(step)
+            loss = square_loss(model(x + 0.1 * torch.randn(x.shape)), y)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+            if step == 1:
+                net.note = ("kept", step)
+                model.save_checkpoint(tmp_path, **objects)
+        return losses, values(net) | {"scale": net.scale.clone()}, net.note
+
+    torch.manual_seed(0)
+    net = Counting()
+    fresh = copy.deepcopy(net)
+    losses, left, note = run(net, range(5), resume=False)
+    torch.manual_seed(77)
+    random.seed(77)
+    again, left_again, note_again = run(fresh, range(2, 5), resume=True)
+    assert again == losses[2:]
+    assert same(left, left_again)
+    assert note == note_again == ("kept", 1)
+
+
+def test_tied_weights_are_stored_once_and_hugging_face_reads_the_folder(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        vocab_size=32,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    net = transformers.GPT2LMHeadModel(config)
+    model = trained(net, loss_fn=None, device_memory=None)
+    ids = torch.randint(32, (8, 8))
+    model.train_step({"input_ids": ids, "labels": ids})
+    folder = model.save_checkpoint(tmp_path)
+    stored = open_checkpoint(folder)
+    assert ("lm_head.weight" in stored) != ("transformer.wte.weight" in stored)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    assert same(values(net), values(loaded))
+    safetensors = pytest.importorskip("safetensors.torch")
+    plain = safetensors.load_file(folder / "model.safetensors")
+    assert all(torch.equal(plain[name], net.state_dict()[name]) for name in plain)
+
+
+@pytest.fixture
+def two_saved(vgpus: VirtualGPUs, tmp_path: Path) -> tuple[harmony.Harmony, Path]:
+    torch.manual_seed(0)
+    model = trained(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), loss_fn=square_loss
+    )
+    for step in range(2):
+        model.train_step(*vectors(step))
+        model.save_checkpoint(tmp_path, extra=step)
+    model.train_step(*vectors(2))
+    return model, tmp_path
+
+
+def damaged(data: bytes, how: int, draw: random.Random) -> bytes:
+    place = draw.randrange(len(data))
+    if how == 0:
+        return data[:place]
+    if how == 1:
+        return data[:place] + bytes([data[place] ^ (1 << draw.randrange(8))]) + data[place + 1 :]
+    if how == 2:
+        return data + b"\0"
+    return data[:place] + draw.randbytes(8) + data[place:]
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(
+    two_saved: tuple[harmony.Harmony, Path],
+) -> None:
+    model, root = two_saved
+    before, draw = values(model.module), random.Random(0)
+    newest = root / "step-00000002"
+    files = sorted(path.name for path in newest.iterdir())
+    assert files == ["manifest.json", "model.safetensors", "state.json", "state.safetensors"]
+    for number in range(200):
+        path = newest / files[number % len(files)]
+        whole = path.read_bytes()
+        path.write_bytes(damaged(whole, number // len(files) % 4, draw))
+        with pytest.raises(ConfigError, match=r"step-00000002.*The one before is .*step-00000001"):
+            model.load_checkpoint(root)
+        assert same(before, values(model.module))
+        assert model.num_steps == 3
+        path.write_bytes(whole)
+    (newest / "state.json").unlink()
+    with pytest.warns(UserWarning, match=r"passed over a damaged checkpoint.*state\.json"):
+        assert model.load_checkpoint(root, skip_damaged=True).extra == 0
+    assert model.num_steps == 1
+    shutil.rmtree(root / "step-00000001")
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole"):
+        model.load_checkpoint(root, skip_damaged=True)
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    two_saved: tuple[harmony.Harmony, Path],
+) -> None:
+    model, root = two_saved
+    scheduler = MultiStepLR(model.optimizer, [2])
+
+    def refused(match: str, other: harmony.Harmony, **objects: Any) -> None:
+        before = values(other.module)
+        with pytest.raises(ConfigError, match=match):
+            other.load_checkpoint(root, **objects)
+        assert same(before, values(other.module))
+        assert other.num_steps in (0, 3)
+
+    refused("does not hold scheduler", model, scheduler=scheduler)
+    refused("is of another model", trained(nn.Linear(8, 8), loss_fn=square_loss))
+    wide = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 8))
+    refused("0.weight is torch.float32", trained(wide, loss_fn=square_loss))
+    alike = copy.deepcopy(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    kwargs = {"lr": 1e-2}
+    sgd = trained(alike, loss_fn=square_loss, optimizer=torch.optim.SGD, optimizer_kwargs=kwargs)
+    refused("the optimizer was AdamW .* now it is SGD", sgd)
+    groups = [{"params": [p]} for p in alike.parameters()]
+    refused("other parameters or groups", trained(alike, loss_fn=square_loss, param_groups=groups))
+    model.save_checkpoint(root, scheduler=scheduler)
+    refused("it holds scheduler, which was not given", model)
+    with pytest.raises(ConfigError, match="there are no checkpoints in"):
+        model.load_checkpoint(root / "nowhere")
+
+
+def test_what_cannot_be_read_back_without_running_code_is_refused(
+    two_saved: tuple[harmony.Harmony, Path],
+) -> None:
+    model, root = two_saved
+    names = sorted(path.name for path in root.iterdir())
+    with pytest.raises(ConfigError, match=r"extra\.f\[0\] is a builtins\.function"):
+        model.save_checkpoint(root, extra={"f": [lambda: 0]})
+    with pytest.raises(ConfigError, match=r"data=int: it has no state_dict"):
+        model.save_checkpoint(root, data=3)
+    with pytest.raises(ConfigError, match="keep=0"):
+        model.save_checkpoint(root, keep=0)
+    assert names == sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_leaves_what_was_there(
+    two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    model, root = two_saved
+    write, sync, calls = store._write_all, store.os.fsync, 0
+
+    def failing(after: int) -> None:
+        nonlocal calls
+        calls = 0
+
+        def count() -> None:
+            nonlocal calls
+            calls += 1
+            if calls == after:
+                raise OSError(number, "the disk has failed")
+
+        def written(*args: Any) -> None:
+            count()
+            write(*args)
+
+        def synced(*args: Any) -> None:
+            count()
+            sync(*args)
+
+        monkeypatch.setattr(store, "_write_all", written)
+        monkeypatch.setattr(store.os, "fsync", synced)
+
+    failing(0)
+    model.save_checkpoint(root, extra="whole")
+    total = calls
+    shutil.rmtree(root / "step-00000003")
+    assert total > 10
+    kind = ConfigError if number == errno.EACCES else HarmonyError
+    for after in range(1, total):
+        failing(after)
+        with pytest.raises(kind, match="Checkpoints written before are as they were"):
+            model.save_checkpoint(root)
+        assert sorted(path.name for path in root.iterdir()) == ["step-00000001", "step-00000002"]
+    failing(0)
+    assert model.load_checkpoint(root).step == 2
+
+
+def test_the_last_few_are_kept(two_saved: tuple[harmony.Harmony, Path]) -> None:
+    model, root = two_saved
+    (root / ".step-00000009.0123456789abcdef.part").mkdir()  # of a process that was killed
+    (root / "notes").mkdir()
+    model.save_checkpoint(root, keep=2)
+    model.save_checkpoint(root, keep=2, extra="again")  # of the same step
+    names = sorted(path.name for path in root.iterdir())
+    assert names == ["notes", "step-00000002", "step-00000003"]
+    assert model.load_checkpoint(root).extra == "again"
+
+
+class Fails(torch.optim.SGD):
+    """Fails at the second parameter that it comes to, if told to."""
+
+    now = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, param in enumerate(params):
+            if Fails.now and number == 1:
+                raise ValueError("the optimizer has failed")
+            with torch.no_grad():
+                param.add_(param.grad, alpha=-0.1)
+
+
+def test_a_torn_model_is_not_saved_and_a_checkpoint_mends_it(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
+    options = {"loss_fn": square_loss, "optimizer_kwargs": {"lr": 0.1}, "updates": "host"}
+    model = trained(net, optimizer=Fails, **options)
+    for step in range(2):
+        model.train_step(*vectors(step))
+    model.save_checkpoint(tmp_path)
+    Fails.now = True
+    with pytest.raises(HarmonyError, match="the optimizer has failed"):
+        model.train_step(*vectors(2))
+    Fails.now = False
+    with pytest.raises(HarmonyError, match="load a checkpoint"):
+        model.save_checkpoint(tmp_path)
+    model.load_checkpoint(tmp_path)
+    loss = model.train_step(*vectors(2))
+    assert model.num_steps == 3
+    fresh = trained(copy.deepcopy(net), optimizer=Fails, **options)
+    fresh.load_checkpoint(tmp_path)
+    assert torch.equal(loss, fresh.train_step(*vectors(2)))
+    assert same(values(net), values(fresh.module))
+
+
+def test_other_microbatches_than_before_are_said(
+    two_saved: tuple[harmony.Harmony, Path],
+) -> None:
+    model, root = two_saved
+    other = trained(copy.deepcopy(model.module), loss_fn=square_loss, microbatch_size=2)
+    other.load_checkpoint(root)
+    with pytest.warns(UserWarning, match=r"microbatches of 2 samples .* before it was 4.*=4"):
+        other.train_step(*vectors(2))
+    other.train_step(*vectors(3))  # said once: warnings are errors here
+
+
+LEAVES = (
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(),
+    st.binary(),
+    st.complex_numbers(allow_nan=False),
+    st.sets(st.integers(), max_size=1),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.Size([2, 3]), frozenset("a")]),
+)
+
+
+@st.composite
+def trees(draw: st.DrawFn, depth: int = 3) -> Any:
+    """A value of all the kinds that a checkpoint holds, but tensors."""
+    kind = draw(st.integers(0, 5 if depth else 0))
+    if kind == 0:
+        return draw(draw(st.sampled_from(LEAVES)))
+    inner = [draw(trees(depth=depth - 1)) for _ in range(draw(st.integers(0, 3)))]
+    names = draw(st.lists(st.text() | st.integers(), min_size=3, max_size=3, unique=True))
+    pairs = list(zip(names, inner, strict=False))
+    made = (inner, tuple(inner), dict(pairs), OrderedDict(pairs), Counter(names))
+    return made[kind - 1]
+
+
+@given(trees())
+def test_values_come_back_as_they_were(value: Any) -> None:
+    found = decode(parse_json(json.dumps(encode(value, "x", {}))), {}.__getitem__)
+    assert found == value
+    assert repr(found) == repr(value)
