@@ -43,6 +43,7 @@ class Result:
         gradients: of the parameters.
         inputs: gradients of the inputs that require one.
         buffers: all of them, after the step.
+        given: the tensors of the call after the step, which a forward may change in place.
         draws: whether random numbers were drawn.
         draws_in_python: whether Python or NumPy drew some.
     """
@@ -51,6 +52,7 @@ class Result:
     gradients: Tensors
     inputs: Tensors
     buffers: Tensors
+    given: Tensors = field(default_factory=dict)
     draws: bool = False
     draws_in_python: bool = False
 
@@ -84,6 +86,8 @@ class PlainStep:
     def __post_init__(self) -> None:
         leaves, self._structure = flatten((self.args, self.kwargs, self.targets))
         self._leaves = [_own(leaf, self.device) for leaf in leaves]
+        self._given = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        self._used: list[tuple[Samples | None, list[Any]]] = []
         self._dims: Sequence[int | None] = ()
         self._num_samples = 0
         if self.parts:
@@ -233,6 +237,7 @@ class PlainStep:
             gradients={name: gradient.cpu() for name, gradient in total.items()},
             inputs=self._input_gradients(),
             buffers={n: b.detach().cpu().clone() for n, b in self.net.named_buffers()},
+            given=self._after(),
             draws=self._drew,
             draws_in_python=self._drew_in_python,
         )
@@ -289,8 +294,23 @@ class PlainStep:
                 parts.append(leaf.clone())
             else:
                 parts.append(leaf.narrow(dim, samples[0], samples[1] - samples[0]).clone())
+        self._used.append((samples, parts))
         args, kwargs, targets = self._structure.unflatten(parts)
         return args, kwargs, targets
+
+    def _after(self) -> Tensors:
+        """The tensors of the call as the forwards have left them, by rows of the microbatches."""
+        for samples, parts in self._used[:1] if not self.parts else self._used:
+            for index, part in enumerate(parts):
+                if not isinstance(part, torch.Tensor):
+                    continue
+                dim = self._dims[index] if samples is not None else None
+                place = self._given[index]
+                if samples is not None and dim is not None:
+                    place = place.narrow(dim, samples[0], samples[1] - samples[0])
+                place.copy_(part.detach())
+        self._used.clear()
+        return tensors_of(self._structure.unflatten(self._given))
 
     def _input_gradients(self) -> Tensors:
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
@@ -309,6 +329,15 @@ class PlainForward:
 
     step: PlainStep
     before: Snapshot
+
+
+def tensors_of(call: Any) -> Tensors:
+    """Copies of the tensors of a call, by their place in it."""
+    return {
+        f"input {index} after the step": leaf.detach().cpu().clone()
+        for index, leaf in enumerate(flatten(call)[0])
+        if isinstance(leaf, torch.Tensor)
+    }
 
 
 def _own(leaf: Any, device: torch.device) -> Any:

@@ -75,7 +75,17 @@ def rows_of(
         {f"buffer {n}": b for n, b in held.items() if f"buffer {n}" in changed}
         for held in (found.buffers, expected.buffers)
     )
-    return [*gradients, *inputs], [*others, *compare_all(ours, theirs, factor)]
+    others += compare_all(ours, theirs, factor)
+    if found.given and expected.given:
+        apart = {
+            name: held
+            for name, held in expected.given.items()
+            if name not in found.given or not same_bits(found.given[name], held)
+        }
+        others += compare_all(
+            {n: found.given[n] for n in apart if n in found.given}, apart, factor
+        )
+    return [*gradients, *inputs], others
 
 
 def agree(found: Result, reference: Reference) -> bool:

@@ -22,7 +22,7 @@ from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Samples
 from harmony.reference.draws import CannotJoinError, DrawPlayer, DrawRecorder
 from harmony.reference.outputs import loss_of
-from harmony.reference.plain_step import Parts, PlainStep, Result, Tensors
+from harmony.reference.plain_step import Parts, PlainStep, Result, Tensors, tensors_of
 from harmony.reference.snapshot import Snapshot, same_bits
 from harmony.verification.outcome import agree, rows_of, verification_of
 from harmony.verification.script import Verifier
@@ -258,6 +258,7 @@ class _Comparison:
             params={n: p.detach().clone() for n, p in net.named_parameters()},
             state=states_of(engine.optimizer, net),
             parts=parts,
+            given=tensors_of((args, kwargs, targets)),
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
         if absent and self._options.updates == "auto" and not engine.variants.waits():
@@ -295,13 +296,14 @@ class _Comparison:
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         given = {f"input {i}": x.grad.cpu() for i, x in enumerate(inputs) if x.grad is not None}
         plan = engine.record.plan
-        assert plan is not None, "a forward has run"
+        whole = ((0, 1),)  # a model that runs as it is, without a plan, has one microbatch
         return Found(
             loss=loss.detach().cpu(),
             gradients=gradients_of(engine),
             inputs=given,
             buffers={n: b.detach().clone() for n, b in net.named_buffers()},
-            parts=parts_of(engine, plan.minibatch),
+            parts=(whole,) if plan is None else parts_of(engine, plan.minibatch),
+            given=tensors_of((args, kwargs, targets)),
         )
 
     def _updates(

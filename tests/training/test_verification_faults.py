@@ -374,3 +374,33 @@ def test_a_step_that_fails_leaves_nothing(
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         model.verify(*batch())
     assert same(before, everything(model))
+
+
+class Doubles(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x.mul_(2))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("steps", [True, False])
+@pytest.mark.parametrize("fault", [True, False])
+def test_inputs_are_compared_after_the_step(
+    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch, fault: bool, steps: bool
+) -> None:
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}}
+    model = harmony.Harmony(
+        Doubles(), loss_fn=nn.functional.cross_entropy, **(options if steps else {})
+    )
+    if fault:
+        monkeypatch.setattr("harmony.capture.state.arguments.Lent.give_back", lambda lent: None)
+    x = torch.ones(8, 8)
+    found = model.verify(x, torch.arange(8) % 4)
+    assert found.ok is not fault
+    assert x.eq(1).all()
