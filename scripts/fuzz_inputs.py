@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import sys
@@ -37,6 +39,8 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.checkpoint.store import MANIFEST
+from harmony.checkpoint.training import VALUES
 from harmony.cli.arguments import parse
 from harmony.cli.plan_arguments import PlanRequest, parse_plan
 from harmony.cli.plan_command import run as run_plan
@@ -188,6 +192,13 @@ def small_model() -> tuple[LayerGraph, CostTable, Machine]:
     return LayerGraph(layers, values, (), last), CostTable((cost,) * last), machine
 
 
+class _Sum(nn.Module):
+    """Makes a loss of whatever comes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square().mean()
+
+
 class Inputs:
     """Good inputs of every kind, in a folder."""
 
@@ -204,6 +215,7 @@ class Inputs:
         self.plan = folder / "good-plan.json"
         save_plan(choose(graph, costs, machine, 4), self.plan)
         self.good_plan = load_plan(self.plan)
+        self.model: tuple[harmony.Harmony, Any] | None = None
 
     def kinds(self) -> dict[str, Kind]:
         """All kinds, by name."""
@@ -215,6 +227,8 @@ class Inputs:
             "safetensors": Kind(self._safetensors, self._load),
             "index": Kind(self._index, self._load),
             "torch file": Kind(self._torch_file, self._load),
+            "checkpoint": Kind(self._checkpoint, self._use_checkpoint),
+            "checkpoint values": Kind(self._checkpoint_values, self._use_checkpoint),
             "bytes": Kind(self._any_bytes, self._use_bytes),
             "virtual GPUs": Kind(self._vgpu, self._use_vgpu),
             "sizes": Kind(_size, _use_size),
@@ -329,6 +343,66 @@ class Inputs:
                 load(path)
             except HarmonyError:
                 continue
+
+    def _checkpoint(self, draw: random.Random) -> Path:
+        """One of its files is damaged: no checksum tells that it is meant."""
+        root = self._good_checkpoint()
+        path = draw.choice(sorted((root / "step-00000001").iterdir()))
+        path.write_bytes(damaged_bytes(path.read_bytes(), draw))
+        return root
+
+    def _checkpoint_values(self, draw: random.Random) -> Path:
+        """Its values are others, and the checksums are right: somebody has made them."""
+        root = self._good_checkpoint()
+        folder = root / "step-00000001"
+        path = folder / VALUES
+        text = damaged_json(json.loads(path.read_text()), draw)
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest.pop("sha256")
+        data = path.read_bytes()
+        entry = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"][VALUES] = entry
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": digest}))
+        return root
+
+    def _good_checkpoint(self) -> Path:
+        """A checkpoint of a model that has trained a step."""
+        root = self.folder / "checkpoints"
+        if not root.exists():
+            model, scheduler = self._trained()
+            model.train_step(torch.ones(2, 4))
+            model.save_checkpoint(root, scheduler=scheduler)
+            shutil.copytree(root / "step-00000001", self.folder / "good-checkpoint")
+        shutil.rmtree(root / "step-00000001")
+        shutil.copytree(self.folder / "good-checkpoint", root / "step-00000001")
+        return root
+
+    def _trained(self) -> tuple[harmony.Harmony, Any]:
+        if self.model is None:
+            harmony.virtual_gpus(count=1, memory="1MiB")
+            options: Any = {"optimizer": torch.optim.Adam, "optimizer_kwargs": {"lr": 0.1}}
+            net = nn.Sequential(copy.deepcopy(self.net), _Sum())
+            model = harmony.Harmony(net, devices=1, seed=0, **options)
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(model.optimizer, [2])
+            self.model = model, scheduler
+        return self.model
+
+    def _use_checkpoint(self, root: Path) -> None:
+        model, scheduler = self._trained()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        random_state = random.getstate()
+        try:
+            model.load_checkpoint(root, scheduler=scheduler)
+        except HarmonyError as error:
+            now = model.state_dict()
+            same = all(torch.equal(now[name], value) for name, value in before.items())
+            assert same or "load" in str(error), "half of it was loaded, and nothing says so"
+            raise
+        finally:
+            random.setstate(random_state)
+            model.load_state_dict(before)
 
     # settings
 

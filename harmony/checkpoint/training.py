@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from harmony.core.files import DAMAGED, check_types
 from harmony.core.version import __version__
 from harmony.engine.engine import Engine
 from harmony.engine.resumed import BitChoices
-from harmony.errors import ConfigError
+from harmony.errors import ConfigError, HarmonyError
 from harmony.runtime.interrupts import held_back
 from harmony.weights.checkpoint_files import StoredTensor
 from harmony.weights.meta_init import make_room
@@ -112,7 +113,9 @@ def load_training(
     for name, held in objects.items():
         if isinstance(held, torch.optim.Optimizer):
             optimizers.check_state(held, engine.net, saved[name], name)
-    with held_back(), engine.whole.together() as begun:
+    with _trying(stored):  # the one thing that can be tried first
+        _set_random_states(host, devices)
+    with held_back(), engine.whole.together() as begun, _setting(stored):
         begun.append("the state of a checkpoint")
         for name, target in targets:
             with torch.no_grad():
@@ -134,6 +137,34 @@ def load_training(
         engine.variants.activate(None)  # what stays on devices is of another step
     _set_random_states(host, devices)
     return Restored(stored.folder, stored.step, data["extra"], skipped)
+
+
+@contextmanager
+def _trying(stored: Stored) -> Iterator[None]:
+    """Take back what the block does to random states; refuse those that are none."""
+    before = HostState.now()
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{stored.folder / VALUES}: it holds no random states ({why})") from None
+    finally:
+        before.restore()
+
+
+@contextmanager
+def _setting(stored: Stored) -> Iterator[None]:
+    """Say what has become of a checkpoint of which not all can be set, though it is undamaged."""
+    try:
+        yield
+    except HarmonyError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise HarmonyError(
+            f"{stored.folder}: not all that it holds can be set ({why}). Load another checkpoint "
+            "before training goes on"
+        ) from error
 
 
 def _newest(root: Path, skip_damaged: bool) -> tuple[Stored, dict[str, Any], tuple[str, ...]]:
@@ -287,7 +318,7 @@ def _check_objects(stored: Stored, objects: Mapping[str, Any], saved: Any) -> No
     Raises:
         ConfigError: naming it.
     """
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
         raise ConfigError(f"{stored.folder / VALUES}: it cannot be read")
     lacking, new = sorted(saved.keys() - objects.keys()), sorted(objects.keys() - saved.keys())
     if lacking or new:

@@ -1,0 +1,23 @@
+"""A process that is killed leaves whole checkpoints, from which the run goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_and_resume.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", ["KILL", "INT"])
+def test_a_killed_run_goes_on(signal: str) -> None:
+    command = [sys.executable, str(SCRIPT), "--kills", "3", "--signal", signal]
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    around = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(command, env=around, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("3 kills, 2 of them aimed at a save; 8 steps, 0 of which differ\n")
