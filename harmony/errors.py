@@ -33,6 +33,10 @@ class HarmonyError(Exception):
         return printable(super().__str__())
 
 
+class HarmonyWarning(UserWarning):
+    """What Harmony wants to be known, though it goes on."""
+
+
 class ConfigError(HarmonyError, ValueError):
     """An option with an impossible value."""
 

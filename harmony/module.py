@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from harmony.checkpoint import Restored, load_training, save_training
 from harmony.core.files import check_types
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
+from harmony.core.warn import warn
 from harmony.engine.autograd import needs_graph
 from harmony.engine.bypass import Bypass, within
 from harmony.engine.engine import Engine
@@ -324,7 +324,7 @@ class Harmony(Wrapper):
             engine.whole.check_process()
             restored = load_training(engine, Path(folder), objects, skip_damaged)
         for why in restored.skipped:
-            warnings.warn(f"passed over a damaged checkpoint: {why}", stacklevel=2)
+            warn(f"passed over a damaged checkpoint: {why}")
         return restored
 
     def close(self) -> None:

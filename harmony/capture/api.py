@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from harmony.capture.trace.leaves import choose_leaves
 from harmony.capture.trace.program import Program
 from harmony.capture.trace.refuse import check_backward_hooks, check_module
 from harmony.capture.trace.tracer import Tracer
+from harmony.core.warn import warn
 from harmony.errors import ConfigError
 
 
@@ -88,8 +88,7 @@ def _switch_off_caches(root: nn.Module) -> None:
     for config in cached:
         config.use_cache = False
     if cached:
-        warnings.warn(
+        warn(
             f"{type(root).__name__} is captured with use_cache=False: a KV cache is of no use in "
             "training and would be updated twice by the recompute",
-            stacklevel=3,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from harmony.core.files import PACKAGE
+from harmony.core.warn import warn
 from harmony.errors import HarmonyError
 
 _inside = threading.local()
@@ -77,7 +77,7 @@ class Bypass:
         Raises:
             HarmonyError: if gradients of it would be lost.
         """
-        level, caller = _caller()
+        caller = _caller()
         if torch.compiler.is_compiling() or caller.startswith(_EXPORTS):
             return
         what = f"{type(self._net).__name__}.{name}" if name else "the wrapped module"
@@ -92,11 +92,10 @@ class Bypass:
         if what in self._has_warned:
             return
         self._has_warned.add(what)
-        warnings.warn(
+        warn(
             f"{what} was called by itself, not through the Harmony model: it computes on the CPU. "
             "Results are right, but this is not planned, and no GPU runs it. To have it run by "
             "Harmony, let the module's forward call it, chosen by an argument",
-            stacklevel=level,
         )
 
 
@@ -126,11 +125,11 @@ class _Watch:
         return type(None), ()
 
 
-def _caller() -> tuple[int, str]:
-    """How many frames above `Bypass.noticed` the user's own code is, and which file called."""
-    level, frame, file = 1, sys._getframe(1), ""
+def _caller() -> str:
+    """Which file has called the module, if that is not the user's own code."""
+    frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        level, frame = level + 1, frame.f_back
-        if not file and not frame.f_code.co_filename.startswith(_CALLS):
-            file = frame.f_code.co_filename
-    return level, file
+        frame = frame.f_back
+        if not frame.f_code.co_filename.startswith(_CALLS):
+            return frame.f_code.co_filename
+    return ""

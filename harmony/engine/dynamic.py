@@ -7,7 +7,6 @@ see which path it takes, then the layers of that path run as any other, planned 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,7 @@ from harmony.capture import (
     seed_python,
 )
 from harmony.capture.loss.weights import LiveWeights, parts_asked_for
+from harmony.core.warn import warn
 from harmony.engine.call_key import Call
 from harmony.engine.call_kind import CallKind
 from harmony.engine.options import EngineOptions
@@ -96,7 +96,7 @@ class DynamicRunner:
         if text not in self._noticed:
             self._noticed.add(text)
             self._record.warn(text)
-            warnings.warn(text, stacklevel=6)
+            warn(text)
 
     def forget(self) -> None:
         """Forget all captures."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec
 
@@ -18,6 +17,7 @@ from torch import nn
 from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.loss.weights import parts_asked_for
 from harmony.core.timeline import Timeline
+from harmony.core.warn import warn
 from harmony.engine.autograd import (
     ForwardCall,
     ForwardObserver,
@@ -104,7 +104,7 @@ class Engine:
         )
         if options.optimizer is None and (notice := facts.sparse_notice(net)) is not None:
             self.record.warn(notice)
-            warnings.warn(notice, stacklevel=4)
+            warn(notice)
         watched = options.replan and options.plan is None
         self._feedback = Feedback(self.record, options.activations) if watched else None
         self.variants = VariantCache(net, self._contexts, options, self._optimizer, self.record)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from harmony.core.warn import warn
 from harmony.engine.bypass import Bypass
 from harmony.engine.engine import Engine
 from harmony.errors import HarmonyError
@@ -95,10 +95,9 @@ class Wrapper(nn.Module):
         found = {t.dtype: fn(torch.empty(0, dtype=t.dtype)) for t in tensors}
         devices = {made.device for made in found.values() if made.device.type != "cpu"}
         if devices:
-            warnings.warn(
+            warn(
                 f"parameters of a Harmony model stay on the host; .to({min(map(str, devices))}) "
                 "moves nothing",
-                stacklevel=3,
             )
             dtypes = {dtype: made.dtype for dtype, made in found.items()}
             fn = lambda tensor: tensor.to(dtypes[tensor.dtype])  # noqa: E731

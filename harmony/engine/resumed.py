@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from harmony.core.files import check_types
+from harmony.core.warn import warn
 from harmony.planner.ir.plan import Plan
 
 
@@ -53,12 +53,11 @@ class BitChoices:
         if now == self:
             return
         replicas = "replica" if len(self.shares) == 1 else "replicas"
-        warnings.warn(
+        warn(
             f"the run is resumed with microbatches of {now.backward_size} samples in "
             f"{len(now.shares)} replicas; before it was {self.backward_size} samples in "
             f"{len(self.shares)} {replicas}: sums are taken in another order, so the last bits "
             f"may differ from those of a run that was not interrupted. To keep them, give "
             f"microbatch_size={self.backward_size} and "
             f"mode={'pp' if len(self.shares) == 1 else 'dp'!r} with as many GPUs as before",
-            stacklevel=5,
         )

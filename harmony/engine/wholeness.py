@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import nn
 
+from harmony.core.warn import warn
 from harmony.engine.bypass import within
 from harmony.errors import HarmonyError, text_of
 from harmony.runtime.exec.out_of_memory import out_of_memory
@@ -168,9 +168,8 @@ class Wholeness:
     def _check_optimizer(self) -> None:
         """Say that the optimizer's state, too, is partly of the step that failed."""
         self.is_as_before()
-        warnings.warn(
+        warn(
             "the model's state was loaded after a step that failed halfway, but the optimizer's "
             "was not: some of it is of the failed step. Load it as well: "
             "model.optimizer.load_state_dict(...)",
-            stacklevel=6,
         )

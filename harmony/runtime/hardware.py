@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from types import NoneType
 
@@ -10,6 +9,7 @@ import torch
 
 from harmony.core.options import current_options
 from harmony.core.units import format_bytes, parse_bytes
+from harmony.core.warn import warn
 from harmony.errors import ConfigError
 from harmony.runtime import native
 from harmony.runtime.device import available_devices
@@ -84,7 +84,7 @@ def _with_kernels(devices: list[torch.device], *, named: bool = False) -> list[t
     usable = [device for device in devices if device not in unusable]
     if named or not usable:
         raise ConfigError(f"{why}. Use other GPUs, or a PyTorch that was built for them")
-    warnings.warn(f"{why}: left out", stacklevel=3)
+    warn(f"{why}: left out")
     return usable
 
 
@@ -101,10 +101,9 @@ def _start_virtual(count: int, device_memory: str | int | None) -> None:
 
     limit = parse_bytes(device_memory or DEFAULT_VIRTUAL_MEMORY)
     virtual_gpus(count=count, memory=limit)
-    warnings.warn(
+    warn(
         f"no GPU found: training on {count} virtual GPU{'s' * (count > 1)} of "
         f"{format_bytes(limit)} each, which compute on the CPU",
-        stacklevel=4,
     )
 
 

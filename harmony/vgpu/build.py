@@ -11,12 +11,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from harmony.core.files import cache_folder
+from harmony.core.warn import warn
 from harmony.errors import VirtualGPUError
 
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unused-parameter")
@@ -48,10 +48,9 @@ def library_path() -> Path:
         why = f"{directory} is not ours alone"
     except OSError as error:
         why = str(error)
-    warnings.warn(
+    warn(
         f"the virtual GPU cannot be kept for the next run ({why}): it is built for this process. "
         "HARMONY_CACHE names a folder for it",
-        stacklevel=2,
     )
     return _build_for_now(sources, compiler)
 

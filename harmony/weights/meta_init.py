@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from harmony.capture.replay.shell import plain_tensors
+from harmony.core.warn import warn
 from harmony.errors import ConfigError
 from harmony.weights.init_log import (
     InitLog,
@@ -195,11 +195,10 @@ def _resolve(module: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str,
             "context too.)"
         )
     if unknown:
-        warnings.warn(
+        warn(
             f"{_listed(list(unknown))} came to the meta device outside of harmony.meta_init(): "
             "initialised by reset_parameters() or _init_weights() of the modules. What __init__ "
             "would have done beside that is lost",
-            stacklevel=4,
         )
     return sources
 

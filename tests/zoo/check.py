@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import harmony
 from harmony.engine import variant
+from harmony.errors import HarmonyWarning
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.policy import Policy
@@ -88,7 +89,9 @@ def check(entry: Entry) -> Outcome:
             warnings.simplefilter("always")
             outcome = _compare(entry)
         gc.collect()
-    outcome.notes = sorted({str(w.message) for w in given if "harmony" in w.filename})
+    outcome.notes = sorted(
+        {str(w.message) for w in given if issubclass(w.category, HarmonyWarning)}
+    )
     return outcome
 
 

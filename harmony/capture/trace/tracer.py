@@ -7,7 +7,6 @@ values that fake tensors do not have, the trace is repeated with the real parame
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
@@ -44,6 +43,7 @@ from harmony.capture.trace.refuse import (
     check_buffers,
     hides_tensors,
 )
+from harmony.core.warn import warn
 from harmony.errors import CaptureError
 
 NEEDS_VALUES = (
@@ -242,10 +242,9 @@ class Tracer:
         """Say which modules became one layer each, and why."""
         for name, reason in self._closed.items():
             module = self._template.modules[name]
-            warnings.warn(
+            warn(
                 f"{name or 'the model'} ({type(module).__name__}) is one layer, which has to fit "
                 f"on a GPU as a whole: {reason}",
-                stacklevel=3,
             )
 
     def _settle(self, moved: _AttributesMovedError) -> None:

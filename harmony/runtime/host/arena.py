@@ -6,7 +6,6 @@ They lie there in layer order, so that any pack is one contiguous range and move
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import nn
 
 from harmony.capture.graph.params import dense_stride
 from harmony.core.units import aligned
+from harmony.core.warn import warn
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena_layout import ArenaLayout, Region
 from harmony.runtime.host.pinned_memory import HostBuffer, Place, tensor_on
@@ -117,11 +117,10 @@ class HostArena:
         """Say once that somebody has a view of a gradient, which cannot be moved."""
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"a view of the gradient of {name} from an earlier backward is still there, and "
                 "this backward overwrites what it shows: gradients have one place on the host. "
                 "Keep param.grad itself, or clone() the view",
-                stacklevel=3,
             )
 
     def adopt(
@@ -188,11 +187,10 @@ class HostArena:
                     self._move(name, tensor)
             self.tensors[name] = tensor
         if shared:
-            warnings.warn(
+            warn(
                 f"{shared[0]} and {len(shared) - 1} more are in memory that processes share "
                 "(share_memory()). Harmony trains them in memory of its own, so other processes "
                 "do not see their new values: send them model.state_dict()",
-                stacklevel=2,
             )
 
     def _move(self, name: str, tensor: torch.Tensor) -> None:

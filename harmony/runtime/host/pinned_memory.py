@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from harmony.core.units import aligned, format_bytes
+from harmony.core.warn import warn
 from harmony.errors import DoesNotFitError
 from harmony.planner.ir.tasks import Samples
 from harmony.runtime import native
@@ -60,10 +60,9 @@ class HostBuffer:
                 native.withhold_from_children(device, self._memory, withhold=True)
                 weakref.finalize(self.tensor, _unpin, device, self.tensor.data_ptr(), self._memory)
             else:
-                warnings.warn(
+                warn(
                     f"{purpose} ({format_bytes(size)}) could not be pinned: {reason}. Copies to "
                     "the GPU will block and run at about half the speed of the link",
-                    stacklevel=3,
                 )
 
     def view(self, offset: int, place: Place) -> torch.Tensor:
