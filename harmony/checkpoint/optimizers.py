@@ -49,7 +49,7 @@ def check_state(
     here = "none" if optimizer is None else type(optimizer).__name__
     try:
         there = "none" if saved is None else saved["class"]
-        held = [] if saved is None else [group["params"] for group in saved["groups"]]
+        held = [] if saved is None else [list(group["params"]) for group in saved["groups"]]
     except DAMAGED as error:
         raise ConfigError(f"the state of {what} cannot be read ({error!r})") from None
     if optimizer is None or saved is None or here != there:

@@ -245,6 +245,7 @@ class Engine:
             if kind is CallKind.TRAIN_STEP or reason.eager:
                 raise
             self._dynamic.notice(reason)
+            self._runs_whole(call)
             return self._dynamic.ready(kind, call, self.num_steps, 0)
         plan = planned.plan
         weights, doubt = variant.weights(detached(inputs), planned)
@@ -254,6 +255,20 @@ class Engine:
         if doubt is not None:
             self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
         return ReadyStep(variant, planned, inputs, weights)
+
+    def _runs_whole(self, call: Call) -> None:
+        """Say that a loop of the caller's own runs a batch whole where no trace stands for it."""
+        asked = self.options.microbatch_size
+        if asked is None or not torch.is_grad_enabled():
+            return
+        _, minibatch = self.variants.paths(CallKind.OWN_LOOP, call)
+        if asked < minibatch:
+            self._dynamic.say(
+                f"microbatch_size={asked} does not part the batches of this loop: the forward is "
+                f"known only as it runs, so each runs whole ({minibatch} samples in this one). "
+                "Where samples mix (BatchNorm in training) that is another training: give the "
+                f"model batches of {asked}, or use train_step, which parts them"
+            )
 
     def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
         """Run the schedule of a training step, with its updates or up to the gradients."""
@@ -289,6 +304,7 @@ class Engine:
                 break
         self.whole.check()
         check_surroundings()
+        self._runs_whole((args, kwargs, None))
         out = self._eager.forward(args, kwargs, self.num_steps)
         self.num_steps += torch.is_grad_enabled()
         self.last_timeline = None

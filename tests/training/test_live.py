@@ -168,3 +168,31 @@ def test_what_a_user_changes_between_steps_is_seen(vgpus: VirtualGPUs) -> None:
                     module.p = rate
         with torch.no_grad():
             assert torch.equal(model(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["dynamic", "eager"])
+def test_a_loop_that_cannot_part_its_batches_says_so(vgpus: VirtualGPUs, keeps: bool) -> None:
+    """A batch of a loop of one's own runs whole where no trace stands for it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+            self.kept: list[torch.Tensor] = []
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if keeps:
+                self.kept.append(x.sum())
+            return self.norm(self.inner(x))
+
+    torch.manual_seed(0)
+    net = Net()
+    twin = copy.deepcopy(net)
+    x = torch.randn(8, 4)
+    model = harmony.Harmony(net, devices=1, microbatch_size=4)
+    with pytest.warns(harmony.HarmonyWarning, match=r"=4 does not part .*\(8 samples"):
+        out = model(x)
+    assert model.capture_mode == ("eager" if keeps else "dynamic")
+    assert torch.equal(out, twin(x))

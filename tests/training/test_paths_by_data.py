@@ -86,7 +86,7 @@ def test_an_input_that_the_forward_only_looks_at_trains(
         ((mask.clone(), torch.randn(4, 8)), targets) for mask in (torch.ones(4, 8), padded) * 2
     ]
     model = assert_same_training(Masked(between), batches)
-    assert model.capture_mode == "trace"
+    assert model.capture_mode == ("eager" if between is changed_first else "trace")
 
 
 def test_an_input_that_is_only_looked_at_is_cut_into_microbatches(vgpus: VirtualGPUs) -> None:
