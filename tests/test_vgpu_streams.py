@@ -175,16 +175,15 @@ def test_a_link_is_no_faster_than_it_should_be():
     vgpu.virtual_gpus(count=2, memory="64MiB", h2d="200MB/s", d2h="100MB/s")
     host, x = torch.zeros(MIB).pin_memory(), torch.empty(MIB, device="vgpu:0")
     torch.accelerator.synchronize(0)
-    events = [torch.Event(device="vgpu:0", enable_timing=True) for _ in range(3)]
-    events[0].record()
+    begin, end = (torch.Event(device="vgpu:0", enable_timing=True) for _ in range(2))
+    begin.record()
     x.copy_(host, non_blocking=True)
-    events[1].record()
     host.copy_(x, non_blocking=True)
-    events[2].record()
-    events[2].synchronize()
+    end.record()
+    end.synchronize()
+    # Of both: a copy makes up for what the one before it on the stream was late.
     ideal_h2d_ms, ideal_d2h_ms = 4 * MIB / 200e6 * 1e3, 4 * MIB / 100e6 * 1e3
-    assert events[0].elapsed_time(events[1]) > 0.98 * ideal_h2d_ms
-    assert events[1].elapsed_time(events[2]) > 0.98 * ideal_d2h_ms
+    assert begin.elapsed_time(end) > 0.98 * (ideal_h2d_ms + ideal_d2h_ms)
 
 
 def test_streams_come_from_a_bounded_pool():
