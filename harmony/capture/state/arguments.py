@@ -99,7 +99,7 @@ def _put_back(held: Any, was: list[Any]) -> None:
         held[:] = was
         return
     target = held if isinstance(held, dict) else getattr(held, "__dict__", None)
-    if target is not None and not isinstance(held, Mapping):
+    if target is held or (target is not None and not isinstance(held, Mapping)):
         target.clear()
         target.update(zip(was[::2], was[1::2], strict=True))
 
