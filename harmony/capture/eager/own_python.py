@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
@@ -28,6 +27,7 @@ from harmony.capture.graph.structure import flatten
 from harmony.capture.guards.checkpoints import checkpointed
 from harmony.capture.replay.replay import FACTORIES
 from harmony.capture.trace.intercept import recording
+from harmony.capture.trace.irregular import is_packed, moves
 from harmony.capture.trace.isolation import autocast_dtype
 from harmony.errors import HarmonyError
 
@@ -242,20 +242,8 @@ checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept
 
 def moved(tree: Any, device: torch.device) -> Any:
     """Return a structure with its tensors on a device, as part of their graph."""
-    leaves, structure = flatten(tree, is_leaf=_is_packed)
-    return structure.unflatten([leaf.to(device) if _moves(leaf) else leaf for leaf in leaves])
-
-
-def _is_packed(held: Any) -> bool:
-    return isinstance(held, PackedSequence)
-
-
-def _moves(leaf: Any) -> bool:
-    """Whether a value of a structure goes to the device, as what is of the CPU only does not."""
-    if not isinstance(leaf, torch.Tensor):
-        return _is_packed(leaf)
-    nested = leaf.is_nested and leaf.layout is torch.strided
-    return not (leaf.is_mkldnn or leaf.is_quantized or nested)
+    leaves, structure = flatten(tree, is_leaf=is_packed)
+    return structure.unflatten([leaf.to(device) if moves(leaf) else leaf for leaf in leaves])
 
 
 def _beside(owner: Any, value: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harmony.capture.graph.structure import flatten
+from harmony.capture.trace.irregular import is_packed, moves
 from harmony.errors import ConfigError
 
 _DEEPEST = 4
@@ -112,15 +113,16 @@ class Lent:
     """
 
     def __init__(self, call: Any, device: torch.device) -> None:
-        leaves, structure = flatten(call)
-        there: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in there:
+        leaves, structure = flatten(call, is_leaf=is_packed)
+        there: dict[int, tuple[Any, Any]] = {}
+        for leaf in filter(moves, leaves):
+            if id(leaf) not in there:
                 there[id(leaf)] = (leaf, leaf.to(device))
         self.call = structure.unflatten(
-            [there[id(leaf)][1] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            [there[id(leaf)][1] if id(leaf) in there else leaf for leaf in leaves]
         )
-        self._pairs = [(leaf, copy, _version(copy)) for leaf, copy in there.values()]
+        pairs = [(x.data, y.data) if is_packed(x) else (x, y) for x, y in there.values()]
+        self._pairs = [(leaf, copy, _version(copy)) for leaf, copy in pairs]
         self._containers = Containers(self.call)
 
     @property
@@ -142,9 +144,8 @@ class Lent:
                     f"{user} changes an input of shape {shape} in place, as part of the graph of "
                     "gradients: the caller's tensor is another one. Let it change a clone()"
                 )
-            memory = given.untyped_storage().data_ptr()
             others = (g for g, *_ in self._pairs if g is not given)
-            if any(other.untyped_storage().data_ptr() == memory for other in others):
+            if any(_memory(other) == _memory(given) for other in others):
                 raise ConfigError(
                     f"{user} changes an input of shape {shape} in place, whose memory another "
                     "input shares. Pass a clone() of one of them"
@@ -165,6 +166,12 @@ class Lent:
                     yield given, copy
             elif copy._version != version:
                 yield given, copy
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where its storage is; what has none shares none."""
+    strided = tensor.layout is torch.strided and not tensor.is_nested
+    return tensor.untyped_storage().data_ptr() if strided else id(tensor)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

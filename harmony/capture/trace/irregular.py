@@ -62,12 +62,21 @@ def irregular_state(net: nn.Module) -> str | None:
 
 
 def _has_packed(call: Any) -> bool:
-    leaves = pytree.tree_leaves(call, is_leaf=_is_packed)
-    return any(map(_is_packed, leaves))
+    leaves = pytree.tree_leaves(call, is_leaf=is_packed)
+    return any(map(is_packed, leaves))
 
 
-def _is_packed(held: Any) -> bool:
+def is_packed(held: Any) -> bool:
+    """Whether a value is a packed sequence, part of which stays on the CPU wherever it goes."""
     return isinstance(held, PackedSequence)
+
+
+def moves(leaf: Any) -> bool:
+    """Whether a value of a structure goes to a device, as what is of the CPU only does not."""
+    if not isinstance(leaf, torch.Tensor):
+        return is_packed(leaf)
+    nested = leaf.is_nested and leaf.layout is torch.strided
+    return not (leaf.is_mkldnn or leaf.is_quantized or nested)
 
 
 def _hidden(leaf: Any) -> str | None:
