@@ -13,7 +13,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
-from harmony.checkpoint import Restored, load_training, save_training
+from harmony.checkpoint import Attributes, Restored, load_training, save_training
 from harmony.core.files import check_types
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
@@ -162,6 +162,7 @@ class Harmony(Wrapper):
         # Not registered as a child: names of parameters are the module's own, without a prefix.
         self.__dict__["_net"] = module
         self.__dict__["_engine"] = engine
+        self.__dict__["_attributes"] = Attributes(module)
         self.__dict__["_bypass"] = Bypass(module, updates_itself=options.optimizer is not None)
         self.training = module.training
 
@@ -271,12 +272,12 @@ class Harmony(Wrapper):
     ) -> Path:
         """Write all that this run needs to go on bit for bit, as ``folder/step-N``.
 
-        That is: parameters and buffers, the optimizer of `train_step`, `num_steps`, `seed`, the
-        Python attributes that the forward changes, and the random states of torch, Python and
-        NumPy. The folder of a checkpoint holds ``model.safetensors``, named as the module's own
-        ``state_dict()``; with the ``config.json`` of a Hugging Face model ``from_pretrained``
-        reads it. Tied weights are stored once. No second copy of the model is made. Gradients are
-        not saved: save between two steps.
+        That is: parameters (frozen or not) and buffers, the optimizer of `train_step`,
+        `num_steps`, `seed`, Python attributes of modules that have changed since, and the random
+        states of torch, Python and NumPy. The folder of a checkpoint holds ``model.safetensors``,
+        named as the module's own ``state_dict()``; with the ``config.json`` of a Hugging Face
+        model ``from_pretrained`` reads it. Tied weights are stored once. No second copy of the
+        model is made. Gradients are not saved: save between two steps.
 
         Args:
             folder: where checkpoints are; made if it is not there.
@@ -296,7 +297,7 @@ class Harmony(Wrapper):
         engine = self._engine
         with engine.lock:
             engine.whole.check()
-            return save_training(engine, Path(folder), objects, extra, keep)
+            return save_training(engine, self._attributes, Path(folder), objects, extra, keep)
 
     def load_checkpoint(
         self, folder: str | Path, *, skip_damaged: bool = False, **objects: Any
@@ -304,8 +305,8 @@ class Harmony(Wrapper):
         """Bring the run back to where `save_checkpoint` was called.
 
         Every file is read and compared with its checksum before anything changes. Training goes
-        on as if it had not been interrupted, to the last bit, if batches are parted as before;
-        where the plan has other microbatches or replicas, a warning says so.
+        on as if it had not been interrupted, to the last bit: batches are parted as before where
+        nothing else was asked for, and it fits; else a warning says so.
 
         Args:
             folder: where checkpoints are, of which the newest is taken, or one of them.

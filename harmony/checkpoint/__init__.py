@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harmony.checkpoint.attributes import Attributes
 from harmony.checkpoint.training import Restored, load_training, save_training
 
-__all__ = ["Restored", "load_training", "save_training"]
+__all__ = ["Attributes", "Restored", "load_training", "save_training"]

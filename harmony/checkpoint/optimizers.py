@@ -12,6 +12,14 @@ from harmony.core.files import DAMAGED
 from harmony.errors import ConfigError
 
 
+def is_of(held: Any, net: nn.Module) -> bool:
+    """Whether something is an optimizer all of whose parameters are the module's."""
+    if not isinstance(held, torch.optim.Optimizer):
+        return False
+    known = {id(param) for param in net.parameters()}
+    return all(id(param) in known for group in held.param_groups for param in group["params"])
+
+
 def state_of(optimizer: torch.optim.Optimizer | None, net: nn.Module) -> Any:
     """State by name of parameter, and groups with names in the place of parameters."""
     if optimizer is None:
@@ -19,13 +27,7 @@ def state_of(optimizer: torch.optim.Optimizer | None, net: nn.Module) -> Any:
     names = {id(param): name for name, param in net.named_parameters()}
     saved = optimizer.state_dict()
     numbered = [p for group in optimizer.param_groups for p in group["params"]]
-    order = [names.get(id(param)) for param in numbered]
-    if None in order:
-        raise ConfigError(
-            f"{type(optimizer).__name__} holds a parameter of shape "
-            f"{tuple(numbered[order.index(None)].shape)} that is none of the model's: save it "
-            "with the rest of your state, by itself"
-        )
+    order = [names[id(param)] for param in numbered]
     keys = {key: order[key] for key in saved["state"] if isinstance(key, int)}
     state = {keys.get(key, key): value for key, value in saved["state"].items()}
     groups = [

@@ -13,6 +13,7 @@ from torch import nn
 
 from harmony.capture.state.random_state import HostState
 from harmony.checkpoint import optimizers
+from harmony.checkpoint.attributes import Attributes, set_attributes
 from harmony.checkpoint.store import Stored, found_in, keep_last, read_manifest, writing
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import DAMAGED, check_types
@@ -45,7 +46,12 @@ class Restored:
 
 
 def save_training(
-    engine: Engine, root: Path, objects: Mapping[str, Any], extra: Any, keep: int | None
+    engine: Engine,
+    attributes: Attributes,
+    root: Path,
+    objects: Mapping[str, Any],
+    extra: Any,
+    keep: int | None,
 ) -> Path:
     """Write a checkpoint of a run.
 
@@ -61,7 +67,8 @@ def save_training(
         "extra": extra,
         "shared": shared,
         "module": others,
-        "attributes": _attributes(engine),
+        "attributes": attributes.changed(),
+        "trained": {name: p.requires_grad for name, p in engine.net.named_parameters()},
         "buffers": _other_buffers(engine.net),
         "num_steps": engine.num_steps,
         "seed": engine.options.seed,
@@ -111,7 +118,7 @@ def load_training(
     targets = _targets(engine.net, stored, weights, shared)
     optimizers.check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
     for name, held in objects.items():
-        if isinstance(held, torch.optim.Optimizer):
+        if optimizers.is_of(held, engine.net):
             optimizers.check_state(held, engine.net, saved[name], name)
     with _trying(stored):  # the one thing that can be tried first
         _set_random_states(host, devices)
@@ -122,15 +129,18 @@ def load_training(
                 weights[name].fill(target.detach())
         if data["module"]:
             engine.net.load_state_dict(data["module"], strict=False)
-        _set_attributes(engine.net, data["attributes"], data["buffers"])
+        set_attributes(engine.net, data["attributes"])
+        _set_buffers(engine.net, data["buffers"])
+        for name, param in engine.net.named_parameters():
+            param.requires_grad_(data["trained"][name])
         optimizers.load_state(engine.optimizer, engine.net, optimizer)
         for name, held in objects.items():
-            if isinstance(held, torch.optim.Optimizer):
+            if optimizers.is_of(held, engine.net):
                 optimizers.load_state(held, engine.net, saved[name])
             else:
                 held.load_state_dict(saved[name])
         engine.num_steps, engine.options.seed = numbers
-        engine.resumed = choices
+        engine.resumed = engine.variants.kept = choices
         for param in engine.net.parameters():
             param.grad = None
         engine.whole.is_as_before()
@@ -264,31 +274,8 @@ def _other_buffers(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in net.named_buffers() if name not in known}
 
 
-def _attributes(engine: Engine) -> dict[tuple[str, str], Any]:
-    """Python attributes that the forward changes: name of the module, attribute."""
-    modules = dict(engine.net.named_modules())
-    moving = {
-        pair
-        for variant in engine.variants
-        for change in variant.captured.changes.values()
-        for pair in change.attributes
-    }
-    moving.update((m, a) for v in engine.variants for m, a, _ in v.captured.moved)
-    return {
-        (module, name): modules[module].__dict__[name]
-        for module, name in sorted(moving)
-        if name in modules[module].__dict__
-    }
-
-
-def _set_attributes(
-    net: nn.Module,
-    attributes: Mapping[tuple[str, str], Any],
-    buffers: Mapping[str, torch.Tensor],
-) -> None:
+def _set_buffers(net: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
     modules = dict(net.named_modules())
-    for (module, name), value in attributes.items():
-        setattr(modules[module], name, value)
     for path, value in buffers.items():
         owner, _, name = path.rpartition(".")
         held = modules[owner]._buffers.get(name)
@@ -303,7 +290,7 @@ def _set_attributes(
 
 
 def _of_object(name: str, held: Any, net: nn.Module) -> Any:
-    if isinstance(held, torch.optim.Optimizer):
+    if optimizers.is_of(held, net):
         return optimizers.state_of(held, net)
     if not callable(getattr(held, "state_dict", None)):
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from harmony.core.files import check_types
@@ -19,18 +19,22 @@ class BitChoices:
         minibatch: its samples.
         forward_size, backward_size: samples of a microbatch.
         shares: the samples of each replica, as ranges.
+        mode: of the plan.
     """
 
     minibatch: int
     forward_size: int
     backward_size: int
     shares: tuple[tuple[int, int], ...]
+    mode: str = field(compare=False)
 
     @staticmethod
     def of(plan: Plan) -> BitChoices:
         """Those of a plan."""
         spec = plan.spec
-        return BitChoices(spec.minibatch, spec.forward_size, spec.backward_size, spec.shares)
+        return BitChoices(
+            spec.minibatch, spec.forward_size, spec.backward_size, spec.shares, plan.mode
+        )
 
     @staticmethod
     def of_data(data: Mapping[str, Any]) -> BitChoices:
@@ -59,5 +63,5 @@ class BitChoices:
             f"{len(self.shares)} {replicas}: sums are taken in another order, so the last bits "
             f"may differ from those of a run that was not interrupted. To keep them, give "
             f"microbatch_size={self.backward_size} and "
-            f"mode={'pp' if len(self.shares) == 1 else 'dp'!r} with as many GPUs as before",
+            f"mode={self.mode!r} with as many GPUs as before",
         )

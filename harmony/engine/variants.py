@@ -6,7 +6,7 @@ They share one arena of parameters, and take turns in having the memory of the d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -38,8 +38,9 @@ from harmony.engine.offline_plan import (
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
 from harmony.engine.planned import Asked, Measured, Planned
+from harmony.engine.resumed import BitChoices
 from harmony.engine.variant import Variant
-from harmony.errors import ConfigError, HarmonyError
+from harmony.errors import ConfigError, HarmonyError, PlanError
 from harmony.planner.ir.plan_file import check_minibatch
 from harmony.planner.search.candidates import sizes_that_work
 from harmony.profiling.measured import Measurements
@@ -65,6 +66,7 @@ class VariantCache:
 
     Attributes:
         active: the variant that has the devices' memory.
+        kept: how batches were parted before a checkpoint that was loaded.
         arenas: of the weights and of the gradients; None before the first batch.
         generation: counts how often all captures were forgotten.
     """
@@ -80,6 +82,7 @@ class VariantCache:
         self.active: Variant | None = None
         self.arenas: tuple[HostArena, HostArena] | None = None
         self.generation = 0
+        self.kept: BitChoices | None = None
         self._difference: str | None = None
         self._net = net
         self._contexts = contexts
@@ -335,8 +338,20 @@ class VariantCache:
             self.active = variant
 
     def plan(self, variant: Variant, minibatch: int, measured: Measured) -> Planned:
-        """Return the plan of a variant for a minibatch."""
-        return variant.plan(minibatch, measured, self._asked(), self._options.plan)
+        """Return the plan of a variant for a minibatch.
+
+        A run that is resumed goes on with the microbatches and replicas that it had, if it can.
+        """
+        options, kept = self._options, self.kept
+        is_open = options.mode == "auto" and (options.plan, options.microbatch_size) == (
+            None,
+            None,
+        )
+        if kept is not None and kept.minibatch == minibatch and is_open:
+            asked = kept.mode, kept.backward_size, options.activations
+            with suppress(PlanError, ConfigError):
+                return variant.plan(minibatch, measured, asked, None)
+        return variant.plan(minibatch, measured, self._asked(), options.plan)
 
     def _asked(self) -> Asked:
         options = self._options

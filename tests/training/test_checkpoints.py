@@ -387,6 +387,102 @@ def test_other_microbatches_than_before_are_said(
     other.train_step(*vectors(3))  # said once: warnings are errors here
 
 
+class Remembers(nn.Module):
+    """Adds what it made of the call before, or only counts its calls."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.keeps, self.calls = keeps, 0
+        self.memory: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = self.inner(x) * (1 + 0.01 * self.calls)
+        if self.keeps:
+            y = y if self.memory is None else y + 0.1 * self.memory
+            self.memory = y.detach().mean(0)
+        return y
+
+
+def resumed(
+    make: Any, root: Path, other: Any = None, **objects: Any
+) -> tuple[harmony.Harmony, harmony.Harmony]:
+    """Train six steps; resume another model after the third; return both at the end."""
+    torch.manual_seed(0)
+    model = make()
+    for step in range(6):
+        if step == 3:
+            model.save_checkpoint(root)
+        model.train_step(*vectors(step))
+    torch.manual_seed(9)
+    again = (other or make)()
+    again.load_checkpoint(root)
+    for step in range(3, 6):
+        again.train_step(*vectors(step))
+    assert same(values(model.module), values(again.module))
+    return model, again
+
+
+OPEN = {"loss_fn": square_loss, "mode": "auto", "microbatch_size": "auto", "seed": None}
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["counter", "memory"])
+def test_attributes_that_the_forward_changes_go_along(
+    vgpus: VirtualGPUs, tmp_path: Path, keeps: bool
+) -> None:
+    model, again = resumed(lambda: trained(Remembers(keeps), **OPEN, device_memory=None), tmp_path)
+    assert again.module.calls == model.module.calls == 6
+    assert model.capture_mode == ("eager" if keeps else "dynamic")
+
+
+def test_frozen_parameters_are_frozen_again(vgpus: VirtualGPUs, tmp_path: Path) -> None:
+    def make(frozen: bool = True) -> harmony.Harmony:
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        net[0].requires_grad_(not frozen)
+        return trained(net, **OPEN)
+
+    _, again = resumed(make, tmp_path, lambda: make(frozen=False))
+    assert not again.module[0].weight.requires_grad
+
+
+def test_batches_are_parted_as_before_where_nothing_else_is_asked_for(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    """By itself it chose two replicas once the state was there, and one before."""
+
+    def make() -> harmony.Harmony:
+        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 8))
+        return trained(net, **OPEN, optimizer=torch.optim.RAdam, device_memory=None)
+
+    model, again = resumed(make, tmp_path)
+    assert model.plan is not None
+    assert again.plan is not None
+    assert model.plan.spec.shares == again.plan.spec.shares
+
+
+def test_an_optimizer_of_other_modules_too_is_saved(vgpus: VirtualGPUs, tmp_path: Path) -> None:
+    def run(steps: range, resume: bool) -> list[float]:
+        torch.manual_seed(0)
+        model, critic = harmony.Harmony(nn.Linear(8, 8), devices=1), nn.Linear(8, 1)
+        params = [*model.parameters(), *critic.parameters()]
+        objects = {"optimizer": torch.optim.Adam(params, lr=0.1), "critic": critic}
+        if resume:
+            model.load_checkpoint(tmp_path, **objects)
+        losses = []
+        for step in steps:
+            loss = critic(model(vectors(step)[0])).mean()
+            objects["optimizer"].zero_grad()
+            loss.backward()
+            objects["optimizer"].step()
+            losses.append(loss.item())
+            if step == 1 and not resume:
+                model.save_checkpoint(tmp_path, **objects)
+        return losses
+
+    assert run(range(4), resume=False)[2:] == run(range(2, 4), resume=True)
+
+
 LEAVES = (
     st.none(),
     st.booleans(),
