@@ -143,6 +143,7 @@ def work(folder: Path, steps: int) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
     from pretrain_gpt import batches, loss_fn, make_model
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     torch.set_num_threads(1)
     harmony.virtual_gpus(count=2, memory="4MiB", num_threads=1)
     model = harmony.Harmony(
