@@ -19,7 +19,7 @@ from harmony.capture import Batch, Captured, Outside, moved, running_on, seed_py
 from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
 from harmony.capture.guards.reachable import World
 from harmony.capture.loss.weights import LossWeigher, parts_asked_for
-from harmony.capture.state.arguments import Lent, place_of
+from harmony.capture.state.caller_arguments import Lent, place_of
 from harmony.capture.trace.program import Program
 from harmony.core.units import format_bytes
 from harmony.engine.call_key import Call

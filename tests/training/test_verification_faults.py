@@ -399,7 +399,9 @@ def test_inputs_are_compared_after_the_step(
         Doubles(), loss_fn=nn.functional.cross_entropy, **(options if steps else {})
     )
     if fault:
-        monkeypatch.setattr("harmony.capture.state.arguments.Lent.give_back", lambda lent: None)
+        monkeypatch.setattr(
+            "harmony.capture.state.caller_arguments.Lent.give_back", lambda lent: None
+        )
     x = torch.ones(8, 8)
     found = model.verify(x, torch.arange(8) % 4)
     assert found.ok is not fault

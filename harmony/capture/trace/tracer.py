@@ -27,7 +27,7 @@ from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watc
 from harmony.capture.guards.outside import Outside, depends_on_batch
 from harmony.capture.replay.inputs import Batch
 from harmony.capture.replay.shell import ModuleShell
-from harmony.capture.state.arguments import Containers, place_of
+from harmony.capture.state.caller_arguments import Containers, place_of
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed, user_frame_of
