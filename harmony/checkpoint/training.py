@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from harmony.capture.state.random_state import HostState
-from harmony.checkpoint import optimizers
 from harmony.checkpoint.attributes import Attributes, set_attributes
+from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
 from harmony.checkpoint.store import Stored, found_in, keep_last, read_manifest, writing
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import DAMAGED, check_types
@@ -63,17 +63,19 @@ def save_training(
     tensors: dict[str, torch.Tensor] = {}
     weights, shared, others = _weights(engine.net)
     choices = engine.bit_choices()
+    changed, generators = attributes.changed()
     data = {
         "extra": extra,
         "shared": shared,
         "module": others,
-        "attributes": attributes.changed(),
+        "attributes": changed,
+        "generators": generators,
         "trained": {name: p.requires_grad for name, p in engine.net.named_parameters()},
         "buffers": _other_buffers(engine.net),
         "num_steps": engine.num_steps,
         "seed": engine.options.seed,
         "choices": None if choices is None else choices.as_data(),
-        "optimizer": optimizers.state_of(engine.optimizer, engine.net),
+        "optimizer": state_of(engine.optimizer, engine.net),
         "objects": {name: _of_object(name, held, engine.net) for name, held in objects.items()},
         "random": _random_states(),
         "versions": {"harmony": __version__, "torch": str(torch.__version__)},
@@ -100,26 +102,31 @@ def load_training(
         ConfigError, HarmonyError: as `Harmony.load_checkpoint`.
     """
     stored, values, skipped = _newest(root, skip_damaged)
-    tensors = stored.tensors(STATE)
-    weights = stored.tensors(WEIGHTS)
-    read = _Reader(stored, tensors)
+    tensors, weights = stored.tensors(STATE), stored.tensors(WEIGHTS)
+
+    def tensor(name: str) -> torch.Tensor:
+        made = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
+        tensors[name].fill(made)
+        return made
+
     try:
-        data = {name: decode(value, read.tensor) for name, value in values.items()}
+        data = {name: decode(value, tensor) for name, value in values.items()}
         numbers = data["num_steps"], data["seed"]
         check_types(numbers, tuple[int, int])
         choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
         host, devices = HostState(*data["random"]["host"]), data["random"]["cuda"]
         shared, optimizer, saved = data["shared"], data["optimizer"], data["objects"]
-        pairs = [*data["buffers"].items(), *data["attributes"].items(), *shared.items()]
-        assert all(isinstance(name, (str, tuple)) for name, _ in pairs), "names"
-    except (AssertionError, *DAMAGED) as error:
+        check_types(data["trained"], dict[str, bool])
+        for name in ("buffers", "attributes", "generators", "shared", "objects"):
+            check_types(data[name], dict[Any, Any])
+    except DAMAGED as error:
         raise ConfigError(f"{stored.folder / VALUES}: it cannot be read ({error!r})") from None
     _check_objects(stored, objects, saved)
     targets = _targets(engine.net, stored, weights, shared)
-    optimizers.check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
+    check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
     for name, held in objects.items():
-        if optimizers.is_of(held, engine.net):
-            optimizers.check_state(held, engine.net, saved[name], name)
+        if is_of(held, engine.net):
+            check_state(held, engine.net, saved[name], name)
     with _trying(stored):  # the one thing that can be tried first
         _set_random_states(host, devices)
     with held_back(), engine.whole.together() as begun, _setting(stored):
@@ -129,14 +136,14 @@ def load_training(
                 weights[name].fill(target.detach())
         if data["module"]:
             engine.net.load_state_dict(data["module"], strict=False)
-        set_attributes(engine.net, data["attributes"])
+        set_attributes(engine.net, data["attributes"], data["generators"])
         _set_buffers(engine.net, data["buffers"])
         for name, param in engine.net.named_parameters():
             param.requires_grad_(data["trained"][name])
-        optimizers.load_state(engine.optimizer, engine.net, optimizer)
+        load_state(engine.optimizer, engine.net, optimizer)
         for name, held in objects.items():
-            if optimizers.is_of(held, engine.net):
-                optimizers.load_state(held, engine.net, saved[name])
+            if is_of(held, engine.net):
+                load_state(held, engine.net, saved[name])
             else:
                 held.load_state_dict(saved[name])
         engine.num_steps, engine.options.seed = numbers
@@ -197,21 +204,6 @@ def _newest(root: Path, skip_damaged: bool) -> tuple[Stored, dict[str, Any], tup
                 hint = f". The one before is {older[0]}" if older else ""
                 raise ConfigError(f"{error}{hint}") from None
     raise ConfigError(f"no checkpoint in {root} is whole. {skipped[0]}")
-
-
-class _Reader:
-    """Reads the tensors of the state, each once, when it is asked for."""
-
-    def __init__(self, stored: Stored, tensors: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
-        self._tensors = tensors
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a new tensor with the values of the file."""
-        known = self._tensors[name]
-        made = torch.empty(known.shape, dtype=known.dtype)
-        known.fill(made)
-        return made
 
 
 # The module
@@ -290,8 +282,8 @@ def _set_buffers(net: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
 
 
 def _of_object(name: str, held: Any, net: nn.Module) -> Any:
-    if optimizers.is_of(held, net):
-        return optimizers.state_of(held, net)
+    if is_of(held, net):
+        return state_of(held, net)
     if not callable(getattr(held, "state_dict", None)):
         raise ConfigError(
             f"{name}={type(held).__name__}: it has no state_dict(). Give what it needs as extra="

@@ -56,12 +56,13 @@ class BitChoices:
         now = BitChoices.of(plan)
         if now == self:
             return
-        replicas = "replica" if len(self.shares) == 1 else "replicas"
         warn(
-            f"the run is resumed with microbatches of {now.backward_size} samples in "
-            f"{len(now.shares)} replicas; before it was {self.backward_size} samples in "
-            f"{len(self.shares)} {replicas}: sums are taken in another order, so the last bits "
-            f"may differ from those of a run that was not interrupted. To keep them, give "
-            f"microbatch_size={self.backward_size} and "
-            f"mode={self.mode!r} with as many GPUs as before",
+            f"the run is resumed with {now}; before it was {self}: sums are taken in another "
+            "order, so the last bits may differ from those of a run that was not interrupted. To "
+            f"keep them, give microbatch_size={self.backward_size} and mode={self.mode!r} with as "
+            "many GPUs as before"
         )
+
+    def __str__(self) -> str:
+        replicas = "1 replica" if len(self.shares) == 1 else f"{len(self.shares)} replicas"
+        return f"microbatches of {self.backward_size} samples in {replicas}"
