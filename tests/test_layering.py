@@ -28,6 +28,7 @@ ROOMS = (
     "checkpoint",
     "verification",
     "module",
+    "doctor",
     "cli",
 )
 """From the bottom to the top: a room imports from itself and from those before it."""

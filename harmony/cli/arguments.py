@@ -31,7 +31,8 @@ Options may stand before SCRIPT or after it. Everything else after SCRIPT goes t
   harmony-run --plan-only train.py --gpu "RTX 4090" --gpus 4 --host-memory 256GiB
 
   harmony-run plan --help     plans a saved model on any machine; compares saved plans
-A script that is called "plan" is run by: harmony-run ./plan
+  harmony-run doctor          what this machine is like, and what to do about it
+A script that is called "plan" or "doctor" is run by: harmony-run ./plan
 """
 
 

@@ -1,6 +1,7 @@
 """The console command `harmony-run`: runs a training script with Harmony configured.
 
-`harmony-run plan` plans a saved model instead (see `harmony.cli.plan_command`).
+`harmony-run plan` plans a saved model instead (see `harmony.cli.plan_command`), and
+`harmony-run doctor` says what the machine is like (`harmony.cli.doctor_command`).
 
 Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, if
 ``--verify`` found a difference, or if nothing fits; 2 for a command line that makes no sense;
@@ -15,13 +16,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from harmony.cli import plan_command
+from harmony.cli import doctor_command, plan_command
 from harmony.cli.arguments import Command, mistyped, parse
 from harmony.cli.plan_arguments import parse_plan
 from harmony.cli.progress import Progress
@@ -94,7 +95,9 @@ def _main(argv: Sequence[str] | None) -> int:
     progress = Progress(sys.stderr)
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["plan"]:
-        return _plan(words[1:], progress)
+        return _answer("the plan", _plan, words[1:], progress)
+    if words[:1] == ["doctor"]:
+        return _answer("the findings", doctor_command.run, words[1:], progress)
     try:
         command = parse(words)
     except ConfigError as error:
@@ -113,21 +116,32 @@ def _main(argv: Sequence[str] | None) -> int:
         return _finish(command, progress, code)
 
 
-def _plan(words: Sequence[str], progress: Progress) -> int:
+def _plan(words: Sequence[str], out: TextIO) -> int:
     """Run ``harmony-run plan`` and return the exit code."""
-    debug = "--debug" in words
+    plan_command.run(parse_plan(words), out)
+    return 0
+
+
+def _answer(
+    what: str,
+    command: Callable[[Sequence[str], TextIO], int],
+    words: Sequence[str],
+    progress: Progress,
+) -> int:
+    """Run a command that only writes to standard output, and return the exit code."""
+    code = 0
     try:
-        plan_command.run(parse_plan(words), sys.stdout)
+        code = command(words, sys.stdout)
         flush_output()
     except BrokenPipeError:
         _reader_has_gone()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except HarmonyError as error:
-        return _refuse(error, progress, debug=debug)
+        return _refuse(error, progress, debug="--debug" in words)
     except OSError as error:
-        return _lost("the plan", error, progress)
-    return 0
+        return _lost(what, error, progress)
+    return code
 
 
 def _refuse(error: HarmonyError, progress: Progress, *, debug: bool) -> int:

@@ -80,14 +80,16 @@ def print_report(records: Sequence[ModelRecord], file: TextIO | None = None) -> 
         file: where to; default: standard output.
     """
     stream = sys.stdout if file is None else file
-    ready = [record for record in records if record.runs]
-    if not stream.isatty():
-        stream.write("".join(f"\n{_plain(render(r), stream.encoding)}" for r in ready))
-        return
-    console = Console(file=stream, highlight=False)
-    for record in ready:
-        console.print()
-        console.print(render(record))
+    for record in (record for record in records if record.runs):
+        print_parts([Text(), render(record)], stream)
+
+
+def print_parts(parts: Sequence[RenderableType], stream: TextIO) -> None:
+    """Print one after the other; plain text of `PLAIN_WIDTH` columns unless to a terminal."""
+    if stream.isatty():
+        Console(file=stream, highlight=False).print(*parts, sep="\n")
+    else:
+        stream.write(_plain(Group(*parts), stream.encoding))
 
 
 def write_report(records: Sequence[ModelRecord], path: Path) -> None:

@@ -33,10 +33,8 @@ def library_path() -> Path:
     Raises:
         VirtualGPUError: without a C++ compiler, or if the compiler fails.
     """
-    sources = source_directory()
-    compiler = _compiler()
-    directory = cache_folder() / f"vgpu-{_fingerprint(sources, compiler)}"
-    library = directory / "libvgpu.so"
+    sources, compiler, library = source_directory(), find_compiler(), kept_library()
+    directory = library.parent
     if _is_sound(library):
         return library
     try:
@@ -53,6 +51,16 @@ def library_path() -> Path:
         "HARMONY_CACHE names a folder for it",
     )
     return _build_for_now(sources, compiler)
+
+
+def kept_library() -> Path:
+    """Where the library that fits this torch, compiler and these sources is kept once it is built.
+
+    Raises:
+        VirtualGPUError: without a C++ compiler, or without the sources.
+    """
+    fingerprint = _fingerprint(source_directory(), find_compiler())
+    return cache_folder() / f"vgpu-{fingerprint}" / "libvgpu.so"
 
 
 def _build_for_now(sources: Path, compiler: str) -> Path:
@@ -121,7 +129,12 @@ def source_directory() -> Path:
     )
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """The C++ compiler that builds the virtual GPU: ``$CXX``, else g++ or clang++.
+
+    Raises:
+        VirtualGPUError: if there is none.
+    """
     for name in (os.environ.get("CXX", ""), "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -14,23 +15,37 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 def available_host_nbytes() -> int:
     """Bytes of host memory that this process may still take: free memory, or the cgroup's rest."""
     free = int(psutil.virtual_memory().available)
-    return max(0, min([free, *(limit - used for limit, used in _limits())]))
+    return max(0, min([free, *(group.limit - group.used for group in group_limits())]))
 
 
 def total_host_nbytes() -> int:
     """Bytes of host memory, or the cgroup's limit: the same in every run."""
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+    return min([int(psutil.virtual_memory().total), *(group.limit for group in group_limits())])
 
 
-def _limits() -> Iterator[tuple[int, int]]:
+class GroupLimit(NamedTuple):
+    """Bytes that a control group may take, and has taken.
+
+    Attributes:
+        version: of control groups, 1 or 2.
+        folder: of the group.
+    """
+
+    version: int
+    folder: Path
+    limit: int
+    used: int
+
+
+def group_limits() -> Iterator[GroupLimit]:
     """Limit and use of the control groups that the process is in, as far as they can be read.
 
     Version 2 has one tree of groups, version 1 one for memory; a group is limited by those above
     it. In a container the tree begins at the container's own group, whatever the path says.
     """
-    for controller, limit, used in (
-        ("", "memory.max", "memory.current"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    for version, controller, limit, used in (
+        (2, "", "memory.max", "memory.current"),
+        (1, "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         tree = CGROUP / controller
         own = tree / _own_group(controller).lstrip("/")
@@ -40,7 +55,8 @@ def _limits() -> Iterator[tuple[int, int]]:
             try:
                 # Without a limit version 2 says "max", version 1 a number beyond any memory.
                 found = int((group / limit).read_text(encoding="ascii"))
-                yield found, int((group / used).read_text(encoding="ascii"))
+                taken = int((group / used).read_text(encoding="ascii"))
+                yield GroupLimit(version, group, found, taken)
             except (OSError, ValueError):
                 continue
 
