@@ -22,7 +22,7 @@ COUNTED: list[int] = []
 
 
 class Block(nn.Module):
-    def __init__(self, kind: str, reentrant: bool) -> None:
+    def __init__(self, kind: str, reentrant: bool, preserve: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
         if kind == "spectral norm":
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(0.5 if kind == "random numbers" else 0.0)
         self.register_buffer("seen", torch.zeros(()))
         self.kind, self.calls = kind, 0
-        self.checkpoint = partial(checkpoint, use_reentrant=reentrant)
+        self.checkpoint = partial(checkpoint, use_reentrant=reentrant, preserve_rng_state=preserve)
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "attribute":
@@ -49,10 +49,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, kind: str, reentrant: bool, parts: int) -> None:
+    def __init__(self, kind: str, reentrant: bool, parts: int, *, preserve: bool = True) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList(Block(kind, reentrant) for _ in range(parts))
+        self.blocks = nn.ModuleList(Block(kind, reentrant, preserve) for _ in range(parts))
         self.outer = nn.BatchNorm1d(8)
         self.last = nn.Linear(8, 4)
 
@@ -87,6 +87,24 @@ def test_one_that_changes_nothing_computes_as_ever(
     """The BatchNorm beside it moves once."""
     torch.manual_seed(0)
     both(Net(kind, False, 2), vectors(), F.cross_entropy, way)
+
+
+@pytest.mark.parametrize("way", ["step", "loop"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_random_numbers_that_would_be_drawn_anew_are_refused(
+    vgpus: VirtualGPUs, reentrant: bool, way: str
+) -> None:
+    """Plain PyTorch's gradients are those of other numbers than its loss then."""
+    net = Net("random numbers", reentrant, 2, preserve=False)
+    with pytest.raises(harmony.HarmonyError, match="preserve_rng_state=True"):
+        train(model_of(net, way, F.cross_entropy), net, vectors(1), F.cross_entropy, way)
+
+
+@pytest.mark.parametrize("way", ["step", "loop"])
+def test_without_random_numbers_their_state_need_not_be_kept(vgpus: VirtualGPUs, way: str) -> None:
+    """Dropout with probability 0, as in many models that switch this off for speed."""
+    torch.manual_seed(0)
+    both(Net("nothing", False, 2, preserve=False), vectors(), F.cross_entropy, way)
 
 
 def test_checkpoint_sequential_is_seen_as_well(vgpus: VirtualGPUs) -> None:

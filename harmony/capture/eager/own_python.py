@@ -141,8 +141,8 @@ class OnDevice(TorchFunctionMode):
         if threading.get_ident() != self._thread:
             return apply(*args, **kwargs)
         if function is CheckpointFunction:  # see `_without_checkpoints`
-            run, _, *given = args
-            with checkpointed():
+            run, preserve_rng_state, *given = args
+            with checkpointed(preserve_rng_state):
                 return run(*given)
         return self.call(apply, function.__name__, args, kwargs)
 
@@ -231,13 +231,17 @@ _checkpointed = checkpoint._checkpoint_without_reentrant_generator
 
 
 @functools.wraps(_checkpointed)
-def _checkpointed_or_kept(*args: Any, **kwargs: Any) -> Iterator[None]:
+def _checkpointed_or_kept(
+    run: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any
+) -> Iterator[None]:
     as_it_is = getattr(_as_it_is, "running", False)
-    with checkpointed():
-        yield from iter((None,)) if as_it_is else _checkpointed(*args, **kwargs)
+    with checkpointed(preserve_rng_state):
+        yield from (
+            iter((None,)) if as_it_is else _checkpointed(run, preserve_rng_state, *args, **kwargs)
+        )
 
 
-checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept
+checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept  # type: ignore[assignment]
 
 
 def moved(tree: Any, device: torch.device) -> Any:

@@ -2,20 +2,24 @@
 
 Its backward runs the checkpointed function again: running statistics move twice, counters count
 twice. Harmony recomputes by its own plan, without a second effect, so such a function is refused.
+So is one that draws random numbers and is not to find the same ones again: plain PyTorch takes the
+gradients of other numbers than those of its loss.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.isolation import user_frame
+from harmony.capture.trace.kernels import draws
 from harmony.errors import ConfigError
 
 Changes = Callable[[], Iterable[str]]
@@ -32,15 +36,16 @@ class CheckpointWatch:
         self._outside = outside
 
     @contextmanager
-    def around(self) -> Iterator[None]:
-        """Refuse the function that runs in the block if it leaves something changed.
+    def around(self, preserve_rng_state: bool) -> Iterator[None]:
+        """Refuse the function that runs in the block if running it again does something else.
 
         Raises:
-            ConfigError: naming what it changes, and the line of the call.
+            ConfigError: naming what it changes or draws, and the line of the call.
         """
         where = user_frame()
         plain, buffers, outside = PlainState(self._modules), self._buffers(), set(self._outside())
-        yield
+        with nullcontext() if preserve_rng_state else _NothingDrawn(where):
+            yield
         now = self._buffers()
         changed = [f"the buffer {key[1]}" for key in now if now[key] != buffers.get(key)]
         changed += [f"the attribute {name}" for _, name in plain.changes()]
@@ -74,14 +79,34 @@ def checkpoints_watched(watch: CheckpointWatch) -> Iterator[None]:
         _watched.watch = before
 
 
+class _NothingDrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses kernels that draw random numbers."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._where = where
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if draws(func, args, kwargs):
+            raise ConfigError(
+                f"torch.utils.checkpoint at {self._where} runs a function that draws random "
+                f"numbers ({func._schema.name}) with preserve_rng_state=False. Plain PyTorch "
+                "draws others in the backward than in the forward, so that its gradients are not "
+                "those of its loss; Harmony draws the same. Pass preserve_rng_state=True, or "
+                "switch checkpointing off (Harmony decides itself what is recomputed)"
+            )
+        return func(*args, **kwargs)
+
+
 @contextmanager
-def checkpointed() -> Iterator[None]:
+def checkpointed(preserve_rng_state: bool) -> Iterator[None]:
     """A checkpointed function runs in the block."""
     watch: CheckpointWatch | None = getattr(_watched, "watch", None)
     if watch is None or not torch.is_grad_enabled():
         yield
         return
-    with watch.around():
+    with watch.around(preserve_rng_state):
         yield
 
 

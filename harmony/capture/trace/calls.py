@@ -135,7 +135,7 @@ class CallHandler(TorchFunctionMode):
         if threading.get_ident() == self._thread:
             check_custom_backward(function)
         if self._elsewhere():
-            with checkpointed() if function is CheckpointFunction else nullcontext():
+            with checkpointed(args[1]) if function is CheckpointFunction else nullcontext():
                 return apply(*args, **kwargs)
         name = f"{function.__name__}.apply"
         check_custom(name, args)

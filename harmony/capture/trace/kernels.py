@@ -76,14 +76,14 @@ class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "prim":  # Python asks for the device of a fake tensor
             return self._kernels.run(func, types, args, kwargs)
         self.on_kernel(func._schema.name, (args, kwargs))
-        places, is_norm, seeded = _traits(func)
+        places, is_norm, _ = _traits(func)
         if places:
             self._note(list(_written(func, places, is_norm, args, kwargs)))
         out = self._kernels.run(func, types, args, kwargs)
         self._noticed.read |= func is _READ
         if _DYNAMIC in func.tags and not _by_integers(func, args):
             self._noticed.dynamic = True
-        if seeded and _is_on(func, args, kwargs):
+        if draws(func, args, kwargs):
             self._noticed.drawn = True
             self._noticed.on_host |= self._is_on_host(out)
         return out
@@ -125,8 +125,10 @@ def _written(
         yield args[place] if place < len(args) else kwargs.get(names[place])
 
 
-def _is_on(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a random kernel draws: not with ``train=False``, not with ``dropout_p=0``."""
+def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a kernel draws random numbers: not with ``train=False`` or ``dropout_p=0``."""
+    if not _traits(func)[2]:
+        return False
     given = {spec.name: arg for spec, arg in zip(func._schema.arguments, args, strict=False)}
     given |= kwargs
     off = given.get("train") is False or given.get("training") is False
