@@ -3,6 +3,10 @@
 All of it on small copies with parameters like the model's largest
 (`harmony.runtime.update.stand_ins`), so that an optimizer that wants matrices gets them. One that
 fails there is not measured at all.
+
+What is found decides plans, and through them the last bits of a step. So it is the same whether
+the optimizer has taken steps or not: the copies are as new, and take their first steps before they
+are measured, since some optimizers do more from a later step on (RAdam from its sixth).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,6 +36,9 @@ _QUICK_S = 0.005
 _STATE_SAMPLE = 1 << 20
 _TRIED = 4
 """Parameters that are updated at once on a device, to see whether its temporaries grow."""
+
+_FIRST_STEPS = 8
+"""Steps that a copy takes before it is measured, and for which it is compared."""
 
 _GROWS = 1.25
 _NARROW, _OTHER_DEVICE = 2e-2, 1e-4
@@ -99,29 +107,72 @@ def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = Non
     """
     device = torch.device("cpu") if context is None else context.device
     with undisturbed(device), torch.enable_grad():
-        cost = _on_the_host(optimizer)
+        copies = _Copies(optimizer)
+        cost = _on_the_host(copies)
         if cost is None:
             return _unknown(optimizer)
         if context is None or optimizer.waits is not None:
             return cost
         with streams_restored([context]):
-            rate, temporary, alike = _on_a_device(optimizer, context)
+            rate, temporary, alike = _on_a_device(copies, context)
         return replace(cost, device_bytes_per_s=rate, temporary_nbytes=temporary, alike=alike)
 
 
-def _on_the_host(optimizer: PackOptimizer) -> UpdateCost | None:
-    full, largest = optimizer.full, _largest(optimizer)
+class _Copies:
+    """Makes small copies of an optimizer, without its state where they can start without one.
+
+    Attributes:
+        params: the parameters of the optimizer.
+        largest: the largest of them.
+    """
+
+    def __init__(self, optimizer: PackOptimizer) -> None:
+        self._full = optimizer.full
+        self._is_whole = optimizer.together is not None
+        self.params = list(optimizer.params())
+        self.largest = max(self.params, key=torch.Tensor.numel)
+        self._with_state = bool(self._full.state) and not self._starts_without()
+
+    def _starts_without(self) -> bool:
+        """Whether the optimizer makes its state in the first step, as most do."""
+        self._with_state = False
+        try:
+            self.step(self.new())
+        except Exception:  # a step of the user's own may fail in any way
+            return False
+        return True
+
+    def new(self, chosen: dict[int, Shape] | None = None) -> StandIn:
+        """A copy with gradients.
+
+        Args:
+            chosen: see `stand_in`.
+        """
+        made = stand_in(self._full, chosen, with_state=self._with_state)
+        _give_gradients(made)
+        return made
+
+    def on_the_host(self, chosen: dict[int, Shape]) -> StandIn:
+        """A copy with gradients whose step can be taken on the host, whatever the optimizer is."""
+        return self.new({**usual_choice(self._full, 1), **chosen} if self._is_whole else chosen)
+
+    def step(self, made: StandIn) -> None:
+        """Take a step of a copy on the host."""
+        if self._is_whole:
+            own_step(made.optimizer)
+        else:
+            step_part(made.optimizer, made.params)
+
+
+def _on_the_host(copies: _Copies) -> UpdateCost | None:
     try:
-        state = _state(optimizer)
+        state = _state(copies)
         seconds = 0.0
         for count in _SAMPLES:
-            chosen = {id(largest): _scaled(tuple(largest.shape), count)}
-            if optimizer.together is not None:
-                chosen = {**usual_choice(full, 1), **chosen}
-            made = stand_in(full, chosen)
-            _give_gradients(made)
-            once = timed(_update_of(optimizer, made))
-            once()  # makes the state
+            made = copies.on_the_host({id(copies.largest): _scaled(copies.largest, count)})
+            once = timed(partial(copies.step, made))
+            for _ in range(_FIRST_STEPS):
+                once()
             num_elements = sum(param.numel() for param in made.params)
             seconds = best_of(once) / max(1, num_elements)
             if seconds * num_elements > _QUICK_S:
@@ -131,29 +182,18 @@ def _on_the_host(optimizer: PackOptimizer) -> UpdateCost | None:
     return UpdateCost(seconds, state)
 
 
-def _update_of(optimizer: PackOptimizer, made: StandIn) -> Callable[[], None]:
-    if optimizer.together is not None:
-        return lambda: own_step(made.optimizer)
-    return lambda: step_part(made.optimizer, made.params)
-
-
-def _state(optimizer: PackOptimizer) -> dict[str, float]:
+def _state(copies: _Copies) -> dict[str, float]:
     """Bytes of state per element, by kind of parameter, of the largest of each."""
-    full = optimizer.full
     largest: dict[str, nn.Parameter] = {}
-    for param in optimizer.params():
+    for param in copies.params:
         kind = kind_of(param.dtype, param.dim())
         if kind not in largest or param.numel() > largest[kind].numel():
             largest[kind] = param
     chosen = {
-        id(param): _scaled(tuple(param.shape), min(_STATE_SAMPLE, param.numel()))
-        for param in largest.values()
+        id(param): _scaled(param, min(_STATE_SAMPLE, param.numel())) for param in largest.values()
     }
-    if optimizer.together is not None:
-        chosen = {**usual_choice(full, 1), **chosen}
-    made = stand_in(full, chosen)
-    _give_gradients(made)
-    _update_of(optimizer, made)()
+    made = copies.on_the_host(chosen)
+    copies.step(made)
     found: dict[str, float] = {}
     for param in sorted(made.params, key=torch.Tensor.numel):  # the largest of a kind last
         held = made.optimizer.state.get(param, {}).values()
@@ -162,7 +202,7 @@ def _state(optimizer: PackOptimizer) -> dict[str, float]:
     return found
 
 
-def _on_a_device(optimizer: PackOptimizer, context: DeviceContext) -> tuple[float, float, bool]:
+def _on_a_device(copies: _Copies, context: DeviceContext) -> tuple[float, float, bool]:
     """Gradient bytes per second there, and bytes of temporaries per element; 0 if it cannot.
 
     Also whether it computes the same bits there.
@@ -170,31 +210,31 @@ def _on_a_device(optimizer: PackOptimizer, context: DeviceContext) -> tuple[floa
     context.enter()
     context.use("compute")
     try:
-        alike = _same_there(optimizer, context)
-        temporary = None if alike is None else _temporary(optimizer, context)
+        alike = _same_there(copies, context)
+        temporary = None if alike is None else _temporary(copies, context)
         if alike is None or temporary is None:
             return 0.0, 0.0, False
-        return _rate(optimizer, context, temporary), temporary, alike
+        return _rate(copies, context, temporary), temporary, alike
     except Exception:  # an optimizer of the user's may be for the CPU only
         return 0.0, 0.0, False
 
 
-def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool | None:
+def _same_there(copies: _Copies, context: DeviceContext) -> bool | None:
     """Whether steps on the device lead to the bits that they lead to on the host.
 
     None if they lead elsewhere.
     """
     alike = True
-    here, there = stand_in(optimizer.full), stand_in(optimizer.full)
+    here, there = copies.new(), copies.new()
     exact = native.is_virtual(context.device)
-    for step in range(2):
+    for step in range(_FIRST_STEPS):
         for made in (here, there):
             _give_gradients(made, step)
         step_part(here.optimizer, here.params)
-        copies = _copies(there.params, context)
-        step_part(there.optimizer, there.params, copies)
+        on_device = _on_device(there, context)
+        step_part(there.optimizer, there.params, on_device)
         context.synchronize()
-        for param, moved, stays in zip(here.params, copies, there.params, strict=True):
+        for param, moved, stays in zip(here.params, on_device, there.params, strict=True):
             off = _OTHER_DEVICE if param.dtype.itemsize >= 4 else _NARROW
             found = moved.detach().cpu()
             alike = alike and torch.equal(found, param)
@@ -205,21 +245,21 @@ def _same_there(optimizer: PackOptimizer, context: DeviceContext) -> bool | None
     return alike
 
 
-def _temporary(optimizer: PackOptimizer, context: DeviceContext) -> float | None:
+def _temporary(copies: _Copies, context: DeviceContext) -> float | None:
     """Bytes of temporaries per element of the largest parameter; None if they grow with more."""
-    largest = _largest(optimizer)
-    like = [p for p in optimizer.params() if (p.dtype, p.dim()) == (largest.dtype, largest.dim())]
+    largest = copies.largest
+    like = [p for p in copies.params if (p.dtype, p.dim()) == (largest.dtype, largest.dim())]
     like = [largest, *(p for p in like if p is not largest)][:_TRIED]
     free = native.memory_info(context.device)[0]
     count = max(1, min(_SAMPLES[0], free // 1024))
-    made = stand_in(optimizer.full, {id(p): _scaled(tuple(largest.shape), count) for p in like})
-    _give_gradients(made)
-    copies = _copies(made.params, context)
+    made = copies.new({id(p): _scaled(largest, count) for p in like})
+    on_device = _on_device(made, context)
     num_elements = max(param.numel() for param in made.params)
 
     def peak(number: int) -> int:
-        pairs = made.params[:number], copies[:number]
-        step_part(made.optimizer, *pairs)  # makes the state
+        pairs = made.params[:number], on_device[:number]
+        for _ in range(_FIRST_STEPS):
+            step_part(made.optimizer, *pairs)
         context.synchronize()
         context.reset_peak()
         before = torch.accelerator.memory_allocated(context.device)
@@ -233,33 +273,33 @@ def _temporary(optimizer: PackOptimizer, context: DeviceContext) -> float | None
     return max(few, many) / num_elements
 
 
-def _rate(optimizer: PackOptimizer, context: DeviceContext, temporary: float) -> float:
-    largest = _largest(optimizer)
+def _rate(copies: _Copies, context: DeviceContext, temporary: float) -> float:
+    largest = copies.largest
     free = native.memory_info(context.device)[0]
     count = max(1, min(_SAMPLES[-1], int(free / (64 + 2 * temporary))))
     rate = 0.0
     for most in (min(_SAMPLES[0], count), count):
-        made = stand_in(optimizer.full, {id(largest): _scaled(tuple(largest.shape), most)})
-        _give_gradients(made)
-        copies = _copies(made.params, context)
-        once = _timed_there(made, copies, context)
-        once()  # makes the state
+        made = copies.new({id(largest): _scaled(largest, most)})
+        on_device = _on_device(made, context)
+        once = _timed_there(made, on_device, context)
+        for _ in range(_FIRST_STEPS):
+            once()
         seconds = best_of(once)
-        rate = sum(copy.nbytes for copy in copies) / max(seconds, 1e-9)
+        rate = sum(param.nbytes for param in on_device) / max(seconds, 1e-9)
         if seconds > _QUICK_S:
             break
     return rate
 
 
 def _timed_there(
-    made: StandIn, copies: Sequence[nn.Parameter], context: DeviceContext
+    made: StandIn, on_device: Sequence[nn.Parameter], context: DeviceContext
 ) -> Callable[[], float]:
     stream = context.use("compute")
 
     def once() -> float:
         begin, end = (context.new_event(timing=True) for _ in range(2))
         stream.record_event(begin)
-        step_part(made.optimizer, made.params, copies)
+        step_part(made.optimizer, made.params, on_device)
         stream.record_event(end)
         stream.synchronize()
         return begin.elapsed_time(end) / 1e3
@@ -267,10 +307,10 @@ def _timed_there(
     return once
 
 
-def _copies(params: Sequence[nn.Parameter], context: DeviceContext) -> list[nn.Parameter]:
-    """The parameters on the device, with their gradients."""
+def _on_device(made: StandIn, context: DeviceContext) -> list[nn.Parameter]:
+    """The parameters of a copy on the device, with their gradients."""
     found = []
-    for param in params:
+    for param in made.params:
         copy = nn.Parameter(param.detach().to(context.device))
         assert param.grad is not None
         copy.grad = param.grad.to(context.device)
@@ -285,12 +325,9 @@ def _give_gradients(made: StandIn, step: int = 0) -> None:
         param.grad = torch.randn(param.shape, generator=generator, dtype=wide).to(param.dtype)
 
 
-def _largest(optimizer: PackOptimizer) -> nn.Parameter:
-    return max(optimizer.params(), key=lambda param: param.numel())
-
-
-def _scaled(shape: Shape, count: int) -> Shape:
-    """A shape of as many dimensions and about so many elements."""
+def _scaled(param: nn.Parameter, count: int) -> Shape:
+    """A shape of as many dimensions as a parameter's and about so many elements."""
+    shape = tuple(param.shape)
     factor = (count / max(1, _count(shape))) ** (1 / max(1, len(shape)))
     return tuple(max(1, round(side * factor)) for side in shape)
 

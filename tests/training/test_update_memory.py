@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.profiling.update_times import kind_of, measure_update
+from harmony.profiling.update_times import UpdateCost, kind_of, measure_update
 from harmony.runtime.device import DeviceContext, available_devices
 from harmony.runtime.update.optimizer import PackOptimizer
 
@@ -142,6 +142,43 @@ def test_temporaries_are_measured_and_those_that_grow_keep_updates_on_the_host(
     assert frugal.device_bytes_per_s > 0 and frugal.temporary_nbytes < 1
     assert measure_update(PackOptimizer(params, AllAtOnce, {}), context).device_bytes_per_s == 0
     assert measure_update(PackOptimizer(params, NormSGD, {}), context).device_bytes_per_s == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("RAdam", {}),
+        ("Adafactor", {}),
+        ("Adagrad", {}),
+        ("AdamW", {"amsgrad": True}),
+        ("ASGD", {}),
+        ("Muon", {}),
+        ("NAdam", {}),
+        ("SGD", {"momentum": 0.9}),
+    ],
+)
+def test_an_optimizer_costs_the_same_before_its_first_step_and_after_many(
+    vgpus: VirtualGPUs, kind: str, options: dict[str, Any]
+) -> None:
+    """It decides plans: RAdam takes 20 bytes an element from its sixth step on, 8 before."""
+    context = DeviceContext(available_devices()[0])
+    params = {"w": nn.Parameter(torch.randn(40, 30)), "v": nn.Parameter(torch.randn(30, 30))}
+    optimizer = PackOptimizer(params, getattr(torch.optim, kind), {"lr": 0.1, **options})
+    before = measure_update(optimizer, context)
+    for _ in range(10):
+        for param in params.values():
+            param.grad = torch.randn_like(param)
+        optimizer.full.step()
+    after = measure_update(optimizer, context)
+    assert _what_plans_see(before) == _what_plans_see(after)
+    assert before.device_bytes_per_s > 0
+    if kind == "RAdam":
+        assert 16 <= before.temporary_nbytes < 24
+
+
+def _what_plans_see(cost: UpdateCost) -> tuple[Any, ...]:
+    on_device = cost.device_bytes_per_s > 0
+    return cost.state_nbytes, on_device, cost.temporary_nbytes, cost.alike
 
 
 @pytest.mark.parametrize("kind", [Hungry, AllAtOnce, Lion, NormSGD, torch.optim.NAdam])

@@ -70,7 +70,12 @@ def usual_choice(full: torch.optim.Optimizer, per_kind: int = 2) -> dict[int, Sh
     return chosen
 
 
-def stand_in(full: torch.optim.Optimizer, chosen: Mapping[int, Shape] | None = None) -> StandIn:
+def stand_in(
+    full: torch.optim.Optimizer,
+    chosen: Mapping[int, Shape] | None = None,
+    *,
+    with_state: bool = True,
+) -> StandIn:
     """Copy an optimizer with other parameters.
 
     The values of the parameters are drawn from a generator of their own; a learning rate of 0
@@ -78,6 +83,7 @@ def stand_in(full: torch.optim.Optimizer, chosen: Mapping[int, Shape] | None = N
 
     Args:
         chosen: the parameters that the copy has one for, by identity, with its shape.
+        with_state: whether the copy has the state of its parameters; it is as new if not.
 
     Raises:
         NoStandInError: if it holds what cannot be copied, or is too large to be.
@@ -101,7 +107,7 @@ def stand_in(full: torch.optim.Optimizer, chosen: Mapping[int, Shape] | None = N
     try:
         with _SmallCopies():
             for optimizer, new in zip(optimizers, copies, strict=True):
-                _prepare(optimizer, chosen, memo)
+                _prepare(optimizer, chosen, memo, with_state)
                 held = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
                 new.__dict__.update(copy.deepcopy(held, memo))
     except Exception as error:
@@ -140,7 +146,10 @@ def _param_like(param: nn.Parameter, shape: Shape, generator: torch.Generator) -
 
 
 def _prepare(
-    optimizer: torch.optim.Optimizer, wanted: Mapping[int, Shape], memo: dict[int, Any]
+    optimizer: torch.optim.Optimizer,
+    wanted: Mapping[int, Shape],
+    memo: dict[int, Any],
+    with_state: bool,
 ) -> None:
     """Let the copy's groups hold the chosen parameters only, and their state fit them."""
     for group in optimizer.param_groups:
@@ -151,7 +160,7 @@ def _prepare(
     for key, held in optimizer.state.items():
         if not isinstance(key, torch.Tensor):
             state[key] = copy.deepcopy(held, memo)
-        elif id(key) in wanted:
+        elif with_state and id(key) in wanted:
             made = memo[id(key)]
             for part in held.values() if isinstance(held, dict) else ():
                 if isinstance(part, torch.Tensor) and part.shape == key.shape:
