@@ -1,4 +1,4 @@
-"""Calls by which a forward changes autograd's graph in place: they are not replayed."""
+"""Calls by which a forward changes autograd's graph, or the memory of a tensor: not replayed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from harmony.errors import ConfigError
 
 _TENSOR: Any = torch.Tensor
 _SET = _TENSOR.requires_grad.__set__
-CHANGES_GRAPH = frozenset({_TENSOR.requires_grad_, _TENSOR.detach_, _SET})
-"""Functions that say anew what a tensor's gradient is."""
+_SET_DATA = frozenset({_TENSOR.data.__set__, _TENSOR.set_})
+CHANGES_GRAPH = frozenset({_TENSOR.requires_grad_, _TENSOR.detach_, _SET}) | _SET_DATA
+"""Functions that say anew what a tensor's gradient, or its memory, is."""
 
 
 def check_graph_change(
@@ -24,7 +25,8 @@ def check_graph_change(
     is_parameter: Callable[[Any], bool],
     is_input: Callable[[Any], bool],
 ) -> None:
-    """Let a module run as it is if its forward freezes parameters, or cuts values off.
+    """Let a module run as it is if its forward freezes parameters, cuts values off, or puts other
+    memory under a tensor, which no version counter tells (``param.data = values``).
 
     Raises:
         DynamicOnlyError: naming the line.
@@ -33,6 +35,10 @@ def check_graph_change(
     tensor = args[0]
     if func is _TENSOR.detach_:
         raise DynamicOnlyError("the forward calls detach_ on a tensor", user_frame(), eager=True)
+    if func in _SET_DATA:
+        raise DynamicOnlyError(
+            "the forward replaces the data of a tensor", user_frame(), eager=True
+        )
     wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
     if bool(wanted) == tensor.requires_grad:
         return

@@ -156,6 +156,14 @@ class Recorder(CallHandler):
                 f"{name} adds to its attribute {attribute} in the forward", name, eager=True
             )
 
+    def note_uses_by_alias(self) -> None:
+        """Let a step that uses a view of a buffer that changes use the buffer."""
+        changing = {name for step in self.steps for name in step.changes}
+        for step in self.steps if changing else ():
+            names = map(self._references.alias_of, (*step.inputs, *step.made))
+            by_alias = sorted(changing.intersection(filter(None, names)))
+            step.state = tuple(dict.fromkeys((*step.state, *by_alias)))
+
     def begin(self) -> None:
         """The forward begins now, from the random states that there are."""
         self._python_random = PythonState.now()
@@ -281,11 +289,12 @@ class Recorder(CallHandler):
             step.kind is StepKind.FUNCTION and noticed.read and not picks_one
         )
         step.where = user_frame()
-        kept = [tensor for tensor in changed if id(tensor) in known.state]
-        step.changes = tuple(dict.fromkeys(known.changed_buffer(tensor, step) for tensor in kept))
+        names = dict.fromkeys(filter(None, map(known.changed_state, changed)))
+        step.changes = tuple(known.check_buffer(name, step) for name in names)
         changed = [tensor for tensor in changed if id(tensor) not in known.state]
         step.mutated = tuple(known.renumber(tensor, step) for tensor in changed)
         step.outputs = tuple(known.number_output(leaf, step.name) for leaf in made)
+        known.note_aliases({name: self._shell.tensor(name) for name in step.state}, made)
         self._note_sizes(step)
         if self.loss_call is not None:
             step.in_loss = True

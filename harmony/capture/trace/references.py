@@ -49,9 +49,11 @@ class References:
         self.numbers = Numbering()
         self.made_in: IdentityMap[LeafCall] = IdentityMap()
         self.state = {id(shell.tensor(name)): name for name in shell.names}
+        self._parameters = {name for name, _ in shell.root.named_parameters()}
         self.module_names = {id(module): name for name, module in shell.modules.items()}
         self.made_of_nothing: set[int] = set()
         self.of_data: IdentityMap[bool] = IdentityMap()
+        self._aliases: dict[int, str] = {}
         self._device = device
         self._stand_ins = stand_ins
         self._constants: dict[int, Constant] = {}
@@ -136,14 +138,31 @@ class References:
             return None
         return self.numbers.number(leaf, name)
 
-    def changed_buffer(self, tensor: torch.Tensor, step: Step) -> str:
-        """Return the name of a buffer that a step changes.
+    def note_aliases(self, state: Mapping[str, torch.Tensor], made: Sequence[Any]) -> None:
+        """Note which results are in the memory of parameters or buffers: views, ``.data``."""
+        names = {_memory(tensor): name for name, tensor in state.items()}
+        for leaf in made if names else ():
+            if id(leaf) in self.numbers and _memory(leaf) in names:
+                number = self.numbers.of(leaf)
+                self._aliases[self.numbers.values[number].storage] = names[_memory(leaf)]
+
+    def alias_of(self, number: int) -> str | None:
+        """Return the name of the parameter or buffer in whose memory a value is, or None."""
+        return self._aliases.get(self.numbers.values[number].storage)
+
+    def changed_state(self, tensor: torch.Tensor) -> str | None:
+        """Return the name of the parameter or buffer that changes with a tensor, or None."""
+        if id(tensor) in self.state:
+            return self.state[id(tensor)]
+        return self.alias_of(self.numbers.of(tensor)) if id(tensor) in self.numbers else None
+
+    def check_buffer(self, name: str, step: Step) -> str:
+        """Return the name of what a step changes.
 
         Raises:
             CaptureError: if it is a parameter, which is not to be changed.
         """
-        name = self.state[id(tensor)]
-        if isinstance(tensor, nn.Parameter):
+        if name in self._parameters:
             raise CaptureError(
                 f"{step.name} at {step.where} changes the parameter {name} in the forward, which "
                 "the recompute would do once more. Change it between two steps, or compute a "
@@ -180,6 +199,12 @@ class References:
             self._constants[id(tensor)] = Constant(tensor.detach())
             self._alive.append(tensor)
         return self._constants[id(tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Identify the memory of a tensor; that of one without a storage is its own."""
+    dense = tensor.layout is torch.strided and not tensor.is_nested
+    return int(tensor.untyped_storage()._cdata) if dense else -id(tensor)
 
 
 def with_devices(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:

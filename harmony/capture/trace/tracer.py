@@ -169,6 +169,7 @@ class Tracer:
         self._settle_objects(twin)
         recorder.check_containers()
         opened.record_changes(recorder)
+        recorder.note_uses_by_alias()
         leaves, structure = flatten(out)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
         _check_guards(recorder)
