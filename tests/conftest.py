@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+from tests.cuda import standin
 
 os.environ["HARMONY_MEASUREMENTS"] = "off"
 
@@ -14,6 +17,13 @@ os.environ["HARMONY_MEASUREMENTS"] = "off"
 settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", deadline=2000, suppress_health_check=[])
 settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _answers_of_the_stand_in() -> None:
+    if standin.is_loaded():
+        torch.set_num_threads(1)
+        standin.install()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,12 @@ def _vgpu() -> ModuleType | None:
     return module if module is not None and module.is_loaded() else None
 
 
+def _open_trace() -> ModuleType | None:
+    """The access trace's module while a trace is open."""
+    module = sys.modules.get("harmony.vgpu.access_trace")
+    return module if module is not None and module.tracing() else None
+
+
 def _cudart() -> Any:
     """The CUDA runtime's functions, as PyTorch exposes them."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -209,9 +215,9 @@ def withhold_from_children(device: torch.device, memory: mmap.mmap, *, withhold:
 
 def trace_host_access(what: str, tensor: torch.Tensor, *, write: bool) -> None:
     """Tell the access trace that the calling thread reads or writes host memory."""
-    vgpu = _vgpu()
-    if vgpu is not None and vgpu.tracing():
-        vgpu.host_access(what, tensor.data_ptr(), tensor.nbytes, write)
+    trace = _open_trace()
+    if trace is not None:
+        trace.host_access(what, tensor.data_ptr(), tensor.nbytes, write)
 
 
 def new_tokens(count: int) -> range:
@@ -225,13 +231,13 @@ def new_tokens(count: int) -> range:
 
 def trace_release(token: int) -> None:
     """Tell the access trace that the calling thread publishes what it did so far."""
-    vgpu = _vgpu()
-    if vgpu is not None and vgpu.tracing():
-        vgpu.host_release(token)
+    trace = _open_trace()
+    if trace is not None:
+        trace.host_release(token)
 
 
 def trace_acquire(token: int) -> None:
     """Tell the access trace that the calling thread has seen what ``token`` published."""
-    vgpu = _vgpu()
-    if vgpu is not None and vgpu.tracing():
-        vgpu.host_acquire(token)
+    trace = _open_trace()
+    if trace is not None:
+        trace.host_acquire(token)

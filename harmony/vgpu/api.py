@@ -17,17 +17,17 @@ import contextlib
 import ctypes
 import gc
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils.backend_registration
 
 from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import ConfigError, VirtualGPUError
+from harmony.vgpu import access_trace
 from harmony.vgpu.build import library_path
 from harmony.vgpu.torch_device import MAX_COUNT, VirtualGPUModule
 
@@ -176,6 +176,7 @@ def _load() -> ctypes.CDLL:
             torch.ops.load_library(path)  # type: ignore[no-untyped-call]
             library = ctypes.CDLL(path)
             _declare(library)
+            access_trace.attach(library, "vgpu")
             _register_device_module(library)
             # Before static destructors run: a worker must not compute while PyTorch goes away.
             atexit.register(library.vgpu_shutdown)
@@ -203,12 +204,6 @@ def _declare(library: ctypes.CDLL) -> None:
         "vgpu_reset_link_counters": (None, []),
         "vgpu_host_register": (text, [pointer, u64]),
         "vgpu_host_unregister": (text, [pointer]),
-        "vgpu_trace_enable": (None, [ctypes.c_int]),
-        "vgpu_trace_enabled": (ctypes.c_int, []),
-        "vgpu_trace_drain": (None, [pointer] * 5),
-        "vgpu_host_access": (None, [text, u64, u64, ctypes.c_int]),
-        "vgpu_host_release": (None, [ctypes.c_int64]),
-        "vgpu_host_acquire": (None, [ctypes.c_int64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -290,109 +285,3 @@ def held(stream: torch.Stream) -> Iterator[None]:
         yield
     finally:
         _require().vgpu_release(gate)
-
-
-# ---------------------------------------------------------------- access trace
-
-
-class Access(NamedTuple):
-    """Bytes ``[ptr, ptr + nbytes)`` that an operation reads or writes."""
-
-    ptr: int
-    nbytes: int
-    is_write: bool
-
-
-class Record(NamedTuple):
-    """One entry of the access trace; ``kernels/vgpu/trace.h`` lists the kinds.
-
-    Device and stream are -1 where none takes part; ``aux`` is the id of an event or a token.
-    """
-
-    kind: str
-    thread: int
-    device: int
-    stream: int
-    aux: int
-    what: str
-    accesses: tuple[Access, ...]
-
-
-_RECORD = struct.Struct("=qIiIIhc5x")  # PackedRecord in kernels/vgpu/trace.h
-_ACCESS = struct.Struct("=QQ")
-
-
-class Trace:
-    """The records taken while ``trace()`` was open, in enqueue order."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def drain(self) -> list[Record]:
-        """Move what was recorded since the last drain to ``records`` and return it."""
-        fresh = _drain()
-        self.records.extend(fresh)
-        return fresh
-
-
-@contextlib.contextmanager
-def trace() -> Iterator[Trace]:
-    """Record every access and every ordering edge while open; ``records`` is filled on exit."""
-    library = _require()
-    if tracing():
-        raise VirtualGPUError("a trace is open already; only one can be at a time")
-    _drain()
-    taken = Trace()
-    library.vgpu_trace_enable(1)
-    try:
-        yield taken
-    finally:
-        library.vgpu_trace_enable(0)
-        taken.drain()
-
-
-def tracing() -> bool:
-    """Return whether a trace is open."""
-    return _library is not None and bool(_library.vgpu_trace_enabled())
-
-
-def host_access(what: str, address: int, nbytes: int, write: bool) -> None:
-    """Put an access of the calling thread to host memory into the trace."""
-    _require().vgpu_host_access(what.encode(), address, nbytes, int(write))
-
-
-def host_release(token: int) -> None:
-    """Publish, under a token not below 0, all that the calling thread did so far."""
-    _require().vgpu_host_release(token)
-
-
-def host_acquire(token: int) -> None:
-    """Order what the calling thread does next behind what was published under ``token``."""
-    _require().vgpu_host_acquire(token)
-
-
-def _drain() -> list[Record]:
-    records, accesses, text = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_char_p()
-    num_records, num_accesses = ctypes.c_uint64(), ctypes.c_uint64()
-    _require().vgpu_trace_drain(
-        *map(ctypes.byref, (records, num_records, accesses, num_accesses, text))
-    )
-    names = (text.value or b"").decode().split("\n")
-    unpacked = [
-        Access(ptr, packed >> 1, bool(packed & 1))
-        for ptr, packed in _ACCESS.iter_unpack(
-            _bytes_at(accesses, num_accesses.value * _ACCESS.size)
-        )
-    ]
-    result, used = [], 0
-    for aux, thread, stream, what, count, device, kind in _RECORD.iter_unpack(
-        _bytes_at(records, num_records.value * _RECORD.size)
-    ):
-        own = tuple(unpacked[used : used + count])
-        used += count
-        result.append(Record(kind.decode(), thread, device, stream, aux, names[what], own))
-    return result
-
-
-def _bytes_at(pointer: ctypes.c_void_p, nbytes: int) -> bytes:
-    return ctypes.string_at(pointer.value, nbytes) if pointer.value else b""

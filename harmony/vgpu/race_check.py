@@ -3,7 +3,7 @@
     with race_check.checked():
         train_one_step()  # on virtual GPUs; raises RaceError at the end if anything raced
 
-A happens-before analysis of the virtual GPU's access trace with vector clocks (Lamport 1978;
+A happens-before analysis of the access trace with vector clocks (Lamport 1978;
 Mattern 1989), the method of data race detectors such as FastTrack (Flanagan & Freund 2009). The
 actors are streams and host threads. What orders them is what orders a real GPU: a kernel follows
 its enqueueing and its predecessors on the stream, a wait follows the event's recording, the host
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from harmony.errors import RaceError
-from harmony.vgpu import api as vgpu
+from harmony.vgpu import access_trace
 
 MAX_REPORTED = 10
 
@@ -60,7 +60,7 @@ class Race:
 
 
 @contextlib.contextmanager
-def checked(*, ordered_frees: bool = False) -> Iterator[vgpu.Trace]:
+def checked(*, ordered_frees: bool = False) -> Iterator[access_trace.Trace]:
     """Trace the block and analyse it at the end; an exception of the block passes unchanged.
 
     Args:
@@ -71,7 +71,7 @@ def checked(*, ordered_frees: bool = False) -> Iterator[vgpu.Trace]:
     Raises:
         RaceError: listing the races, at most ``MAX_REPORTED``.
     """
-    with vgpu.trace() as trace:
+    with access_trace.trace() as trace:
         yield trace
     races = analyse(trace.records, ordered_frees=ordered_frees)
     if races:
@@ -83,7 +83,7 @@ def checked(*, ordered_frees: bool = False) -> Iterator[vgpu.Trace]:
         )
 
 
-def analyse(records: Iterable[vgpu.Record], *, ordered_frees: bool = False) -> list[Race]:
+def analyse(records: Iterable[access_trace.Record], *, ordered_frees: bool = False) -> list[Race]:
     """Return the races in a trace, one for each pair of operations, in trace order."""
     analysis = _Analysis("KAHF" if ordered_frees else "KAH")
     for index, record in enumerate(records):
@@ -159,7 +159,7 @@ class _Analysis:
         self._whats: dict[int, str] = {}
         self._reported: set[tuple[int, int]] = set()
 
-    def process(self, index: int, record: vgpu.Record) -> None:
+    def process(self, index: int, record: access_trace.Record) -> None:
         kind = record.kind
         host = self._actor(-1, record.thread)
         stream = self._actor(record.device, record.stream) if record.stream >= 0 else host
@@ -194,8 +194,10 @@ class _Analysis:
         if actor is None:
             actor = self._actors[device, number] = len(self._clocks)
             self._clocks.append({actor: 1})
-            where = f"vgpu:{device} stream {number}" if device >= 0 else f"host thread {number}"
-            self._names.append(where)
+            if device >= 0:
+                self._names.append(f"{access_trace.device_type()}:{device} stream {number}")
+            else:
+                self._names.append(f"host thread {number}")
         return actor
 
     def _enqueue(self, host: int, stream: int) -> None:
@@ -220,7 +222,7 @@ class _Analysis:
 
     # ---- accesses
 
-    def _access(self, touch: _Touch, access: vgpu.Access, is_free: bool) -> None:
+    def _access(self, touch: _Touch, access: access_trace.Access, is_free: bool) -> None:
         shadow, clock = self._shadow, self._clocks[touch.actor]
         first, last = shadow.span(access.ptr, access.ptr + access.nbytes)
         for offset, cell in enumerate(shadow.cells(first, last)):

@@ -97,10 +97,12 @@ def build_kernels(folder: Path, packages: Path) -> None:
     """Build ``libkernels.so``."""
     torch = packages / "torch"
     include = torch / "include"
+    cuda = next(packages.glob("nvidia/cu*/include/cuda_runtime_api.h")).parent
     run(
         *("g++", "-std=c++20", "-O1", "-w", "-fPIC", "-shared", HERE / "kernels.cpp"),
         *("-isystem", include, "-isystem", include / "torch/csrc/api/include"),
-        *("-o", folder / "libkernels.so", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"),
+        *("-isystem", cuda, "-o", folder / "libkernels.so", f"-L{torch / 'lib'}"),
+        *("-ltorch_cpu", "-lc10", "-lc10_cuda"),
         *(f"-L{folder}", "-lfakecuda", f"-Wl,-rpath,{torch / 'lib'}", f"-Wl,-rpath,{folder}"),
     )
 

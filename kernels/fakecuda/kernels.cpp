@@ -20,22 +20,25 @@
 #include <unordered_set>
 
 #define VGPU_DEVICE_TYPE c10::kCUDA
-#include "../vgpu/storage.h"
+#include "../vgpu/trace.cpp"
+#include "../vgpu/trace_capi.cpp"
+#include "../vgpu/aliases.cpp"
 #include "../vgpu/opinfo.cpp"
 #include "../vgpu/shapes.cpp"
 #include "../vgpu/draws.cpp"
 #include "../vgpu/fallback.cpp"
+#include "traced_memory.cpp"
 
 extern "C" void omp_set_num_threads(int) __attribute__((weak));
 extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 // The stand-in's runtime (streams.cpp, launch.cpp).
-extern "C" int fakecuda_enqueue(void* stream, void (*run)(void*), void* argument);
+extern "C" int fakecuda_enqueue(void* stream, void (*run)(void*), void* argument,
+                                const char* what, const vgpu::Accesses& accesses);
 extern "C" void fakecuda_wait(void* stream);
 extern "C" void fakecuda_kernel_failed(const char* why);
 extern "C" void fakecuda_load(const char* kernel);
 extern "C" void fakecuda_refuse_unanswered();
-extern "C" int cudaGetLastError();
 
 namespace vgpu {
 
@@ -44,23 +47,6 @@ namespace vgpu {
 at::Tensor make_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
   return at::empty_strided(sizes, strides, at::TensorOptions(dtype).device(at::kCUDA));
 }
-
-at::Tensor host_alias(const at::Tensor& t) {
-  const auto& storage = t.storage();
-  auto impl = c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
-      c10::DataPtr(const_cast<void*>(storage.data()), c10::Device(c10::kCPU)), nullptr, false);
-  auto alias = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(std::move(impl)), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype());
-  auto* raw = alias.unsafeGetTensorImpl();
-  raw->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
-  if (t.unsafeGetTensorImpl()->is_wrapped_number()) raw->set_wrapped_number(true);
-  if (t.is_conj()) alias._set_conj(true);
-  if (t.is_neg()) alias._set_neg(true);
-  return alias;
-}
-
-void add_access(Accesses&, const at::Tensor&, bool) {}  // there is no trace yet
 
 const at::Tensor& resize_tensor(const at::Tensor& self, at::IntArrayRef sizes,
                                 std::optional<at::MemoryFormat> format) {
@@ -107,10 +93,12 @@ void run_kernel(void* argument) {
 
 }  // namespace
 
-void submit(int device, const std::string& what, const Accesses&, std::function<void()> run) {
+void submit(int device, const std::string& what, const Accesses& accesses,
+            std::function<void()> run) {
   fakecuda_load(what.c_str());
   auto* kernel = new Kernel{what, std::move(run), at::GradMode::is_enabled()};
-  int error = fakecuda_enqueue(current_stream_handle(device), run_kernel, kernel);
+  int error = fakecuda_enqueue(current_stream_handle(device), run_kernel, kernel, what.c_str(),
+                               accesses);
   if (!error) return;
   cudaGetLastError();  // PyTorch's own check of a launch takes the error, too
   delete kernel;
@@ -148,8 +136,10 @@ at::Tensor upload(const at::Tensor& t, int device, const std::string& what) {
   at::Tensor result = make_tensor(t.sizes(), t.strides(), t.scalar_type());
   if (t.is_conj()) result._set_conj(true);
   if (t.is_neg()) result._set_neg(true);
+  Accesses accesses;
+  add_access(accesses, result, true);
   if (t.numel() > 0)
-    submit(device, what, {}, [alias = host_alias(result), t] { alias.copy_(t); });
+    submit(device, what, accesses, [alias = host_alias(result), t] { alias.copy_(t); });
   return result;
 }
 
@@ -180,7 +170,10 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   }
   if (self.numel() == 0) return self;
   c10::DeviceGuard guard(self.device());
-  submit(self.device().index(), "copy_", {},
+  Accesses accesses;
+  add_access(accesses, source, false);
+  add_access(accesses, self, true);
+  submit(self.device().index(), "copy_", accesses,
          [to = host_alias(self), from = host_alias(source)] { to.copy_(from); });
   return self;
 }
@@ -256,5 +249,6 @@ extern "C" __attribute__((visibility("default"))) int fakecuda_install() {
   context.setSDPUseMemEfficient(false);
   context.setSDPUseCuDNN(false);
   fakecuda_refuse_unanswered();
+  trace_runtime_and_allocators();
   return count;
 }

@@ -79,6 +79,22 @@ Route route_of(const void* to, const void* from, size_t nbytes) {
   return {Call::CopyWithin, true, true};
 }
 
+// Pageable memory is left out: its copies block, and its addresses are reused in an order that the
+// trace cannot see.
+Accesses accesses_of(const Route& route, const void* to, const void* from, size_t nbytes) {
+  Accesses accesses;
+  if (!route.from_pageable) accesses.push_back(access(from, nbytes, false));
+  if (!route.to_pageable) accesses.push_back(access(to, nbytes, true));
+  return accesses;
+}
+
+const char* name_of(Call copy) {
+  return copy == Call::CopyIn    ? "copy h2d"
+         : copy == Call::CopyOut ? "copy d2h"
+         : copy == Call::CopyPeer ? "copy p2p"
+                                  : "copy";
+}
+
 cudaError_t copy(void* to, const void* from, size_t nbytes, cudaStream_t handle, bool waits) {
   auto* stream = find_stream(handle);
   if (!stream) return misuse("a copy on an unknown stream");
@@ -87,13 +103,15 @@ cudaError_t copy(void* to, const void* from, size_t nbytes, cudaStream_t handle,
   if (auto error = begin(route.call, nbytes)) return report(error);
   if (route.from_pageable && !waits) count(Call::PageableIn, nbytes);
   if (route.to_pageable && !waits) count(Call::PageableOut, nbytes);
+  auto accesses = accesses_of(route, to, from, nbytes);
+  const char* what = name_of(route.call);
   if (route.from_pageable && !waits) {
     // From pageable memory the runtime first copies to pages of its own, before it returns.
     auto staged = std::make_shared<std::vector<char>>(nbytes);
     memcpy(staged->data(), from, nbytes);
-    stream->enqueue([=] { memcpy(to, staged->data(), nbytes); });
+    stream->enqueue([=] { memcpy(to, staged->data(), nbytes); }, what, accesses);
   } else {
-    stream->enqueue([=] { memcpy(to, from, nbytes); });
+    stream->enqueue([=] { memcpy(to, from, nbytes); }, what, accesses);
   }
   if (waits || route.to_pageable) stream->synchronize();
   return report(cudaSuccess);
@@ -117,6 +135,7 @@ FAKECUDA_API cudaError_t cudaMalloc(void** made, size_t nbytes) {
   if (size > free_nbytes(device)) return report(cudaErrorMemoryAllocation);
   void* pages = map_pages(size);
   if (!pages) return report(cudaErrorMemoryAllocation);
+  trace_turn(kMappings);
   memory().device.add(pages, {size, device, true});
   memory().used[device] += size;
   *made = pages;
@@ -137,6 +156,7 @@ FAKECUDA_API cudaError_t cudaFree(void* pointer) {
   std::lock_guard<std::mutex> lock(memory().mutex);
   memory().device.remove(pointer);
   memory().used[block.device] -= block.nbytes;
+  trace_turn(kMappings);
   munmap(pointer, block.nbytes);
   return report(cudaSuccess);
 }
@@ -157,6 +177,7 @@ FAKECUDA_API cudaError_t cudaHostRegister(void* pointer, size_t nbytes, unsigned
   std::lock_guard<std::mutex> lock(memory().mutex);
   if (memory().pinned_nbytes + nbytes > settings().pin_limit)
     return report(cudaErrorMemoryAllocation);
+  trace_turn(kMappings);
   memory().pinned.add(pointer, {nbytes, current_device(), false});
   memory().pinned_nbytes += nbytes;
   return report(cudaSuccess);
@@ -168,6 +189,7 @@ FAKECUDA_API cudaError_t cudaHostUnregister(void* pointer) {
   std::lock_guard<std::mutex> lock(memory().mutex);
   const auto* found = memory().pinned.at(pointer);
   if (!found) return misuse("memory is unregistered that is not", cudaErrorInvalidValue);
+  trace_turn(kMappings);
   memory().pinned_nbytes -= found->nbytes;
   memory().pinned.remove(pointer);
   return report(cudaSuccess);
@@ -181,6 +203,7 @@ FAKECUDA_API cudaError_t cudaHostAlloc(void** made, size_t nbytes, unsigned) {
   *made = map_pages(size);
   if (!*made || memory().pinned_nbytes + size > settings().pin_limit)
     return report(cudaErrorMemoryAllocation);
+  trace_turn(kMappings);
   memory().pinned.add(*made, {size, current_device(), true});
   memory().pinned_nbytes += size;
   return report(cudaSuccess);
@@ -193,6 +216,7 @@ FAKECUDA_API cudaError_t cudaFreeHost(void* pointer) {
   if (!found || !found->is_ours)
     return misuse("host memory is freed that is not pinned", cudaErrorInvalidValue);
   size_t nbytes = found->nbytes;
+  trace_turn(kMappings);
   memory().pinned_nbytes -= nbytes;
   memory().pinned.remove(pointer);
   munmap(pointer, nbytes);
@@ -236,7 +260,7 @@ FAKECUDA_API cudaError_t cudaMemsetAsync(void* to, int value, size_t nbytes,
   if (auto error = begin(Call::Memset, nbytes)) return report(error);
   auto* stream = find_stream(handle);
   if (!stream) return misuse("memory is set on an unknown stream");
-  stream->enqueue([=] { memset(to, value, nbytes); });
+  stream->enqueue([=] { memset(to, value, nbytes); }, "memset", {access(to, nbytes, true)});
   return report(cudaSuccess);
 }
 FAKECUDA_API cudaError_t cudaMemset(void* to, int value, size_t nbytes) {
@@ -247,9 +271,13 @@ FAKECUDA_API cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, si
   if (auto error = begin(Call::Memset, width * height)) return report(error);
   auto* stream = find_stream(handle);
   if (!stream) return misuse("memory is set on an unknown stream");
-  stream->enqueue([=] {
-    for (size_t row = 0; row < height; ++row)
-      memset(static_cast<char*>(to) + row * pitch, value, width);
-  });
+  Accesses rows;
+  for (size_t row = 0; row < height; ++row)
+    rows.push_back(access(static_cast<char*>(to) + row * pitch, width, true));
+  stream->enqueue(
+      [=] {
+        for (const auto& row : rows) memset(reinterpret_cast<void*>(row.ptr), value, row.nbytes);
+      },
+      "memset", rows);
   return report(cudaSuccess);
 }

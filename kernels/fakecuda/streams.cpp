@@ -4,6 +4,17 @@
 
 namespace fakecuda {
 
+namespace {
+
+int64_t next_recording() {
+  static std::atomic<int64_t> next{1};
+  return next++;
+}
+
+}  // namespace
+
+Recording::Recording() : id(next_recording()) {}
+
 void Recording::set_done() {
   std::lock_guard<std::mutex> lock(mutex_);
   done_ = true;
@@ -40,14 +51,16 @@ struct Registry {
   std::set<Stream*> streams;
   std::set<Event*> events;
   Stream* defaults[kMaxDevices] = {};
+  int num_made[kMaxDevices] = {};
 };
 Registry& registry() {
   static auto* all = new Registry();
   return *all;
 }
 
+// Under the registry's lock. Number 0 is the default stream's.
 Stream* make_stream(int device, bool is_blocking) {
-  auto* stream = new Stream(device, is_blocking);
+  auto* stream = new Stream(device, ++registry().num_made[device], is_blocking);
   registry().streams.insert(stream);
   return stream;
 }
@@ -55,7 +68,10 @@ Stream* make_stream(int device, bool is_blocking) {
 Stream* default_stream(int device) {
   auto& all = registry();
   std::lock_guard<std::mutex> lock(all.mutex);
-  if (!all.defaults[device]) all.defaults[device] = make_stream(device, true);
+  if (!all.defaults[device]) {
+    all.defaults[device] = new Stream(device, 0, true);
+    all.streams.insert(all.defaults[device]);
+  }
   return all.defaults[device];
 }
 
@@ -86,11 +102,11 @@ Stream* find_stream(cudaStream_t handle) {
 }
 
 void synchronize_device(int device) {
-  for (auto* stream : streams_of(device)) stream->synchronize();
+  for (auto* stream : streams_of(device)) stream->drain();
+  trace(Kind::DeviceSync, device, -1);
 }
 
-void Stream::push(Task task) {
-  std::lock_guard<std::mutex> lock(mutex_);
+void Stream::push_locked(Task task) {
   queue_.push_back(std::move(task));
   enqueued_++;
   if (!started_) {
@@ -100,7 +116,7 @@ void Stream::push(Task task) {
   changed_.notify_all();
 }
 
-void Stream::enqueue(Task task) {
+void Stream::enqueue(Task task, const char* what, const Accesses& accesses) {
   // The default stream and those in step with it wait for each other.
   if (is_blocking) {
     auto* first = default_stream(device);
@@ -111,26 +127,38 @@ void Stream::enqueue(Task task) {
         if (other != this && other->is_blocking) wait(other->record());
     }
   }
-  push(std::move(task));
+  std::lock_guard<std::mutex> lock(mutex_);
+  trace(Kind::Kernel, device, number, 0, what, accesses);
+  push_locked(std::move(task));
 }
 
 RecordingPtr Stream::record() {
   auto recording = std::make_shared<Recording>();
-  if (is_idle())
+  std::lock_guard<std::mutex> lock(mutex_);
+  trace(Kind::EventRecord, device, number, recording->id);
+  if (completed_ == enqueued_)
     recording->set_done();
   else
-    push([recording] { recording->set_done(); });
+    push_locked([recording] { recording->set_done(); });
   return recording;
 }
 
 void Stream::wait(const RecordingPtr& recording) {
-  if (!recording->is_done()) push([recording] { recording->wait(); });
+  std::lock_guard<std::mutex> lock(mutex_);
+  trace(Kind::StreamWait, device, number, recording->id);
+  if (!recording->is_done()) push_locked([recording] { recording->wait(); });
 }
 
-void Stream::synchronize() {
+void Stream::drain() {
   std::unique_lock<std::mutex> lock(mutex_);
   uint64_t target = enqueued_;
   changed_.wait(lock, [&] { return completed_ >= target; });
+}
+
+void Stream::synchronize() {
+  drain();
+  std::lock_guard<std::mutex> lock(mutex_);
+  trace(Kind::StreamSync, device, number);
 }
 
 bool Stream::is_idle() {
@@ -181,7 +209,8 @@ FAKECUDA_API cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 FAKECUDA_API cudaError_t cudaStreamQuery(cudaStream_t handle) {
   auto* stream = find_stream(handle);
   if (!stream) return misuse("an unknown stream is asked");
-  return is_lost() ? report(cudaSuccess) : stream->is_idle() ? cudaSuccess : cudaErrorNotReady;
+  if (is_lost()) return report(cudaSuccess);
+  return stream->is_idle() ? cudaSuccess : cudaErrorNotReady;
 }
 FAKECUDA_API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
   *priority = 0;
@@ -212,14 +241,14 @@ FAKECUDA_API cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t fu
                                             void* argument) {
   auto* stream = find_stream(handle);
   if (!stream) return misuse("a host function on an unknown stream");
-  stream->enqueue([=] { function(argument); });
+  stream->enqueue([=] { function(argument); }, "host function", {});
   return report(cudaSuccess);
 }
 FAKECUDA_API cudaError_t cudaStreamAddCallback(cudaStream_t handle, cudaStreamCallback_t function,
                                                void* argument, unsigned) {
   auto* stream = find_stream(handle);
   if (!stream) return misuse("a callback on an unknown stream");
-  stream->enqueue([=] { function(handle, cudaSuccess, argument); });
+  stream->enqueue([=] { function(handle, cudaSuccess, argument); }, "host function", {});
   return report(cudaSuccess);
 }
 
@@ -280,14 +309,21 @@ FAKECUDA_API cudaError_t cudaEventQuery(cudaEvent_t handle) {
   auto* event = find_event(handle);
   if (!event) return misuse("an unknown event is asked");
   if (is_lost()) return report(cudaSuccess);
-  return !event->recording || event->recording->is_done() ? cudaSuccess : cudaErrorNotReady;
+  auto recording = event->recording;
+  if (!recording) return cudaSuccess;
+  if (!recording->is_done()) return cudaErrorNotReady;
+  trace(Kind::EventSync, -1, -1, recording->id);  // the host may rely on it
+  return cudaSuccess;
 }
 FAKECUDA_API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (auto error = begin(Call::Synchronize)) return report(error);
   auto* event = find_event(handle);
   if (!event) return misuse("an unknown event is synchronized");
   auto recording = event->recording;
-  if (recording) recording->wait();
+  if (recording) {
+    recording->wait();
+    trace(Kind::EventSync, -1, -1, recording->id);
+  }
   return report(cudaSuccess);
 }
 FAKECUDA_API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t first, cudaEvent_t second) {
@@ -304,16 +340,37 @@ FAKECUDA_API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t first, cuda
 // ---- for the kernels (kernels.cpp): work on a stream, which the counters do not show as syncs
 
 using KernelTask = void (*)(void*);
-FAKECUDA_API int fakecuda_enqueue(cudaStream_t handle, KernelTask run, void* argument) {
+FAKECUDA_API int fakecuda_enqueue(cudaStream_t handle, KernelTask run, void* argument,
+                                  const char* what, const Accesses& accesses) {
   if (auto error = begin(Call::Launch)) return report(error);
   auto* stream = find_stream(handle);
   if (!stream) return misuse("a kernel on an unknown stream");
-  stream->enqueue([=] { run(argument); });
+  stream->enqueue([=] { run(argument); }, what, accesses);
   return report(cudaSuccess);
 }
 FAKECUDA_API void fakecuda_wait(cudaStream_t handle) {
   if (auto* stream = find_stream(handle)) stream->synchronize();
 }
+FAKECUDA_API int64_t fakecuda_stream_number(cudaStream_t handle) {
+  auto* stream = handle ? find_stream(handle) : nullptr;
+  return stream ? stream->number : 0;
+}
 FAKECUDA_API void fakecuda_kernel_failed(const char* why) {
   lose_device(cudaErrorAssert, why);
+}
+
+// ---- for the tests
+
+// Makes a stream stand still until released.
+FAKECUDA_API void* fakecuda_hold(cudaStream_t handle) {
+  auto* stream = find_stream(handle);
+  if (!stream) return nullptr;
+  auto* gate = new RecordingPtr(std::make_shared<Recording>());
+  stream->enqueue([gate = *gate] { gate->wait(); }, "held", {});
+  return gate;
+}
+FAKECUDA_API void fakecuda_release(void* gate) {
+  auto* recording = static_cast<RecordingPtr*>(gate);
+  (*recording)->set_done();
+  delete recording;
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "state.h"
+#include "tracing.h"
 
 namespace fakecuda {
 
@@ -22,10 +23,13 @@ using Task = std::function<void()>;
 // when the event is recorded again.
 class Recording {
  public:
+  Recording();
   void set_done();
   void wait();
   bool is_done();
   Clock::time_point time();
+
+  const int64_t id;  // in the trace
 
  private:
   std::mutex mutex_;
@@ -37,19 +41,25 @@ using RecordingPtr = std::shared_ptr<Recording>;
 
 class Stream {
  public:
-  // `waits_for_default`: as made without cudaStreamNonBlocking, in step with the default stream.
-  Stream(int device, bool waits_for_default) : device(device), is_blocking(waits_for_default) {}
-  void enqueue(Task task);
+  // `number` counts the streams of a device. `waits_for_default`: as made without
+  // cudaStreamNonBlocking, in step with the default stream.
+  Stream(int device, int number, bool waits_for_default)
+      : device(device), number(number), is_blocking(waits_for_default) {}
+  // Appends work. `what` and `accesses` go to the trace under the queue's lock, so that the order
+  // of the trace is that of the queue.
+  void enqueue(Task task, const char* what, const Accesses& accesses);
   RecordingPtr record();
   void wait(const RecordingPtr& recording);
   void synchronize();
+  void drain();  // the same, said to the trace by the caller
   bool is_idle();
 
   const int device;
+  const int number;
   const bool is_blocking;
 
  private:
-  void push(Task task);
+  void push_locked(Task task);
   void work();
 
   std::mutex mutex_;

@@ -7,15 +7,13 @@
 #include <sstream>
 #include <thread>
 
+#include "capi.h"
 #include "config.h"
 #include "link.h"
 #include "memory.h"
 #include "pinned.h"
 #include "random.h"
 #include "stream.h"
-#include "trace.h"
-
-#define VGPU_API extern "C" __attribute__((visibility("default")))
 
 namespace vgpu {
 
@@ -130,25 +128,4 @@ VGPU_API const char* vgpu_host_register(void* pointer, uint64_t nbytes) {
 }
 VGPU_API const char* vgpu_host_unregister(void* pointer) {
   return error_text(host_unregister(static_cast<char*>(pointer)));
-}
-
-VGPU_API void vgpu_trace_enable(int on) { trace::enable(on != 0); }
-VGPU_API int vgpu_trace_enabled() { return trace::enabled(); }
-VGPU_API void vgpu_trace_drain(const void** records, uint64_t* num_records, const void** accesses,
-                               uint64_t* num_accesses, const char** names) {
-  auto drained = trace::drain();
-  *records = drained.records;
-  *num_records = drained.num_records;
-  *accesses = drained.accesses;
-  *num_accesses = drained.num_accesses;
-  *names = drained.names;
-}
-VGPU_API void vgpu_host_access(const char* what, uint64_t pointer, uint64_t nbytes, int write) {
-  trace::add(Kind::HostAccess, -1, -1, 0, what, {{pointer, nbytes, write != 0}});
-}
-VGPU_API void vgpu_host_release(int64_t token) {
-  trace::add(Kind::HostRelease, -1, -1, token);
-}
-VGPU_API void vgpu_host_acquire(int64_t token) {
-  trace::add(Kind::HostAcquire, -1, -1, token);
 }

@@ -34,7 +34,7 @@ using Accesses = std::vector<Access>;
 
 namespace trace {
 
-// Layouts read by harmony/vgpu/api.py; change both together.
+// Layouts read by harmony/vgpu/access_trace.py; change both together.
 struct PackedRecord {
   int64_t aux;
   uint32_t thread;

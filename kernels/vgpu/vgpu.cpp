@@ -5,6 +5,7 @@
 #include "stream.cpp"
 #include "memory.cpp"
 #include "pinned.cpp"
+#include "aliases.cpp"
 #include "storage.cpp"
 #include "link.cpp"
 #include "copy.cpp"
@@ -20,3 +21,4 @@
 #include "autocast.cpp"
 #include "guard.cpp"
 #include "capi.cpp"
+#include "trace_capi.cpp"

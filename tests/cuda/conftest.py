@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from harmony.vgpu import race_check
 from tests.cuda import standin
 
 _HERE = Path(__file__).parent
@@ -23,12 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="on the stand-in only: scripts/test-cuda"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _answers() -> None:
-    torch.set_num_threads(1)
-    standin.install()
-
-
 @pytest.fixture(autouse=True)
 def _no_misuse() -> Iterator[None]:
     """What CUDA would refuse is an error of every test, also where nobody looks."""
@@ -36,3 +30,10 @@ def _no_misuse() -> Iterator[None]:
     yield
     gc.collect()
     assert standin.calls_since(before)["misuse"] == 0
+
+
+@pytest.fixture(autouse=True)
+def _no_race() -> Iterator[None]:
+    """What nothing orders is an error of every test, whatever the timing was."""
+    with race_check.checked(ordered_frees=True):
+        yield

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from harmony.vgpu import access_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 _KERNELS = "FAKECUDA_KERNELS"
@@ -21,9 +25,14 @@ def is_loaded() -> bool:
 
 
 def install() -> None:
-    """Let CPU kernels answer the operators on the GPUs; what has no answer is an error."""
+    """Let CPU kernels answer the operators on the GPUs; what has no answer is an error.
+
+    From then on there is an access trace, so that the race checker works.
+    """
     torch.cuda.init()
-    ctypes.CDLL(os.environ[_KERNELS]).fakecuda_install()
+    kernels = ctypes.CDLL(os.environ[_KERNELS])
+    kernels.fakecuda_install()
+    access_trace.attach(kernels, "cuda")
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,22 @@ def others_take(mib: int) -> None:
 def has_context(device: int) -> bool:
     """Whether this process has a context on a GPU."""
     return bool(ctypes.CDLL(None).fakecuda_has_context(device))
+
+
+@contextlib.contextmanager
+def held(stream: torch.Stream) -> Iterator[None]:
+    """Keep a stream from running what is enqueued from now on until the block ends."""
+    library = ctypes.CDLL(None)
+    library.fakecuda_hold.argtypes = library.fakecuda_release.argtypes = [ctypes.c_void_p]
+    library.fakecuda_hold.restype = ctypes.c_void_p
+    handle = torch.cuda.Stream(
+        stream_id=stream.stream_id, device_index=stream.device.index, device_type=1
+    ).cuda_stream
+    gate = library.fakecuda_hold(handle)
+    try:
+        yield
+    finally:
+        library.fakecuda_release(gate)
 
 
 def run(script: str, **settings: object) -> str:

@@ -13,8 +13,8 @@ from harmony.engine.step_result import ReadyStep
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
 from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.runtime.exec.executor import Job
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 from tests.training.models import GPT, token_batch, token_loss
 
 
@@ -88,7 +88,7 @@ def _same_kind(one: Instruction, two: Instruction) -> bool:
 
 @pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
 def test_every_removed_wait_is_found(mode: str, num_devices: int) -> None:
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     model, variant, prepared = ready_model(mode, num_devices)
     schedule, values = prepared.schedule, prepared.values
     with racecheck.checked(ordered_frees=True):
