@@ -29,3 +29,12 @@ def provide(count: int = 4, memory: str = "64MiB", **settings: Any) -> None:
 def held(stream: torch.Stream) -> AbstractContextManager[None]:
     """Keep a stream from running what is enqueued from now on until the block ends."""
     return standin.held(stream) if TYPE == "cuda" else vgpu.held(stream)
+
+
+def recover() -> None:
+    """Go on after a kernel that failed, which may have taken the devices with it."""
+    if TYPE == "cuda":
+        for index in range(torch.cuda.device_count()):
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(index)
+        standin.find_device()

@@ -299,7 +299,8 @@ def test_threads_that_take_turns_are_in_order(turns):
 def test_a_trace_cannot_be_opened_twice():
     from harmony.errors import VirtualGPUError
 
-    with access_trace.trace(), pytest.raises(VirtualGPUError, match="open already"), access_trace.trace():
+    trace = access_trace.trace
+    with trace(), pytest.raises(VirtualGPUError, match="open already"), trace():
         pass
 
 

@@ -91,6 +91,8 @@ void lose_device(cudaError_t error, const std::string& why) {
   g_lost.compare_exchange_strong(none, static_cast<int>(error));
 }
 
+void find_device() { g_lost = 0; }
+
 bool is_lost() { return g_lost.load() != 0; }
 
 }  // namespace fakecuda
@@ -125,6 +127,9 @@ FAKECUDA_API void fakecuda_set_others_mib(long mib) { others_nbytes() = mib * kM
 FAKECUDA_API void fakecuda_lose_device() {
   lose_device(cudaErrorAssert, "a test asked for it");
 }
+
+// Where a GPU needs a new process, a test goes on.
+FAKECUDA_API void fakecuda_find_device() { find_device(); }
 
 // ---- errors, as the runtime has them
 

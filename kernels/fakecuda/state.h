@@ -45,6 +45,7 @@ cudaError_t misuse(const std::string& what, cudaError_t error = cudaErrorInvalid
 
 // What a kernel that fails does: from now on no call works.
 void lose_device(cudaError_t error, const std::string& why);
+void find_device();  // as if nothing had been
 bool is_lost();
 
 int current_device();

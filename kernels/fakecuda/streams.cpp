@@ -345,8 +345,9 @@ FAKECUDA_API int fakecuda_enqueue(cudaStream_t handle, KernelTask run, void* arg
   if (auto error = begin(Call::Launch)) return report(error);
   auto* stream = find_stream(handle);
   if (!stream) return misuse("a kernel on an unknown stream");
+  if (is_lost()) return report(cudaSuccess);
   stream->enqueue([=] { run(argument); }, what, accesses);
-  return report(cudaSuccess);
+  return cudaSuccess;  // what it fails with is seen later; from here on the stream has it
 }
 FAKECUDA_API void fakecuda_wait(cudaStream_t handle) {
   if (auto* stream = find_stream(handle)) stream->synchronize();

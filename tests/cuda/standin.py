@@ -69,6 +69,11 @@ def lose_device() -> None:
     ctypes.CDLL(None).fakecuda_lose_device()
 
 
+def find_device() -> None:
+    """Let calls work again after a kernel has failed; on a GPU only a new process does that."""
+    ctypes.CDLL(None).fakecuda_find_device()
+
+
 def others_take(mib: int) -> None:
     """Let other processes hold so many MiB of each GPU."""
     ctypes.CDLL(None).fakecuda_set_others_mib(mib)

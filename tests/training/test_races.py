@@ -100,6 +100,7 @@ def test_every_removed_wait_is_found(mode: str, num_devices: int) -> None:
             with racecheck.checked(ordered_frees=True):
                 run(model, variant, mutant, values)
         except (harmony.RaceError, harmony.ExecutionError, harmony.ScheduleError):
+            devices.recover()
             continue
         if not at_the_edge(schedule, index, at):
             missed.append((index, str([*schedule.programs, schedule.host][index][at])))
