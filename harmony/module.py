@@ -23,6 +23,7 @@ from harmony.engine.bypass import Bypass, within
 from harmony.engine.engine import Engine
 from harmony.engine.facade import Wrapper
 from harmony.engine.options import EngineOptions
+from harmony.engine.precision import precision_of
 from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
@@ -97,6 +98,10 @@ class Harmony(Wrapper):
         replan: whether the plan may change between two steps, once the steps have shown what they
             take and another plan is predicted to be more than 5 % faster with that. It computes
             the same, bit for bit: microbatches and replicas stay what they are.
+        precision: ``"fp32"``: the model computes in the types that its parameters have.
+            ``"bf16"``: it computes with copies of parameters and inputs in bf16, which are what
+            streams; gradients of the microbatches add up in fp32, and the optimizer updates the
+            fp32 parameters, which stay on the host (see `harmony.engine.precision`).
         seed: the run's seed, for `harmony.microbatch_seed`; None: one that follows from torch's
             generator now, so that `torch.manual_seed` before makes runs repeatable.
 
@@ -123,6 +128,7 @@ class Harmony(Wrapper):
         activations: str = "auto",
         updates: str = "auto",
         replan: bool = True,
+        precision: str = "fp32",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -149,6 +155,7 @@ class Harmony(Wrapper):
                 activations=activations,
                 updates=updates,
                 replan=replan and options.replan,
+                precision=precision_of(options.precision or precision),
                 seed=drawn_seed() if seed is None else seed,
             ),
         )

@@ -32,6 +32,7 @@ def capture(
     batch_dims: Mapping[str, int | None] | None = None,
     target: torch.device | None = None,
     known: Captured | None = None,
+    param_dtype: torch.dtype | None = None,
 ) -> Captured:
     """Record the forward of a module and cut it into layers.
 
@@ -54,6 +55,8 @@ def capture(
         target: the device that the layers will run on.
         known: a capture of the same module and loss for inputs of another length, which may spare
             half of the work.
+        param_dtype: the type that parameters of floating point are computed with; None: as they
+            are.
 
     Raises:
         CaptureError: naming what cannot be recorded, where, and what to change.
@@ -65,7 +68,7 @@ def capture(
         raise ConfigError("targets are given without a loss that takes them")
     check_module(module)
     batch = Batch.of(args, kwargs or {}, targets, batch_dims or {}).detached()
-    template = ModuleShell(module, torch.device("cpu"))
+    template = ModuleShell(module, torch.device("cpu"), param_dtype)
     _switch_off_caches(template.root)
     program = Program(loss, output_loss)
     leaves = choose_leaves(template.root, max_layer_nbytes)

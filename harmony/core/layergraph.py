@@ -64,6 +64,7 @@ class SharedParam:
         gradient_nbytes: bytes of its gradient, 0 if frozen.
         state_nbytes: bytes of its optimizer state.
         update_nbytes: bytes that its update on a device takes while it runs, beyond its state.
+        master_nbytes: as of a `Layer`.
     """
 
     id: int
@@ -73,6 +74,7 @@ class SharedParam:
     gradient_nbytes: int
     state_nbytes: int = 0
     update_nbytes: int = 0
+    master_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Layer:
             its weights, inputs and outputs.
         update_nbytes: bytes that the update of one of its parameters on a device takes while it
             runs, beyond their state: of the parameter that takes most.
+        master_nbytes: bytes of the parameters' masters, which stay on the host, where layers
+            compute with copies of another type; else 0.
     """
 
     index: int
@@ -117,6 +121,7 @@ class Layer:
     changes_state: bool = False
     saved_nbytes_per_sample: int = 0
     update_nbytes: int = 0
+    master_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,11 @@ class LayerGraph:
         """Bytes of the optimizer state of all layers."""
         own = sum(layer.state_nbytes for layer in self.layers)
         return own + sum(s.state_nbytes for s in self.shared)
+
+    def master_nbytes(self) -> int:
+        """Bytes of the masters of all parameters that are computed with in another type."""
+        own = sum(layer.master_nbytes for layer in self.layers)
+        return own + sum(s.master_nbytes for s in self.shared)
 
     def update_nbytes(self, first: int, last: int) -> int:
         """Bytes that an update of layers ``first`` to ``last - 1`` on a device takes meanwhile.

@@ -27,6 +27,7 @@ class Options:
         plan: a file with the plan to train by.
         save_plan, save_profile: files that get the first plan, and the layers and their costs.
         replan: whether the plan may change between two steps.
+        precision: in which type every model computes; None: as it says itself.
         cache: whether measurements of earlier runs may be used, and kept.
     """
 
@@ -50,6 +51,7 @@ class Options:
     save_profile: Path | None = None
     cache: bool = True
     replan: bool = True
+    precision: str | None = None
 
 
 _current = Options()

@@ -153,6 +153,7 @@ class Engine:
     ) -> StepResult:
         """Run one training step."""
         self.whole.check()
+        args, kwargs = self.options.precision.cast((args, kwargs))
         call = (args, kwargs, targets)
         ready: ReadyStep | None = None
         timeline: Timeline | None
@@ -226,6 +227,9 @@ class Engine:
         known = isinstance(reason, DynamicOnlyError)
         found = reason if known else DynamicOnlyError(OTHER_WAY, reason.where)
         assert isinstance(found, DynamicOnlyError)
+        self.options.precision.refuse(
+            f"no recording stands for this forward ({found.reason}, {found.where})"
+        )
         paths, _ = self.variants.paths(kind, call)
         if not found.passing:
             paths.dynamic = found.again()
@@ -237,6 +241,7 @@ class Engine:
     ) -> ReadyStep:
         """Capture, measure and plan for a batch, as far as that was not done before."""
         self.whole.check()
+        args, kwargs = self.options.precision.cast((args, kwargs))
         call = (args, kwargs, targets)
         find = functools.partial(self.variants.find, kind, call)
         try:
@@ -244,7 +249,7 @@ class Engine:
         except DynamicOnlyError as reason:
             if kind is CallKind.TRAIN_STEP or reason.eager:
                 raise
-            self._dynamic.notice(reason)
+            self._goes_dynamic(kind, call, reason)
             self._runs_whole(call)
             return self._dynamic.ready(kind, call, self.num_steps, 0)
         plan = planned.plan
@@ -289,6 +294,7 @@ class Engine:
     @alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
+        args, kwargs = self.options.precision.cast((args, kwargs))
         return self._or_dynamic(self._forward, args, kwargs)
 
     def _or_dynamic(
@@ -375,6 +381,7 @@ class Engine:
     @alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward without gradients."""
+        args, kwargs = self.options.precision.cast((args, kwargs))
         return self._or_dynamic(self._infer, args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -394,6 +401,7 @@ class Engine:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
         self.whole.check()
+        self.options.precision.refuse("generate() is not supported")
         self.variants.activate(None)  # the forwards need the memory
         return generate(self.net, self.devices[0], args, kwargs)
 

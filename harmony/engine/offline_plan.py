@@ -128,7 +128,7 @@ def _num_params(captured: Captured) -> int:
 
 def _with_state(captured: Captured, update: UpdateCost) -> LayerGraph:
     graph = captured.graph
-    trained = [param for param in captured.params if param.requires_grad]
+    trained = [param.as_master() for param in captured.params if param.requires_grad]
     layout = ArenaLayout(trained, graph.num_layers, len(graph.shared))
     return with_state(graph, layout, update)
 

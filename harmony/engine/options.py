@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harmony.engine.call_kind import CallKind
+from harmony.engine.precision import FP32, Precision
 from harmony.planner.ir.plan import Plan
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
 
@@ -33,6 +34,7 @@ class EngineOptions:
     updates: str = "auto"
     replan: bool = True
     seed: int = 0
+    precision: Precision = FP32
 
     def groups_of(self, net: nn.Module) -> Groups | None:
         """The parameter groups of a module, as it is now."""

@@ -54,6 +54,7 @@ from harmony.runtime.host.arena import ArenaView, HostArena, tensors_of
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import HostBuffer
+from harmony.runtime.host.working_arena import WorkingArena
 from harmony.runtime.update.optimizer import PackOptimizer
 from harmony.runtime.update.param_hooks import is_hooked
 from harmony.weights.meta_init import check_values, materialise
@@ -366,6 +367,7 @@ class VariantCache:
 
     def _capture(self, kind: CallKind, call: Call) -> Captured:
         options, (args, kwargs, targets) = self._options, call
+        options.precision.check(self._net)
         known = [v for v in self if v.phase is kind.phase]
         with or_eager(self._net), self._blaming_difference():
             return capture(
@@ -378,6 +380,7 @@ class VariantCache:
                 batch_dims=options.batch_dims_of(kind),
                 target=self._contexts[0].device,
                 known=known[-1].captured if known else None,
+                param_dtype=options.precision.dtype,
             )
 
     @contextmanager
@@ -426,13 +429,11 @@ class VariantCache:
         stored = [*captured.params, *captured.buffers]
         sizes = (graph.num_layers, len(graph.shared))
         weights = ArenaLayout(stored, *sizes)
-        gradients = ArenaLayout([p for p in captured.params if p.requires_grad], *sizes)
+        trained = [p.as_master() for p in captured.params if p.requires_grad]
+        gradients = ArenaLayout(trained, *sizes)
         if self.arenas is None:
             device = self._contexts[0].device
-            arenas = (
-                HostArena(weights, device, "the weights"),
-                HostArena(gradients, device, "the gradients"),
-            )
+            arenas = (self._weight_arena(weights), HostArena(gradients, device, "the gradients"))
             arenas[0].adopt(self._net, materialise)
             self.arenas = arenas  # only now: values may be missing
         else:
@@ -448,6 +449,12 @@ class VariantCache:
         update = self._measured.known_update or NO_UPDATE
         self._record.facts.update(facts.of_memory(host, machine, update))
         return host
+
+    def _weight_arena(self, layout: ArenaLayout) -> HostArena:
+        device, what = self._contexts[0].device, "the weights"
+        if self._options.precision.dtype is None:
+            return HostArena(layout, device, what)
+        return WorkingArena(layout, device, what, always=self._options.updates == "host")
 
     def _sizes_to_measure(self, minibatch: int, graph: LayerGraph) -> list[int]:
         """Microbatch sizes to measure: the one that was asked for, or a few to interpolate."""

@@ -258,6 +258,7 @@ def _make_layer(
         params=tuple(info.name for info in own),
         weight_nbytes=sum(info.stored_nbytes for info in own),
         gradient_nbytes=sum(info.gradient_nbytes for info in own),
+        master_nbytes=sum(info.master_nbytes for info in own),
         shared=tuple(s.id for s in shared if layer in s.layers),
         inputs=tuple(v.id for v in values if layer in v.consumers),
         outputs=tuple(v.id for v in values if v.producer == layer),

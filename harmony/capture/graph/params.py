@@ -23,6 +23,8 @@ class ParamInfo:
         layer: the layer that alone uses it; None if several do, or none.
         shared_id: its ``SharedParam``, if several layers use it.
         aliases: its other names (tied parameters).
+        master: the type of the module's own parameter, whose values this one has in another
+            type; None where they are the same.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ParamInfo:
     layer: int | None = None
     shared_id: int | None = None
     aliases: tuple[str, ...] = ()
+    master: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,13 +50,28 @@ class ParamInfo:
     @property
     def gradient_nbytes(self) -> int:
         """Bytes that its gradient takes."""
-        return self.stored_nbytes if self.requires_grad else 0
+        return self.as_master().stored_nbytes if self.requires_grad else 0
+
+    @property
+    def master_nbytes(self) -> int:
+        """Bytes that the module's own parameter takes beside it."""
+        return 0 if self.master is None else self.as_master().stored_nbytes
+
+    def as_master(self) -> ParamInfo:
+        """The parameter as the module has it, which is the form of its gradient too."""
+        return replace(self, dtype=self.master or self.dtype, master=None)
 
 
-def describe_parameters(module: nn.Module) -> list[ParamInfo]:
-    """Return the module's parameters in registration order, tied ones once."""
-    named = list(module.named_parameters(remove_duplicate=False))
-    return _describe(named)
+def describe_parameters(
+    module: nn.Module, masters: Mapping[str, torch.dtype]
+) -> list[ParamInfo]:
+    """Return the module's parameters in registration order, tied ones once.
+
+    Args:
+        masters: the type of those that have a master, by canonical name.
+    """
+    found = _describe(list(module.named_parameters(remove_duplicate=False)))
+    return [replace(info, master=masters.get(info.name)) for info in found]
 
 
 def describe_buffers(module: nn.Module) -> list[ParamInfo]:
@@ -84,7 +102,14 @@ def assign(
     tied = [info for info in everything if len(layers[info.name]) > 1]
     tied.sort(key=lambda info: layers[info.name][0])
     shared = [
-        SharedParam(i, t.name, tuple(layers[t.name]), t.stored_nbytes, t.gradient_nbytes)
+        SharedParam(
+            i,
+            t.name,
+            tuple(layers[t.name]),
+            t.stored_nbytes,
+            t.gradient_nbytes,
+            master_nbytes=t.master_nbytes,
+        )
         for i, t in enumerate(tied)
     ]
     ids = {info.name: index for index, info in enumerate(tied)}

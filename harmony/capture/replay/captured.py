@@ -67,7 +67,7 @@ class Captured:
         sizes: Sizes,
         has_loss: bool,
     ) -> None:
-        params = describe_parameters(template.root)
+        params = describe_parameters(template.root, template.masters)
         buffers = describe_buffers(template.root)
         nbytes = {info.name: info.nbytes for info in params}
         self.traces = TraceSet(tracer, sizes, nbytes, batch.num_samples)

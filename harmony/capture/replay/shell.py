@@ -27,11 +27,24 @@ class ModuleShell:
         root: the copy.
         device: where its tensors will live.
         modules: every module by name.
+        masters: the type that the module itself has of each parameter that is another here.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, param_dtype: torch.dtype | None = None
+    ) -> None:
+        """Copy ``module``.
+
+        Args:
+            param_dtype: what parameters of floating point are in the copy; None: what they are.
+        """
         self.device = device
-        memo, placeholders = _placeholders(module, device)
+        memo, placeholders = _placeholders(module, device, param_dtype)
+        self.masters = {
+            name: param.dtype
+            for name, param in module.named_parameters()
+            if param.dtype != placeholders[name].dtype
+        }
         try:
             self.root: nn.Module = copy.deepcopy(module, memo)
         except Exception as error:
@@ -92,13 +105,13 @@ def plain_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _placeholders(
-    module: nn.Module, device: torch.device
+    module: nn.Module, device: torch.device, param_dtype: torch.dtype | None
 ) -> tuple[dict[int, Any], dict[str, torch.Tensor]]:
     """Return what replaces each tensor when the module is copied, by id and by name."""
     memo: dict[int, Any] = {}
     by_name: dict[str, torch.Tensor] = {}
     for name, param in module.named_parameters():
-        memo[id(param)] = by_name[name] = _on_meta(param)
+        memo[id(param)] = by_name[name] = _on_meta(param, param_dtype)
     for name, buffer in module.named_buffers():
         # They are small, and functional code may compute with them before anything is bound.
         memo[id(buffer)] = by_name[name] = buffer.detach().clone()
@@ -108,8 +121,10 @@ def _placeholders(
     return memo, by_name
 
 
-def _on_meta(param: nn.Parameter) -> nn.Parameter:
-    meta = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+def _on_meta(param: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    if dtype is None or not param.is_floating_point():
+        dtype = param.dtype
+    meta = torch.empty_strided(param.shape, param.stride(), dtype=dtype, device="meta")
     return nn.Parameter(meta, requires_grad=param.requires_grad)
 
 

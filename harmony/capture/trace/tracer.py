@@ -216,7 +216,9 @@ class Tracer:
         if not self._real:
             return fake_parameters(twin, self.device)
         return {
-            name: nn.Parameter(param.detach(), requires_grad=param.requires_grad)
+            name: nn.Parameter(
+                param.detach().to(twin.placeholder(name).dtype), requires_grad=param.requires_grad
+            )
             for name, param in self._source.named_parameters()
         }
 

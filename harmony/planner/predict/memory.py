@@ -155,8 +155,9 @@ def stash_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
 
 
 def arena_nbytes(graph: LayerGraph) -> int:
-    """Bytes of host memory for parameters, gradients and optimizer state."""
-    return graph.weight_nbytes() + graph.gradient_nbytes() + graph.state_nbytes()
+    """Bytes of host memory for parameters, their masters, gradients and optimizer state."""
+    weights = graph.weight_nbytes() + graph.master_nbytes()
+    return weights + graph.gradient_nbytes() + graph.state_nbytes()
 
 
 def host_nbytes(schedule: Schedule, graph: LayerGraph) -> int:

@@ -175,6 +175,7 @@ def largest_model(
 def _limit(graph: LayerGraph, block: Block, machine: Machine, plan: Plan) -> str:
     layers = graph.layers[block.first : block.first + block.length]
     each = sum(x.weight_nbytes + x.gradient_nbytes + x.state_nbytes for x in layers)
+    each += sum(x.master_nbytes for x in layers)
     left = machine.host.memory_nbytes - plan.host_nbytes
     return (
         f"one more block needs {format_bytes(each)} of host memory for its weights, gradients and"

@@ -38,21 +38,28 @@ class GradientSink:
         self.touched: set[str] = set()
 
     def hook(self, name: str) -> Callable[[torch.Tensor], None]:
-        """Return a hook that moves the first microbatch's gradient into the slot.
+        """Return a hook that moves a microbatch's gradient into the slot.
 
-        Copying it there, not adding it to zeros, keeps the sign of a zero as plain PyTorch has it;
-        the following microbatches are added in place by autograd itself.
+        Copying the first there, not adding it to zeros, keeps the sign of a zero as plain PyTorch
+        has it; the following ones are added in place by autograd itself, but where the slot's are
+        of another type than the parameter.
         """
 
         def keep_gradient(param: torch.Tensor) -> None:
-            if name not in self.touched and param.grad is not None:
-                view = self.views[name]
-                if param.grad.layout is torch.strided:
-                    view.copy_(param.grad)
-                else:  # of an embedding with ``sparse=True``; its rows have their places here
-                    view.zero_().add_(param.grad)
-                param.grad = view
-                self.touched.add(name)
+            view, gradient = self.views[name], param.grad
+            is_first = name not in self.touched
+            if gradient is None or (not is_first and gradient.dtype == view.dtype):
+                return
+            if gradient.layout is not torch.strided:
+                # Of an embedding with ``sparse=True``; its rows have their places here.
+                gradient = gradient.to(view.dtype)
+                (view.zero_() if is_first else view).add_(gradient)
+            elif is_first:
+                view.copy_(gradient)
+            else:
+                view.add_(gradient)
+            param.grad = view if view.dtype == param.dtype else None
+            self.touched.add(name)
 
         return keep_gradient
 
@@ -221,8 +228,9 @@ class Stage:
             return
         self._accumulating = (pack, weight_slot)
         for name, view in self._sink.views.items():
-            touched = name in self._sink.touched
-            self._tensors[pack, weight_slot][name].grad = view if touched else None
+            param = self._tensors[pack, weight_slot][name]
+            goes_on = name in self._sink.touched and view.dtype == param.dtype
+            param.grad = view if goes_on else None
 
     def weight_range(self, slot: int, low: int, high: int) -> torch.Tensor:
         """Bytes ``low`` to ``high - 1`` of a weight slot."""

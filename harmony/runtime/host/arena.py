@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from harmony.core.units import aligned
 from harmony.core.warn import warn
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena_layout import ArenaLayout, Region
+from harmony.runtime.host.memory_holders import shares_memory
 from harmony.runtime.host.pinned_memory import HostBuffer, Place, tensor_on
 
 Views = Mapping[str, torch.Tensor]
@@ -97,6 +98,9 @@ class HostArena:
         starts = ((buffer.tensor.data_ptr(), buffer.tensor.numel()) for buffer in self.buffers)
         return any(low <= address < low + nbytes for low, nbytes in starts)
 
+    def refresh(self, names: Iterable[str] | None = None) -> None:
+        """Let what is computed with have the values that these tensors, or all, have now."""
+
     def own(self, name: str) -> torch.Tensor:
         """Return what everybody outside may have: a tensor of the same memory, alone in it."""
         buffer, place = self._homes[name]
@@ -108,7 +112,7 @@ class HostArena:
     def part(self) -> None:
         """Give everybody who still holds what `own` returned a copy of it."""
         for name in self._own:
-            if _shares_memory(self._own[name]):
+            if shares_memory(self._own[name]):
                 self.warn_of_view(name)
             if sys.getrefcount(self._own[name]) > _KEPT:
                 self._own[name].data = self._own[name].clone()
@@ -151,7 +155,7 @@ class HostArena:
         for name, tensor in tensors.items():
             if tensor is not self.tensors[name] and isinstance(tensor, nn.Parameter):
                 return f"{name} was assigned anew"
-            place = self._homes[name][1]
+            place = self._residence(name)[1]
             if not self._is_home(name, tensor) and not _has_form(tensor, place):
                 return (
                     f"{name} was given data of shape {tuple(tensor.shape)} and {tensor.dtype}; it "
@@ -179,7 +183,7 @@ class HostArena:
                     "stay on the host: give it a tensor on the CPU"
                 )
             with torch.no_grad():
-                if not isinstance(tensor, nn.Parameter) and _shares_memory(tensor):
+                if not isinstance(tensor, nn.Parameter) and shares_memory(tensor):
                     self._copy_guest(name, tensor)
                 else:
                     if tensor.is_shared():  # type: ignore[no-untyped-call]
@@ -204,14 +208,18 @@ class HostArena:
             self._guests[name] = id(tensor), version
             self.num_moves[name] += 1
 
+    def _residence(self, name: str) -> tuple[HostBuffer, Place]:
+        """Where the module's own tensor of this name lies."""
+        return self._homes[name]
+
     def _new(self, name: str) -> torch.Tensor:
-        buffer, place = self._homes[name]
+        buffer, place = self._residence(name)
         return tensor_on(buffer.bytes_of(place), place)
 
     def _is_home(self, name: str, tensor: torch.Tensor) -> bool:
-        place, view = self._homes[name][1], self.views[name]
+        buffer, place = self._residence(name)
         return (
-            tensor.data_ptr() == view.data_ptr()
+            tensor.data_ptr() == (buffer.tensor.data_ptr() + place.offset if place.nbytes else 0)
             and tensor.shape == place.shape
             and tensor.dtype == place.dtype
             and tensor.stride() == place.stride
@@ -222,24 +230,6 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers of a module by their canonical names."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
-
-def _shares_memory(tensor: torch.Tensor) -> bool:
-    """Whether somebody else has a tensor's memory (a view of it, say), or it must stay there."""
-    if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
-        return True
-    found, alone = _holders(tensor), _ALONE[tensor._is_view()]
-    return any(count > expected for count, expected in zip(found, alone, strict=True))
-
-
-def _holders(tensor: torch.Tensor) -> tuple[int, int]:
-    """How many hold the memory of a tensor, and how many the tensor that it is a view of."""
-    uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    base = tensor._base
-    return uses, 0 if base is None else sys.getrefcount(base)
-
-
-_ALONE = {False: _holders(torch.zeros(1)), True: _holders(torch.zeros(1).view(1))}
-"""What is counted for tensors that nobody else has: views, and others."""
 
 _kept = {0: torch.zeros(1)}
 _KEPT = sys.getrefcount(_kept[0])

@@ -71,6 +71,11 @@ class ArenaLayout:
         chosen = [tensor for tensor in self._tensors if tensor.name in names]
         return ArenaLayout(chosen, len(self.layers), len(self.shared))
 
+    def masters(self) -> ArenaLayout:
+        """Return the layout of the masters of those tensors that have one, in the same order."""
+        masters = [tensor.as_master() for tensor in self._tensors if tensor.master is not None]
+        return ArenaLayout(masters, len(self.layers), len(self.shared))
+
     def span(self, first: int, last: int) -> tuple[int, int]:
         """Byte range of layers ``first`` to ``last - 1``."""
         return self.layers[first].low, self.layers[last - 1].high

@@ -99,6 +99,7 @@ class HostProgram:
                 native.trace_host_access(ALL_UPDATES, param.grad, write=False)
         start_s = step.now_s()
         optimizer.update_all(params)
+        self._host.weights.arena.refresh()
         lane = f"{HOST}.{HOST_STREAM}"
         step.spans.append(Span(lane, f"run {ALL_UPDATES}", "update", start_s, step.now_s(), 0, -1))
 

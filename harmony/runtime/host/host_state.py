@@ -150,13 +150,15 @@ class HostState:
 
     def update(self, pack: Pack) -> None:
         """Run U[a:b]: update the parameters of the pack from their complete gradients."""
-        params = self.publish(self.updated_by(pack))
+        names = self.updated_by(pack)
+        params = self.publish(names)
         for param in params:
             native.trace_host_access(f"U{pack}", param, write=True)
             if param.grad is not None:
                 native.trace_host_access(f"U{pack}", param.grad, write=False)
         if params and self.optimizer is not None:
             self.optimizer.update(params)
+            self.weights.arena.refresh(names)
 
 
 def _pieces_of(arena: ArenaView, ref: TensorRef, by_layer: TensorKind) -> list[Piece]:

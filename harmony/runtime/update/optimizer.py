@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from harmony.errors import ConfigError
+from harmony.runtime.changes import note_changes
 from harmony.runtime.update.coupling import FAILS, closure_wanted, why_coupled
 from harmony.runtime.update.fused import with_fused_default
 from harmony.runtime.update.part_step import moved, step_part
@@ -234,6 +235,7 @@ class PackOptimizer:
             self.update([param for param in params if param.grad is not None])
         else:
             self.full.step()
+            note_changes(self.params())
 
     def update(self, params: list[nn.Parameter]) -> None:
         """Take the optimizer's step for these parameters, whose gradients are complete."""
@@ -269,6 +271,7 @@ class PackOptimizer:
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
         step_part(self.full, params, copies)
         self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note
+        note_changes(params)
 
 
 def _check_steps(optimizer: Any) -> None:
