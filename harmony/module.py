@@ -170,7 +170,11 @@ class Harmony(Wrapper):
         self.__dict__["_net"] = module
         self.__dict__["_engine"] = engine
         self.__dict__["_attributes"] = Attributes(module)
-        self.__dict__["_bypass"] = Bypass(module, updates_itself=options.optimizer is not None)
+        self.__dict__["_bypass"] = Bypass(
+            module,
+            updates_itself=options.optimizer is not None,
+            casts=options.precision.dtype is not None,
+        )
         self.training = module.training
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Harmony:

@@ -18,7 +18,9 @@ from harmony.checkpoint.store import Stored, found_in, keep_last, read_manifest,
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import DAMAGED, check_types
 from harmony.core.version import __version__
+from harmony.core.warn import warn
 from harmony.engine.engine import Engine
+from harmony.engine.precision import FP32
 from harmony.engine.resumed import BitChoices
 from harmony.errors import ConfigError, HarmonyError
 from harmony.runtime.interrupts import held_back
@@ -74,6 +76,7 @@ def save_training(
         "buffers": _other_buffers(engine.net),
         "num_steps": engine.num_steps,
         "seed": engine.options.seed,
+        "precision": engine.options.precision.name,
         "choices": None if choices is None else choices.as_data(),
         "optimizer": state_of(engine.optimizer, engine.net),
         "objects": {name: _of_object(name, held, engine.net) for name, held in objects.items()},
@@ -153,6 +156,12 @@ def load_training(
         engine.whole.is_as_before()
         engine.variants.activate(None)  # what stays on devices is of another step
     _set_random_states(host, devices)
+    before, now = data.get("precision", FP32.name), engine.options.precision.name
+    if before != now:
+        warn(
+            f"the run of {stored.folder} computed with precision={before!r}, this one does with "
+            f"{now!r}: it goes on from the same parameters, but not to the same results"
+        )
     return Restored(stored.folder, stored.step, data["extra"], skipped)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harmony.cli.plan_arguments import MODES, Parser, count, in_folder, rate, size
 from harmony.core.files import is_file, is_folder
-from harmony.core.options import Options
+from harmony.core.options import PRECISIONS, Options
 from harmony.core.version import __version__
 from harmony.errors import ConfigError
 from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
@@ -102,6 +102,7 @@ def _parser() -> Parser:
     add("--gpus", metavar="N", help="GPUs to use (default: all real ones, or 1 virtual one)")
     add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB (virtual: 64MiB)")
     add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the faster")
+    add("--precision", choices=PRECISIONS, help="compute in fp32, or in bf16 with fp32 masters")
     add("--virtual", action="store_true", help="virtual GPUs even where there are real ones")
     add("--link", metavar="RATE", help="bandwidth of a virtual GPU's link, e.g. 8GB/s")
     add("--host-memory", metavar="SIZE", help="host memory to use (default: what is available)")
@@ -188,6 +189,7 @@ def _options(args: argparse.Namespace) -> Options:
         ),
         cache=not args.no_cache,
         replan=not args.no_replan,
+        precision=args.precision,
     )
 
 

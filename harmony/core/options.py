@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+PRECISIONS = ("fp32", "bf16")
+"""What a model can compute in (see `harmony.engine.precision`)."""
+
 
 @dataclass(frozen=True)
 class Options:

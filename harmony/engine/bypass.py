@@ -46,15 +46,17 @@ class Bypass:
         is_over: whether it watches no longer.
     """
 
-    def __init__(self, net: nn.Module, updates_itself: bool) -> None:
+    def __init__(self, net: nn.Module, updates_itself: bool, casts: bool = False) -> None:
         """Watch ``net``.
 
         Args:
+            casts: whether steps compute in another type than the parameters' own.
             updates_itself: whether steps set the gradients anew, so that those of a call by
                 itself would be lost.
         """
         self._net = net
         self._updates_itself = updates_itself
+        self._casts = casts
         self._has_warned: set[str] = set()
         self._generation = -1
         self.is_over = False
@@ -92,8 +94,9 @@ class Bypass:
         if what in self._has_warned:
             return
         self._has_warned.add(what)
+        where = "the CPU, in fp32" if self._casts else "the CPU"
         warn(
-            f"{what} was called by itself, not through the Harmony model: it computes on the CPU. "
+            f"{what} was called by itself, not through the Harmony model: it computes on {where}. "
             "Results are right, but this is not planned, and no GPU runs it. To have it run by "
             "Harmony, let the module's forward call it, chosen by an argument",
         )

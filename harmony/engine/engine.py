@@ -288,7 +288,9 @@ class Engine:
         timeline = variant.executor.run(prepared, job)
         loss = variant.graph.loss
         assert loss is not None
-        total = weighted_sum(prepared.outputs[loss].chunks(), loss, ready.weights)
+        chunks = prepared.outputs[loss].chunks()
+        # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
+        total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
         return RanStep(total, timeline, replay)
 
     @alone

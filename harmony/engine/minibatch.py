@@ -38,7 +38,8 @@ def joined_outputs(prepared: PreparedSchedule, graph: LayerGraph, weights: Weigh
             parts = [chunk for _, chunk in chunks]
             found[index] = joined(parts, value.batch_dim, value.groups)
         elif _is_mean(chunks[0][1]):
-            found[index] = weighted_sum(chunks, index, weights)
+            start = torch.zeros_like(chunks[0][1])
+            found[index] = weighted_sum(chunks, index, weights, start)
         elif value.requires_grad and len(chunks) > 1:
             raise ConfigError(
                 f"output {value.name} of shape {tuple(chunks[0][1].shape)} has no dimension "
@@ -71,10 +72,16 @@ def load_gradients(
 
 
 def weighted_sum(
-    chunks: Sequence[tuple[Samples, torch.Tensor]], value: int, weights: Weights
+    chunks: Sequence[tuple[Samples, torch.Tensor]],
+    value: int,
+    weights: Weights,
+    total: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum of a scalar over the microbatches that count, weighted, in their order."""
-    total = torch.zeros_like(chunks[0][1])
+    """Sum of a scalar over the microbatches that count, weighted, in their order.
+
+    Args:
+        total: what is added to, of the type of the sum, or a narrower one.
+    """
     for samples, chunk in chunks:
         if weights[value, samples] != 0.0:
             total = total + chunk * weights[value, samples]

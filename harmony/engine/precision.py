@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from harmony.capture.graph.structure import flatten
+from harmony.core.options import PRECISIONS
 from harmony.errors import ConfigError
 
 
@@ -35,7 +36,10 @@ class Precision:
         if self.dtype is None:
             return call
         leaves, structure = flatten(call)
-        return structure.unflatten([self._cast(leaf) for leaf in leaves])
+        cast = [self._cast(leaf) for leaf in leaves]
+        if all(one is two for one, two in zip(leaves, cast, strict=True)):
+            return call
+        return structure.unflatten(cast)
 
     def _cast(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
@@ -72,7 +76,7 @@ class Precision:
 
 
 FP32 = Precision("fp32", None)
-PRECISIONS = {precision.name: precision for precision in (FP32, Precision("bf16", torch.bfloat16))}
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def precision_of(name: object) -> Precision:
@@ -81,6 +85,6 @@ def precision_of(name: object) -> Precision:
     Raises:
         ConfigError: if there is none.
     """
-    if not isinstance(name, str) or name not in PRECISIONS:
+    if name not in PRECISIONS or not isinstance(name, str):
         raise ConfigError(f"precision={name!r}: choose one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    return Precision(name, _DTYPES[name])

@@ -67,6 +67,8 @@ class PlainStep:
         step, seed: what random numbers are seeded with.
         parts: the microbatches; empty for the whole batch at once.
         weights: what their losses count; by default each counts its samples.
+        dtype: what parameters and inputs of floating point are cast to for the forward, as FSDP2
+            casts them at the root of a model; None: they are taken as they are.
         device: where it runs; the parameters stay on the host.
     """
 
@@ -82,6 +84,7 @@ class PlainStep:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     draws: DrawRecorder | DrawPlayer | None = None
     weights: Mapping[Samples, float] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         leaves, self._structure = flatten((self.args, self.kwargs, self.targets))
@@ -111,7 +114,7 @@ class PlainStep:
             torch.autograd.backward(loss if samples is None else loss * weight)
 
         result = self._run(run)
-        result.loss = sum(losses[1:], losses[0]).cpu()
+        result.loss = sum(losses, torch.zeros((), device=self.device)).cpu()
         return result
 
     def by_loop(self) -> Result:
@@ -270,18 +273,23 @@ class PlainStep:
 
     def _forward(self, samples: Samples | None) -> tuple[Any, Any]:
         args, kwargs, targets = self._part(samples)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.dtype is None:
             return self.net(*args, **kwargs), targets
-        held = {n: t.to(self.device) for n, t in self._tensors() if t.device != self.device}
+        leaves, structure = flatten((args, kwargs))
+        args, kwargs = structure.unflatten(map(self._cast, leaves))
+        held = {n: self._cast(p.to(self.device)) for n, p in self.net.named_parameters()}
+        if self.device.type != "cpu":
+            held |= {n: b.to(self.device) for n, b in self.net.named_buffers()}
         out = torch.func.functional_call(self.net, held, args, kwargs)
         with torch.no_grad():
             for name, buffer in self.net.named_buffers():
-                buffer.copy_(held[name])
+                buffer.copy_(held.get(name, buffer))
         return out, targets
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.net.named_parameters()
-        yield from self.net.named_buffers()
+    def _cast(self, leaf: Any) -> Any:
+        if self.dtype is None or not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.to(self.dtype) if leaf.is_floating_point() else leaf
 
     def _part(self, samples: Samples | None) -> tuple[Any, Any, Any]:
         """Arguments and targets of a microbatch: copies, since a forward may change them."""

@@ -53,12 +53,42 @@ def of_memory(host: HostState, machine: Machine, update: UpdateCost) -> Facts:
     arenas = (host.weights.arena, host.gradients.arena)
     pinned = all(buffer.pinned for arena in arenas for buffer in arena.buffers)
     text = " + ".join(format_bytes(arena.nbytes) for arena in arenas)
+    text += " pinned" if pinned else " not pinned"
+    masters = sum(place.nbytes for place in host.weights.layout.masters().places.values())
+    if masters:
+        text += f", masters {format_bytes(masters)}"
     places = host.gradients.layout.places.values()
-    state = sum(arena.nbytes for arena in arenas)
-    state += sum(update.state_of(place) for place in places)
+    kept = sum(update.state_of(place) for place in places)
+    state = sum(arena.nbytes for arena in arenas) + masters + kept
     memory = sum(device.memory_nbytes for device in machine.devices)
     return {
-        "host arena": f"{text} {'pinned' if pinned else 'not pinned'}",
+        "precision": _precision(host, kept),
+        "host arena": text,
         "training state": f"{format_bytes(state)}, {state / memory:.1f} times the "
         f"{format_bytes(memory)} of all GPUs",
     }
+
+
+def _precision(host: HostState, kept: int) -> str:
+    """What a trained parameter is computed in, and what it takes on the host.
+
+    Args:
+        kept: bytes of the state of the optimizer.
+    """
+    trained = host.gradients.layout.places
+    count = max(1, sum(param.numel() for name, param in host.params.items() if name in trained))
+    masters = host.weights.layout.masters().places
+    parts = {
+        "weight": sum(host.weights.layout.places[name].nbytes for name in trained),
+        "master": sum(masters[name].nbytes for name in trained if name in masters),
+        "gradient": sum(place.nbytes for place in trained.values()),
+        "optimizer": kept,
+    }
+    shown = ", ".join(f"{name} {nbytes / count:.3g}" for name, nbytes in parts.items() if nbytes)
+    widest = {str(host.weights.layout.places[name].dtype) for name in trained}
+    types = " and ".join(sorted(kind.removeprefix("torch.") for kind in widest))
+    if masters:
+        types += " with fp32 masters"
+    total = sum(parts.values()) / count
+    beside = "" if kept else ", beside the optimizer's state"
+    return f"{types}, {total:.3g} bytes a parameter on the host ({shown}){beside}"

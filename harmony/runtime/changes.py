@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harmony.runtime.data_watch import DataWatch
@@ -31,7 +32,7 @@ class Changes:
     def __init__(self, params: Mapping[str, torch.Tensor]) -> None:
         """Take all of these for changed."""
         self.params = dict(params)
-        self._data = DataWatch(params.values())
+        self._data = DataWatch(p for p in params.values() if isinstance(p, nn.Parameter))
         self._seen: dict[str, tuple[int, int]] = {}
         self._stepped: set[int] = set()
         _listeners.add(self)

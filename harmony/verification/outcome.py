@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from harmony.engine.engine import Engine
 from harmony.reference.plain_step import Result, Tensors
 from harmony.reference.snapshot import same_bits
@@ -15,6 +17,7 @@ from harmony.verification.verification import (
     compare_all,
     difference,
     largest,
+    tolerance_of,
     worst_first,
 )
 
@@ -55,14 +58,16 @@ def rows_of(
     found: Result, reference: Reference, buffers: Tensors
 ) -> tuple[list[Difference], list[Difference]]:
     """Compare gradients, and, apart, the loss and the buffers that either side has changed."""
-    expected, factor = reference.result, reference.factor
-    floor = NOISE * max((largest(g) for g in expected.gradients.values()), default=0.0)
-    gradients = compare_all(found.gradients, expected.gradients, factor, floor)
-    inputs = compare_all(found.inputs, expected.inputs, factor, floor)
+    expected, factor, computed = reference.result, reference.factor, reference.computed
+    most = max((largest(g) for g in expected.gradients.values()), default=0.0)
+    floor = NOISE * tolerance_of(torch.float32, computed) * most
+    gradients = compare_all(found.gradients, expected.gradients, factor, floor, computed)
+    inputs = compare_all(found.inputs, expected.inputs, factor, floor, computed)
     others = []
     if found.loss is not None and expected.loss is not None:
         scale = largest(expected.loss)
-        others.append(difference("the loss", found.loss, expected.loss, factor, scale))
+        loss = difference("the loss", found.loss, expected.loss, factor, scale, computed=computed)
+        others.append(loss)
     changed = [
         f"buffer {name}"
         for name in dict.fromkeys((*found.buffers, *expected.buffers))
@@ -75,7 +80,7 @@ def rows_of(
         {f"buffer {n}": b for n, b in held.items() if f"buffer {n}" in changed}
         for held in (found.buffers, expected.buffers)
     )
-    others += compare_all(ours, theirs, factor)
+    others += compare_all(ours, theirs, factor, computed=computed)
     if found.given and expected.given:
         apart = {
             name: held

@@ -61,7 +61,16 @@ class Verifier:
         dims = {k: v for k, v in options.batch_dims.items() if not k.startswith("targets")}
         device = reference_device(engine)
         plain = PlainStep(
-            engine.net, None, args, kwargs, None, dims, call.step, options.seed, device=device
+            engine.net,
+            None,
+            args,
+            kwargs,
+            None,
+            dims,
+            call.step,
+            options.seed,
+            device=device,
+            dtype=options.precision.dtype,
         )
         return PlainForward(plain, Snapshot(engine.net))
 
@@ -102,7 +111,7 @@ class Verifier:
         factor = device_factor(engine) * (SPLIT if number > 1 and not split else 1.0)
         words = "the same microbatches" if split else "the whole batch"
         rows = _compare_outputs(call, order, shown, factor)
-        reference = Reference(result, factor, words)
+        reference = Reference(result, factor, words, engine.options.precision.dtype)
         self._report(verification_of(engine, found, reference, start, [], notes, rows))
 
 

@@ -53,11 +53,17 @@ class Found(Result):
 
 @dataclass(frozen=True)
 class Reference:
-    """What Harmony's step is held against."""
+    """What Harmony's step is held against.
+
+    Attributes:
+        factor: on the tolerance.
+        computed: the type that both sides cast parameters and inputs to; None if they do not.
+    """
 
     result: Result
     factor: float
     words: str
+    computed: torch.dtype | None = None
 
 
 def device_factor(engine: Engine) -> float:

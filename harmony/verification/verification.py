@@ -27,8 +27,9 @@ sums of another order."""
 OTHER_DEVICE = 100.0
 """Factor on the tolerance where plain PyTorch ran on another kind of device: other kernels."""
 
-NOISE = 1e-6
-"""A gradient below this part of the model's largest is what rounding left of a zero."""
+NOISE = 0.1
+"""A gradient below this part of the tolerance of the model's largest is what rounding left of a
+zero."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Difference:
     Attributes:
         absolute: the largest difference of two entries.
         relative: that, divided by the largest entry of plain PyTorch's tensor, but at least
-            ``NOISE`` of the largest of all gradients; for a parameter, what is beyond one unit in
-            the last place, divided by the largest change that the step made in it; infinite if
-            only one of the two has it.
+            ``NOISE`` of what the largest of all gradients may be off by; for a parameter, what is
+            beyond one unit in the last place, divided by the largest change that the step made in
+            it; infinite if only one of the two has it.
         tolerance: what ``relative`` may be.
     """
 
@@ -146,15 +147,25 @@ def compare_all(
     expected: Mapping[str, torch.Tensor],
     factor: float,
     floor: float = 0.0,
+    computed: torch.dtype | None = None,
 ) -> list[Difference]:
     """Compare tensors by name; one that only one side has is a difference.
 
     Args:
         factor: on the tolerance.
         floor: the least that a difference is divided by.
+        computed: the type that the model computes in, if that is not the tensors' own.
     """
     names = dict.fromkeys((*expected, *found))
-    return [_by_name(name, found.get(name), expected.get(name), factor, floor) for name in names]
+    return [
+        _by_name(name, found.get(name), expected.get(name), factor, floor, computed)
+        for name in names
+    ]
+
+
+def tolerance_of(dtype: torch.dtype, computed: torch.dtype | None = None) -> float:
+    """The tolerance of a type, or of the one that was computed in, if that is narrower."""
+    return max(TOLERANCE.get(kind, LOW_PRECISION) for kind in (dtype, computed or dtype))
 
 
 def _by_name(
@@ -163,11 +174,13 @@ def _by_name(
     expected: torch.Tensor | None,
     factor: float,
     floor: float,
+    computed: torch.dtype | None = None,
 ) -> Difference:
     if found is None or expected is None:
         whose = "plain PyTorch" if found is None else "Harmony"
         return Difference(f"{name} (only {whose} has one)", float("inf"), float("inf"), 0.0)
-    return difference(name, found, expected, factor, max(largest(expected), floor))
+    scale = max(largest(expected), floor)
+    return difference(name, found, expected, factor, scale, computed=computed)
 
 
 def difference(
@@ -177,6 +190,7 @@ def difference(
     factor: float,
     scale: float,
     slack: torch.Tensor | None = None,
+    computed: torch.dtype | None = None,
 ) -> Difference:
     """Compare two tensors.
 
@@ -184,8 +198,9 @@ def difference(
         factor: on the tolerance of the type.
         scale: what a difference is divided by.
         slack: what each entry may differ by before that.
+        computed: as for `compare_all`.
     """
-    tolerance = factor * TOLERANCE.get(expected.dtype, LOW_PRECISION)
+    tolerance = factor * tolerance_of(expected.dtype, computed)
     found, expected = found.detach().cpu(), expected.detach().cpu()
     if found.is_sparse:
         found = found.to_dense()

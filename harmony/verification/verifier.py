@@ -132,6 +132,7 @@ class _Comparison:
             device=reference_device(self._engine),
             draws=draws,
             weights=weights or {},
+            dtype=options.precision.dtype,
         )
         no_gradients(self._engine)
         result = plain.by_steps() if self._steps else plain.by_loop()
@@ -142,25 +143,30 @@ class _Comparison:
             torch.nn.utils.clip_grad_norm_(clipped, options.max_grad_norm)
         return result
 
+    def _held_against(self, result: Result, factor: float, words: str) -> Reference:
+        return Reference(result, factor, words, self._options.precision.dtype)
+
     def _reference(self, whole: Result, found: Found, snapshot: Snapshot) -> Reference:
         """Choose what Harmony's step is held against, and note what cannot be compared."""
         factor, number = device_factor(self._engine), found.num_microbatches
         fixed = self._options.microbatch_size is not None
         if number == 1:
-            return Reference(whole, factor, "the whole batch")
+            return self._held_against(whole, factor, "the whole batch")
         if not fixed and not whole.draws:
-            return Reference(whole, SPLIT * factor, "the whole batch")
+            return self._held_against(whole, SPLIT * factor, "the whole batch")
         recorder = DrawRecorder() if whole.draws else None
         split = self._plain(found.parts, recorder)
         snapshot.restore()
-        at_once: Reference | None = Reference(whole, SPLIT * factor, "the whole batch")
+        at_once: Reference | None = self._held_against(whole, SPLIT * factor, "the whole batch")
         if recorder is not None:
             words = "the whole batch, with the microbatches' random numbers"
             redrawn = self._redrawn(recorder, split, snapshot, number)
-            at_once = None if redrawn is None else Reference(redrawn, SPLIT * factor, words)
+            at_once = (
+                None if redrawn is None else self._held_against(redrawn, SPLIT * factor, words)
+            )
         if at_once is not None and not fixed:
             return at_once
-        in_parts = Reference(split, factor, "the same microbatches")
+        in_parts = self._held_against(split, factor, "the same microbatches")
         if agree(found, in_parts):
             self._say_what_splitting_does(at_once, in_parts, found, snapshot)
             return in_parts
@@ -201,7 +207,9 @@ class _Comparison:
             return None
         result = self._plain(found.parts, weights=weights)
         snapshot.restore()
-        return Reference(result, factor, "the same microbatches, weighted by what they count")
+        return self._held_against(
+            result, factor, "the same microbatches, weighted by what they count"
+        )
 
     def _without_draws(
         self, parts: Parts, weights: Mapping[Samples, float], snapshot: Snapshot
@@ -216,7 +224,7 @@ class _Comparison:
         if whole.draws:
             self._notes.append("eval mode draws random numbers too, so it shows nothing")
             return []
-        rows = rows_of(split, Reference(whole, SPLIT, ""), whole.buffers)
+        rows = rows_of(split, self._held_against(whole, SPLIT, ""), whole.buffers)
         return [
             replace(row, name=f"in eval mode, microbatches against the whole batch: {row.name}")
             for part in rows

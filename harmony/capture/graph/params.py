@@ -62,9 +62,7 @@ class ParamInfo:
         return replace(self, dtype=self.master or self.dtype, master=None)
 
 
-def describe_parameters(
-    module: nn.Module, masters: Mapping[str, torch.dtype]
-) -> list[ParamInfo]:
+def describe_parameters(module: nn.Module, masters: Mapping[str, torch.dtype]) -> list[ParamInfo]:
     """Return the module's parameters in registration order, tied ones once.
 
     Args:

@@ -99,8 +99,11 @@ def can_stay(graph: LayerGraph, pack: Pack) -> str | None:
             return f"{pack} shares {graph.shared[k].name} with other packs"
     if any(graph.layers[i].changes_state for i in pack):
         return f"the forward of {pack} changes buffers"
-    tied = (graph.shared[k] for k in graph.shared_in(pack.first, pack.last))
-    if any(p.master_nbytes and p.gradient_nbytes for p in (*graph.layers[pack.first : pack.last], *tied)):
+    tied = [graph.shared[k] for k in graph.shared_in(pack.first, pack.last)]
+    own = graph.layers[pack.first : pack.last]
+    if any(x.master_nbytes and x.gradient_nbytes for x in own) or any(
+        x.master_nbytes and x.gradient_nbytes for x in tied
+    ):
         return f"the parameters of {pack} are updated on the host, where their masters are"
     return None
 

@@ -1,0 +1,481 @@
+"""``precision="bf16"``: what FSDP2's mixed precision computes, bit for bit, for any plan."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import harmony
+from harmony.errors import ConfigError
+from tests.training.conftest import VirtualGPUs
+from tests.training.mixed import BF16, in_bf16, train_fsdp, train_plain
+from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
+from tests.training.plain import Run, gradients_of, params_of
+from tests.training.test_exact import assert_same
+from tests.zoo.pictures import UNet as NormedByBatch
+
+AdamW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, fused=True)
+SGD = partial(torch.optim.SGD, lr=1e-1, momentum=0.9, foreach=False)
+MAKERS = pytest.mark.parametrize("make", [AdamW, SGD], ids=["adamw", "sgd"])
+
+
+class UNet(NormedByBatch):
+    """With GroupNorm: PyTorch's BatchNorm on the CPU refuses bf16 weights beside fp32 statistics,
+    in FSDP2 as anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for module in [*self.modules()]:
+            for name, inner in [*module.named_children()]:
+                if isinstance(inner, nn.BatchNorm2d):
+                    setattr(module, name, nn.GroupNorm(2, inner.num_features))
+
+
+def tokens(num_steps: int = 3) -> list[Any]:
+    return [token_batch(step) for step in range(num_steps)]
+
+
+def wrapped(net: nn.Module, make: Any = AdamW, **options: Any) -> harmony.Harmony:
+    """A model for `train_step`, streamed through little memory."""
+    settings: dict[str, Any] = {
+        "optimizer": make.func,
+        "optimizer_kwargs": make.keywords,
+        "loss_fn": token_loss,
+        "microbatch_size": 2,
+        "devices": 1,
+        "device_memory": "300KiB",
+        "precision": "bf16",
+    }
+    return harmony.Harmony(copy.deepcopy(net), **{**settings, **options})
+
+
+def train_steps(model: harmony.Harmony, batches: list[Any]) -> Run:
+    run = Run()
+    for inputs, targets in batches:
+        run.losses.append(model.train_step(inputs, targets))
+        run.gradients.append(gradients_of(model.module))
+    run.params = params_of(model.module)
+    return run
+
+
+def train_by_loop(net: nn.Module, batches: list[Any], make: Any, **options: Any) -> Run:
+    """A loop of one's own; no random numbers, as its microbatches are Harmony's."""
+    model = harmony.Harmony(copy.deepcopy(net), devices=1, precision="bf16", **options)
+    optimizer = make(model.parameters())
+    run = Run()
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss = token_loss(model(inputs), targets)
+        loss.backward()
+        run.losses.append(loss.detach())
+        run.gradients.append(gradients_of(model.module))
+        optimizer.step()
+    run.params = params_of(model.module)
+    return run
+
+
+def seeded(make: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net: nn.Module = make()
+    return net
+
+
+# Training steps
+
+
+@MAKERS
+@pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
+def test_a_gpt_with_dropout(vgpus: VirtualGPUs, make: Any, mode: str, num_devices: int) -> None:
+    net = seeded(GPT)
+    shares = num_devices if mode == "dp" else 1
+    expected = train_plain(net, tokens(), make, token_loss, microbatch=2, shares=shares)
+    model = wrapped(net, make, mode=mode, devices=num_devices)
+    assert_same(train_steps(model, tokens()), expected)
+    assert len(model.plan.spec.backward_packs) > 1
+
+
+@MAKERS
+def test_a_gpt_is_trained_as_by_fsdp(vgpus: VirtualGPUs, make: Any) -> None:
+    net = seeded(GPT)
+    expected = train_fsdp(net, tokens(10), make, token_loss, microbatch=2)
+    assert_same(train_steps(wrapped(net, make), tokens(10)), expected)
+
+
+def test_a_unet_is_trained_as_by_fsdp(vgpus: VirtualGPUs) -> None:
+    net = seeded(UNet)
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        tuple(torch.randn(4, 3, 16, 16, generator=generator) for _ in range(2)) for _ in range(10)
+    ]
+    expected = train_fsdp(net, batches, SGD, F.mse_loss, microbatch=2)
+    model = wrapped(net, SGD, loss_fn=F.mse_loss, device_memory="600KiB")
+    assert_same(train_steps(model, batches), expected)
+    plain = train_plain(net, batches, SGD, F.mse_loss, microbatch=2)
+    assert_same(plain, expected)
+
+
+def test_a_llama_is_trained_as_by_fsdp(vgpus: VirtualGPUs) -> None:
+    pytest.importorskip("transformers")
+    from tests.training.test_huggingface import llama
+
+    net = seeded(lambda: llama(tied=False))
+    net.config.attention_dropout = 0.0
+
+    def loss_fn(out: Any, targets: torch.Tensor) -> torch.Tensor:
+        return token_loss(out.logits, targets)
+
+    expected = train_fsdp(net, tokens(10), AdamW, loss_fn, microbatch=2)
+    model = wrapped(net, loss_fn=loss_fn, device_memory="400KiB")
+    assert_same(train_steps(model, tokens(10)), expected)
+
+
+def test_skips_and_inputs_of_floating_point(vgpus: VirtualGPUs) -> None:
+    net = seeded(SkipMLP)
+    batches = [vector_batch(step) for step in range(5)]
+    expected = train_plain(net, batches, SGD, square_loss, microbatch=4)
+    model = wrapped(net, SGD, loss_fn=square_loss, microbatch_size=4, device_memory="24KiB")
+    assert_same(train_steps(model, batches), expected)
+
+
+@MAKERS
+def test_clipping(vgpus: VirtualGPUs, make: Any) -> None:
+    net = seeded(GPT)
+    expected = train_plain(net, tokens(), make, token_loss, microbatch=2, clip=0.5)
+    model = wrapped(net, make, max_grad_norm=0.5)
+    found = train_steps(model, tokens())
+    assert_same(found, expected)
+    assert model.last_grad_norm.dtype is torch.float32
+
+
+def test_a_tied_weight_in_one_pack(vgpus: VirtualGPUs) -> None:
+    net = seeded(lambda: GPT(tied=True, depth=2))
+    expected = train_plain(net, tokens(), SGD, token_loss, microbatch=2)
+    model = wrapped(net, SGD, device_memory="8MiB")
+    found = train_steps(model, tokens())
+    for a, b in zip(found.losses, expected.losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=0)
+
+
+def test_an_embedding_with_sparse_gradients(vgpus: VirtualGPUs) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(61, 8, sparse=True)
+            self.head = nn.Linear(8, 61)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(ids))
+
+    sparse = seeded(Words)
+    expected = train_plain(sparse, tokens(1), SGD, token_loss, microbatch=2)
+    found = train_steps(wrapped(sparse, SGD), tokens(1))
+    assert torch.equal(found.losses[0], expected.losses[0])
+    for name, gradient in expected.gradients[0].items():
+        assert torch.equal(found.gradients[0][name], gradient.to_dense()), name
+
+
+def test_frozen_parameters_and_those_in_bf16_already(vgpus: VirtualGPUs) -> None:
+    net = seeded(GPT)
+    net.blocks[1].to(BF16).requires_grad_(False)
+    net.blocks[2].requires_grad_(False)
+    expected = train_plain(net, tokens(4), AdamW, token_loss, microbatch=2)
+    model = wrapped(net)
+    assert_same(train_steps(model, tokens(4)), expected)
+    assert model.module.blocks[1].up.weight.dtype is BF16
+    assert model.module.blocks[2].up.weight.dtype is torch.float32
+
+
+# A loop of one's own
+
+
+@MAKERS
+def test_a_loop_of_ones_own(vgpus: VirtualGPUs, make: Any) -> None:
+    net = seeded(lambda: GPT(dropout=0.0))
+    expected = train_plain(net, tokens(), make, token_loss, microbatch=8)
+    assert_same(train_by_loop(net, tokens(), make, microbatch_size=8), expected)
+
+
+def test_a_loop_of_ones_own_that_accumulates(vgpus: VirtualGPUs) -> None:
+    net = seeded(lambda: GPT(dropout=0.0))
+    expected = train_plain(net, tokens(5), AdamW, token_loss, microbatch=2)
+    model = harmony.Harmony(net, devices=1, device_memory="300KiB", precision="bf16")
+    optimizer = AdamW(model.parameters())
+    for step, (inputs, targets) in enumerate(tokens(5)):
+        optimizer.zero_grad()
+        for low in range(0, 8, 2):
+            part = slice(low, low + 2)
+            loss = token_loss(model(inputs[part]), targets[part]) * 0.25
+            loss.backward()
+        assert all(p.grad.dtype is torch.float32 for p in model.parameters())
+        assert_gradients(gradients_of(model.module), expected.gradients[step])
+        optimizer.step()
+    assert_gradients(params_of(model.module), expected.params)
+
+
+def test_gradients_of_inputs_have_the_inputs_type(vgpus: VirtualGPUs) -> None:
+    net = seeded(SkipMLP)
+    inputs, targets = vector_batch(0)
+    mine, plain = (inputs.clone().requires_grad_() for _ in range(2))
+    square_loss(in_bf16(net, plain), targets).backward()
+    model = harmony.Harmony(net, devices=1, microbatch_size=8, precision="bf16")
+    square_loss(model(mine), targets).backward()
+    assert mine.grad.dtype is torch.float32
+    assert torch.equal(mine.grad, plain.grad)
+
+
+# The copies are never stale
+
+
+def _in_place(param: nn.Parameter) -> None:
+    with torch.no_grad():
+        param.mul_(1.5)
+
+
+def _through_data(param: nn.Parameter) -> None:
+    param.data.mul_(1.5)
+
+
+def _kept_data(param: nn.Parameter) -> None:
+    _KEPT.append(param.data)
+    _KEPT[-1].mul_(1.5)
+
+
+def _new_data(param: nn.Parameter) -> None:
+    param.data = param.detach() * 1.5
+
+
+def _detached(param: nn.Parameter) -> None:
+    param.detach().mul_(1.5)
+
+
+def _held_array(param: nn.Parameter) -> None:
+    _KEPT.append(param.detach().numpy())
+    _KEPT[-1] *= 1.5
+
+
+def _set(param: nn.Parameter) -> None:
+    with torch.no_grad():
+        param.set_(param.detach() * 1.5)
+
+
+def _swapped(param: nn.Parameter) -> None:
+    torch.utils.swap_tensors(param, nn.Parameter(param.detach() * 1.5))
+
+
+def _in_inference_mode(param: nn.Parameter) -> None:
+    with torch.inference_mode():
+        param.mul_(1.5)
+
+
+def _by_foreach(param: nn.Parameter) -> None:
+    with torch.no_grad():
+        torch._foreach_mul_([param], 1.5)
+
+
+def _by_a_fused_optimizer(param: nn.Parameter) -> None:
+    param.grad = -0.5 * param.detach()
+    torch.optim.SGD([param], lr=1.0, fused=True).step()
+    param.grad = None
+
+
+_KEPT: list[Any] = []
+WAYS = [
+    _in_place,
+    _through_data,
+    _kept_data,
+    _new_data,
+    _detached,
+    _held_array,
+    _set,
+    _swapped,
+    _in_inference_mode,
+    _by_foreach,
+    _by_a_fused_optimizer,
+]
+
+
+@pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__.strip("_"))
+@pytest.mark.parametrize("form", ["train_step", "loop"])
+def test_what_a_user_changes_between_steps_is_computed_with(
+    vgpus: VirtualGPUs, form: str, change: Any
+) -> None:
+    _KEPT.clear()
+    net = seeded(lambda: GPT(depth=1, dropout=0.0))
+    inputs, targets = token_batch(0)
+    settings = {} if form == "train_step" else {"optimizer": None, "optimizer_kwargs": None}
+    model = wrapped(net, SGD, **settings)
+    for _ in range(2):
+        if form == "train_step":
+            model.train_step(inputs, targets)
+        else:
+            token_loss(model(inputs), targets).backward()
+        model.zero_grad()
+        if change is _swapped and form == "loop":
+            return  # torch refuses it for what autograd refers to
+        change(model.module.blocks[0].up.weight)
+        with torch.no_grad():
+            assert torch.equal(model(inputs), in_bf16(copy.deepcopy(model.module), inputs))
+    if change is _kept_data or change is _held_array:  # whoever holds it may write at any time
+        _KEPT[0] *= 0.5
+        with torch.no_grad():
+            assert torch.equal(model(inputs), in_bf16(copy.deepcopy(model.module), inputs))
+
+
+def test_memory_that_nothing_tells_of_is_seen_with_updates_on_the_host(
+    vgpus: VirtualGPUs,
+) -> None:
+    net = seeded(lambda: GPT(depth=1, dropout=0.0))
+    inputs, targets = token_batch(0)
+    model = wrapped(net, updates="host")
+    model.train_step(inputs, targets)
+    model.module.head.weight.detach().numpy()[0] = 0.5
+    with torch.no_grad():
+        assert torch.equal(model(inputs), in_bf16(copy.deepcopy(model.module), inputs))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_computed_with(vgpus: VirtualGPUs, assign: bool) -> None:
+    net, other = seeded(GPT), GPT()
+    inputs, _ = token_batch(0)
+    model = harmony.Harmony(net, devices=1, device_memory="300KiB", precision="bf16")
+    model(inputs)
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    model.eval()
+    other.eval()
+    with torch.no_grad():
+        assert torch.equal(model(inputs), in_bf16(other, inputs))
+    state = model.state_dict()
+    assert all(t.dtype is torch.float32 for t in state.values())
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in state.items())
+
+
+def test_a_changed_step_trains_on_from_what_was_changed(vgpus: VirtualGPUs) -> None:
+    net = seeded(lambda: GPT(dropout=0.0))
+    first = train_plain(net, tokens(2), SGD, token_loss, microbatch=2)
+    model = wrapped(net, SGD)
+    train_steps(model, tokens(2))
+    assert_gradients(params_of(model.module), first.params)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.5)
+    model.optimizer.state.clear()
+    middle = copy.deepcopy(net)
+    middle.load_state_dict(model.state_dict())
+    then = train_plain(middle, tokens(2), SGD, token_loss, microbatch=2)
+    train_steps(model, tokens(2))
+    assert_gradients(params_of(model.module), then.params)
+
+
+# Inference, checkpoints, verify
+
+
+def test_inference_computes_in_bf16(vgpus: VirtualGPUs) -> None:
+    net = seeded(GPT).eval()
+    inputs, _ = token_batch(0)
+    model = harmony.Harmony(net, devices=1, device_memory="300KiB", precision="bf16")
+    with torch.no_grad():
+        out = model(inputs)
+        assert out.dtype is BF16
+        assert torch.equal(out, in_bf16(net, inputs))
+
+
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    net = seeded(GPT)
+    expected = train_plain(net, tokens(6), AdamW, token_loss, microbatch=2)
+    model = wrapped(net, seed=0)
+    train_steps(model, tokens(6)[:3])
+    model.save_checkpoint(tmp_path)
+    resumed = wrapped(GPT())
+    resumed.load_checkpoint(tmp_path)
+    found = train_steps(resumed, tokens(6)[3:])
+    assert_gradients(found.params, expected.params)
+    assert all(torch.equal(a, b) for a, b in zip(found.losses, expected.losses[3:], strict=True))
+
+
+def test_it_is_verified_against_plain_pytorch_in_bf16(vgpus: VirtualGPUs) -> None:
+    model = wrapped(seeded(lambda: GPT(dropout=0.0)))
+    found = model.verify(*token_batch(0))
+    assert found.identical, found.summary()
+    loop = harmony.Harmony(
+        seeded(lambda: GPT(dropout=0.0)),
+        devices=1,
+        microbatch_size=2,
+        precision="bf16",
+        loss_fn=token_loss,
+        device_memory="300KiB",
+    )
+    assert loop.verify(*token_batch(0)).ok
+
+
+# What is refused, what is shown
+
+
+def test_an_unknown_precision_is_refused_with_the_ones_there_are() -> None:
+    with pytest.raises(ConfigError, match="precision='fp16': choose one of fp32, bf16"):
+        harmony.Harmony(nn.Linear(2, 2), precision="fp16")
+
+
+def test_trained_parameters_in_other_types_are_refused(vgpus: VirtualGPUs) -> None:
+    net = seeded(SkipMLP)
+    net.layers[2].to(BF16)
+    model = wrapped(net, loss_fn=square_loss)
+    with pytest.raises(ConfigError, match=r"layers\.2\.weight is torch\.bfloat16"):
+        model.train_step(*vector_batch(0))
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y * 2 if y.sum() > 0 else y
+
+
+@pytest.mark.parametrize("form", ["train_step", "loop", "inference"])
+def test_what_would_run_in_fp32_is_refused(vgpus: VirtualGPUs, form: str) -> None:
+    net = seeded(Deciding)
+    before = params_of(net)
+    own = {} if form == "train_step" else {"optimizer": None, "optimizer_kwargs": None}
+    model = wrapped(net, loss_fn=square_loss, microbatch_size=8, **own)
+    inputs, targets = vector_batch(0)
+    with pytest.raises(ConfigError, match="precision='bf16': no recording stands"):
+        for step in range(4):
+            inputs, targets = vector_batch(step)
+            if form == "train_step":
+                model.train_step(inputs, targets)
+            elif form == "loop":
+                model(inputs)
+            else:
+                with torch.no_grad():
+                    model(inputs)
+    if form != "train_step":
+        assert_gradients(params_of(model.module), before)
+
+
+def test_links_carry_half_of_the_weights_and_activations(vgpus: VirtualGPUs) -> None:
+    net = seeded(GPT)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        model = wrapped(net, precision=precision, activations="recompute", updates="host")
+        model.train_step(*token_batch(0))
+        spans = model.last_timeline.spans
+        into = [s for s in spans if s.lane.endswith(".h2d")]
+        found[precision] = sum(s.nbytes for s in into if "W[" in s.label)
+    assert found["bf16"] < 0.6 * found["fp32"]
+
+
+def assert_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
