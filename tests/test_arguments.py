@@ -31,6 +31,7 @@ def test_all_options(script: str) -> None:
         f"{script} --gpus 2 --gpu-memory 64MiB --mode dp --virtual --link 8GB/s"
         " --host-memory 100GiB --plan-only --report out.json --debug --explain --json --no-cache"
         " --save-plan plan.json --save-profile profile.json --plan train.py"
+        " --precision bf16"
     )
     command = parse(words.split())
     assert command.debug
@@ -50,6 +51,7 @@ def test_all_options(script: str) -> None:
         save_plan=Path("plan.json"),
         save_profile=Path("profile.json"),
         cache=False,
+        precision="bf16",
     )
 
 

@@ -45,7 +45,12 @@ from harmony.planner.ir.plan_file import check_minibatch
 from harmony.planner.search.candidates import sizes_that_work
 from harmony.profiling.measured import Measurements
 from harmony.profiling.model_profile import ModelProfile
-from harmony.profiling.update_times import NO_UPDATE, UpdateCost, with_device_updates
+from harmony.profiling.update_times import (
+    NO_UPDATE,
+    UpdateCost,
+    with_copies,
+    with_device_updates,
+)
 from harmony.report import header as facts
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
@@ -467,7 +472,8 @@ class VariantCache:
     def update_cost(self) -> UpdateCost:
         """What the optimizer costs; measured once."""
         assert self._optimizer is not None
-        return self._measured.update(self._optimizer)
+        known = self._measured.update(self._optimizer)
+        return with_copies(known, self._options.precision.dtype)
 
     def _check_pinned(self, kind: CallKind, minibatch: int) -> None:
         """Refuse a plan of the caller's that is not for the batches that are trained first."""

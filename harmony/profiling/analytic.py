@@ -190,7 +190,10 @@ def analytic_costs(
             of = (work.layer(layer.index, size) for size in sizes)
             found = [_seconds(one, gpu, tf32) for one in of]
             known[layer.signature] = dict(zip(sizes, found, strict=True))
-        update_s = update_nbytes(layer.gradient_nbytes, layer.state_nbytes) / host_bytes_per_s
+        moved = update_nbytes(layer.gradient_nbytes, layer.state_nbytes)
+        if layer.gradient_nbytes and layer.master_nbytes:  # a copy of the new master follows
+            moved += layer.master_nbytes + layer.weight_nbytes
+        update_s = moved / host_bytes_per_s
         row = {}
         for size, (forward_s, backward_s) in known[layer.signature].items():
             bare = counted.layer(layer.index, size)

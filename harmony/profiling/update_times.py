@@ -11,6 +11,7 @@ are measured, since some optimizers do more from a later step on (RAdam from its
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,6 +98,19 @@ def with_device_updates(machine: Machine, cost: UpdateCost) -> Machine:
     )
     alike = cost.alike or not cost.device_bytes_per_s  # then none is there
     return replace(machine, devices=tuple(devices), updates_alike=alike)
+
+
+def with_copies(cost: UpdateCost, dtype: torch.dtype | None) -> UpdateCost:
+    """The cost where each update is followed by a copy of the fp32 parameter in another type."""
+    return cost if dtype is None else replace(cost, seconds=cost.seconds + _copy_seconds(dtype))
+
+
+@functools.cache
+def _copy_seconds(dtype: torch.dtype) -> float:
+    """Seconds that a copy of fp32 memory in a type takes, per element."""
+    count = _SAMPLES[-1]
+    copy, master = torch.empty(count, dtype=dtype), torch.zeros(count)
+    return best_of(timed(lambda: copy.copy_(master))) / count
 
 
 def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = None) -> UpdateCost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
+from harmony.core import options
 from harmony.errors import ConfigError
+from harmony.planner.ir.tasks import Pack
+from harmony.planner.lower.resident import can_stay
+from tests.toys import chain
 from tests.training.conftest import VirtualGPUs
 from tests.training.mixed import BF16, in_bf16, train_fsdp, train_plain
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
@@ -38,6 +43,9 @@ class UNet(NormedByBatch):
                     setattr(module, name, nn.GroupNorm(2, inner.num_features))
 
 
+Small = partial(GPT, depth=2)
+
+
 def tokens(num_steps: int = 3) -> list[Any]:
     return [token_batch(step) for step in range(num_steps)]
 
@@ -50,7 +58,7 @@ def wrapped(net: nn.Module, make: Any = AdamW, **options: Any) -> harmony.Harmon
         "loss_fn": token_loss,
         "microbatch_size": 2,
         "devices": 1,
-        "device_memory": "300KiB",
+        "device_memory": "200KiB",
         "precision": "bf16",
     }
     return harmony.Harmony(copy.deepcopy(net), **{**settings, **options})
@@ -67,7 +75,7 @@ def train_steps(model: harmony.Harmony, batches: list[Any]) -> Run:
 
 def train_by_loop(net: nn.Module, batches: list[Any], make: Any, **options: Any) -> Run:
     """A loop of one's own; no random numbers, as its microbatches are Harmony's."""
-    model = harmony.Harmony(copy.deepcopy(net), devices=1, precision="bf16", **options)
+    model = in_a_loop(copy.deepcopy(net), **options)
     optimizer = make(model.parameters())
     run = Run()
     for inputs, targets in batches:
@@ -79,6 +87,11 @@ def train_by_loop(net: nn.Module, batches: list[Any], make: Any, **options: Any)
         optimizer.step()
     run.params = params_of(model.module)
     return run
+
+
+def in_a_loop(net: nn.Module, **options: Any) -> harmony.Harmony:
+    settings: dict[str, Any] = {"devices": 1, "device_memory": "200KiB", "precision": "bf16"}
+    return harmony.Harmony(net, **{**settings, **options})
 
 
 def seeded(make: Any) -> nn.Module:
@@ -93,7 +106,7 @@ def seeded(make: Any) -> nn.Module:
 @MAKERS
 @pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
 def test_a_gpt_with_dropout(vgpus: VirtualGPUs, make: Any, mode: str, num_devices: int) -> None:
-    net = seeded(GPT)
+    net = seeded(Small)
     shares = num_devices if mode == "dp" else 1
     expected = train_plain(net, tokens(), make, token_loss, microbatch=2, shares=shares)
     model = wrapped(net, make, mode=mode, devices=num_devices)
@@ -103,7 +116,7 @@ def test_a_gpt_with_dropout(vgpus: VirtualGPUs, make: Any, mode: str, num_device
 
 @MAKERS
 def test_a_gpt_is_trained_as_by_fsdp(vgpus: VirtualGPUs, make: Any) -> None:
-    net = seeded(GPT)
+    net = seeded(Small)
     expected = train_fsdp(net, tokens(10), make, token_loss, microbatch=2)
     assert_same(train_steps(wrapped(net, make), tokens(10)), expected)
 
@@ -146,7 +159,7 @@ def test_skips_and_inputs_of_floating_point(vgpus: VirtualGPUs) -> None:
 
 @MAKERS
 def test_clipping(vgpus: VirtualGPUs, make: Any) -> None:
-    net = seeded(GPT)
+    net = seeded(Small)
     expected = train_plain(net, tokens(), make, token_loss, microbatch=2, clip=0.5)
     model = wrapped(net, make, max_grad_norm=0.5)
     found = train_steps(model, tokens())
@@ -182,14 +195,14 @@ def test_an_embedding_with_sparse_gradients(vgpus: VirtualGPUs) -> None:
 
 
 def test_frozen_parameters_and_those_in_bf16_already(vgpus: VirtualGPUs) -> None:
-    net = seeded(GPT)
-    net.blocks[1].to(BF16).requires_grad_(False)
-    net.blocks[2].requires_grad_(False)
+    net = seeded(Small)
+    net.blocks[0].to(BF16).requires_grad_(False)
+    net.blocks[1].requires_grad_(False)
     expected = train_plain(net, tokens(4), AdamW, token_loss, microbatch=2)
     model = wrapped(net)
     assert_same(train_steps(model, tokens(4)), expected)
-    assert model.module.blocks[1].up.weight.dtype is BF16
-    assert model.module.blocks[2].up.weight.dtype is torch.float32
+    assert model.module.blocks[0].up.weight.dtype is BF16
+    assert model.module.blocks[1].up.weight.dtype is torch.float32
 
 
 # A loop of one's own
@@ -197,15 +210,15 @@ def test_frozen_parameters_and_those_in_bf16_already(vgpus: VirtualGPUs) -> None
 
 @MAKERS
 def test_a_loop_of_ones_own(vgpus: VirtualGPUs, make: Any) -> None:
-    net = seeded(lambda: GPT(dropout=0.0))
+    net = seeded(lambda: Small(dropout=0.0))
     expected = train_plain(net, tokens(), make, token_loss, microbatch=8)
     assert_same(train_by_loop(net, tokens(), make, microbatch_size=8), expected)
 
 
 def test_a_loop_of_ones_own_that_accumulates(vgpus: VirtualGPUs) -> None:
-    net = seeded(lambda: GPT(dropout=0.0))
+    net = seeded(lambda: Small(dropout=0.0))
     expected = train_plain(net, tokens(5), AdamW, token_loss, microbatch=2)
-    model = harmony.Harmony(net, devices=1, device_memory="300KiB", precision="bf16")
+    model = in_a_loop(net)
     optimizer = AdamW(model.parameters())
     for step, (inputs, targets) in enumerate(tokens(5)):
         optimizer.zero_grad()
@@ -301,31 +314,34 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__.strip("_"))
 @pytest.mark.parametrize("form", ["train_step", "loop"])
-def test_what_a_user_changes_between_steps_is_computed_with(
-    vgpus: VirtualGPUs, form: str, change: Any
-) -> None:
+def test_what_a_user_changes_between_steps_is_computed_with(vgpus: VirtualGPUs, form: str) -> None:
     _KEPT.clear()
     net = seeded(lambda: GPT(depth=1, dropout=0.0))
     inputs, targets = token_batch(0)
-    settings = {} if form == "train_step" else {"optimizer": None, "optimizer_kwargs": None}
-    model = wrapped(net, SGD, **settings)
-    for _ in range(2):
+    model = wrapped(net, SGD) if form == "train_step" else in_a_loop(net)
+
+    def check(way: str) -> None:
+        with torch.no_grad():
+            expected = in_bf16(copy.deepcopy(model.module), inputs)
+            assert torch.equal(model(inputs), expected), way
+
+    for change in WAYS:
+        if change is _swapped and form == "loop":
+            continue  # torch refuses it for what autograd refers to
         if form == "train_step":
             model.train_step(inputs, targets)
         else:
             token_loss(model(inputs), targets).backward()
         model.zero_grad()
-        if change is _swapped and form == "loop":
-            return  # torch refuses it for what autograd refers to
+        before = model.module.blocks[0].up.weight.detach().clone()
         change(model.module.blocks[0].up.weight)
-        with torch.no_grad():
-            assert torch.equal(model(inputs), in_bf16(copy.deepcopy(model.module), inputs))
-    if change is _kept_data or change is _held_array:  # whoever holds it may write at any time
-        _KEPT[0] *= 0.5
-        with torch.no_grad():
-            assert torch.equal(model(inputs), in_bf16(copy.deepcopy(model.module), inputs))
+        assert not torch.equal(model.module.blocks[0].up.weight, before)
+        check(change.__name__)
+        if change in (_kept_data, _held_array):  # whoever holds it may write at any time
+            _KEPT[-1] *= 0.5
+            check(f"{change.__name__}, later")
+        _KEPT.clear()
 
 
 def test_memory_that_nothing_tells_of_is_seen_with_updates_on_the_host(
@@ -342,9 +358,9 @@ def test_memory_that_nothing_tells_of_is_seen_with_updates_on_the_host(
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_loaded_state_is_computed_with(vgpus: VirtualGPUs, assign: bool) -> None:
-    net, other = seeded(GPT), GPT()
+    net, other = seeded(Small), Small()
     inputs, _ = token_batch(0)
-    model = harmony.Harmony(net, devices=1, device_memory="300KiB", precision="bf16")
+    model = in_a_loop(net)
     model(inputs)
     model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
     model.eval()
@@ -357,7 +373,7 @@ def test_a_loaded_state_is_computed_with(vgpus: VirtualGPUs, assign: bool) -> No
 
 
 def test_a_changed_step_trains_on_from_what_was_changed(vgpus: VirtualGPUs) -> None:
-    net = seeded(lambda: GPT(dropout=0.0))
+    net = seeded(lambda: Small(dropout=0.0))
     first = train_plain(net, tokens(2), SGD, token_loss, microbatch=2)
     model = wrapped(net, SGD)
     train_steps(model, tokens(2))
@@ -377,9 +393,9 @@ def test_a_changed_step_trains_on_from_what_was_changed(vgpus: VirtualGPUs) -> N
 
 
 def test_inference_computes_in_bf16(vgpus: VirtualGPUs) -> None:
-    net = seeded(GPT).eval()
+    net = seeded(Small).eval()
     inputs, _ = token_batch(0)
-    model = harmony.Harmony(net, devices=1, device_memory="300KiB", precision="bf16")
+    model = in_a_loop(net)
     with torch.no_grad():
         out = model(inputs)
         assert out.dtype is BF16
@@ -389,12 +405,12 @@ def test_inference_computes_in_bf16(vgpus: VirtualGPUs) -> None:
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(
     vgpus: VirtualGPUs, tmp_path: Path
 ) -> None:
-    net = seeded(GPT)
+    net = seeded(Small)
     expected = train_plain(net, tokens(6), AdamW, token_loss, microbatch=2)
     model = wrapped(net, seed=0)
     train_steps(model, tokens(6)[:3])
     model.save_checkpoint(tmp_path)
-    resumed = wrapped(GPT())
+    resumed = wrapped(Small())
     resumed.load_checkpoint(tmp_path)
     found = train_steps(resumed, tokens(6)[3:])
     assert_gradients(found.params, expected.params)
@@ -402,16 +418,16 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
 
 
 def test_it_is_verified_against_plain_pytorch_in_bf16(vgpus: VirtualGPUs) -> None:
-    model = wrapped(seeded(lambda: GPT(dropout=0.0)))
+    model = wrapped(seeded(lambda: Small(dropout=0.0)))
     found = model.verify(*token_batch(0))
     assert found.identical, found.summary()
     loop = harmony.Harmony(
-        seeded(lambda: GPT(dropout=0.0)),
+        seeded(lambda: Small(dropout=0.0)),
         devices=1,
         microbatch_size=2,
         precision="bf16",
         loss_fn=token_loss,
-        device_memory="300KiB",
+        device_memory="200KiB",
     )
     assert loop.verify(*token_batch(0)).ok
 
@@ -422,6 +438,43 @@ def test_it_is_verified_against_plain_pytorch_in_bf16(vgpus: VirtualGPUs) -> Non
 def test_an_unknown_precision_is_refused_with_the_ones_there_are() -> None:
     with pytest.raises(ConfigError, match="precision='fp16': choose one of fp32, bf16"):
         harmony.Harmony(nn.Linear(2, 2), precision="fp16")
+
+
+def test_the_command_line_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "_current", options.Options(precision="bf16"))
+    model = harmony.Harmony(nn.Linear(24, 24), devices=1)
+    assert model(torch.ones(2, 24)).dtype is BF16
+
+
+def test_a_pack_with_masters_is_not_updated_on_a_device() -> None:
+    graph = chain(2)
+    layer = replace(graph.layers[0], master_nbytes=100)
+    graph = replace(graph, layers=(layer, *graph.layers[1:]))
+    assert "where their masters are" in (can_stay(graph, Pack(0, 1)) or "")
+    assert can_stay(graph, Pack(1, 2)) is None
+    frozen = replace(graph, layers=(replace(layer, gradient_nbytes=0), *graph.layers[1:]))
+    assert can_stay(frozen, Pack(0, 1)) is None
+
+
+def test_a_checkpoint_of_another_precision_is_read_with_a_warning(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    model = wrapped(nn.Linear(24, 24), SGD, loss_fn=square_loss)
+    model.train_step(*vector_batch(0))
+    model.save_checkpoint(tmp_path)
+    other = wrapped(nn.Linear(24, 24), SGD, loss_fn=square_loss, precision="fp32")
+    with pytest.warns(harmony.HarmonyWarning, match="computed with precision='bf16'"):
+        other.load_checkpoint(tmp_path)
+
+
+def test_the_report_says_what_a_parameter_takes_on_the_host(vgpus: VirtualGPUs) -> None:
+    model = wrapped(seeded(lambda: nn.Linear(64, 64, bias=False)), loss_fn=square_loss)
+    model.train_step(*vector_batch(0, width=64))
+    assert model.record.facts["precision"] == (
+        "bfloat16 with fp32 masters, 18 bytes a parameter on the host (weight 2, master 4, "
+        "gradient 4, optimizer 8)"
+    )
+    assert model.plan.host_nbytes >= 18 * 64 * 64
 
 
 def test_trained_parameters_in_other_types_are_refused(vgpus: VirtualGPUs) -> None:
@@ -446,25 +499,23 @@ class Deciding(nn.Module):
 def test_what_would_run_in_fp32_is_refused(vgpus: VirtualGPUs, form: str) -> None:
     net = seeded(Deciding)
     before = params_of(net)
-    own = {} if form == "train_step" else {"optimizer": None, "optimizer_kwargs": None}
-    model = wrapped(net, loss_fn=square_loss, microbatch_size=8, **own)
+    train = form == "train_step"
+    model = wrapped(net, loss_fn=square_loss, microbatch_size=8) if train else in_a_loop(net)
     inputs, targets = vector_batch(0)
     with pytest.raises(ConfigError, match="precision='bf16': no recording stands"):
         for step in range(4):
             inputs, targets = vector_batch(step)
-            if form == "train_step":
+            if train:
                 model.train_step(inputs, targets)
-            elif form == "loop":
-                model(inputs)
             else:
-                with torch.no_grad():
+                with torch.set_grad_enabled(form == "loop"):
                     model(inputs)
     if form != "train_step":
         assert_gradients(params_of(model.module), before)
 
 
 def test_links_carry_half_of_the_weights_and_activations(vgpus: VirtualGPUs) -> None:
-    net = seeded(GPT)
+    net = seeded(Small)
     found = {}
     for precision in ("fp32", "bf16"):
         model = wrapped(net, precision=precision, activations="recompute", updates="host")
