@@ -64,6 +64,23 @@ class ModelProfile:
         """What plans for the model carry (`LayerGraph.fingerprint`)."""
         return self.graph.fingerprint
 
+    @property
+    def host_notes(self) -> tuple[str, ...]:
+        """What a parameter takes on the host, in words; nothing where nobody counted them."""
+        if not self.num_params:
+            return ()
+        graph = self.graph
+        parts = {
+            "weights": graph.weight_nbytes(),
+            "masters": graph.master_nbytes(),
+            "gradients": graph.gradient_nbytes(),
+            "optimizer": graph.state_nbytes(),
+        }
+        shown = [f"{name} {nbytes / self.num_params:.3g}" for name, nbytes in parts.items()]
+        shown = [text for text, nbytes in zip(shown, parts.values(), strict=True) if nbytes]
+        total = sum(parts.values()) / self.num_params
+        return (f"{total:.3g} bytes a parameter on the host: {', '.join(shown)}",)
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that ``from_json`` reads back."""
         return {

@@ -118,6 +118,7 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
         machine, notes = _measured_machine(request, profile)
         machine = _with_updates(machine, profile)
         source = f"measured on {profile.device}"
+        notes = (*notes, *profile.host_notes)
         return Task(profile, profile.costs, machine, minibatch, source, notes)
     if request.host_memory_nbytes is None:
         raise ConfigError(
@@ -135,7 +136,7 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
         link_bytes_per_s=request.link_bytes_per_s,
     )
     costs, source = profile.costs_on(gpu, host.bytes_per_s, minibatch, tf32=request.tf32)
-    notes = _notes(gpu, host, machine)
+    notes = (*_notes(gpu, host, machine), *profile.host_notes)
     return Task(profile, costs, _with_updates(machine, profile), minibatch, source, notes)
 
 
