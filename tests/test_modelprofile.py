@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,16 @@ def test_a_full_disk_is_no_wrong_command_line(
         write_json({"a": 1}, tmp_path / "plan.json", "the plan")
     assert not isinstance(caught.value, ConfigError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_parameter_takes_on_the_host_is_said_by_kind() -> None:
+    layers = tuple(
+        replace(layer, weight_nbytes=20, master_nbytes=40, gradient_nbytes=40, state_nbytes=80)
+        for layer in GRAPH.layers
+    )
+    graph = replace(GRAPH, layers=layers, shared=())
+    known = profile(graph=graph, num_params=10 * len(layers))
+    assert known.host_notes == (
+        "18 bytes a parameter on the host: weights 2, masters 4, gradients 4, optimizer 8",
+    )
+    assert profile(num_params=0).host_notes == ()

@@ -18,6 +18,7 @@ from harmony.core import options
 from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Pack
 from harmony.planner.lower.resident import can_stay
+from harmony.report.metrics import metrics_of
 from tests.toys import chain
 from tests.training.conftest import VirtualGPUs
 from tests.training.mixed import BF16, in_bf16, train_fsdp, train_plain
@@ -90,7 +91,7 @@ def train_by_loop(net: nn.Module, batches: list[Any], make: Any, **options: Any)
 
 
 def in_a_loop(net: nn.Module, **options: Any) -> harmony.Harmony:
-    settings: dict[str, Any] = {"devices": 1, "device_memory": "200KiB", "precision": "bf16"}
+    settings: dict[str, Any] = {"devices": 1, "device_memory": "600KiB", "precision": "bf16"}
     return harmony.Harmony(net, **{**settings, **options})
 
 
@@ -187,11 +188,16 @@ def test_an_embedding_with_sparse_gradients(vgpus: VirtualGPUs) -> None:
             return self.head(self.table(ids))
 
     sparse = seeded(Words)
-    expected = train_plain(sparse, tokens(1), SGD, token_loss, microbatch=2)
+    inputs, targets = token_batch(0)
+    expected = torch.zeros(61, 8)
+    for low in range(0, 8, 2):  # autograd itself casts no sparse gradient
+        held = {name: param.to(BF16) for name, param in sparse.named_parameters()}
+        out = torch.func.functional_call(sparse, held, (inputs[low : low + 2],))
+        loss = token_loss(out, targets[low : low + 2]) * 0.25
+        (gradient,) = torch.autograd.grad(loss, [held["table.weight"]])
+        expected.add_(gradient.float())
     found = train_steps(wrapped(sparse, SGD), tokens(1))
-    assert torch.equal(found.losses[0], expected.losses[0])
-    for name, gradient in expected.gradients[0].items():
-        assert torch.equal(found.gradients[0][name], gradient.to_dense()), name
+    assert torch.equal(found.gradients[0]["table.weight"], expected)
 
 
 def test_frozen_parameters_and_those_in_bf16_already(vgpus: VirtualGPUs) -> None:
@@ -514,16 +520,25 @@ def test_what_would_run_in_fp32_is_refused(vgpus: VirtualGPUs, form: str) -> Non
         assert_gradients(params_of(model.module), before)
 
 
-def test_links_carry_half_of_the_weights_and_activations(vgpus: VirtualGPUs) -> None:
+def test_links_carry_half_of_the_weights(vgpus: VirtualGPUs) -> None:
     net = seeded(Small)
     found = {}
     for precision in ("fp32", "bf16"):
-        model = wrapped(net, precision=precision, activations="recompute", updates="host")
+        model = wrapped(
+            net,
+            precision=precision,
+            activations="recompute",
+            updates="host",
+            device_memory="400KiB",
+        )
         model.train_step(*token_batch(0))
-        spans = model.last_timeline.spans
-        into = [s for s in spans if s.lane.endswith(".h2d")]
-        found[precision] = sum(s.nbytes for s in into if "W[" in s.label)
-    assert found["bf16"] < 0.6 * found["fp32"]
+        traffic = metrics_of(model.record).traffic_nbytes()
+        found[precision] = {
+            kind: sum(row.get(kind, 0) for row in traffic.values())
+            for kind in ("weights", "gradients")
+        }
+    assert 0 < found["bf16"]["weights"] <= 0.55 * found["fp32"]["weights"]
+    assert found["bf16"]["gradients"] == found["fp32"]["gradients"]
 
 
 def assert_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
