@@ -81,6 +81,8 @@ def capture(
         captured = Captured(tracer, template, batch, sizes, program.has_loss)
     finally:
         tracer.outside.restore()
+    if captured.eager is None:
+        tracer.leave_settled()
     return captured
 
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from harmony.capture.eager.lender import Lender
 from harmony.capture.graph.assemble import OneSize
-from harmony.capture.graph.trace import Constant, Step
 from harmony.capture.guards.observe import Observed
 from harmony.capture.guards.outside import Outside
 from harmony.capture.replay.captured import Captured
 from harmony.capture.replay.inputs import Batch
-from harmony.capture.replay.replay import FACTORIES, equal
+from harmony.capture.replay.replay import FACTORIES
+from harmony.capture.replay.same_steps import same_steps
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.kernels import KernelWatch
 from harmony.capture.trace.leaves import choose_leaves
@@ -87,11 +87,7 @@ class DynamicTrace:
 def same_path(first: Captured, second: Captured) -> bool:
     """Whether two dynamic captures compute the same from their inputs and parameters."""
     one, two = first.trace, second.trace
-    return (
-        len(one.steps) == len(two.steps)
-        and [_form(value) for value in one.values] == [_form(value) for value in two.values]
-        and all(map(_same_step, one.steps, two.steps))
-    )
+    return same_steps((one.steps, one.values), (two.steps, two.values))
 
 
 class _DynamicTracer(Tracer):
@@ -160,36 +156,3 @@ class _DynamicRecorder(Recorder):
             self._references.lent(real),
         ):
             yield args, kwargs, real
-
-
-_COMPARED = (
-    *("kind", "name", "target", "structure", "context", "outputs", "mutated"),
-    *("left_behind", "state", "changes", "counts", "random"),
-)
-
-
-def _form(value: Any) -> tuple[Any, ...]:
-    return value.shape, value.stride, value.dtype, value.requires_grad, value.storage
-
-
-def _same_step(one: Step, two: Step) -> bool:
-    if any(getattr(one, field) != getattr(two, field) for field in _COMPARED):
-        return False
-    if not _same_leaf(one.expected, two.expected) or not _same_start(one, two):
-        return False
-    return len(one.leaves) == len(two.leaves) and all(map(_same_leaf, one.leaves, two.leaves))
-
-
-def _same_start(one: Step, two: Step) -> bool:
-    first, second = one.python_random, two.python_random
-    if first is None or second is None:
-        return first is second
-    return first.same(second)
-
-
-def _same_leaf(one: Any, two: Any) -> bool:
-    if one is two:
-        return True
-    if isinstance(one, Constant) and isinstance(two, Constant):
-        return torch.equal(one.tensor.cpu(), two.tensor.cpu())
-    return type(one) is type(two) and equal(one, two)

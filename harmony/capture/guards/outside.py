@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from harmony.capture.graph.trace import StepKind
 from harmony.capture.guards.holders import MISSING, Entry, Holder, Names, Whole
 from harmony.capture.guards.loss_reads import LossReads
 from harmony.capture.guards.observe import Observed, is_users, observing
@@ -318,19 +319,24 @@ def depends_on_batch(
 ) -> Callable[[torch.Tensor], bool]:
     """Return what tells whether a tensor depends on the content of inputs or parameters.
 
+    What Python makes once it has looked at such content (at how many tokens an expert gets, for
+    instance) may depend on it too.
+
     Args:
         parameters: their names.
     """
     tainted: set[int] = set(recorder.inputs)
     moving = {name for step in recorder.steps for name in step.changes}
     moving.update(parameters)
+    looked = False
     for step in recorder.steps:
         trained = not moving.isdisjoint(step.state)
         of_data = not tainted.isdisjoint(step.inputs) and not by_shape_only(step.name)
         left = {left.value for left in step.left_behind}
-        if step.random:
+        looked |= step.kind is StepKind.GUARD and (of_data or trained)
+        if step.random or looked:
             tainted.update(left)
-        if of_data or trained or step.random:
+        if of_data or trained or step.random or looked:
             tainted.update(number for number in step.made if number not in left)
 
     def depends(tensor: torch.Tensor) -> bool:

@@ -85,6 +85,7 @@ class Captured:
         moving = {a for change in self.changes.values() for a in change.attributes}
         moving.update((module, name) for module, name, _ in self.moved)
         replayed = sizes.trace.loss_call is None
+        tracer.leave_settled()  # it stands while they are as the forward leaves them
         self.guards = tracer.outside.guards(moving, loss=replayed)
         self.eager = tracer.outside.refusal(self.guards, loss=replayed)
         self.loss_reads = None if replayed else tracer.outside.loss_reads()

@@ -65,6 +65,34 @@ class PlainState:
         ]
 
 
+class HeldFromOutside:
+    """The attributes of some modules at one moment, to see whether another has set them."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._plain = PlainState(self._modules)
+        self._objects = [dict(_objects(module)) for module in self._modules]
+
+    def changed(self) -> str | None:
+        """Name an attribute that was set since; None if there is none."""
+        for _, attribute in self._plain.changes():
+            return attribute
+        for module, before in zip(self._modules, self._objects, strict=True):
+            now = dict(_objects(module))
+            for attribute in {**before, **now}:
+                if before.get(attribute, _MISSING) is not now.get(attribute, _MISSING):
+                    return attribute
+        return None
+
+
+def _objects(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the mode of a module, and its attributes that are not plain."""
+    yield "training", module.training
+    for name, held in list(module.__dict__.items()):
+        if name not in _MACHINERY and not is_plain(held):
+            yield name, held
+
+
 def _copied(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, held in plain_attributes(module):
         yield name, copy.copy(held) if isinstance(held, _CONTAINERS) else held

@@ -26,10 +26,12 @@ from harmony.capture.graph.trace import (
     ValueRef,
 )
 from harmony.capture.replay.shell import ModuleShell
+from harmony.capture.state.python_state import HeldFromOutside
 from harmony.capture.state.random_state import PythonState
 from harmony.capture.trace.calls import CallHandler
 from harmony.capture.trace.isolation import autocast_dtype, held_by_variables, user_frame
 from harmony.capture.trace.kernels import KernelWatch, Noticed, changed_by, version_of
+from harmony.capture.trace.leaf_watch import LeafMustOpenError
 from harmony.capture.trace.references import References, with_devices
 from harmony.capture.trace.refuse import (
     DynamicOnlyError,
@@ -82,6 +84,7 @@ class Recorder(CallHandler):
         self._kept: list[tuple[str, str]] = []
         self._sized_by_values: set[int] = set()
         self._python_random = PythonState.now()
+        self._held: dict[str, HeldFromOutside] = {}
 
     @property
     def values(self) -> list[TraceValue]:
@@ -165,8 +168,10 @@ class Recorder(CallHandler):
             step.state = tuple(dict.fromkeys((*step.state, *by_alias)))
 
     def begin(self) -> None:
-        """The forward begins now, from the random states that there are."""
+        """The forward begins now, from the random states and attributes that there are."""
         self._python_random = PythonState.now()
+        for name in self._leaves:
+            self._held[name] = HeldFromOutside(self._shell.modules[name].modules())
 
     def check_python_random(self) -> PythonState | None:
         """Refuse randomness of Python or NumPy in functional code: a trace freezes what was drawn.
@@ -230,6 +235,7 @@ class Recorder(CallHandler):
         self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         check_transform(name)
+        self._check_held(name)
         (args, kwargs), leaves, structure = self._references.stand_in(args, kwargs)
         for leaf in leaves:
             check_argument(leaf, name)
@@ -270,7 +276,18 @@ class Recorder(CallHandler):
             if id(tensor) not in known.numbers
         )
         self._note_sizes(step)
+        self._held[name] = HeldFromOutside(module.modules())
         return out
+
+    def _check_held(self, name: str) -> None:
+        """Check that a leaf finds itself as its own last call, or the caller, has left it.
+
+        Raises:
+            LeafMustOpenError: if the forward around it has set an attribute: it is to be recorded.
+        """
+        changed = self._held[name].changed()
+        if changed is not None:
+            raise LeafMustOpenError([name], f"the forward sets {changed} of {name}")
 
     def _append(
         self,

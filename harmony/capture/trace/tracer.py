@@ -7,6 +7,7 @@ values that fake tensors do not have, the trace is repeated with the real parame
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from harmony.capture.graph.trace import StepKind, Trace, without_dead_steps
 from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
 from harmony.capture.guards.outside import Outside, depends_on_batch
 from harmony.capture.replay.inputs import Batch
+from harmony.capture.replay.same_steps import Recorded, same_steps
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.caller_arguments import Containers, place_of
 from harmony.capture.state.python_state import PlainState
@@ -83,8 +85,10 @@ class Tracer:
         self._program = program
         self._batch = batch
         self._real = False
-        self._settled = False
+        self._settled: list[tuple[str, str]] = []
         self._set_up = False
+        self._before: Recorded | None = None
+        self._first_time: DynamicOnlyError | None = None
         self._closed: dict[str, str] = {}
 
     @property
@@ -98,6 +102,8 @@ class Tracer:
         Raises:
             CaptureError: naming what cannot be recorded, with file and line.
         """
+        if self._first_time is not None:
+            raise self._first_time.again()
         for _ in range(_MOST_OPENED):
             try:
                 with undisturbed(self.device), self.outside.undone():
@@ -166,9 +172,10 @@ class Tracer:
         containers.check(place_of(self._source))
         _check_inputs(recorder)
         self.outside.end(self._judges(recorder, twin))
-        self._settle_objects(twin)
+        self._settle_objects(twin, recorder)
         recorder.check_containers()
         opened.record_changes(recorder)
+        self._check_same(recorder)
         recorder.note_uses_by_alias()
         leaves, structure = flatten(out)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
@@ -253,6 +260,8 @@ class Tracer:
     def _settle(self, moved: _AttributesMovedError) -> None:
         """Start from what the forward left on opened modules; once, as it may be set up lazily.
 
+        Where it computes something else then, it runs as it is this time (see `_check_same`).
+
         Raises:
             DynamicOnlyError: if the forward changes the attributes each time.
         """
@@ -262,8 +271,9 @@ class Tracer:
                 f"the forward changes Python attributes outside of a layer ({names})",
                 type(self._template.root).__name__,
             )
-        self._settled = True
+        self._before = moved.recorded
         for name, attribute, held in moved.attributes:
+            self._settled.append((name, attribute))
             setattr(self._template.modules[name], attribute, held)
         for name, module in moved.modules.items():  # what was set up lazily may be hooks
             settled = self._template.modules[name]
@@ -271,7 +281,30 @@ class Tracer:
                 settled.__dict__[hooks].update(module.__dict__[hooks])
             settled._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
 
-    def _settle_objects(self, twin: ModuleShell) -> None:
+    def leave_settled(self) -> None:
+        """Let the user's modules have the attributes that the forward leaves there."""
+        modules = dict(self._source.named_modules())
+        for name, attribute in self._settled:
+            held = self._template.modules[name].__dict__.get(attribute)
+            setattr(modules[name], attribute, copy.deepcopy(held))
+
+    def _check_same(self, recorder: Recorder) -> None:
+        """Check that the forward does what it did before something had been set up.
+
+        Raises:
+            DynamicOnlyError: if not: it sets up more than attributes, the first time.
+        """
+        before, self._before = self._before, None
+        if before is not None and not same_steps(before, (recorder.steps, recorder.values)):
+            self._first_time = DynamicOnlyError(
+                "the forward computes something else before it has set up attributes",
+                type(self._source).__name__,
+                eager=True,
+                passing=True,
+            )
+            raise self._first_time.again()
+
+    def _settle_objects(self, twin: ModuleShell, recorder: Recorder) -> None:
         """Start anew from objects on modules as the forward has set them up; once."""
         moved = [] if self._set_up or self.outside.reason is None else self.outside.moved_objects()
         self._set_up |= bool(moved)
@@ -281,6 +314,7 @@ class Tracer:
             for module in () if hides_tensors(new) else self._template.modules.values():
                 module.__dict__.update({k: new for k, v in module.__dict__.items() if v is old})
         if moved:
+            self._before = (recorder.steps, recorder.values)
             raise _ObjectsMovedError
 
     def _on_meta(self) -> bool:
@@ -353,31 +387,39 @@ class _AttributesMovedError(Exception):
     Attributes:
         attributes: name of the module, attribute, new value.
         modules: all modules by name, as they are now.
+        recorded: the forward that has changed them.
     """
 
     def __init__(
-        self, attributes: list[tuple[str, str, Any]], modules: Mapping[str, nn.Module]
+        self,
+        attributes: list[tuple[str, str, Any]],
+        modules: Mapping[str, nn.Module],
+        recorded: Recorded,
     ) -> None:
         super().__init__("attributes have changed")
+        self.recorded = recorded
         self.attributes = attributes
         self.modules = modules
 
 
 class OpenedModules:
-    """What the forward may change on the modules whose Python a trace does not run again."""
+    """What the forward may change on modules and a trace does not do again.
+
+    That is what the Python of opened modules changes, on themselves or on leaf modules.
+    """
 
     def __init__(self, twin: ModuleShell, leaves: AbstractSet[str]) -> None:
         inside = {id(m) for name in leaves for m in twin.modules[name].modules()}
         opened = {name: m for name, m in twin.modules.items() if id(m) not in inside}
         self._twin = twin
-        self._names = {id(module): name for name, module in opened.items()}
+        self._names = {id(module): name for name, module in twin.modules.items()}
         self._buffers = {
             (module, key): buffer
             for module in opened.values()
             for key, buffer in module._buffers.items()
             if buffer is not None
         }
-        self._plain = PlainState(opened.values())
+        self._plain = PlainState(twin.modules.values())
 
     def record_changes(self, recorder: Recorder) -> None:
         """Record buffers that were replaced; plain attributes must be as before.
@@ -390,14 +432,17 @@ class OpenedModules:
             new = module._buffers.get(key)
             if new is not None and new is not buffer:
                 recorder.assign(names[id(buffer)], buffer, new)
+        by_leaves = {counted for step in recorder.steps for counted in step.counts}
         moved = [
             (self._names[id(module)], attribute, module.__dict__.get(attribute))
             for module, attribute in self._plain.changes()
+            if (self._names[id(module)], attribute) not in by_leaves
         ]
         if recorder.once:
             recorder.attributes = moved
         elif moved:
-            raise _AttributesMovedError(moved, self._twin.modules)
+            recorded = (recorder.steps, recorder.values)
+            raise _AttributesMovedError(moved, self._twin.modules, recorded)
 
 
 def _check_inputs(recorder: Recorder) -> None:
