@@ -112,6 +112,7 @@ class DynamicRunner:
             num_samples: of the microbatch, where it is a part of the batch.
         """
         args, kwargs, targets = call
+        self._options.precision.check(self._net)
         self._variants.activate(None)  # the forward needs the memory
         if self._generation != self._variants.generation:  # the model is another
             self.forget()
@@ -264,6 +265,7 @@ class DynamicRunner:
                 self._context.device,
                 loss=loss,
                 output_loss=kind is CallKind.TRAIN_STEP and loss is None,
+                param_dtype=self._options.precision.dtype,
             )
         return self._captures[kind]
 

@@ -227,9 +227,8 @@ class Engine:
         known = isinstance(reason, DynamicOnlyError)
         found = reason if known else DynamicOnlyError(OTHER_WAY, reason.where)
         assert isinstance(found, DynamicOnlyError)
-        self.options.precision.refuse(
-            f"no recording stands for this forward ({found.reason}, {found.where})"
-        )
+        if found.eager:
+            self.options.precision.refuse(f"{found.reason} ({found.where})")
         paths, _ = self.variants.paths(kind, call)
         if not found.passing:
             paths.dynamic = found.again()
@@ -249,7 +248,7 @@ class Engine:
         except DynamicOnlyError as reason:
             if kind is CallKind.TRAIN_STEP or reason.eager:
                 raise
-            self._goes_dynamic(kind, call, reason)
+            self._dynamic.notice(reason)
             self._runs_whole(call)
             return self._dynamic.ready(kind, call, self.num_steps, 0)
         plan = planned.plan
@@ -312,6 +311,7 @@ class Engine:
                 break
         self.whole.check()
         check_surroundings()
+        self.options.precision.refuse(OTHER_WAY)
         self._runs_whole((args, kwargs, None))
         out = self._eager.forward(args, kwargs, self.num_steps)
         self.num_steps += torch.is_grad_enabled()
@@ -403,9 +403,8 @@ class Engine:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
         self.whole.check()
-        self.options.precision.refuse("generate() is not supported")
         self.variants.activate(None)  # the forwards need the memory
-        return generate(self.net, self.devices[0], args, kwargs)
+        return generate(self.net, self.devices[0], self.options.precision, args, kwargs)
 
     def _with_slots(
         self, prepare: Callable[P, PreparedSchedule], *args: P.args, **kwargs: P.kwargs

@@ -63,15 +63,17 @@ class Precision:
                 )
 
     def refuse(self, what: str) -> None:
-        """Refuse what computes with the module's own parameters.
+        """Refuse forwards that run as they are, with the module's own parameters.
 
         Raises:
             ConfigError: if that would be another precision than the one that was asked for.
         """
         if self.dtype is not None:
             raise ConfigError(
-                f"precision={self.name!r}: {what}. It would run with the fp32 parameters. Leave "
-                "precision= out, or cast in the forward (torch.autocast)"
+                f"precision={self.name!r}: {what}, so no recorded forward stands for the next, "
+                "and the module would run as it is, with its fp32 parameters. Let the forward "
+                "return what it leaves, and take what changes as an input; or leave precision= "
+                "out, and cast by torch.autocast"
             )
 
 

@@ -41,15 +41,17 @@ class DynamicTrace:
         *,
         loss: Callable[[Any, Any], torch.Tensor] | None = None,
         output_loss: bool = False,
+        param_dtype: torch.dtype | None = None,
     ) -> None:
         """Run on ``device``.
 
         Args:
-            loss, output_loss: as for `harmony.capture.capture`.
+            loss, output_loss, param_dtype: as for `harmony.capture.capture`.
         """
         check_module(module)
         self._module = module
         self._device = device
+        self._param_dtype = param_dtype
         self._program = Program(loss, output_loss)
         self._leaves = choose_leaves(module)
         self._known: Observed | None = None
@@ -69,7 +71,7 @@ class DynamicTrace:
             begin: called where the forward begins, to seed the random generators; what they were
                 is restored afterwards.
         """
-        template = ModuleShell(self._module, torch.device("cpu"))
+        template = ModuleShell(self._module, torch.device("cpu"), self._param_dtype)
         batch = Batch.of(args, kwargs, targets, {}, num_samples).detached()
         tracer = _DynamicTracer(self._module, template, self._program, batch, self._leaves)
         tracer.device, tracer.begin = self._device, begin

@@ -43,7 +43,7 @@ class Lender:
         real: dict[str, torch.Tensor] = {}
         for name in names:
             param = self._params[name]
-            data = param.detach().to(device, copy=True)
+            data = param.detach().to(self.fakes[name].dtype).to(device, copy=True)
             real[name] = nn.Parameter(data, requires_grad=param.requires_grad)
         self._shell.bind(real)
         try:

@@ -25,10 +25,13 @@ from harmony.capture.trace.leaves import choose_leaves
 class StreamedModule:
     """A module whose forward runs on a device while its parameters stay on the host."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, param_dtype: torch.dtype | None = None
+    ) -> None:
+        """Run on ``device``; ``param_dtype`` as for a `ModuleShell`."""
         self._module = module
         self._device = device
-        self._twin = ModuleShell(module, device)
+        self._twin = ModuleShell(module, device, param_dtype)
         self._leaves = choose_leaves(self._twin.root)
         buffers = {name: buffer.to(device) for name, buffer in module.named_buffers()}
         self._twin.bind(buffers)
