@@ -1,0 +1,61 @@
+"""The steps, in the order in which they are worth having when time runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+
+class Note(Protocol):
+    """Keeps figures; what was noted stays when a step fails or is ended."""
+
+    def __call__(self, **figures: Any) -> None:
+        """Note figures by name; ``what`` says of what, ``skipped`` why there are none."""
+
+
+Run = Callable[[Note, bool], bool]
+"""Runs a step, with tiny models if the second argument says so; returns whether all is well."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: on the command line and in the results.
+        what: it finds out.
+        run: does it.
+    """
+
+    name: str
+    what: str
+    run: Run
+
+
+def _later(module: str, function: str, *args: Any) -> Run:
+    """A function whose module is imported by the step that needs it."""
+
+    def run(note: Note, small: bool) -> bool:
+        import importlib
+
+        found = getattr(importlib.import_module(f"gpu_check.{module}"), function)
+        return bool(partial(found, *args)(note, small))
+
+    return run
+
+
+STEPS = (
+    Step("machine", "the machine, its GPUs, what is installed", _later("machine", "describe")),
+    Step("exact", "training against plain PyTorch on the same GPU", _later("exact", "compare")),
+    Step("suite", "the tests that want a GPU", _later("suite", "run")),
+    Step("memory", "what PyTorch reserves at most, of the limit", _later("limits", "run")),
+    Step("links", "links as Harmony measures them and by copies", _later("links", "run")),
+    Step("prediction", "predicted against measured steps", _later("speed", "predict")),
+    Step("speed-1B", "tokens/s of 1 billion parameters", _later("speed", "run", "1B")),
+    Step("speed-7B", "tokens/s of 7 billion parameters", _later("speed", "run", "7B")),
+    Step("speed-14B", "tokens/s of 14 billion parameters", _later("speed", "run", "14B")),
+    Step("largest", "the largest model that the host holds", _later("largest", "run")),
+    Step("sanitizer", "a few steps under compute-sanitizer", _later("sanitizer", "run")),
+)
