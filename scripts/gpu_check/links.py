@@ -27,7 +27,7 @@ def run(note: Note, small: bool) -> bool:
         cores=machine.host.num_cores,
         memory_gb_per_s=machine.host.memory_bytes_per_s / 1e9,
         peer_links=machine.peer_links,
-        switches=[list(map(str, machine.switches))] if machine.switches else "none",
+        switches=[str(switch) for switch in machine.switches],
     )
     good = True
     for number, device in enumerate(machine.devices):

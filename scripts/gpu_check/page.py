@@ -18,7 +18,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"{name}: {step['state']}, {step['seconds']:.0f} s")
         lines += [f"  {line}" for figure in step["figures"] for line in _figure(figure)]
         if step["error"]:
-            lines += [f"  | {line[:WIDTH]}" for line in step["error"].splitlines()]
+            lines += [f"  | {line[: WIDTH - 4]}" for line in step["error"].splitlines()]
         lines.append("")
     return "\n".join(lines)
 
@@ -31,7 +31,7 @@ def _figure(figure: dict[str, Any]) -> Iterator[str]:
     line = f"{what}: " if what else ""
     for number, part in enumerate(parts):
         joined = line + part + (", " if number < len(parts) - 1 else "")
-        if len(joined) > WIDTH and line.strip():
+        if len(joined) > WIDTH - 2 and line.strip():
             yield line.rstrip()
             joined = "    " + part + (", " if number < len(parts) - 1 else "")
         line = joined
