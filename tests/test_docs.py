@@ -13,7 +13,7 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").rglob("*.md")]
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)]*)?\)")
-COMMAND = re.compile(r"^\$? *(\./)?((?:scripts|\.ci)/[\w.]+)", re.MULTILINE)
+COMMAND = re.compile(r"^\$? *(\./)?((?:scripts|\.ci)/[\w.-]+)", re.MULTILINE)
 
 
 def names(path: Path) -> str:
