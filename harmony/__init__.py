@@ -10,6 +10,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harmony.checkpoint.run import Run
     from harmony.core.version import __version__
     from harmony.errors import (
         CaptureError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "__version__": "harmony.core.version",
     "Harmony": "harmony.module",
+    "Run": "harmony.checkpoint.run",
     "Plan": "harmony.planner.ir.plan",
     "load_pretrained": "harmony.weights.pretrained",
     "materialise": "harmony.weights.meta_init",
@@ -69,6 +71,7 @@ __all__ = [
     "PlanError",
     "RaceError",
     "RecomputeError",
+    "Run",
     "ScheduleError",
     "VirtualGPUError",
     "__version__",

@@ -230,6 +230,7 @@ class Harmony(Wrapper):
             raise ConfigError("train_step on a model in eval mode; call model.train() first")
         if current_options().verify:
             raise Verified(self.verify(inputs, targets))
+        self._check_resumed()
         args, kwargs = _arguments(inputs)
         return engine.train(args, kwargs, targets)
 
@@ -238,10 +239,24 @@ class Harmony(Wrapper):
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
         self._bypass.watch(self._engine.variants.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
+            self._check_resumed()
             return self._engine.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
         with torch.inference_mode(False), torch.no_grad():
             return self._engine.infer(args, kwargs)
+
+    def _check_resumed(self) -> None:
+        """Refuse to train from the start where the command line asks to go on.
+
+        Raises:
+            ConfigError: if no `harmony.Run` has looked for a checkpoint of this model.
+        """
+        wanted = current_options().resume
+        if wanted is not None and not self.record.resumed:
+            raise ConfigError(
+                f"--resume {wanted}: the script trains {self.record.name} without having resumed "
+                "it. Add run = harmony.Run(model, ...) and run.resume() before the first step"
+            )
 
     def _weights_loaded(self) -> None:
         """Hear that the module's values were read from a file."""
@@ -288,11 +303,12 @@ class Harmony(Wrapper):
         states of torch, Python and NumPy. The folder of a checkpoint holds ``model.safetensors``,
         named as the module's own ``state_dict()``; with the ``config.json`` of a Hugging Face
         model ``from_pretrained`` reads it. Tied weights are stored once. No second copy of the
-        model is made. Gradients are not saved: save between two steps.
+        model is made. In a loop of your own gradients that are there are saved too, as the next
+        ``optimizer.step()`` may use them; after ``optimizer.zero_grad()`` there are none.
 
         Args:
             folder: where checkpoints are; made if it is not there.
-            keep: remove all but so many of the newest afterwards; None keeps all.
+            keep: remove all but so many of the newest up to this one afterwards; None keeps all.
             extra: numbers, texts, tensors, and lists and dictionaries of these, for the script.
             objects: what else has ``state_dict()`` and ``load_state_dict()``: an optimizer of
                 one's own (stored by the names of parameters), LR schedulers, gradient scalers,

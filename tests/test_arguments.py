@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harmony.cli.arguments import mistyped, parse
-from harmony.core.options import Options
+from harmony.core.options import Every, Options
 from harmony.errors import ConfigError
 
 
@@ -53,6 +53,32 @@ def test_all_options(script: str) -> None:
         cache=False,
         precision="bf16",
     )
+
+
+def test_checkpoints_are_asked_for(script: str, tmp_path: Path) -> None:
+    words = f"{script} --checkpoint-dir runs/a --checkpoint-every 15m --keep 3 --resume auto"
+    options = parse(words.split()).options
+    assert options.checkpoint_dir == Path("runs/a")
+    assert options.checkpoint_every == Every(seconds=900.0)
+    assert (options.keep, options.resume) == (3, "auto")
+    assert parse([script, "--checkpoint-every", "20"]).options.checkpoint_every == Every(steps=20)
+    assert parse([script, "--resume", str(tmp_path)]).options.resume == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("--checkpoint-every often", "--checkpoint-every: 'often' is neither a number of steps"),
+        ("--checkpoint-every 0", "neither"),
+        ("--keep 0", "--keep 0: it takes a whole number"),
+        ("--resume nowhere", "--resume nowhere: there is no such folder"),
+        ("--resume train.py", "--resume train.py: that is a file"),
+        ("--checkpoint-dir train.py", "--checkpoint-dir train.py: that is a file"),
+    ],
+)
+def test_checkpoints_that_make_no_sense_are_refused(words: str, match: str, script: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse([script, *words.split()])
 
 
 def test_a_machine_that_is_not_there_is_described_for_its_plan_only(script: str) -> None:

@@ -188,6 +188,24 @@ def test_an_interrupt_says_where_and_reports(run: RunScript) -> None:
     assert "3 steps" in out
 
 
+def test_what_was_not_saved_is_said_at_the_end(run: RunScript, tmp_path: Path) -> None:
+    words = ("--checkpoint-dir", str(tmp_path / "runs"))
+    code, _, err = run(TRAIN, *words)
+    assert code == 0
+    assert err.count("harmony: nothing was saved: the script makes no harmony.Run. Add run") == 1
+    _, _, err = run(TRAIN)
+    assert "saved" not in err
+    kept = (
+        f"{TRAIN}\nfrom pathlib import Path\nsession.say('a word')\n"
+        "session.keep(session.Keeping(Path('runs'), num_steps=7, saved_steps=5))\n"
+    )
+    _, _, err = run(kept, *words)
+    assert "the last 2 of 7 steps are in no checkpoint in runs" in err
+    assert "harmony: a word\n" in err
+    _, _, err = run(kept.replace("=5", "=7"), *words)
+    assert "no checkpoint" not in err
+
+
 def test_plan_only_shows_the_plan_and_trains_nothing(run: RunScript) -> None:
     code, out, err = run(TRAIN, "--plan-only")
     assert code == 0

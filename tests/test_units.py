@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmony.core.units import format_bytes, format_rate, format_seconds, parse_bytes, parse_rate
+from harmony.core.units import (
+    format_bytes,
+    format_rate,
+    format_seconds,
+    parse_bytes,
+    parse_period,
+    parse_rate,
+)
 from harmony.errors import ConfigError
 
 
@@ -51,6 +58,19 @@ def test_rates_are_read() -> None:
 def test_what_is_no_rate_is_refused(text: str | float) -> None:
     with pytest.raises(ConfigError):
         parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30.0), ("15m", 900.0), ("15 min", 900.0), ("1.5h", 5400.0)]
+)
+def test_periods_are_read(text: str, seconds: float) -> None:
+    assert parse_period(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "15", "m", "-1m", "0s", "3 days", "1e3s"])
+def test_what_is_no_period_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="30s, 15m or 2h"):
+        parse_period(text)
 
 
 def test_numbers_are_printed_with_three_digits() -> None:

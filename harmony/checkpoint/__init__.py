@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harmony.checkpoint.attributes import Attributes
+from harmony.checkpoint.run import Run
 from harmony.checkpoint.training import Restored, load_training, save_training
 
-__all__ = ["Attributes", "Restored", "load_training", "save_training"]
+__all__ = ["Attributes", "Restored", "Run", "load_training", "save_training"]

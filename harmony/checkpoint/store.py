@@ -259,12 +259,22 @@ def found_in(root: Path) -> list[Path]:
     return [root / name for _, name in sorted(steps, reverse=True)]
 
 
-def keep_last(root: Path, number: int) -> None:
-    """Remove all but the newest checkpoints of a folder, and what writes that ended left."""
-    for folder in found_in(root)[number:]:
+def keep_last(root: Path, number: int, step: int) -> None:
+    """Remove all but the newest checkpoints up to a step, and what writes that ended left.
+
+    Those of later steps stay: they are of a run that has gone back, and may be damaged.
+    """
+    upto = [folder for folder in found_in(root) if step_of(folder) <= step]
+    for folder in upto[number:]:
         with contextlib.suppress(OSError):  # half of one is never taken for a whole
             (folder / MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)
     for path in root.iterdir():
         if _PART.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def step_of(folder: Path) -> int:
+    """The number in the name ``step-N`` of a checkpoint's folder."""
+    match = _STEP.fullmatch(folder.name)
+    return -1 if match is None else int(match[1])

@@ -66,6 +66,7 @@ def save_training(
     weights, shared, others = _weights(engine.net)
     choices = engine.bit_choices()
     changed, generators = attributes.changed()
+    random = RandomStates.now()
     data = {
         "extra": extra,
         "shared": shared,
@@ -74,13 +75,14 @@ def save_training(
         "generators": generators,
         "trained": {name: p.requires_grad for name, p in engine.net.named_parameters()},
         "buffers": _other_buffers(engine.net),
+        "gradients": _gradients(engine),
         "num_steps": engine.num_steps,
         "seed": engine.options.seed,
         "precision": engine.options.precision.name,
         "choices": None if choices is None else choices.as_data(),
         "optimizer": state_of(engine.optimizer, engine.net),
         "objects": {name: _of_object(name, held, engine.net) for name, held in objects.items()},
-        "random": _random_states(),
+        "random": {"host": tuple(random.host), "cuda": random.devices},
         "versions": {"harmony": __version__, "torch": str(torch.__version__)},
     }
     encoded = {name: encode(value, name, tensors) for name, value in data.items()}
@@ -92,7 +94,7 @@ def save_training(
         if hasattr(config, "to_json_string"):  # with it the folder is one of Hugging Face's
             writer.write("config.json", iter([config.to_json_string().encode()]))
     if keep is not None:
-        keep_last(root, keep)
+        keep_last(root, keep, engine.num_steps)
     return root / f"step-{engine.num_steps:08}"
 
 
@@ -117,9 +119,11 @@ def load_training(
         numbers = data["num_steps"], data["seed"]
         check_types(numbers, tuple[int, int])
         choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
-        host, devices = HostState(*data["random"]["host"]), data["random"]["cuda"]
+        random = RandomStates(HostState(*data["random"]["host"]), data["random"]["cuda"])
         shared, optimizer, saved = data["shared"], data["optimizer"], data["objects"]
         check_types(data["trained"], dict[str, bool])
+        gradients = data.get("gradients", {})
+        check_types(gradients, dict[str, torch.Tensor])
         for name in ("buffers", "attributes", "generators", "shared", "objects"):
             check_types(data[name], dict[Any, Any])
     except DAMAGED as error:
@@ -131,7 +135,7 @@ def load_training(
         if is_of(held, engine.net):
             check_state(held, engine.net, saved[name], name)
     with _trying(stored):  # the one thing that can be tried first
-        _set_random_states(host, devices)
+        random.restore()
     with held_back(), engine.whole.together() as begun, _setting(stored):
         begun.append("the state of a checkpoint")
         for name, target in targets:
@@ -151,17 +155,17 @@ def load_training(
                 held.load_state_dict(saved[name])
         engine.num_steps, engine.options.seed = numbers
         engine.resumed = engine.variants.kept = choices
-        for param in engine.net.parameters():
-            param.grad = None
+        for name, param in engine.net.named_parameters():
+            param.grad = gradients.get(name)
         engine.whole.is_as_before()
         engine.variants.activate(None)  # what stays on devices is of another step
-    _set_random_states(host, devices)
     before, now = data.get("precision", FP32.name), engine.options.precision.name
     if before != now:
         warn(
             f"the run of {stored.folder} computed with precision={before!r}, this one does with "
             f"{now!r}: it goes on from the same parameters, but not to the same results"
         )
+    random.restore()
     return Restored(stored.folder, stored.step, data["extra"], skipped)
 
 
@@ -275,6 +279,16 @@ def _other_buffers(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in net.named_buffers() if name not in known}
 
 
+def _gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    """Gradients that a loop of the caller's own may still add to, or step by.
+
+    Those that `train_step` leaves have been used.
+    """
+    if engine.optimizer is not None:
+        return {}
+    return {n: p.grad for n, p in engine.net.named_parameters() if p.grad is not None}
+
+
 def _set_buffers(net: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
     modules = dict(net.named_modules())
     for path, value in buffers.items():
@@ -321,14 +335,36 @@ def _check_objects(stored: Stored, objects: Mapping[str, Any], saved: Any) -> No
             raise ConfigError(f"{name}={type(held).__name__}: it has no load_state_dict()")
 
 
-def _random_states() -> dict[str, Any]:
-    host = tuple(HostState.now())
-    made = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = torch.cuda.get_rng_state_all() if made else []
-    return {"host": host, "cuda": devices}
+@dataclass(frozen=True)
+class RandomStates:
+    """States of all random generators that are not somebody's own.
 
+    Attributes:
+        host: torch's on the CPU, Python's, NumPy's.
+        devices: of real GPUs.
+    """
 
-def _set_random_states(host: HostState, devices: list[torch.Tensor]) -> None:
-    host.restore()
-    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(devices)
+    host: HostState
+    devices: list[torch.Tensor]
+
+    @staticmethod
+    def now() -> RandomStates:
+        """Read the states."""
+        made = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return RandomStates(HostState.now(), torch.cuda.get_rng_state_all() if made else [])
+
+    def restore(self) -> None:
+        """Set the states."""
+        self.host.restore()
+        if torch.cuda.is_available() and len(self.devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(self.devices)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Set the states while the block runs."""
+        before = RandomStates.now()
+        self.restore()
+        try:
+            yield
+        finally:
+            before.restore()

@@ -13,10 +13,11 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harmony.cli.plan_arguments import MODES, Parser, count, in_folder, rate, size
 from harmony.core.files import is_file, is_folder
-from harmony.core.options import PRECISIONS, Options
+from harmony.core.options import PRECISIONS, Every, Options
 from harmony.core.version import __version__
 from harmony.errors import ConfigError
 from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
@@ -124,6 +125,10 @@ def _parser() -> Parser:
         type=Path,
         help="write the report there too: text, .json for all figures, .trace.json for Perfetto",
     )
+    add("--checkpoint-dir", metavar="DIR", type=Path, help="save the script's harmony.Run there")
+    add("--checkpoint-every", metavar="N|MINm", help="steps or minutes between two (default: 30m)")
+    add("--keep", metavar="K", help="checkpoints to keep (default: all)")
+    add("--resume", metavar="auto|DIR", help="go on from the newest one, or from that in DIR")
     add("--debug", action="store_true", help="show the traceback of an error of Harmony")
     add("--version", action="version", version=f"harmony {__version__}")
     return parser
@@ -190,7 +195,29 @@ def _options(args: argparse.Namespace) -> Options:
         cache=not args.no_cache,
         replan=not args.no_replan,
         precision=args.precision,
+        **_checkpoints(args),
     )
+
+
+def _checkpoints(args: argparse.Namespace) -> dict[str, Any]:
+    """Options about checkpoints."""
+    folder, resume = args.checkpoint_dir, args.resume
+    for name, path in (("--checkpoint-dir", folder), ("--resume", resume)):
+        if path is not None and is_file(Path(path)):
+            raise ConfigError(f"{name} {path}: that is a file, name a folder")
+    if resume not in (None, "auto") and not is_folder(Path(resume)):
+        raise ConfigError(f"--resume {resume}: there is no such folder. It takes auto, or one")
+    every = args.checkpoint_every
+    try:
+        period = None if every is None else Every.of(every)
+    except ConfigError as error:
+        raise ConfigError(f"--checkpoint-every: {error}") from None
+    return {
+        "checkpoint_dir": folder,
+        "checkpoint_every": period,
+        "keep": None if args.keep is None else count("--keep", args.keep),
+        "resume": resume,
+    }
 
 
 def _check_elsewhere(args: argparse.Namespace) -> None:

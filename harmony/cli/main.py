@@ -105,6 +105,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return EXIT_USAGE
     with session.running(command.options):
         session.observe(progress)
+        session.hear(progress.say)
         session.observe(Keeper(command.options, progress.say))
         try:
             if command.options.plan is not None:
@@ -259,6 +260,7 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
                 "trained by it. Call the model itself, not the module that it wraps or a part of "
                 "it, or model.train_step(inputs, targets)"
             )
+    _say_what_is_kept(command.options, progress)
     if not records:
         return code
     try:
@@ -277,6 +279,25 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
         return code or EXIT_ERROR
     progress.say(f"report written to {command.options.report}")
     return code
+
+
+def _say_what_is_kept(options: Options, progress: Progress) -> None:
+    """Say what a script has not saved, though it was asked to."""
+    wanted = (options.checkpoint_dir, options.checkpoint_every, options.keep, options.resume)
+    if options.plan_only or options.verify:
+        return
+    if not session.keepings() and any(option is not None for option in wanted):
+        progress.say(
+            "nothing was saved: the script makes no harmony.Run. Add run = harmony.Run(model) "
+            "and, behind each step, run.step()"
+        )
+    for keeping in session.keepings():
+        lost = keeping.num_steps - keeping.saved_steps
+        if keeping.folder is not None and lost:
+            progress.say(
+                f"the last {lost} of {keeping.num_steps} steps are in no checkpoint in "
+                f"{keeping.folder}: with harmony.Run(...) as run: saves them when the script ends"
+            )
 
 
 def _show_runs(records: Sequence[session.ModelRecord], options: Options) -> None:

@@ -5,8 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from harmony.core.units import parse_period
+from harmony.errors import ConfigError
+
 PRECISIONS = ("fp32", "bf16")
 """What a model can compute in (see `harmony.engine.precision`)."""
+
+MOST = 10**18
+"""Steps: more than anybody trains."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often something is done: after so many steps, or once so much time has passed."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @staticmethod
+    def of(every: int | str | None) -> Every:
+        """``100`` or ``"100"`` steps, ``"15m"``; None: 30 minutes.
+
+        Raises:
+            ConfigError: if it is neither.
+        """
+        if every is None:
+            return Every(seconds=1800.0)
+        steps = int(every) if isinstance(every, str) and every.isdecimal() else every
+        if isinstance(steps, int) and 1 <= steps <= MOST and not isinstance(steps, bool):
+            return Every(steps=steps)
+        try:
+            return Every(seconds=parse_period(str(every)))
+        except ConfigError:
+            raise ConfigError(
+                f"{str(every)[:40]!r} is neither a number of steps (100) nor a time (30s, 15m, 2h)"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -32,6 +65,11 @@ class Options:
         replan: whether the plan may change between two steps.
         precision: in which type every model computes; None: as it says itself.
         cache: whether measurements of earlier runs may be used, and kept.
+        checkpoint_dir: a folder that gets the checkpoints of the script's `harmony.Run`.
+        checkpoint_every: how often it saves one.
+        keep: how many of them are kept.
+        resume: where it goes on from: a folder, or ``"auto"``: the newest that is whole there,
+            or the start, if there is none.
     """
 
     gpus: int | None = None
@@ -55,6 +93,10 @@ class Options:
     cache: bool = True
     replan: bool = True
     precision: str | None = None
+    checkpoint_dir: Path | None = None
+    checkpoint_every: Every | None = None
+    keep: int | None = None
+    resume: str | None = None
 
 
 _current = Options()

@@ -76,6 +76,23 @@ def parse_rate(text: str | float) -> float:
     return float(parse_bytes(text[: -len("/s")]))
 
 
+_PERIODS_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_PERIOD = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]+)?)\s*(s|m|min|h)\s*")
+
+
+def parse_period(text: str) -> float:
+    """Return seconds: ``"30s"``, ``"15m"``, ``"1.5h"``.
+
+    Raises:
+        ConfigError: if it is not a positive number with a known unit.
+    """
+    match = _PERIOD.fullmatch(text) if isinstance(text, str) else None
+    seconds = float(match[1]) * _PERIODS_S[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise ConfigError(f"not a time: {str(text)[:40]!r}. Write it like 30s, 15m or 2h")
+    return seconds
+
+
 def format_bytes(nbytes: float) -> str:
     """Print bytes with a binary unit and three digits: ``"12.5 MiB"``."""
     value = float(nbytes)

@@ -7,15 +7,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harmony.core.options import Options, current_options, use
 from harmony.core.timeline import Timeline
+from harmony.errors import printable
 
 if TYPE_CHECKING:
     from harmony.planner.ir.plan import Plan
@@ -124,6 +128,7 @@ class ModelRecord:
         warnings: what the user should know, in the order it was found; each once.
         profile: returns the layers and costs that the plan in use was made from; None before
             there is one.
+        resumed: whether a `harmony.Run` has looked for a checkpoint of it.
         planned_for: in words what the plan is for and from, where it is not for this machine.
         forward_s: under ``--plan-only``, predicted seconds of a forward of its own.
     """
@@ -138,6 +143,7 @@ class ModelRecord:
     profile: Callable[[], ModelProfile] | None = None
     planned_for: tuple[str, ...] = ()
     forward_s: float = 0.0
+    resumed: bool = False
     _current: PlanRun | None = None
 
     @property
@@ -202,9 +208,26 @@ class ModelRecord:
 
 
 @dataclass
+class Keeping:
+    """What a `harmony.Run` of the session has kept, for what is said at the end.
+
+    Attributes:
+        folder: of its checkpoints; None if it saves none.
+        num_steps: that it has counted.
+        saved_steps: how many of them are in a checkpoint.
+    """
+
+    folder: Path | None = None
+    num_steps: int = 0
+    saved_steps: int = 0
+
+
+@dataclass
 class _Session:
     records: list[ModelRecord] = field(default_factory=list)
     observers: list[Observer] = field(default_factory=list)
+    keepings: list[Keeping] = field(default_factory=list)
+    say: Callable[[str], None] | None = None
 
 
 _session = _Session()
@@ -229,6 +252,32 @@ def records() -> list[ModelRecord]:
 def observe(observer: Observer) -> None:
     """Let ``observer`` hear of every plan and step until the session ends."""
     _session.observers.append(observer)
+
+
+def keepings() -> list[Keeping]:
+    """Of each `harmony.Run` of the running session, in the order they were made."""
+    return _session.keepings
+
+
+def keep(keeping: Keeping) -> Keeping:
+    """Note a new `harmony.Run`; only `harmony-run` asks for it at the end."""
+    if current_options().active:
+        _session.keepings.append(keeping)
+    return keeping
+
+
+def hear(say: Callable[[str], None]) -> None:
+    """Let ``say`` show what `say` is given until the session ends."""
+    _session.say = say
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no warning: on standard error, if nothing else hears it."""
+    if _session.say is not None:
+        _session.say(text)
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there
+        sys.stderr.write(f"harmony: {printable(text)}\n")
 
 
 def activate(options: Options) -> None:

@@ -33,6 +33,60 @@ SAME_S = 0.2
 """Two signals within this time are one Ctrl-C: launchers pass on what a terminal has sent too."""
 
 
+class Ending:
+    """A handler of the signals that ask a process to end: it takes a note of the first.
+
+    Who has asked for it looks at `came` when a step is over. A second signal does what it would
+    have done without this handler. Signals that the process ignores stay ignored.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came: signal.Signals | None = None
+        self._came_s = 0.0
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take the place of the handlers, where this is the main thread."""
+        if not _in_main_thread():
+            return
+        for number in self.SIGNALS:
+            handler = signal.getsignal(number)
+            if handler is signal.SIG_IGN or handler is None:  # None: not one of Python's
+                continue
+            if isinstance(handler, Ending):
+                handler = handler._before.get(number, signal.SIG_DFL)
+            self._before[number] = handler
+            signal.signal(number, self)
+
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        if not _in_main_thread():
+            return
+        for number, handler in self._before.items():
+            if signal.getsignal(number) is self:
+                signal.signal(number, handler)
+        self._before.clear()
+
+    def raises(self, number: int) -> bool:
+        """Whether a second signal of this number is a KeyboardInterrupt."""
+        return self._before.get(number) is signal.default_int_handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take the note; do what would have been done, if it is not the first."""
+        now_s = time.monotonic()
+        if self.came is None:
+            self.came, self._came_s = signal.Signals(number), now_s
+        elif now_s - self._came_s > SAME_S:
+            handler = self._before.get(number, signal.SIG_DFL)
+            if callable(handler):
+                handler(number, frame)
+            else:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+
+
 class Held:
     """The signals that have come while a block ran."""
 
@@ -89,7 +143,9 @@ class Held:
                 self._end(error)
             return
         self._came.append((number, frame))
-        if self._handlers[number] is signal.default_int_handler:
+        handler = self._handlers[number]
+        patient = isinstance(handler, Ending) and handler.raises(number)
+        if handler is signal.default_int_handler or patient:
             now_s = time.monotonic()
             if now_s - self._first_s > SAME_S:
                 self._end(KeyboardInterrupt("Ctrl-C twice"))

@@ -163,6 +163,69 @@ def test_a_loop_of_ones_own_goes_on(vgpus: VirtualGPUs, tmp_path: Path) -> None:
     assert note == note_again == ("kept", 1)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_gradients_that_wait_for_a_step_are_saved(
+    vgpus: VirtualGPUs, tmp_path: Path, eager: bool
+) -> None:
+    """Saved between two backwards of one step: they were once lost in silence."""
+
+    class Net(Counting):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if eager:
+                self.seen = x.detach()
+            return super().forward(x)
+
+    def run(net: Net, backwards: range, resume: bool) -> dict[str, torch.Tensor]:
+        model = harmony.Harmony(net, devices=1, seed=3)
+        optimizer = torch.optim.AdamW([p for n, p in net.named_parameters() if n != "last.bias"])
+        if resume:
+            model.load_checkpoint(tmp_path, optimizer=optimizer)
+        for number in backwards:
+            x, y = vectors(number)
+            square_loss(model(x), y).backward()
+            if number % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            if number == 4:
+                model.save_checkpoint(tmp_path, optimizer=optimizer)
+        found = values(net)
+        return found | {
+            f"d{n}": p.grad.clone() for n, p in net.named_parameters() if p.grad is not None
+        }
+
+    torch.manual_seed(0)
+    net = Net()
+    net.first.bias.requires_grad_(False)
+    fresh = copy.deepcopy(net)
+    left, again = run(net, range(8), resume=False), run(fresh, range(5, 8), resume=True)
+    assert "dfirst.weight" in left
+    assert "dfirst.bias" not in left
+    assert same(left, again)
+
+
+def test_no_gradients_of_train_step_are_saved(two_saved: tuple[harmony.Harmony, Path]) -> None:
+    _, root = two_saved
+    stored = json.loads((root / "step-00000002" / "state.json").read_text())
+    assert stored["gradients"] == {"dict": []}
+
+
+def test_a_run_that_has_gone_back_keeps_what_it_writes(
+    two_saved: tuple[harmony.Harmony, Path],
+) -> None:
+    """With keep=1 it once removed the checkpoint that it had just written, for a damaged one."""
+    model, root = two_saved
+    (root / "step-00000002" / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match="passed over"):
+        model.load_checkpoint(root, skip_damaged=True)
+    model.save_checkpoint(root, keep=1, extra="again")
+    names = sorted(path.name for path in root.iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+    model.train_step(*vectors(1))
+    model.save_checkpoint(root, keep=1)
+    assert [path.name for path in root.iterdir()] == ["step-00000002"]
+    assert model.load_checkpoint(root).step == 2
+
+
 def test_tied_weights_are_stored_once_and_hugging_face_reads_the_folder(
     vgpus: VirtualGPUs, tmp_path: Path
 ) -> None:
