@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from harmony.checkpoint import Attributes, Restored, load_training, save_training
 from harmony.core.files import check_types
-from harmony.core.options import current_options
+from harmony.core.options import WATCHDOG, Watch, current_options
 from harmony.core.timeline import Timeline
 from harmony.core.warn import warn
 from harmony.engine.autograd import needs_graph
@@ -104,6 +105,11 @@ class Harmony(Wrapper):
             fp32 parameters, which stay on the host (see `harmony.engine.precision`).
         seed: the run's seed, for `harmony.microbatch_seed`; None: one that follows from torch's
             generator now, so that `torch.manual_seed` before makes runs repeatable.
+        watchdog: seconds (or ``"10m"``) after which a step in which nothing has moved is reported:
+            at which instruction every thread and stream is, and the schedule's lines around it.
+            Then it goes on waiting or, with ``"10m,end"``, the process ends with exit code 124.
+            None: what the variable ``HARMONY_WATCHDOG`` says; without it nothing is watched. It
+            has to be longer than the longest instruction, as an update of a large pack.
 
     Raises:
         ConfigError: for an option that makes no sense.
@@ -130,6 +136,7 @@ class Harmony(Wrapper):
         replan: bool = True,
         precision: str = "fp32",
         seed: int | None = None,
+        watchdog: float | str | None = None,
     ) -> None:
         super().__init__()
         _check_options(module, mode, microbatch_size, activations, updates)
@@ -157,6 +164,7 @@ class Harmony(Wrapper):
                 replan=replan and options.replan,
                 precision=precision_of(options.precision or precision),
                 seed=drawn_seed() if seed is None else seed,
+                watch=_watch(watchdog),
             ),
         )
         if options.verify and optimizer is None:
@@ -436,6 +444,16 @@ def _pinned_plan(plan: Plan | str | Path | None) -> Plan | None:
     """The plan to train by; what the command line says comes before what the script says."""
     chosen = current_options().plan or plan
     return load_plan(Path(chosen)) if isinstance(chosen, (str, Path)) else chosen
+
+
+def _watch(watchdog: float | str | None) -> Watch | None:
+    """What is watched; what the environment says comes behind what the script says."""
+    if watchdog is not None:
+        return Watch.of(watchdog)
+    try:
+        return Watch.of(os.environ.get(WATCHDOG))
+    except ConfigError as error:
+        raise ConfigError(f"the variable {WATCHDOG}: {error}") from None
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

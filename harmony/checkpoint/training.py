@@ -159,13 +159,13 @@ def load_training(
             param.grad = gradients.get(name)
         engine.whole.is_as_before()
         engine.variants.activate(None)  # what stays on devices is of another step
+    random.restore()
     before, now = data.get("precision", FP32.name), engine.options.precision.name
     if before != now:
         warn(
             f"the run of {stored.folder} computed with precision={before!r}, this one does with "
             f"{now!r}: it goes on from the same parameters, but not to the same results"
         )
-    random.restore()
     return Restored(stored.folder, stored.step, data["extra"], skipped)
 
 

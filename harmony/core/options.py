@@ -42,6 +42,45 @@ class Every:
             ) from None
 
 
+WATCHDOG = "HARMONY_WATCHDOG"
+"""The variable that sets the watchdog of models that set none."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """After how long a step in which nothing moves is reported.
+
+    Attributes:
+        seconds: without any instruction that begins or ends.
+        ends: whether the process ends then.
+    """
+
+    seconds: float
+    ends: bool = False
+
+    @staticmethod
+    def of(text: float | str | None) -> Watch | None:
+        """``600``, ``"600"`` or ``"10m"``, with ``",end"`` to end then; None, ``"off"``: no watch.
+
+        Raises:
+            ConfigError: if it is none of these.
+        """
+        given = str(text).replace(" ", "").lower()
+        if text is None or given in ("", "off", "none"):
+            return None
+        time, _, rest = given.partition(",")
+        try:
+            seconds = parse_period(f"{time}s" if time[-1:].isdigit() else time)
+        except ConfigError:
+            seconds = 0.0
+        if not seconds or rest not in ("", "end"):
+            raise ConfigError(
+                f"watchdog={str(text)[:40]!r}: seconds (600) or a time (10m), and ',end' if the "
+                "process is to end then"
+            )
+        return Watch(seconds, rest == "end")
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for; None means that Harmony decides.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.core.options import Watch
 from harmony.engine.call_kind import CallKind
 from harmony.engine.precision import FP32, Precision
 from harmony.planner.ir.plan import Plan
@@ -35,6 +36,7 @@ class EngineOptions:
     replan: bool = True
     seed: int = 0
     precision: Precision = FP32
+    watch: Watch | None = None
 
     def groups_of(self, net: nn.Module) -> Groups | None:
         """The parameter groups of a module, as it is now."""

@@ -37,6 +37,7 @@ from harmony.runtime import interrupts
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.executor import Executor, PreparedSchedule
 from harmony.runtime.exec.stage import Values
+from harmony.runtime.exec.watchdog import Watching
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import Place
 from harmony.runtime.step.self_check import SelfCheck
@@ -67,6 +68,7 @@ class Variant:
         contexts: Sequence[DeviceContext],
         phase: Phase,
         steady: Steady | None = None,
+        watching: Watching | None = None,
     ) -> None:
         self.captured = captured
         self.captured_graph = graph
@@ -74,7 +76,8 @@ class Variant:
         self.measured: Measured | None = None
         self.host = host
         # Not a method of this: what the executor holds must not hold the executor.
-        self.executor = Executor(contexts, host, captured, partial(_place_of, captured))
+        place_of = partial(_place_of, captured)
+        self.executor = Executor(contexts, host, captured, place_of, watching)
         self.in_flight_pool = InFlightPool(self.executor)
         self._contexts = contexts
         self._phase = phase

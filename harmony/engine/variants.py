@@ -52,9 +52,11 @@ from harmony.profiling.update_times import (
     with_device_updates,
 )
 from harmony.report import header as facts
+from harmony.report import session
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
+from harmony.runtime.exec.watchdog import Watching
 from harmony.runtime.host.arena import ArenaView, HostArena, tensors_of
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.host_state import HostState
@@ -417,7 +419,9 @@ class VariantCache:
         host = replace(host, graph=graph)
         phase = kind.phase
         steady = self._measured.steady()
-        return Variant(captured, graph, machine, host, self._contexts, phase, steady)
+        watch = self._options.watch
+        watching = None if watch is None else Watching(watch, session.say)
+        return Variant(captured, graph, machine, host, self._contexts, phase, steady, watching)
 
     def _whole_for(self, captured: Captured, kind: CallKind) -> LayerGraph:
         """Return the graph; of a whole batch, if the loss counts how often it is called."""

@@ -69,6 +69,7 @@ class DeviceProgram:
 
     Attributes:
         name: ``gpu0``, ``gpu1``, ...
+        issuing: the index of the instruction that is issued now.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class DeviceProgram:
         self._base = context.new_event(timing=True)
         self._base_s = 0.0
         self._updates = True
+        self.issuing = 0
         events = EventIssuer(around.events, context)
         makers: dict[Op, Callable[[int, Instruction], Issue]] = {
             Op.RUN: self._run,
@@ -122,6 +124,7 @@ class DeviceProgram:
         context = self._context
         context.enter(peers)
         self._updates = step.apply_updates
+        self.issuing = 0
         self._base_s = step.now_s()
         compute = context.use("compute")
         self._residents.refresh()
@@ -130,6 +133,7 @@ class DeviceProgram:
             if prepared.is_update and step.holds_updates:
                 continue
             self._issue(prepared, step)
+        self.issuing = len(self._prepared)
         step.running[self.name] = "the end of the step"
         context.synchronize()
 
@@ -152,6 +156,7 @@ class DeviceProgram:
     def _issue(self, prepared: Prepared, step: Step) -> None:
         step.signals.check()
         step.running[self.name] = prepared.label
+        self.issuing = prepared.index
         stream = self._context.use(prepared.instruction.stream)
         if prepared.begin is not None and prepared.end is not None:
             stream.record_event(prepared.begin)
@@ -169,6 +174,22 @@ class DeviceProgram:
         """Forget what a step left on the device; only a failed one leaves anything."""
         self._env.clear()
         self._saved.clear()
+
+    def positions(self) -> dict[str, tuple[int, bool]]:
+        """Where each stream is that still has something to do; any thread may ask.
+
+        Returns:
+            By stream, the index of the first instruction that is not over, and whether it has
+            begun; as far as instructions take time.
+        """
+        found: dict[str, tuple[int, bool]] = {}
+        for prepared in self._prepared[: self.issuing]:
+            stream = prepared.instruction.stream
+            if stream in found or prepared.begin is None or prepared.end is None:
+                continue
+            if not prepared.end.query():
+                found[stream] = prepared.index, prepared.begin.query()
+        return found
 
     def spans(self) -> list[Span]:
         """What the device did in the step that was issued last."""

@@ -6,6 +6,7 @@ schedule; an instruction is looked up once, when the schedule is prepared, and i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +27,7 @@ from harmony.runtime.exec.residents import Residents
 from harmony.runtime.exec.signals import Signals, Stopped
 from harmony.runtime.exec.stage import Stage
 from harmony.runtime.exec.task_issue import Env
+from harmony.runtime.exec.watchdog import Watchdog, Watching
 from harmony.runtime.exec.workers import Countdown, Worker
 from harmony.runtime.host.boundary_values import is_input, reserve_saved, reserve_values
 from harmony.runtime.host.host_program import HostProgram
@@ -89,10 +91,12 @@ class Executor:
         host: HostState,
         code: Captured,
         place_of: Callable[[int, int], Place],
+        watching: Watching | None = None,
     ) -> None:
         self.contexts = list(contexts)
         self._host = host
         self._place_of = place_of
+        self._watching = watching
         layouts = (host.weights.layout, host.gradients.layout)
         self._stages = [Stage(context, code, host.graph, *layouts) for context in self.contexts]
         self._envs: list[Env] = [{} for _ in contexts]
@@ -241,6 +245,10 @@ class Executor:
         self._host.begin_step()
         job.replay.random.check = signals.check
         countdown = Countdown(num_programs)
+        look = None
+        if self._watching is not None:
+            programs = prepared.programs
+            look = Watchdog(self._watching, prepared.schedule, programs, step).look
         with held_back() as held, held.stopped_by(partial(signals.fail, "")):
             try:
                 for index, (worker, program) in enumerate(self._assign(prepared)):
@@ -248,7 +256,7 @@ class Executor:
                     end = prepared.num_events + index
                     job_tokens = (begin[index], done[index])
                     worker.submit(self._job(program, step, job_tokens, end), countdown.done)
-                countdown.wait()
+                countdown.wait(look)
             except BaseException as error:  # some have their job, and would wait for the others
                 signals.fail("the start of the step", error)
                 self._drain_workers()
@@ -286,6 +294,7 @@ class Executor:
 
         def job() -> None:
             native.trace_acquire(tokens[0])
+            step.threads[program.name] = threading.get_ident()
             try:
                 if isinstance(program, DeviceProgram):
                     program.issue(step, devices)

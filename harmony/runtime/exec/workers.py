@@ -63,8 +63,11 @@ class Countdown:
         self._done.append(None)
         self._wake.put(None)
 
-    def wait(self) -> None:
+    def wait(self, look: Callable[[], None] | None = None) -> None:
         """Wait until all are done.
+
+        Args:
+            look: called about ten times a second meanwhile.
 
         It looks up now and then: Python calls the handler of a signal between two of its own
         operations, and a signal that another thread was given, or made, wakes nobody who waits.
@@ -72,6 +75,8 @@ class Countdown:
         while len(self._done) < self._count:
             with suppress(queue.Empty):
                 self._wake.get(timeout=_LOOK_UP_S)
+            if look is not None:
+                look()
 
 
 def _rest() -> None:

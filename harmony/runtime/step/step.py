@@ -36,6 +36,7 @@ class Step:
         started_s: host clock when the step began; spans count from it.
         spans: what the host programs did; devices add theirs when the step is over.
         running: per program, the text of the instruction that it issues now, for errors.
+        threads: per program, the number of the thread that runs it.
         updated: the updates that have begun, on the host and on devices.
         finished: programs that have come to their end.
     """
@@ -51,6 +52,7 @@ class Step:
     started_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
     running: dict[str, str] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)
     updated: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
 
