@@ -22,7 +22,7 @@ from harmony.core.warn import warn
 from harmony.engine.autograd import needs_graph
 from harmony.engine.bypass import Bypass, within
 from harmony.engine.engine import Engine
-from harmony.engine.facade import Wrapper
+from harmony.engine.facade import ShownForward, Wrapper
 from harmony.engine.options import EngineOptions
 from harmony.engine.precision import precision_of
 from harmony.errors import ConfigError
@@ -174,8 +174,7 @@ class Harmony(Wrapper):
         self, module: nn.Module, devices: Sequence[torch.device], options: EngineOptions
     ) -> None:
         engine = Engine(module, devices, options)
-        # Not registered as a child: names of parameters are the module's own, without a prefix.
-        self.__dict__["_net"] = module
+        self._show(module)
         self.__dict__["_engine"] = engine
         self.__dict__["_attributes"] = Attributes(module)
         self.__dict__["_bypass"] = Bypass(
@@ -183,7 +182,6 @@ class Harmony(Wrapper):
             updates_itself=options.optimizer is not None,
             casts=options.precision.dtype is not None,
         )
-        self.training = module.training
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Harmony:
         """Return a model of its own: a copy of the module, its optimizer's state and the options.
@@ -203,7 +201,6 @@ class Harmony(Wrapper):
             loss_fn=copy.deepcopy(engine.options.loss_fn, memo),
         )
         copied._begin(net, engine.devices, options)
-        copied.training = self.training
         copied.num_steps = self.num_steps
         if self.optimizer is not None and copied.optimizer is not None:
             copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
@@ -242,6 +239,7 @@ class Harmony(Wrapper):
         args, kwargs = _arguments(inputs)
         return engine.train(args, kwargs, targets)
 
+    @ShownForward
     @_disable_dynamo  # in a compiled function, or as torch.compile(model), it just runs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
@@ -296,7 +294,7 @@ class Harmony(Wrapper):
         """
         self._engine.whole.check()
         args, kwargs = _arguments(inputs)
-        with within():
+        with within(self._net):
             return verify(self._engine, args, kwargs, targets)
 
     # Checkpoints

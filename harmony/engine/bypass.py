@@ -29,20 +29,30 @@ _EXPORTS = tuple(str(_TORCH / name) for name in ("jit", "onnx", "fx", "export", 
 
 
 @contextmanager
-def within() -> Iterator[None]:
-    """Let modules be called: Harmony itself does, or a call has been noticed."""
-    before = getattr(_inside, "is_in", False)
-    _inside.is_in = True
+def within(net: nn.Module) -> Iterator[None]:
+    """Let parts of ``net`` be called: Harmony itself does, or a call has been noticed."""
+    before = _running()
+    _inside.nets = (*before, net)
     try:
         yield
     finally:
-        _inside.is_in = before
+        _inside.nets = before
+
+
+def runs(net: nn.Module) -> bool:
+    """Whether ``net`` is being run on this thread, by Harmony or by itself."""
+    return any(running is net for running in _running())
+
+
+def _running() -> tuple[nn.Module, ...]:
+    return getattr(_inside, "nets", ())
 
 
 class Bypass:
     """Watches the parts of a module that have parameters, for as long as this object lives.
 
     Attributes:
+        net: the module.
         is_over: whether it watches no longer.
     """
 
@@ -54,7 +64,7 @@ class Bypass:
             updates_itself: whether steps set the gradients anew, so that those of a call by
                 itself would be lost.
         """
-        self._net = net
+        self.net = net
         self._updates_itself = updates_itself
         self._casts = casts
         self._has_warned: set[str] = set()
@@ -67,7 +77,7 @@ class Bypass:
         if generation == self._generation:
             return
         self._generation = generation
-        for name, module in self._net.named_modules():
+        for name, module in self.net.named_modules():
             watched = module._compiled_call_impl is None
             if watched and next(module.parameters(), None) is not None:
                 # Not a hook: those are the user's, and are copied with the module.
@@ -82,7 +92,7 @@ class Bypass:
         caller = _caller()
         if torch.compiler.is_compiling() or caller.startswith(_EXPORTS):
             return
-        what = f"{type(self._net).__name__}.{name}" if name else "the wrapped module"
+        what = f"{type(self.net).__name__}.{name}" if name else "the wrapped module"
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
         if self._updates_itself and trains:
             raise HarmonyError(
@@ -115,9 +125,9 @@ class _Watch:
         assert module is not None, "it is called by the module"
         if owner is None or owner.is_over:  # the Harmony model is gone
             module.__dict__.pop("_compiled_call_impl", None)
-        elif not getattr(_inside, "is_in", False):
+        elif not _running():
             owner.noticed(self._name, module)
-            with within():
+            with within(owner.net):
                 return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 

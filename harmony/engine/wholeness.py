@@ -49,7 +49,7 @@ def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P],
     @functools.wraps(method)
     def run(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.whole.check_process()  # before any lock, which a thread may hold that is not here
-        with held_back(), self.lock, within():
+        with held_back(), self.lock, within(self.whole.net):
             try:
                 return method(self, *args, **kwargs)
             except torch.OutOfMemoryError as error:
@@ -62,6 +62,7 @@ class Wholeness:
     """Of one model.
 
     Attributes:
+        net: the module.
         begun: what the step that runs has begun to change; empty while all is of the step before.
         closed: whether the model has been closed.
     """
@@ -69,7 +70,7 @@ class Wholeness:
     def __init__(self, net: nn.Module, optimizer: PackOptimizer | None) -> None:
         self.begun: list[str] = []
         self.closed = False
-        self._net = net
+        self.net = net
         self._optimizer = optimizer
         self._process = os.getpid()
         self._torn: str | None = None
@@ -135,7 +136,7 @@ class Wholeness:
             return False
         loaded: dict[int, bool] = {}
         names: dict[int, str] = {}
-        for name, param in self._net.named_parameters(remove_duplicate=False):
+        for name, param in self.net.named_parameters(remove_duplicate=False):
             if param.requires_grad:
                 names.setdefault(id(param), name)
                 loaded[id(param)] = loaded.get(id(param), False) or name not in missing

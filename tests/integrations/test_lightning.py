@@ -1,0 +1,84 @@
+"""Lightning trains a module that holds a wrapped one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ..training.conftest import VirtualGPUs
+from .common import NUM_GPUS, classifier, digest, pictures, wrapped
+
+lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+
+def task(net: nn.Module) -> Any:
+    class Task(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("seen", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    return Task()
+
+
+def trained(net: nn.Module, folder: Path, precision: str, resume: Path | None = None) -> Any:
+    events: list[str] = []
+
+    class Seen(lightning.Callback):  # type: ignore[name-defined, misc]
+        def on_train_batch_end(self, *_: Any) -> None:
+            events.append("batch")
+
+        def on_fit_end(self, *_: Any) -> None:
+            events.append("end")
+
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2,
+        precision=precision,
+        callbacks=[Seen(), saving],
+    )
+    generator = torch.Generator().manual_seed(3)
+    data = torch.utils.data.DataLoader(pictures(), 8, shuffle=True, generator=generator)
+    module = task(net)
+    trainer.fit(module, data, data, ckpt_path=None if resume is None else str(resume))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return digest(module.state_dict()), metrics, events
+
+
+@pytest.mark.parametrize("num_gpus", NUM_GPUS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_run_is_the_plain_one_and_resumes(
+    vgpus: VirtualGPUs, tmp_path: Path, num_gpus: int, precision: str
+) -> None:
+    expected = trained(classifier(), tmp_path / "plain", precision)
+    model = wrapped(classifier(), num_gpus)
+    assert trained(model, tmp_path / "harmony", precision) == expected
+    assert model.num_steps == 8 and model.capture_mode == "trace"
+    saved = tmp_path / "harmony" / "epoch=0.ckpt"
+    found = [
+        trained(net, tmp_path / f"resumed-{n}", precision, saved)
+        for n, net in enumerate((classifier(), wrapped(classifier(), num_gpus)))
+    ]
+    assert found[0] == found[1] and found[0][2] == ["batch"] * 4 + ["end"]
