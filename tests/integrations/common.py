@@ -70,5 +70,5 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         found.update(name.encode())
-        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..training.conftest import _free_devices, vgpus
+from tests.training.conftest import _free_devices, vgpus
 
 __all__ = ["_free_devices", "vgpus"]
 

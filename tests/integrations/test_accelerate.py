@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..training.conftest import VirtualGPUs
-from .common import NUM_GPUS, classifier, digest, pictures, wrapped
+from tests.integrations.common import NUM_GPUS, classifier, digest, pictures, wrapped
+from tests.training.conftest import VirtualGPUs
 
 
 def trained(model: nn.Module, precision: str, folder: Path) -> list[str]:

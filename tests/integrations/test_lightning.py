@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ..training.conftest import VirtualGPUs
-from .common import NUM_GPUS, classifier, digest, pictures, wrapped
+from tests.integrations.common import NUM_GPUS, classifier, digest, pictures, wrapped
+from tests.training.conftest import VirtualGPUs
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 

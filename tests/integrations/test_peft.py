@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from ..training.conftest import VirtualGPUs
-from .common import NUM_GPUS, digest, saved_language_model, texts, wrapped
+from tests.integrations.common import NUM_GPUS, digest, saved_language_model, texts, wrapped
+from tests.training.conftest import VirtualGPUs
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -10,9 +10,8 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import harmony
-
-from ..training.conftest import VirtualGPUs
-from .common import NUM_GPUS, digest, language_model, texts, wrapped
+from tests.integrations.common import NUM_GPUS, digest, language_model, texts, wrapped
+from tests.training.conftest import VirtualGPUs
 
 
 class Seen(TrainerCallback):

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ..training.conftest import VirtualGPUs
-from .common import VOCABULARY, digest, saved_language_model, wrapped
+from tests.integrations.common import VOCABULARY, digest, saved_language_model, wrapped
+from tests.training.conftest import VirtualGPUs
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
