@@ -80,7 +80,7 @@ def trained(kind: str, model: Any, folder: Path, with_lora: bool, **options: Any
     [
         ("sft", False, 1, {}, "eager"),
         ("sft", True, 2, {}, "eager"),
-        ("sft", True, 2, {"loss_type": "nll"}, "trace"),
+        ("sft", True, 2, {"loss_type": "nll"}, "eager"),
         ("dpo", False, 2, {}, "eager"),
         ("dpo", True, 1, {}, "eager"),
     ],
