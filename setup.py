@@ -62,6 +62,7 @@ setup(
             "pytest-xdist",
             "transformers",
         ],
+        "hf": ["accelerate", "transformers"],
         "dev": ["coverage", "mypy", "pre-commit", "ruff", "types-networkx", "types-psutil"],
     },
     entry_points={"console_scripts": ["harmony-run = harmony.cli.main:main"]},

@@ -28,6 +28,7 @@ ROOMS = (
     "checkpoint",
     "verification",
     "module",
+    "integrations",
     "doctor",
     "cli",
 )

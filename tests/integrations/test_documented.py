@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import harmony
+import harmony.integrations
 from tests.integrations.common import language_model, texts
 from tests.training.conftest import VirtualGPUs
 
@@ -46,4 +47,4 @@ def test_the_code_of_a_section_runs(
 
 
 def test_the_sections_with_code_are_found() -> None:
-    assert [name for name, _ in SECTIONS] == ["Trainer", "PEFT", "accelerate"]
+    assert [name for name, _ in SECTIONS] == ["Trainer", "HarmonyTrainer", "PEFT", "accelerate"]

@@ -1,0 +1,99 @@
+"""Hugging Face's Trainer, which gives Harmony the batches that it accumulates all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from harmony.module import Harmony
+
+
+class HarmonyTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+    """Trainer whose gradient accumulation streams the weights once a step.
+
+    Trainer runs the forward and backward of one batch after the other, and each streams all
+    weights. Here those of a step are one minibatch, of which each is a microbatch: the gradients
+    are the same, bit for bit but for random numbers, which follow the microbatch (see
+    `harmony.microbatch_seed`). Callbacks, schedulers, clipping, saves and resumed runs are
+    Trainer's own.
+
+    Batches are run one by one, as Trainer does, where they differ in shape, where they do not
+    consist of tensors, or where the loss is not scaled by ``num_items_in_batch``.
+
+    Args:
+        model: the module, or a Harmony model.
+        args, and all others by name: as for `transformers.Trainer`.
+        harmony_options: options of `Harmony` for a module that is not wrapped yet;
+            ``microbatch_size`` is the batch size unless it is given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        harmony_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        args = TrainingArguments("trainer_output") if args is None else args
+        size = args.per_device_train_batch_size
+        self._harmony_options = {"microbatch_size": size, **(harmony_options or {})}
+        self._joined: dict[str, torch.Tensor] | None = None
+        self._num_waiting = 0
+        model = None if model is None else self._wrapped(model)
+        super().__init__(model, args, *others, **options)
+
+    def _wrapped(self, model: nn.Module) -> Harmony:
+        return model if isinstance(model, Harmony) else Harmony(model, **self._harmony_options)
+
+    def call_model_init(self, trial: Any = None) -> Harmony:
+        """Make a model by ``model_init``, and wrap it."""
+        return self._wrapped(super().call_model_init(trial))
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Take the batches of a step, which are to be run as one."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        is_scaled = num_items is not None and self.loss_is_scaled_for_ga is not False
+        self._joined = joined(batches) if is_scaled else None
+        self._num_waiting = len(batches)
+        return batches, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Run all batches of a step in the place of the last; the loss of the others is 0."""
+        if self._joined is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._num_waiting -= 1
+        if self._num_waiting > 0:
+            return torch.zeros((), device=self.args.device)
+        whole, self._joined = self._joined, None
+        return super().training_step(model, whole, num_items_in_batch)
+
+
+def joined(batches: Sequence[Any]) -> dict[str, torch.Tensor] | None:
+    """Return several batches as one, or None if they are not alike."""
+    if len(batches) < 2:
+        return None
+    forms = [_form(batch) for batch in batches]
+    if forms[0] is None or any(form != forms[0] for form in forms):
+        return None
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _form(batch: Any) -> dict[str, Any] | None:
+    """Shapes and types of a batch's tensors; None if not all are tensors of as many samples."""
+    if not isinstance(batch, Mapping) or not batch:
+        return None
+    values = list(batch.values())
+    if not all(isinstance(value, torch.Tensor) and value.dim() > 0 for value in values):
+        return None
+    if len({len(value) for value in values}) != 1:
+        return None
+    return {name: (value.shape, value.dtype) for name, value in batch.items()}
