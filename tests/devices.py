@@ -6,13 +6,18 @@ import contextlib
 from contextlib import AbstractContextManager
 from typing import Any
 
+import pytest
 import torch
 
+from harmony.core.units import parse_bytes
 from harmony.vgpu import api as vgpu
 from tests.cuda import standin
 
 TYPE = "cuda" if standin.is_loaded() else "vgpu"
 """What PyTorch calls them."""
+
+RESERVE_NBYTES = 512 * 2**20
+"""What `harmony.runtime.native.reserve_nbytes` leaves of a small GPU's memory."""
 
 
 def device(index: int = 0) -> torch.device:
@@ -20,10 +25,25 @@ def device(index: int = 0) -> torch.device:
     return torch.device(TYPE, index)
 
 
-def provide(count: int = 4, memory: str = "64MiB", **settings: Any) -> None:
-    """Set devices up; the number of the stand-in's, their speed and timing are what they are."""
+def provide(count: int = 4, memory: str | int = "64MiB", **settings: Any) -> None:
+    """Set devices up; the number of the stand-in's is what it is.
+
+    Skips the test on the stand-in if it asks for the speed of links or of kernels, which only
+    virtual GPUs have. A virtual GPU holds its limit to the byte; of the stand-in's the plan knows
+    the limit, and the libraries' reserve comes on top of it.
+    """
     if TYPE == "vgpu":
         vgpu.virtual_gpus(count=count, memory=memory, **settings)
+    elif settings:
+        pytest.skip(f"only virtual GPUs have {', '.join(settings)}")
+    else:
+        standin.set_memory(parse_bytes(memory) + RESERVE_NBYTES)
+
+
+def compute_as_cpu(on: bool) -> None:
+    """Let plain PyTorch on the CPU be a reference, bit for bit; virtual GPUs always do."""
+    if TYPE == "cuda":
+        standin.decompose_as_cpu(on)
 
 
 def held(stream: torch.Stream) -> AbstractContextManager[None]:

@@ -38,7 +38,7 @@ FAKECUDA_API cudaError_t cudaSetDevice(int device) {
 FAKECUDA_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* found, int device) {
   memset(found, 0, sizeof *found);
   strcpy(found->name, "Stand-in GPU");
-  found->totalGlobalMem = settings().memory;
+  found->totalGlobalMem = total_nbytes();
   found->major = settings().capability / 10;
   found->minor = settings().capability % 10;
   found->multiProcessorCount = settings().multiprocessors;

@@ -17,6 +17,8 @@
 #include <torch/library.h>
 
 #include <functional>
+#include <map>
+#include <mutex>
 #include <unordered_set>
 
 #define VGPU_DEVICE_TYPE c10::kCUDA
@@ -26,6 +28,7 @@
 #include "../vgpu/opinfo.cpp"
 #include "../vgpu/shapes.cpp"
 #include "../vgpu/draws.cpp"
+#include "../vgpu/dropout.cpp"
 #include "../vgpu/fallback.cpp"
 #include "traced_memory.cpp"
 
@@ -107,8 +110,36 @@ void submit(int device, const std::string& what, const Accesses& accesses,
 
 void wait_for_current_stream(int device) { fakecuda_wait(current_stream_handle(device)); }
 
-// Draws are CPU's, from a seed that is made of the seed and offset of the device's generator. So
-// states are CUDA's, and a state that is set again gives the same draws.
+// The sequences of the CPU's generators, by seed. A place in one is remembered for each offset that
+// was reached, since a state that is set again must give the same draws; an offset that was never
+// reached begins a sequence of its own.
+class Sequences {
+ public:
+  // The generator that stands at `offset`. With what the caller draws from it, it stands at `next`.
+  at::Generator take(uint64_t seed, uint64_t offset, uint64_t next) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (reached_.size() >= kMaxReached) reached_.clear();
+    auto found = reached_.find({seed, offset});
+    at::Generator generator =
+        offset > 0 && found != reached_.end()
+            ? found->second.clone()
+            : at::detail::createCPUGenerator(seed ^ (offset * 0x9E3779B97F4A7C15ull));
+    reached_.insert_or_assign({seed, next}, generator);
+    return generator;
+  }
+
+ private:
+  static constexpr size_t kMaxReached = 20000;  // of 5 KB each
+  std::mutex mutex_;
+  std::map<std::pair<uint64_t, uint64_t>, at::Generator> reached_;
+};
+
+Sequences& sequences() {
+  static auto* all = new Sequences();
+  return *all;
+}
+
+// Draws are the CPU's from the same seed; states, as seed and offset, are CUDA's.
 at::Generator cpu_generator(const c10::IValue& value, int device) {
   constexpr uint64_t kOffsetOfADraw = 4;
   auto index = static_cast<c10::DeviceIndex>(device);
@@ -121,7 +152,7 @@ at::Generator cpu_generator(const c10::IValue& value, int device) {
   std::lock_guard<std::mutex> lock(given.mutex());
   uint64_t seed = given.current_seed(), offset = given.get_offset();
   given.set_offset(offset + kOffsetOfADraw);
-  return at::detail::createCPUGenerator(seed ^ (offset * 0x9E3779B97F4A7C15ull));
+  return sequences().take(seed, offset, offset + kOffsetOfADraw);
 }
 
 // ---- sparse and nested tensors are not imitated
@@ -251,4 +282,18 @@ extern "C" __attribute__((visibility("default"))) int fakecuda_install() {
   fakecuda_refuse_unanswered();
   trace_runtime_and_allocators();
   return count;
+}
+
+// Whether composites are taken apart as for the CPU, so that its results are bit for bit what the
+// stand-in computes, instead of as for CUDA: dropout, so far.
+extern "C" __attribute__((visibility("default"))) void fakecuda_decompose_as_cpu(bool on) {
+  using namespace vgpu;
+  static std::vector<std::unique_ptr<torch::Library>> libraries;
+  libraries.clear();
+  if (!on) return;
+  for (auto key : {c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA}) {
+    libraries.push_back(std::make_unique<torch::Library>(
+        torch::Library::IMPL, "aten", std::make_optional(key), __FILE__, __LINE__));
+    libraries.back()->impl("dropout", dropout);
+  }
 }

@@ -61,7 +61,7 @@ void* map_pages(size_t nbytes) {
 // Bytes of a device that are not taken, by anybody.
 size_t free_nbytes(int device) {
   size_t taken = memory().used[device] + settings().context + others_nbytes();
-  return taken > settings().memory ? 0 : settings().memory - taken;
+  return taken > total_nbytes() ? 0 : total_nbytes() - taken;
 }
 
 struct Route {
@@ -164,7 +164,7 @@ FAKECUDA_API cudaError_t cudaFree(void* pointer) {
 FAKECUDA_API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   touch_context(current_device());
   std::lock_guard<std::mutex> lock(memory().mutex);
-  *total = settings().memory;
+  *total = total_nbytes();
   *free = free_nbytes(current_device());
   return report(cudaSuccess);
 }

@@ -45,13 +45,17 @@ const Settings& settings() {
       static_cast<int>(from_environment("FAKECUDA_GPUS", 1)),
       static_cast<int>(from_environment("FAKECUDA_CAPABILITY", 90)),
       static_cast<int>(from_environment("FAKECUDA_MULTIPROCESSORS", 128)),
-      from_environment("FAKECUDA_MEMORY_MIB", 24564) * kMiB,
       from_environment("FAKECUDA_CONTEXT_MIB", 500) * kMiB,
       from_environment("FAKECUDA_PIN_LIMIT_MIB", 1 << 30) * kMiB,
       from_environment("FAKECUDA_PEERS", 0) != 0,
       from_environment("FAKECUDA_LAZY_MS", 0),
   };
   return found;
+}
+
+std::atomic<size_t>& total_nbytes() {
+  static std::atomic<size_t> nbytes{from_environment("FAKECUDA_MEMORY_MIB", 24564) * kMiB};
+  return nbytes;
 }
 
 std::atomic<size_t>& others_nbytes() {
@@ -123,6 +127,11 @@ FAKECUDA_API bool fakecuda_fail(const char* name, long nth, int error) {
 }
 
 FAKECUDA_API void fakecuda_set_others_mib(long mib) { others_nbytes() = mib * kMiB; }
+
+// Lets each device have this much beside its context.
+FAKECUDA_API void fakecuda_set_memory(size_t nbytes) {
+  total_nbytes() = nbytes + settings().context;
+}
 
 FAKECUDA_API void fakecuda_lose_device() {
   lose_device(cudaErrorAssert, "a test asked for it");

@@ -16,13 +16,14 @@ constexpr int kMaxDevices = 16;
 // From the environment, read once; README.md says what each means.
 struct Settings {
   int gpus, capability, multiprocessors;
-  size_t memory, context, pin_limit;
+  size_t context, pin_limit;
   bool peers;
   long lazy_ms;
 };
 const Settings& settings();
 
-// Bytes that other processes hold on each device; may change while the process runs.
+// Bytes of each device, and those that other processes hold; may change while the process runs.
+std::atomic<size_t>& total_nbytes();
 std::atomic<size_t>& others_nbytes();
 
 // What is counted, and what can be made to fail. The names are in state.cpp, in this order.

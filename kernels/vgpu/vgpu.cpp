@@ -16,6 +16,7 @@
 #include "draws.cpp"
 #include "fallback.cpp"
 #include "layouts.cpp"
+#include "dropout.cpp"
 #include "overrides.cpp"
 #include "rnn.cpp"
 #include "autocast.cpp"

@@ -74,6 +74,16 @@ def find_device() -> None:
     ctypes.CDLL(None).fakecuda_find_device()
 
 
+def set_memory(nbytes: int) -> None:
+    """Let each GPU have this much memory beside its context."""
+    ctypes.CDLL(None).fakecuda_set_memory(ctypes.c_size_t(nbytes))
+
+
+def decompose_as_cpu(on: bool) -> None:
+    """Whether composites are taken apart as for the CPU, whose results are then the same bits."""
+    ctypes.CDLL(os.environ[_KERNELS]).fakecuda_decompose_as_cpu(on)
+
+
 def others_take(mib: int) -> None:
     """Let other processes hold so many MiB of each GPU."""
     ctypes.CDLL(None).fakecuda_set_others_mib(mib)

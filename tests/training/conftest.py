@@ -1,4 +1,4 @@
-"""Virtual GPUs for every test, and the race checker on in all of them."""
+"""Devices for every test, the stand-in's or virtual ones, with the race checker on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 
 VirtualGPUs = Callable[..., None]
 
@@ -21,17 +21,24 @@ def _free_devices() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def _the_cpu_is_the_reference() -> Iterator[None]:
+    devices.compute_as_cpu(True)
+    yield
+    devices.compute_as_cpu(False)
+
+
 @pytest.fixture
 def vgpus() -> Iterator[VirtualGPUs]:
-    """Set up virtual GPUs; what the test runs on them is checked for races when it ends."""
+    """Set up devices; what the test runs on them is checked for races when it ends."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
 
     def configure(**settings: object) -> None:
         gc.collect()
-        vgpu.virtual_gpus(**{"count": 4, "memory": "64MiB", **settings})
+        devices.provide(**{"count": 4, "memory": "64MiB", **settings})
 
     with racecheck.checked(ordered_frees=True):
         yield configure
