@@ -265,6 +265,8 @@ class Walk:
         own = getattr(held, "__dict__", None)
         if isinstance(own, dict):
             self._named(name, held, own)
+        if isinstance(held, nn.Module):
+            self._module(name, held)
         kind = type(held)
         for base in kind.__mro__:
             slots = base.__dict__.get("__slots__", ())
@@ -272,6 +274,14 @@ class Walk:
                 if slot in self._names and not isinstance(held, type):
                     self._attribute(f"{name}.{slot}", held, slot)
         self.visit(kind.__name__, kind)
+
+    def _module(self, name: str, held: nn.Module) -> None:
+        """What a module that is none of the model's holds: a loss function's buffers, say."""
+        if "_buffers" not in held.__dict__ or isinstance(held, torch.jit.ScriptModule):
+            return
+        self._named(name, held, held._buffers)
+        for key, child in held._modules.items():
+            self.visit(f"{name}.{key}", child)
 
     def _named(self, name: str, held: Any, own: dict[str, Any]) -> None:
         if isinstance(held, ModuleType):
