@@ -21,8 +21,11 @@ class Follows(nn.Module):
         super().__init__()
         self.register_buffer("center", torch.zeros(4))
         self.how = how
+        self.norm = nn.BatchNorm1d(4, affine=False)
 
     def forward(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.how == "of a layer":
+            out = self.norm(out)
         loss = ((out - (target - self.center.to(target.device))) ** 2).mean()
         mean = target.detach().mean(0).to(self.center.device)
         with torch.no_grad():
@@ -46,7 +49,7 @@ class Outer(nn.Module):
         return 2 * self.inner(out, target)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("how", ["assigned", "by outputs", "in place"])
+@pytest.mark.parametrize("how", ["assigned", "by outputs", "in place", "of a layer"])
 def test_buffers_of_a_loss_follow_as_in_plain_pytorch(vgpus: VirtualGPUs, how: str) -> None:
     vgpus(count=2)
     torch.manual_seed(0)

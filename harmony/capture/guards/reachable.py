@@ -279,7 +279,10 @@ class Walk:
         """What a module that is none of the model's holds: a loss function's buffers, say."""
         if "_buffers" not in held.__dict__ or isinstance(held, torch.jit.ScriptModule):
             return
-        self._named(name, held, held._buffers)
+        buffers = held._buffers
+        for key, buffer in list(buffers.items()):
+            self._entry(f"{name}.{key}", buffers, key, buffer)
+        self.holders.append(Names(f"a buffer of {name}", buffers, frozenset(buffers)))
         for key, child in held._modules.items():
             self.visit(f"{name}.{key}", child)
 
