@@ -97,3 +97,12 @@ def test_views_of_buffers_that_change_leave_the_model_recorded(vgpus: VirtualGPU
     for x, y in vectors(2):
         model.train_step((x,), y)
     assert model.capture_mode == "trace"
+
+
+@pytest.mark.parametrize("way", ["step", "loop"])
+def test_embeddings_may_limit_their_rows(vgpus: VirtualGPUs, way: str) -> None:
+    vgpus(count=1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Flatten(), nn.Linear(24, 4))
+    data = [(torch.randint(0, 10, (8, 3)), torch.randint(0, 4, (8,))) for _ in range(3)]
+    both(net, data, F.cross_entropy, way)

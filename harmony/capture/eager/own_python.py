@@ -122,7 +122,9 @@ class OnDevice(TorchFunctionMode):
         for key, (origin, copy) in moved.items():
             frozen = isinstance(origin, nn.Parameter)
             if copy._version != versions[key] or (name in _NORMS and not frozen):
-                with torch.set_grad_enabled(copy.requires_grad and torch.is_grad_enabled()):
+                own = origin.is_leaf and origin.requires_grad  # written behind autograd's back
+                learns = copy.requires_grad and torch.is_grad_enabled() and not own
+                with torch.set_grad_enabled(learns):
                     origin.copy_(copy)
                 changed[id(copy)] = origin
         if not changed:
