@@ -6,12 +6,15 @@ They lie there in layer order, so that any pack is one contiguous range and move
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from harmony.capture.graph.params import dense_stride
 from harmony.core.units import aligned
@@ -47,6 +50,7 @@ class HostArena:
         self._homes: dict[str, tuple[HostBuffer, Place]] = {}
         self._own: dict[str, torch.Tensor] = {}
         self._guests: dict[str, tuple[int, int]] = {}
+        self._bytes: dict[str, weakref.ref[Any]] = {}
         self._has_warned = False
         self.extend(layout)
 
@@ -69,7 +73,9 @@ class HostArena:
         missing = {
             name
             for name, place in layout.places.items()
-            if name not in self._homes or not _same_form(self._homes[name][1], place)
+            if name not in self._homes
+            or not _same_form(self._homes[name][1], place)
+            or self._is_given_away(name)
         }
         if not missing and self._homes:
             return
@@ -80,6 +86,7 @@ class HostArena:
             self.views[name] = buffer.view(place.offset, place)
             self._own.pop(name, None)
             self._guests.pop(name, None)
+            self._bytes.pop(name, None)
 
     def keep(self, names: Container[str]) -> None:
         """Let go of all tensors but these, and of the memory that has none any more."""
@@ -88,6 +95,7 @@ class HostArena:
             self.tensors.pop(name, None)
             self._own.pop(name, None)
             self._guests.pop(name, None)
+            self._bytes.pop(name, None)
 
     def home(self, name: str) -> tuple[HostBuffer, Place]:
         """The memory that a tensor is in, and where it is there."""
@@ -161,7 +169,21 @@ class HostArena:
                     f"{name} was given data of shape {tuple(tensor.shape)} and {tensor.dtype}; it "
                     f"had {place.shape} and {place.dtype}"
                 )
+            self.tensors[name] = tensor  # a buffer that was assigned anew: the old one is let go
+            if self._is_given_away(name):
+                return f"the memory of {name} was given to another tensor (see .data)"
         return None
+
+    def _is_given_away(self, name: str) -> bool:
+        """Whether something else has the memory that a tensor had here, as after an exchange.
+
+        ``p.data, e.data = e.data, p.data`` does that, and ``kept = p.data; p.data = values``: what
+        is kept there must not be overwritten.
+        """
+        memory, tensor = self._bytes.get(name), self.tensors.get(name)
+        if memory is None or tensor is None or self._is_home(name, tensor):
+            return False
+        return memory() is not None
 
     def take_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Move what is elsewhere (``param.data = values``, an assigned buffer) into the arena.
@@ -172,7 +194,8 @@ class HostArena:
         Raises:
             HarmonyError: for a tensor on another device.
         """
-        shared = []
+        shared: list[str] = []
+        left: dict[str, Any] = {}
         for name, tensor in tensors.items():
             if self._is_home(name, tensor):
                 self.tensors[name] = tensor
@@ -188,6 +211,10 @@ class HostArena:
                 else:
                     if tensor.is_shared():  # type: ignore[no-untyped-call]
                         shared.append(name)
+                    if not self.num_moves[name]:
+                        storage = tensor.untyped_storage()
+                        left[name] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                        del storage
                     self._move(name, tensor)
             self.tensors[name] = tensor
         if shared:
@@ -195,6 +222,14 @@ class HostArena:
                 f"{shared[0]} and {len(shared) - 1} more are in memory that processes share "
                 "(share_memory()). Harmony trains them in memory of its own, so other processes "
                 "do not see their new values: send them model.state_dict()",
+            )
+        held = [n for n in left if n not in shared and not left[n].expired()]
+        if held:
+            warn(
+                f"something else holds the memory that {held[0]} and {len(held) - 1} more had "
+                "before Harmony moved them to memory of its own: .data, .detach(), an array or a "
+                "state_dict() from before the first batch. It shows the values of then, and what "
+                "is written there changes no parameter. Take it anew after the first batch"
             )
 
     def _move(self, name: str, tensor: torch.Tensor) -> None:
@@ -214,7 +249,9 @@ class HostArena:
 
     def _new(self, name: str) -> torch.Tensor:
         buffer, place = self._residence(name)
-        return tensor_on(buffer.bytes_of(place), place)
+        memory = buffer.bytes_of(place)
+        self._bytes[name] = weakref.ref(memory)
+        return tensor_on(memory, place)
 
     def _is_home(self, name: str, tensor: torch.Tensor) -> bool:
         buffer, place = self._residence(name)

@@ -40,7 +40,7 @@ class WorkingArena(HostArena):
     def extend(self, layout: ArenaLayout) -> None:
         """Make room for those tensors of a layout that have none here, or are of another form."""
         masters = layout.masters()
-        self.masters.keep(masters.places)
+        self.masters.keep({n for n in masters.places if not self._is_given_away(n)})
         self.masters.extend(masters)
         super().extend(layout)
 
