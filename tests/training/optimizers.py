@@ -150,15 +150,38 @@ class Lookahead(torch.optim.Optimizer):
         self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
         self.turn = 0
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        self.inner.step()
-        self.turn += 1
-        if self.turn % 2 == 0:
-            fast = [p for g in self.param_groups for p in g["params"]]
-            for slow, param in zip(self.slow, fast, strict=True):
-                slow.add_(param - slow, alpha=0.5)
-                param.copy_(slow)
+        look_ahead(self)
+
+
+@torch.no_grad()
+def look_ahead(outer: Any) -> None:
+    outer.inner.step()
+    outer.turn += 1
+    if outer.turn % 2 == 0:
+        fast = [p for g in outer.param_groups for p in g["params"]]
+        for slow, param in zip(outer.slow, fast, strict=True):
+            slow.add_(param - slow, alpha=0.5)
+            param.copy_(slow)
+
+
+class BareWrapper(torch.optim.Optimizer):
+    """As many are written: with all that an optimizer has, but without its ``__init__``."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        self.inner = torch.optim.AdamW(params, lr=lr)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+        self.turn = 0
+
+    def step(self, closure: Any = None) -> None:
+        look_ahead(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
 
 
 class ScheduleFree(_Own):
@@ -213,6 +236,7 @@ COUPLED: tuple[Callable[..., torch.optim.Optimizer], ...] = (
     FirstHoldsAll,
     Distance,
     Lookahead,
+    BareWrapper,
     ScheduleFree,
     NotesCalls,
 )

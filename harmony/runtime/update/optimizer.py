@@ -179,7 +179,9 @@ class PackOptimizer:
             # It may be one that does not pass over parameters without a gradient.
             self.full = self._made(trainable)
             self._coupled = why_coupled(self.full)
-        if isinstance(self.full, torch.optim.Optimizer):
+        if hasattr(
+            self.full, "_optimizer_state_dict_post_hooks"
+        ):  # not where __init__ was its own
             self.full.register_state_dict_post_hook(_on_host)
 
     def _made(self, given: list[Any]) -> torch.optim.Optimizer:
