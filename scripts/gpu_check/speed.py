@@ -11,7 +11,6 @@ import contextlib
 import gc
 import importlib.util
 import inspect
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,9 @@ STATE_NBYTES = 16
 """Bytes a parameter of fp32 weight, gradient and two AdamW moments."""
 
 STEPS, BAR = 4, 0.10
+PARTS = 8
+"""Parts of a batch that the others accumulate gradients over."""
+
 Trainer = Callable[[torch.Tensor, torch.Tensor], float]
 
 
@@ -181,7 +183,8 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.block, *args, use_reentrant=False)
 
 
-def _checkpointed(net: Llama) -> Llama:
+def checkpointed(net: Llama) -> Llama:
+    """Let every block run again in the backward."""
     for number, block in enumerate(net.blocks):
         assert isinstance(block, Block)
         net.blocks[number] = _Checkpointed(block)
@@ -190,17 +193,23 @@ def _checkpointed(net: Llama) -> Llama:
 
 def _by_plain(shape: Shape, precision: str) -> Trainer:
     """Everything on the first GPU, the batch in microbatches of an eighth."""
-    net = _checkpointed(make_model(shape)).to("cuda:0")
+    net = checkpointed(make_model(shape)).to("cuda:0")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
-    return _accumulating(net, optimizer, precision)
+    return accumulating(net, optimizer, precision, PARTS)
 
 
-def _accumulating(
-    net: nn.Module, optimizer: torch.optim.Optimizer, precision: str | None
+def accumulating(
+    net: nn.Module, optimizer: torch.optim.Optimizer, precision: str | None, parts: int
 ) -> Trainer:
+    """A step whose gradients are those of several parts of the batch.
+
+    Args:
+        precision: of the autocast around each forward; None: without one.
+    """
+
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
         optimizer.zero_grad()
-        total, parts = 0.0, 8
+        total = 0.0
         for rows, targets in zip(x.chunk(parts), y.chunk(parts), strict=True):
             with _amp(precision) if precision else contextlib.nullcontext():
                 loss = loss_fn(net(rows.to("cuda:0")), targets.to("cuda:0")) / parts
@@ -213,22 +222,24 @@ def _accumulating(
 
 
 def _by_fsdp(shape: Shape, precision: str) -> Trainer:
-    """FSDP2 with CPU offload, in one process on the first GPU."""
+    return accumulating(*sharded(make_model(shape), precision), None, PARTS)
+
+
+def sharded(net: Llama, precision: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """FSDP2 with CPU offload, in one process on the first GPU, and an optimizer on the host."""
     import torch.distributed as dist
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29561")
         torch.cuda.set_device(0)
-        dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     dtype = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    net = _checkpointed(make_model(shape))
+    net = checkpointed(net)
     for part in (*net.blocks, net):
         fully_shard(part, mp_policy=policy, offload_policy=CPUOffloadPolicy())
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
-    return _accumulating(net, optimizer, None)
+    return net, torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
 
 
 def _by_deepspeed(shape: Shape, precision: str) -> Trainer:
@@ -236,8 +247,8 @@ def _by_deepspeed(shape: Shape, precision: str) -> Trainer:
     import deepspeed  # type: ignore[import-not-found]
 
     config = {
-        "train_micro_batch_size_per_gpu": max(1, shape.batch // 8),
-        "gradient_accumulation_steps": 8,
+        "train_micro_batch_size_per_gpu": max(1, shape.batch // PARTS),
+        "gradient_accumulation_steps": PARTS,
         "bf16": {"enabled": precision == "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {
@@ -246,16 +257,16 @@ def _by_deepspeed(shape: Shape, precision: str) -> Trainer:
             "offload_optimizer": {"device": "cpu", "pin_memory": True},
         },
     }
-    net = _checkpointed(make_model(shape))
+    net = checkpointed(make_model(shape))
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
 
     def step(x: torch.Tensor, y: torch.Tensor) -> float:
         total = 0.0
-        for rows, targets in zip(x.chunk(8), y.chunk(8), strict=True):
+        for rows, targets in zip(x.chunk(PARTS), y.chunk(PARTS), strict=True):
             loss = loss_fn(engine(rows.to("cuda:0")), targets.to("cuda:0"))
             engine.backward(loss)
             engine.step()
-            total += float(loss.detach()) / 8
+            total += float(loss.detach()) / PARTS
         return total
 
     return step

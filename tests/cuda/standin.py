@@ -29,7 +29,7 @@ def install() -> None:
 
     From then on there is an access trace, so that the race checker works.
     """
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     kernels = ctypes.CDLL(os.environ[_KERNELS])
     kernels.fakecuda_install()
     access_trace.attach(kernels, "cuda")
@@ -100,7 +100,7 @@ def held(stream: torch.Stream) -> Iterator[None]:
     library = ctypes.CDLL(None)
     library.fakecuda_hold.argtypes = library.fakecuda_release.argtypes = [ctypes.c_void_p]
     library.fakecuda_hold.restype = ctypes.c_void_p
-    handle = torch.cuda.Stream(
+    handle = torch.cuda.Stream(  # type: ignore[no-untyped-call]
         stream_id=stream.stream_id, device_index=stream.device.index, device_type=1
     ).cuda_stream
     gate = library.fakecuda_hold(handle)
