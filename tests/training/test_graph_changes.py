@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +135,50 @@ def test_a_backward_that_moves_a_tensor_that_it_was_given_is_refused(vgpus: Virt
     model = model_of(net, "loop", F.cross_entropy)
     with pytest.raises(harmony.HarmonyError, match=r"backward of Average at .* ctx\.mean"):
         train(model, net, vectors(1), F.cross_entropy, "loop")
+
+
+LIBRARY = """
+import torch
+
+class Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = torch.zeros_like(grad)
+        total.add_(grad, alpha=2)
+        return total
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "mode"),
+    [("lib/python3/site-packages", "trace"), ("lib/dist-packages", "trace"), ("own", "eager")],
+)
+def test_what_a_library_writes_in_its_backward_is_its_own_wherever_it_is_installed(
+    vgpus: VirtualGPUs, tmp_path: Path, folder: str, mode: str
+) -> None:
+    """In an environment, in the user's folder (pip install --user), or beside (--target)."""
+    path = tmp_path / folder / "summed.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(LIBRARY, encoding="utf-8")
+    found = importlib.util.spec_from_file_location("summed", path)
+    assert found is not None and found.loader is not None
+    library = importlib.util.module_from_spec(found)
+    found.loader.exec_module(library)
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.last(library.Summed.apply(self.first(x)))
+
+    net = Fused()
+    both(copy.deepcopy(net), vectors(2), F.cross_entropy, "loop")
+    model = model_of(net, "loop", F.cross_entropy)
+    train(model, net, vectors(1), F.cross_entropy, "loop")
+    assert model.capture_mode == mode

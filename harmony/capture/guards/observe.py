@@ -29,9 +29,8 @@ _OWN = str(PACKAGE) + os.sep
 _CLOCKS = frozenset({"time", "datetime", "_datetime"})
 _NOW = frozenset({"now", "today", "utcnow"})
 _FILES = frozenset({"open", "stat", "lstat", "listdir", "scandir", "access", "urandom", "getcwd"})
-_INSTALLED = tuple(
-    sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
-)
+# Wherever they are: an environment's, the user's (pip install --user), a folder (--target).
+_PACKAGES = tuple(os.sep + name + os.sep for name in ("site-packages", "dist-packages"))
 P = ParamSpec("P")
 R = TypeVar("R")
 _HEARS = "observing.<locals>.hear"
@@ -133,7 +132,9 @@ def is_machinery(code: CodeType) -> bool:
 
 def is_users(code: CodeType) -> bool:
     """Whether a function is of the program, not of Python, torch or an installed library."""
-    return is_read(code) and not code.co_filename.startswith(_INSTALLED)
+    filename = code.co_filename
+    installed = filename.startswith(_PYTHONS) or any(part in filename for part in _PACKAGES)
+    return is_read(code) and not installed
 
 
 def _hidden_source(function: Any) -> str | None:
