@@ -163,8 +163,10 @@ class HostArena:
         for name, tensor in tensors.items():
             if tensor is not self.tensors[name] and isinstance(tensor, nn.Parameter):
                 return f"{name} was assigned anew"
+            if self._is_home(name, tensor):
+                continue
             place = self._residence(name)[1]
-            if not self._is_home(name, tensor) and not _has_form(tensor, place):
+            if not _has_form(tensor, place):
                 return (
                     f"{name} was given data of shape {tuple(tensor.shape)} and {tensor.dtype}; it "
                     f"had {place.shape} and {place.dtype}"
