@@ -38,6 +38,7 @@ from tests.toys import server
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, on."""
     vgpu.ensure_available()  # built and loaded from the usual place
+    monkeypatch.delenv("HARMONY_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HARMONY_MEASUREMENTS", "on")
     return tmp_path / "harmony"
