@@ -67,6 +67,8 @@ class Changes:
 
 def note_changes(params: Iterable[torch.Tensor]) -> None:
     """Note that an optimizer has just changed these parameters, or may have."""
+    if not _listeners:
+        return
     stepped = [id(param) for param in params]
     for listener in list(_listeners):
         listener._stepped.update(stepped)

@@ -165,7 +165,7 @@ class HostArena:
                 return f"{name} was assigned anew"
             if self._is_home(name, tensor):
                 continue
-            place = self._residence(name)[1]
+            place = self._arena_of(name)._homes[name][1]
             if not _has_form(tensor, place):
                 return (
                     f"{name} was given data of shape {tuple(tensor.shape)} and {tensor.dtype}; it "
@@ -245,20 +245,21 @@ class HostArena:
             self._guests[name] = id(tensor), version
             self.num_moves[name] += 1
 
-    def _residence(self, name: str) -> tuple[HostBuffer, Place]:
+    def _arena_of(self, name: str) -> HostArena:
         """Where the module's own tensor of this name lies."""
-        return self._homes[name]
+        return self
 
     def _new(self, name: str) -> torch.Tensor:
-        buffer, place = self._residence(name)
+        buffer, place = self._arena_of(name)._homes[name]
         memory = buffer.bytes_of(place)
         self._bytes[name] = weakref.ref(memory)
         return tensor_on(memory, place)
 
     def _is_home(self, name: str, tensor: torch.Tensor) -> bool:
-        buffer, place = self._residence(name)
+        arena = self._arena_of(name)
+        place, view = arena._homes[name][1], arena.views[name]
         return (
-            tensor.data_ptr() == (buffer.tensor.data_ptr() + place.offset if place.nbytes else 0)
+            tensor.data_ptr() == view.data_ptr()
             and tensor.shape == place.shape
             and tensor.dtype == place.dtype
             and tensor.stride() == place.stride

@@ -14,7 +14,6 @@ from harmony.runtime import native
 from harmony.runtime.changes import Changes
 from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.arena_layout import ArenaLayout
-from harmony.runtime.host.pinned_memory import HostBuffer, Place
 
 
 class WorkingArena(HostArena):
@@ -68,6 +67,5 @@ class WorkingArena(HostArena):
                 with torch.no_grad():
                     copy.copy_(master)
 
-    def _residence(self, name: str) -> tuple[HostBuffer, Place]:
-        masters = self.masters
-        return masters._residence(name) if name in masters.views else super()._residence(name)
+    def _arena_of(self, name: str) -> HostArena:
+        return self.masters if name in self.masters.views else self
