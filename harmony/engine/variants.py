@@ -443,14 +443,14 @@ class VariantCache:
         if self.arenas is None:
             device = self._contexts[0].device
             arenas = (self._weight_arena(weights), HostArena(gradients, device, "the gradients"))
-            arenas[0].adopt(self._net, materialise)
+            arenas[0].adopt(self._net, materialise, traced_real=captured.real)
             self.arenas = arenas  # only now: values may be missing
         else:
             arenas = self.arenas
             for arena, layout in zip(arenas, (weights, gradients), strict=True):
                 arena.keep(weights.places)
                 arena.extend(layout)
-            arenas[0].adopt(self._net, materialise)
+            arenas[0].adopt(self._net, materialise, traced_real=captured.real)
         views = ArenaView(arenas[0], weights), ArenaView(arenas[1], gradients)
         params = dict(self._net.named_parameters())
         host = HostState(graph, *views, params, self._optimizer, self.generation)

@@ -5,6 +5,7 @@ They lie there in layer order, so that any pack is one contiguous range and move
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections import Counter
@@ -136,7 +137,11 @@ class HostArena:
             )
 
     def adopt(
-        self, module: nn.Module, materialise: Callable[[nn.Module, Views], object] | None = None
+        self,
+        module: nn.Module,
+        materialise: Callable[[nn.Module, Views], object] | None = None,
+        *,
+        traced_real: bool = False,
     ) -> dict[str, nn.Parameter]:
         """Move the values of a module's parameters and buffers into the arena, one at a time.
 
@@ -144,11 +149,12 @@ class HostArena:
 
         Args:
             materialise: gives the parameters on the meta device their places here, and values.
+            traced_real: whether a recording with the real parameters holds their memory as well.
         """
         if materialise is not None:
             empty = {n: p for n, p in module.named_parameters() if p.is_meta}
             materialise(module, {name: self._new(name) for name in empty})
-        self.take_in(tensors_of(module))
+        self.take_in(tensors_of(module), traced_real=traced_real)
         return dict(module.named_parameters())
 
     def difference(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -187,7 +193,7 @@ class HostArena:
             return False
         return memory() is not None
 
-    def take_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def take_in(self, tensors: Mapping[str, torch.Tensor], *, traced_real: bool = False) -> None:
         """Move what is elsewhere (``param.data = values``, an assigned buffer) into the arena.
 
         A buffer that shares its memory with other tensors stays where it is: who changes those
@@ -225,6 +231,9 @@ class HostArena:
                 "(share_memory()). Harmony trains them in memory of its own, so other processes "
                 "do not see their new values: send them model.state_dict()",
             )
+        if traced_real or all(storage.expired() for storage in left.values()):
+            return
+        gc.collect()  # who has it may be garbage
         held = [n for n in left if n not in shared and not left[n].expired()]
         if held:
             warn(

@@ -48,9 +48,9 @@ class WorkingArena(HostArena):
         self.masters.keep(names)
         super().keep(names)
 
-    def take_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def take_in(self, tensors: Mapping[str, torch.Tensor], *, traced_real: bool = False) -> None:
         """Move what is elsewhere to where it belongs, and copy what may have changed."""
-        super().take_in(tensors)
+        super().take_in(tensors, traced_real=traced_real)
         masters = {name: self.tensors[name] for name in self.masters.views}
         if not self._changes.of(masters):
             self._changes = Changes(masters)
