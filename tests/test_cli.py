@@ -195,6 +195,8 @@ def test_what_was_not_saved_is_said_at_the_end(run: RunScript, tmp_path: Path) -
     assert err.count("harmony: nothing was saved: the script makes no harmony.Run. Add run") == 1
     _, _, err = run(TRAIN)
     assert "saved" not in err
+    code, _, err = run("raise ValueError('before the first step')", *words)
+    assert code == 1 and "nothing was saved" not in err
     kept = (
         f"{TRAIN}\nfrom pathlib import Path\nsession.say('a word')\n"
         "session.keep(session.Keeping(Path('runs'), num_steps=7, saved_steps=5))\n"

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
-from harmony.checkpoint.store import found_in, step_of
+from harmony.checkpoint.store import check_writable, found_in, step_of
 from harmony.checkpoint.training import RandomStates, Restored
 from harmony.core.files import DAMAGED, check_types
 from harmony.core.options import Every, current_options
@@ -92,7 +92,7 @@ class Run:
             checkpoint; `resume` brings them back.
 
     Raises:
-        ConfigError: for an option that makes no sense.
+        ConfigError: for an option that makes no sense, or a folder that cannot be written to.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class Run:
         self._keeping = session.keep(Keeping(self._folder))
         self._ending = Ending()
         if self._folder is not None:
+            check_writable(self._folder)
             self._ending.listen()
 
     # Going on
@@ -347,7 +348,7 @@ class Run:
         """End the process where everything is of one step."""
         saved = self.save()
         self._ending.close()
-        session.say(f"{why}: the run ends after step {self.num_steps - 1}, saved in {saved}")
+        session.say(f"{why}: the run ends after {self.num_steps} steps, saved in {saved}")
         raise SystemExit(code)
 
     def _rescue(self, error: BaseException) -> None:
@@ -367,7 +368,7 @@ class Run:
         except HarmonyError as failure:
             session.say(f"{name}: the state cannot be saved: {text_of(failure)}")
             return
-        session.say(f"{name} after step {self.num_steps - 1}: its state is saved in {saved}")
+        session.say(f"{name} after {self.num_steps} steps: their state is saved in {saved}")
 
     def _check_loader(self) -> None:
         """Hear that an epoch goes through batches that `batches` does not see."""

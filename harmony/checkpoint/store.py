@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,22 @@ _CHUNK_NBYTES = 1 << 24
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEP = re.compile(r"step-(\d{1,18})")
 _PART = re.compile(r"\.step-\d+\.[0-9a-f]{16}\.part")
+
+
+def check_writable(root: Path) -> None:
+    """Refuse a folder, or one that is still to be made, that nothing can be written to.
+
+    Raises:
+        ConfigError: naming it and the reason.
+    """
+    there = next((path for path in (root, *root.absolute().parents) if path.exists()), root)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoints cannot be written to {root}: {error.strerror}. Name another folder"
+        ) from None
 
 
 class Writer:

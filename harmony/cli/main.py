@@ -286,7 +286,8 @@ def _say_what_is_kept(options: Options, progress: Progress) -> None:
     wanted = (options.checkpoint_dir, options.checkpoint_every, options.keep, options.resume)
     if options.plan_only or options.verify:
         return
-    if not session.keepings() and any(option is not None for option in wanted):
+    trained = any(record.runs for record in session.records())
+    if trained and not session.keepings() and any(option is not None for option in wanted):
         progress.say(
             "nothing was saved: the script makes no harmony.Run. Add run = harmony.Run(model) "
             "and, behind each step, run.step()"

@@ -195,7 +195,7 @@ def test_a_process_that_is_stopped_and_started_again_ends_as_one_that_was_not(
     else:
         assert code == 128 + number
         step = len(re.findall(r"^step \d+$", said, re.MULTILINE))
-        assert f"{name}: the run ends after step {step - 1}, saved in " in errors
+        assert f"{name}: the run ends after {step} steps, saved in " in errors
         assert (tmp_path / "runs" / f"step-{step:08}" / "manifest.json").exists()
     code, said, errors = run_until(words, None, 0)
     assert code == 0, errors
@@ -550,7 +550,7 @@ def test_an_error_saves_the_step_before_it_if_that_is_whole(
         assert "in the middle of step 2: its state is not that of a step, and is not saved" in err
         assert not tmp_path.exists() or not list(tmp_path.iterdir())
         return
-    assert "after step 1: its state is saved in" in err
+    assert "after 2 steps: their state is saved in" in err
     torch.manual_seed(99)
     state, again = work(third, tmp_path, fails=False)
     assert count == again == 4
@@ -642,3 +642,16 @@ def test_a_script_that_does_not_resume_is_refused_before_its_first_step(
     run.resume()
     model(batch(0)[0]) if own else model.train_step(*batch(0))
     run.close()
+
+
+@pytest.mark.parametrize("kind", ["of the kernel", "a file"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
+    vgpus: VirtualGPUs, tmp_path: Path, kind: str
+) -> None:
+    """Not after the half hour until the first checkpoint; nothing is made meanwhile."""
+    (tmp_path / "file").touch()
+    folder = Path("/proc/runs") if kind == "of the kernel" else tmp_path / "file" / "runs"
+    with pytest.raises(harmony.ConfigError, match=f"cannot be written to {folder}: "):
+        harmony.Run(small(), folder)
+    harmony.Run(small(), tmp_path / "new" / "runs").close()
+    assert not (tmp_path / "new").exists()
