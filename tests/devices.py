@@ -25,8 +25,13 @@ def device(index: int = 0) -> torch.device:
     return torch.device(TYPE, index)
 
 
+def virtual_only(why: str) -> pytest.MarkDecorator:
+    """Mark a test that says something of virtual GPUs, or of what only they have."""
+    return pytest.mark.skipif(TYPE != "vgpu", reason=f"virtual GPUs only: {why}")
+
+
 def provide(count: int = 4, memory: str | int = "64MiB", **settings: Any) -> None:
-    """Set devices up; the number of the stand-in's is what it is.
+    """Set devices up.
 
     Skips the test on the stand-in if it asks for the speed of links or of kernels, which only
     virtual GPUs have. A virtual GPU holds its limit to the byte; of the stand-in's the plan knows
@@ -38,6 +43,14 @@ def provide(count: int = 4, memory: str | int = "64MiB", **settings: Any) -> Non
         pytest.skip(f"only virtual GPUs have {', '.join(settings)}")
     else:
         standin.set_memory(parse_bytes(memory) + RESERVE_NBYTES)
+        torch.accelerator.device_count = lambda: count
+
+
+def live_nbytes() -> int:
+    """Return the bytes of all tensors on devices, when what was enqueued has run."""
+    if TYPE == "vgpu":
+        return int(vgpu._require().vgpu_live_nbytes())
+    return sum(map(torch.cuda.memory_allocated, range(torch.cuda.device_count())))
 
 
 def compute_as_cpu(on: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import harmony
+from tests import devices
 
 from .changing import FORMS, Change, assert_same, same_with_changes
 from .conftest import VirtualGPUs
@@ -310,7 +311,7 @@ def test_a_move_changes_the_dtype_and_nothing_else(vgpus: VirtualGPUs) -> None:
     model(vector_batch(0)[0])
     for _ in range(2):
         with pytest.warns(UserWarning, match="stay on the host"):
-            model.to("vgpu:0", torch.float64)
+            model.to(devices.device(), torch.float64)
         assert {p.dtype for p in net.parameters()} == {torch.float64}
         assert {p.device.type for p in net.parameters()} == {"cpu"}
         assert net.norm.num_batches_tracked.dtype == torch.int64
@@ -321,8 +322,8 @@ def test_a_tensor_on_a_device_is_refused_by_name(vgpus: VirtualGPUs) -> None:
     net = Net()
     model = harmony.Harmony(net, devices=1, microbatch_size=8)
     model(vector_batch(0)[0])
-    net.scale = torch.ones(WIDTH, device="vgpu:0")
-    with pytest.raises(harmony.HarmonyError, match="scale is on vgpu:0"):
+    net.scale = torch.ones(WIDTH, device=devices.device())
+    with pytest.raises(harmony.HarmonyError, match=f"scale is on {devices.device()}"):
         model(vector_batch(0)[0])
     net.scale = torch.ones(WIDTH)
     model(vector_batch(0)[0])

@@ -7,6 +7,7 @@ import torch
 
 from harmony.runtime import device as device_module
 from harmony.runtime.device import DeviceContext, streams_restored
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 
 
@@ -14,8 +15,8 @@ def test_entering_a_device_again_makes_no_stream(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streams come from a ring of 32 a device: the next ones would be another model's."""
-    context = DeviceContext(torch.device("vgpu", 0))
-    peers = [torch.device("vgpu", index) for index in range(3)]
+    context = DeviceContext(devices.device())
+    peers = [devices.device(index) for index in range(3)]
     made = []
 
     def counted(*args: object, **fields: object) -> torch.Stream:
@@ -30,9 +31,9 @@ def test_entering_a_device_again_makes_no_stream(
 
 
 def test_the_thread_of_the_user_gets_its_device_and_streams_back(vgpus: VirtualGPUs) -> None:
-    contexts = [DeviceContext(torch.device("vgpu", index)) for index in (2, 1)]
+    contexts = [DeviceContext(devices.device(index)) for index in (2, 1)]
     torch.accelerator.set_device_index(3)
-    mine = torch.Stream(device="vgpu:2")
+    mine = torch.Stream(device=devices.device(2))
     torch.accelerator.set_stream(mine)
     torch.accelerator.set_device_index(3)
     with streams_restored(contexts):
@@ -40,6 +41,6 @@ def test_the_thread_of_the_user_gets_its_device_and_streams_back(vgpus: VirtualG
         contexts[0].use("h2d")
         assert torch.accelerator.current_device_index() == 2
     assert torch.accelerator.current_device_index() == 3
-    assert torch.accelerator.current_stream("vgpu:2") == mine
-    torch.accelerator.set_stream(torch.Stream(device="vgpu:0"))
+    assert torch.accelerator.current_stream(devices.device(2)) == mine
+    torch.accelerator.set_stream(torch.Stream(device=devices.device()))
     torch.accelerator.set_device_index(0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, vector_batch
 from tests.training.plain import gradients_of, params_of
@@ -142,7 +143,7 @@ def test_eval_in_the_middle_of_training(vgpus: VirtualGPUs) -> None:
 def test_moving_to_a_device_is_a_notice(vgpus: VirtualGPUs) -> None:
     model = harmony.Harmony(SkipMLP(), devices=1)
     with pytest.warns(UserWarning, match="stay on the host"):
-        model.to("vgpu:0")
+        model.to(devices.device())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.to("cpu")
@@ -161,13 +162,13 @@ def test_what_is_no_copy_of_its_own_is_refused(vgpus: VirtualGPUs) -> None:
 
 def test_the_callers_stream_and_device_stay_as_they_were(vgpus: VirtualGPUs) -> None:
     torch.accelerator.set_device_index(1)
-    mine = torch.Stream(device="vgpu:1")
-    before = torch.accelerator.current_stream("vgpu:1")
+    mine = torch.Stream(device=devices.device(1))
+    before = torch.accelerator.current_stream(devices.device(1))
     with mine:
         model = harmony.Harmony(SkipMLP(), devices=2, microbatch_size=4)
         x, y = vector_batch(0)
         square_loss(model(x), y).backward()
         assert torch.accelerator.current_device_index() == 1
-        assert torch.accelerator.current_stream("vgpu:1") == mine
-    assert torch.accelerator.current_stream("vgpu:1") == before
+        assert torch.accelerator.current_stream(devices.device(1)) == mine
+    assert torch.accelerator.current_stream(devices.device(1)) == before
     torch.accelerator.set_device_index(0)

@@ -18,8 +18,8 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 from tests.toys import halves
 from tests.training.models import square_loss, vector_batch
 from tests.training.plain import gradients_of
@@ -108,7 +108,7 @@ def test_gradients_of_inputs_and_parameters(
     used: list[set[int]],
 ) -> None:
     torch.set_num_threads(1)
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = Branches()
     replicas = num_devices if replicated else 1

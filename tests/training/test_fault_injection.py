@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import devices
+
 ROOT = Path(__file__).parents[2]
 
 
+@devices.virtual_only("its processes set them up")
 @pytest.mark.timeout(400)
 def test_after_injected_faults_the_state_is_of_one_step_or_refused() -> None:
     """In a process of its own: a fault that hangs or aborts it is found there as well."""

@@ -12,6 +12,7 @@ from torch import nn
 
 import harmony
 from harmony.capture import StreamedModule
+from tests import devices
 
 from .conftest import VirtualGPUs
 
@@ -94,7 +95,7 @@ def test_a_model_without_generate_has_none(vgpus: VirtualGPUs) -> None:
 def test_streamed_forwards_keep_what_they_change(vgpus: VirtualGPUs) -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     plain = copy.deepcopy(net)
-    streamed = StreamedModule(net, torch.device("vgpu:0"))
+    streamed = StreamedModule(net, devices.device())
     x = torch.randn(4, 8)
     for _ in range(2):
         assert torch.equal(streamed(x), plain(x))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.vgpu import api as vgpu
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, square_loss, token_batch, token_loss, vector_batch
 
@@ -95,7 +95,7 @@ def test_a_model_that_is_deleted_gives_everything_back_without_the_garbage_colle
     gc.disable()
     try:
         del model
-        assert vgpu._require().vgpu_live_nbytes() == 0
+        assert devices.live_nbytes() == 0
         assert not threads()
     finally:
         gc.enable()
@@ -108,7 +108,7 @@ def test_a_closed_model_has_given_everything_back_and_its_module_is_an_ordinary_
     with make("step") as model:
         use(model, "step")
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert vgpu._require().vgpu_live_nbytes() == 0
+    assert devices.live_nbytes() == 0
     assert not threads()
     for call in (lambda: model.train_step(x, y), lambda: model(x), lambda: model.verify(x, y)):
         with pytest.raises(harmony.HarmonyError, match="has been closed"):
@@ -140,9 +140,10 @@ class Cycle:
     """Holds device memory, and itself."""
 
     def __init__(self, nbytes: int) -> None:
-        self.held, self.me = torch.empty(nbytes, dtype=torch.uint8, device="vgpu:0"), self
+        self.held, self.me = torch.empty(nbytes, dtype=torch.uint8, device=devices.device()), self
 
 
+@devices.virtual_only("they hold their limit to the byte")
 @pytest.mark.parametrize("form", ["step", "dropin", "dynamic"])
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward stands")
 def test_nothing_is_refused_for_memory_that_is_garbage(vgpus: VirtualGPUs, form: str) -> None:
@@ -152,7 +153,7 @@ def test_nothing_is_refused_for_memory_that_is_garbage(vgpus: VirtualGPUs, form:
         gc.collect()
         gc.disable()
         try:
-            free = MIB - vgpu._require().vgpu_live_nbytes()
+            free = MIB - devices.live_nbytes()
             Cycle(free - 4096 if form != "dynamic" else free - 512)
             use(model, form)
             model._engine.variants.activate(None)  # it has to ask for its memory again
@@ -160,6 +161,7 @@ def test_nothing_is_refused_for_memory_that_is_garbage(vgpus: VirtualGPUs, form:
             gc.enable()
 
 
+@devices.virtual_only("they hold their limit to the byte")
 @pytest.mark.parametrize("when", ["first", "later"])
 @pytest.mark.parametrize("form", ["step", "dropin", "dynamic"])
 @pytest.mark.filterwarnings("ignore:.*so no recorded forward stands")
@@ -172,15 +174,18 @@ def test_device_memory_that_somebody_else_holds_is_one_error_with_the_bytes(
         use(model, form)
         model._engine.variants.activate(None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    free = MIB - vgpu._require().vgpu_live_nbytes()
-    held = torch.empty(free - 1024, dtype=torch.uint8, device="vgpu:0")
-    with pytest.raises(harmony.DoesNotFitError, match=r"free on vgpu:0.*microbatch_size"):
+    free = MIB - devices.live_nbytes()
+    held = torch.empty(free - 1024, dtype=torch.uint8, device=devices.device())
+    with pytest.raises(
+        harmony.DoesNotFitError, match=rf"free on {devices.device()}.*microbatch_size"
+    ):
         use(model, form)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     del held
     use(model, form)
 
 
+@devices.virtual_only("real ones are not set up")
 def test_other_virtual_gpus_may_be_set_up_while_old_tensors_are_garbage(
     vgpus: VirtualGPUs,
 ) -> None:

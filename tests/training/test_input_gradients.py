@@ -11,6 +11,7 @@ from torch import nn
 
 import harmony
 from harmony.planner.ir.tasks import TaskKind
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import SkipMLP, square_loss, vector_batch
 from tests.training.plain import gradients_of
@@ -173,7 +174,7 @@ def test_an_input_on_a_device_gets_its_gradient_there(vgpus: VirtualGPUs) -> Non
     net = SkipMLP()
     model = wrapped(net, microbatch_size=8, device_memory="32KiB")
     x, y = vector_batch(0)
-    there = x.to("vgpu:1").requires_grad_()
+    there = x.to(devices.device(1)).requires_grad_()
     out = model(there)
     assert out.device == there.device
     square_loss(out, y.to(there.device)).backward()

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import devices
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_and_resume.py"
 
 
+@devices.virtual_only("its processes set them up")
 @pytest.mark.slow
 @pytest.mark.parametrize("signal", ["KILL", "INT"])
 def test_a_killed_run_goes_on(signal: str) -> None:

@@ -19,7 +19,8 @@ from harmony.planner.ir.plan_file import load_plan, save_plan
 from harmony.planner.search.search import choose
 from harmony.profiling.model_profile import load_profile
 from harmony.report import session
-from harmony.vgpu import api as vgpu
+from harmony.runtime import native
+from tests import devices
 from tests.training.models import GPT, token_batch, token_loss
 
 ELSEWHERE = Options(
@@ -36,7 +37,7 @@ def make(net: torch.nn.Module | None = None, **options: Any) -> harmony.Harmony:
 @pytest.fixture
 def plan_path(tmp_path: Path) -> Path:
     """The plan of a first run with a choice of its own."""
-    vgpu.virtual_gpus(count=2, memory="64MiB")
+    devices.provide(count=2, memory="64MiB")
     model = make(microbatch_size=1, mode="pp")
     model.train_step(*token_batch(0, 8))
     assert model.plan is not None
@@ -52,7 +53,7 @@ def test_a_pinned_plan_is_trained_by(plan_path: Path) -> None:
 
 
 def test_a_plan_that_leaves_devices_idle_comes_back(tmp_path: Path) -> None:
-    vgpu.virtual_gpus(count=2, memory="64MiB")
+    devices.provide(count=2, memory="64MiB")
     fields = {"loss_fn": torch.nn.functional.mse_loss, "mode": "pp"}
     batch = torch.randn(4, 8), torch.randn(4, 8)
     model = make(torch.nn.Linear(8, 8), **fields)
@@ -116,7 +117,7 @@ def test_a_file_that_is_not_there_is_refused_when_the_model_is_made(tmp_path: Pa
 
 
 def test_a_profile_of_a_run_gives_the_plan_of_that_run(tmp_path: Path) -> None:
-    vgpu.virtual_gpus(count=2, memory="64MiB")
+    devices.provide(count=2, memory="64MiB")
     path, said = tmp_path / "profile.json", list[str]()
     options = Options(active=True, cache=False, save_profile=path)
     with session.running(options):
@@ -125,7 +126,8 @@ def test_a_profile_of_a_run_gives_the_plan_of_that_run(tmp_path: Path) -> None:
         model.train_step(*token_batch(0, 8))
     assert said == [f"model profile written to {path}"]
     profile = load_profile(path)
-    assert (profile.name, profile.minibatch, profile.device) == ("GPT", 8, "virtual GPU")
+    name = native.product_name(devices.device())
+    assert (profile.name, profile.minibatch, profile.device) == ("GPT", 8, name)
     assert profile.machine is not None and profile.work is not None
     assert sum(profile.work.model_flops(8).values()) > 0
     assert model.plan is not None
@@ -139,7 +141,7 @@ def test_a_profile_of_a_run_gives_the_plan_of_that_run(tmp_path: Path) -> None:
 def test_a_machine_that_is_not_there_is_planned_without_running_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vgpu.virtual_gpus(count=1, memory="1MiB")
+    devices.provide(count=1, memory="1MiB")
     torch.manual_seed(0)
     with torch.device("meta"):
         net = GPT()  # no parameter has a value
@@ -154,7 +156,7 @@ def test_a_machine_that_is_not_there_is_planned_without_running_the_model(
 
 
 def test_a_forward_that_decides_by_values_is_not_planned_elsewhere() -> None:
-    vgpu.virtual_gpus(count=1, memory="1MiB")
+    devices.provide(count=1, memory="1MiB")
 
     class Deciding(torch.nn.Module):
         def __init__(self) -> None:

@@ -22,8 +22,8 @@ from harmony.planner.ir.schedule import Op
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import gradients_of, params_of, train_plain, train_tokens
 
@@ -103,7 +103,7 @@ def test_gpt_bit_for_bit(
     policy: Policy,
 ) -> None:
     torch.set_num_threads(1)
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
     shares = num_devices if replicated else 1
@@ -153,7 +153,7 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     """Activations kept, offloaded or recomputed; weights held or resident; rings of GPUs."""
     torch.set_num_threads(1)
     gc.collect()  # what an earlier example left would count in the peak
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
     shares = replicas if num_devices % replicas == 0 else 1
@@ -214,7 +214,7 @@ def test_different_microbatch_sizes(
 ) -> None:
     """Allowed without random numbers; a product over more rows may differ in its last bits."""
     torch.set_num_threads(1)
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = SkipMLP()
     twin = copy.deepcopy(net)
@@ -244,7 +244,7 @@ def test_different_microbatch_sizes(
 
 
 def test_different_sizes_are_refused_with_dropout() -> None:
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     model = make(GPT(dropout=0.1), token_loss, 1, 2)
 
     def spec_of(num_layers: int, minibatch: int) -> StepSpec:
@@ -257,7 +257,7 @@ def test_different_sizes_are_refused_with_dropout() -> None:
 
 def test_tied_weights_across_packs() -> None:
     """Pack by pack the head's uses are added first; each gradient within 2e-7 of its largest."""
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = GPT(dropout=0.1, tied=True)
     expected = train_tokens(net, 3, torch.optim.SGD, SGD)
@@ -288,7 +288,7 @@ def test_microbatches_add_up_where_a_pack_has_been_in_two_slots(saved_runs: int)
     """Some were kept in the slot of the forward, others are recomputed in that of the backward."""
     torch.set_num_threads(1)
     gc.collect()
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
 

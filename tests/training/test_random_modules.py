@@ -22,8 +22,8 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 
 from .models import square_loss, vector_batch
 from .plain import gradients_of
@@ -240,7 +240,7 @@ ONE_GPU = Way([], [], 4, 1, False, Policy())
 def test_random_modules_train_as_in_plain_pytorch(recipe: Recipe, way: Way, decides: str) -> None:
     torch.set_num_threads(1)
     way = fits(way, recipe, decides)
-    vgpu.virtual_gpus(count=3, memory="64MiB")
+    devices.provide(count=3, memory="64MiB")
     forced = plans_by_force(way)
     with warnings.catch_warnings(), racecheck.checked(ordered_frees=True), forced as plans:
         warnings.simplefilter("ignore")  # a dynamic run is announced

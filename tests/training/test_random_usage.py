@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 from tests.training.random_usage import KNOWN, WAYS, Steps, Usage, Way, usages
 
 
 def train(way: Way, steps: Steps) -> None:
     """Do it all with the race checker on."""
     torch.set_num_threads(1)
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     with warnings.catch_warnings(), racecheck.checked(ordered_frees=True):
         warnings.simplefilter("ignore")
         Usage(way).run(steps)
@@ -36,7 +36,7 @@ def test_random_usage_trains_as_in_plain_pytorch(way: Way, steps: Steps) -> None
 @pytest.mark.parametrize("operation", sorted({"write", "rate", "attribute"} & set(KNOWN)))
 def test_the_comparison_sees_what_only_one_side_does(form: str, operation: str) -> None:
     torch.set_num_threads(1)
-    vgpu.virtual_gpus(count=4, memory="64MiB")
+    devices.provide(count=4, memory="64MiB")
     usage = Usage(Way(form))
     usage.run((("step", 0),))
     model, net = usage.plain, usage.net

@@ -20,6 +20,7 @@ from harmony.engine import variant
 from harmony.planner.predict.cost import CostTable
 from harmony.profiling import measured
 from harmony.runtime.step.randomness import drawn_seed
+from tests import devices
 
 from .conftest import VirtualGPUs
 from .models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
@@ -170,7 +171,7 @@ def test_what_was_measured_chooses_the_rest(vgpus: VirtualGPUs) -> None:
 def test_memory_that_others_have_taken_is_not_counted_on(vgpus: VirtualGPUs) -> None:
     """The choice counts on all of a device; where less is free it is made again, and trains."""
     vgpus(count=1, memory="1MiB")
-    taken = torch.empty(700 * 1024, dtype=torch.uint8, device="vgpu:0")
+    taken = torch.empty(700 * 1024, dtype=torch.uint8, device=devices.device())
     torch.manual_seed(0)
     net = GPT(depth=2)
     model = harmony.Harmony(

@@ -23,6 +23,7 @@ from harmony.core.options import Every, Options
 from harmony.errors import ConfigError, HarmonyError
 from harmony.report import session
 from harmony.runtime.interrupts import Ending
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import square_loss
 
@@ -169,6 +170,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return ends
 
 
+@devices.virtual_only("its processes set them up")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "name", "outside"),

@@ -12,6 +12,7 @@ from torch import nn
 
 import harmony
 from harmony.errors import HarmonyWarning
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 
 
@@ -59,6 +60,6 @@ def test_a_warning_of_a_method_names_the_line_that_calls_it(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.load_checkpoint(tmp_path, skip_damaged=True)
-        model.to("vgpu:0")
+        model.to(devices.device())
     assert places(caught) == {__file__}
     assert len(caught) == 2

@@ -21,7 +21,7 @@ from harmony.errors import ConfigError
 from harmony.planner.ir.schedule import HOST, Schedule
 from harmony.report import session
 from harmony.runtime.exec.watchdog import LOOKS, Watchdog, Watching
-from harmony.vgpu import api as vgpu
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import square_loss, vector_batch
 
@@ -138,17 +138,17 @@ def test_a_link_that_crawls_is_named(vgpus: VirtualGPUs, hear: Any) -> None:
 
     def heard(text: str) -> None:
         said.append(text)
-        vgpu.virtual_gpus(count=4, memory="64MiB", h2d="100GB/s")
+        devices.provide(count=4, memory="64MiB", h2d="100GB/s")
 
     hear(heard)
     model, plain = make(watchdog=0.5), make()
     model.train_step(*batch(0)), plain.train_step(*batch(0))
     said.clear()
-    vgpu.virtual_gpus(
+    devices.provide(
         count=4, memory="64MiB", h2d="5KB/s"
     )  # three seconds for the weights of a layer
     loss = model.train_step(*batch(1))
-    vgpu.virtual_gpus(count=4, memory="64MiB", h2d="100GB/s")
+    devices.provide(count=4, memory="64MiB", h2d="100GB/s")
     assert torch.equal(loss, plain.train_step(*batch(1)))
     lines = said[0].splitlines()
     assert any(line.startswith("  gpu0 h2d stream is at SwapIn ") for line in lines)
@@ -169,6 +169,7 @@ print("never")
 """
 
 
+@devices.virtual_only("its processes set them up")
 def test_it_ends_the_process_if_it_is_told_to() -> None:
     known = {**os.environ, "PYTHONPATH": str(ROOT), "HARMONY_WATCHDOG": "2s,end"}
     done = subprocess.run(
