@@ -1,6 +1,6 @@
 """Trains a model of the zoo with Harmony and with plain PyTorch, and compares everything.
 
-Three steps on two virtual GPUs, by a plan of at least four packs whose FORWARD packs are cut at
+Three steps on two devices, by a plan of at least four packs whose FORWARD packs are cut at
 other layers than its BACKWARD packs, with the race checker on. The reference accumulates the same
 microbatches, each seeded by `harmony.seed_microbatch`.
 """
@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,8 +30,8 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import api as vgpu
 from harmony.vgpu import race_check as racecheck
+from tests import devices
 from tests.zoo.entry import Entry
 
 NUM_STEPS, NUM_DEVICES = 3, 2
@@ -77,17 +77,17 @@ class Outcome:
 
 
 def check(entry: Entry) -> Outcome:
-    """Train the model in both ways and compare each step.
+    """Compare on devices set up for it, with the race checker on.
 
     Raises:
         HarmonyError: if Harmony cannot train it.
         RaceError: if the runtime did something that only luck put in order.
     """
     with one_thread():
-        vgpu.virtual_gpus(count=NUM_DEVICES, memory="256MiB")
+        devices.provide(count=NUM_DEVICES, memory="256MiB")
         with racecheck.checked(ordered_frees=True), warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            outcome = _compare(entry)
+            outcome = compare(entry)
         gc.collect()
     outcome.notes = sorted(
         {str(w.message) for w in given if issubclass(w.category, HarmonyWarning)}
@@ -107,9 +107,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _compare(entry: Entry) -> Outcome:
+def compare(entry: Entry, *, autocast: bool = False) -> Outcome:
+    """Train the model in both ways on the devices that there are, and compare each step.
+
+    Args:
+        autocast: both run their forwards and losses under bfloat16 autocast.
+    """
     net = entry.make()
-    plain = PlainTraining(entry, entry.make())
+    plain = PlainTraining(entry, entry.make(), autocast)
     model = harmony.Harmony(
         net,
         optimizer=torch.optim.SGD,
@@ -126,7 +131,7 @@ def _compare(entry: Entry) -> Outcome:
         if entry.tolerance and step:
             model.load_state_dict(plain.state())
         expected = plain.step(step, _copied(batch))
-        with plans_by_force(entry, outcome):
+        with plans_by_force(entry, outcome), amp(autocast):
             loss = model.train_step(*_copied(batch))
         found = Step(loss, gradients_of(net), buffers_of(net), params_of(net))
         _judge(entry, step, found, expected, outcome)
@@ -183,17 +188,23 @@ def _evenly(num_layers: int, num_packs: int) -> tuple[Pack, ...]:
 
 
 class PlainTraining:
-    """The reference: accumulates the microbatches' gradients, then steps."""
+    """The reference: accumulates the microbatches' gradients, then steps.
 
-    def __init__(self, entry: Entry, net: nn.Module) -> None:
+    Virtual GPUs compute what the CPU does. On the stand-in attention and others are another sum,
+    so the reference runs there.
+    """
+
+    def __init__(self, entry: Entry, net: nn.Module, autocast: bool = False) -> None:
         self._entry = entry
-        self._net = net
+        self._device = torch.device("cpu") if devices.TYPE == "vgpu" else devices.device()
+        self._net = net.to(self._device)
+        self._autocast = autocast
         trained = [p for p in net.parameters() if p.requires_grad]
         self._optimizer = torch.optim.SGD(trained, **SGD)  # type: ignore[arg-type]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers."""
-        return self._net.state_dict()
+        return {name: tensor.cpu() for name, tensor in self._net.state_dict().items()}
 
     def step(self, step: int, batch: Any) -> Step:
         """Run one training step."""
@@ -204,25 +215,37 @@ class PlainTraining:
         total = torch.zeros(())
         for index, low in enumerate(range(0, minibatch, size)):
             high = min(low + size, minibatch)
-            inputs, targets = _cut(batch, low, high, minibatch)
+            inputs, targets = moved(_cut(batch, low, high, minibatch), self._device)
             harmony.seed_microbatch(step, index)
-            loss = self._loss(inputs, targets)
+            with amp(self._autocast):
+                loss = self._loss(inputs, targets)
             weight = 1.0 if entry.summed else (high - low) / minibatch
             (loss * weight).backward()
-            total = total + loss.detach() * weight
+            total = total + loss.detach().cpu() * weight
         gradients = gradients_of(self._net)
         self._optimizer.step()
         return Step(total, gradients, buffers_of(self._net), params_of(self._net))
 
     def _loss(self, inputs: Any, targets: Any) -> torch.Tensor:
-        args, kwargs = _as_call(inputs)
+        args, kwargs = as_call(inputs)
         output = self._net(*args, **kwargs)
         if self._entry.loss is not None:
             return self._entry.loss(output, targets)
         return output["loss"] if isinstance(output, Mapping) else output.loss
 
 
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def amp(on: bool) -> AbstractContextManager[Any]:
+    """Return what a script enters around its forward for mixed precision."""
+    return torch.autocast(devices.TYPE, torch.bfloat16) if on else nullcontext()
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch or an output on a device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, batch)
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs as positional arguments and keywords."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, Sequence) else ((inputs,), {})
@@ -269,7 +292,7 @@ def params_of(net: nn.Module) -> Tensors:
 
 
 def _copies(named: Any) -> Tensors:
-    return {n: None if t is None else t.detach().clone() for n, t in named}
+    return {n: None if t is None else t.detach().to("cpu", copy=True) for n, t in named}
 
 
 def _judge(entry: Entry, step: int, found: Step, expected: Step, outcome: Outcome) -> None:
