@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.tasks import StepSpec
+from tests.toys import halves
 from tests.training.conftest import VirtualGPUs
+from tests.training.test_plans import packs, use_plan
 
 
 @torch.library.custom_op("harmony_tests::widened", mutates_args=())
@@ -48,16 +52,29 @@ def make(form: str) -> harmony.Harmony:
     )
 
 
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(4, 16), torch.randn(4, 16)
+
+
+def every_layer_alone(num_layers: int, minibatch: int) -> StepSpec:
+    """Cut after each layer: where nothing is cut, what is made goes on as in plain PyTorch."""
+    every = packs(list(range(1, num_layers)), num_layers)
+    return StepSpec(minibatch, 2, 2, every[:-1], every, halves(minibatch, 1))
+
+
 @pytest.mark.parametrize("form", ["dtype", "shape"])
 def test_a_value_of_another_form_than_recorded_is_refused_by_name(
     vgpus: VirtualGPUs, form: str
 ) -> None:
     model = make(form)
     before = [p.detach().clone() for p in model.parameters()]
+    use_plan(model, batch(), every_layer_alone, Policy())
     with pytest.raises(harmony.HarmonyError, match="but was recorded as"):
-        model.train_step(torch.randn(4, 16), torch.randn(4, 16))
+        model.train_step(*batch())
     assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_a_value_of_the_recorded_form_trains(vgpus: VirtualGPUs) -> None:
-    assert float(make("none").train_step(torch.randn(4, 16), torch.randn(4, 16))) > 0
+    model = make("none")
+    use_plan(model, batch(), every_layer_alone, Policy())
+    assert float(model.train_step(*batch())) > 0
