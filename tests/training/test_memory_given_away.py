@@ -151,3 +151,73 @@ def test_weights_that_are_views_of_one_memory_are_nobody_elses(
     model = harmony.Harmony(net)
     steps(net, lambda _, x: model(x), 0, count=1)
     assert not [w for w in recwarn if "holds the memory" in str(w.message)]
+
+
+class Tied(nn.Module):
+    """Two layers, and a buffer, that can be given one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("shown", torch.zeros(16, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))) + x @ self.shown)
+
+
+def by_data(net: Tied) -> None:
+    net.two.weight.data = net.one.weight.data
+
+
+def by_a_part(net: Tied) -> None:
+    memory = torch.randn(24, 16)
+    net.one.weight.data, net.two.weight.data = memory[:16], memory[8:]
+
+
+def by_a_buffer(net: Tied) -> None:
+    net.shown = net.one.weight.data
+
+
+def not_at_all(net: Tied) -> None:
+    pass
+
+
+def by_frozen_data(net: Tied) -> None:
+    by_data(net)
+    net.one.requires_grad_(False)
+    net.two.requires_grad_(False)
+
+
+def side_by_side(net: Tied) -> None:
+    memory = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    net.one.weight.data, net.two.weight.data = memory[:16], memory[16:]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("tie", [by_data, by_a_part, by_a_buffer])
+def test_two_tensors_in_one_memory_of_which_one_is_trained_are_refused(
+    vgpus: VirtualGPUs, tie: Callable[[Tied], None], later: bool
+) -> None:
+    model = harmony.Harmony(net := Tied(), devices=2)
+    if later:
+        steps(net, lambda _, x: model(x), 0)
+    tie(net)
+    with pytest.raises(harmony.HarmonyError, match="two tensors in the same memory"):
+        steps(net, lambda _, x: model(x), 2)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("tie", [not_at_all, by_frozen_data, side_by_side])
+def test_tensors_that_share_no_trained_memory_train_as_in_plain_pytorch(
+    vgpus: VirtualGPUs, tie: Callable[[Tied], None], later: bool
+) -> None:
+    losses = []
+    for devices in (0, 2):
+        net = Tied()
+        model = harmony.Harmony(net, devices=devices, microbatch_size=4) if devices else net
+        before = steps(net, lambda _, x: model(x), 0) if later else []  # noqa: B023
+        tie(net)
+        losses.append(before + steps(net, lambda _, x: model(x), 2))  # noqa: B023
+    assert losses[0] == losses[1]

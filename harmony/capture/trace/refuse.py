@@ -301,7 +301,6 @@ def _check_attributes(module: nn.Module) -> None:
 
 def _check_parameters(module: nn.Module) -> None:
     devices: dict[str, str] = {}
-    places: dict[tuple[str, int], str] = {}
     for name, param in module.named_parameters():
         if is_lazy(param):
             raise CaptureError(f"{name} has no shape yet: run the model once before")
@@ -309,14 +308,6 @@ def _check_parameters(module: nn.Module) -> None:
             raise CaptureError(f"{name} is a DTensor: pass the model before it is sharded")
         if param.device.type != "meta":  # that has no place yet
             devices.setdefault(str(param.device), name)
-        if param.numel() and param.device.type != "meta":
-            place = (str(param.device), param.data_ptr())
-            other = places.setdefault(place, name)
-            if other != name:
-                raise CaptureError(
-                    f"{name} and {other} are two parameters in the same memory: tie them by "
-                    "assigning the same nn.Parameter"
-                )
     if len(devices) > 1:
         listed = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise CaptureError(f"parameters on several devices ({listed}): move the model to one")

@@ -22,7 +22,7 @@ from harmony.core.units import aligned
 from harmony.core.warn import warn
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena_layout import ArenaLayout, Region
-from harmony.runtime.host.memory_holders import shares_memory
+from harmony.runtime.host.memory_holders import overlapping, shares_memory
 from harmony.runtime.host.pinned_memory import HostBuffer, Place, tensor_on
 
 Views = Mapping[str, torch.Tensor]
@@ -200,48 +200,52 @@ class HostArena:
         changes it. Its values are copied.
 
         Raises:
-            HarmonyError: for a tensor on another device.
+            HarmonyError: for a tensor on another device, and for two in the same memory.
         """
+        elsewhere = {n: t for n, t in tensors.items() if not self._is_home(n, t)}
+        self._check_apart(tensors, elsewhere)
         shared: list[str] = []
         left: dict[str, Any] = {}
-        for name, tensor in tensors.items():
-            if self._is_home(name, tensor):
-                self.tensors[name] = tensor
-                continue
+        for name, tensor in elsewhere.items():
+            with torch.no_grad():
+                if not isinstance(tensor, nn.Parameter) and shares_memory(tensor):
+                    self._copy_guest(name, tensor)
+                    continue
+                if tensor.is_shared():  # type: ignore[no-untyped-call]
+                    shared.append(name)
+                elif not self.num_moves[name]:
+                    left[name] = _weakly(tensor)
+                self._move(name, tensor)
+        self.tensors.update(tensors)
+        _warn_of_processes(shared)
+        if not traced_real:
+            _warn_of_holders(left)
+
+    def _check_apart(
+        self, tensors: Mapping[str, torch.Tensor], elsewhere: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Check that each tensor can have a place of its own here.
+
+        Raises:
+            HarmonyError: naming a tensor on another device, or two in the same memory.
+        """
+        for name, tensor in elsewhere.items():
             if tensor.device.type != "cpu":
                 raise HarmonyError(
                     f"{name} is on {tensor.device}, and parameters and buffers of a Harmony model "
                     "stay on the host: give it a tensor on the CPU"
                 )
-            with torch.no_grad():
-                if not isinstance(tensor, nn.Parameter) and shares_memory(tensor):
-                    self._copy_guest(name, tensor)
-                else:
-                    if tensor.is_shared():  # type: ignore[no-untyped-call]
-                        shared.append(name)
-                    if not self.num_moves[name]:
-                        storage = tensor.untyped_storage()
-                        left[name] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                        del storage
-                    self._move(name, tensor)
-            self.tensors[name] = tensor
-        if shared:
-            warn(
-                f"{shared[0]} and {len(shared) - 1} more are in memory that processes share "
-                "(share_memory()). Harmony trains them in memory of its own, so other processes "
-                "do not see their new values: send them model.state_dict()",
-            )
-        if traced_real or all(storage.expired() for storage in left.values()):
-            return
-        gc.collect()  # who has it may be garbage
-        held = [n for n in left if n not in shared and not left[n].expired()]
-        if held:
-            warn(
-                f"something else holds the memory that {held[0]} and {len(held) - 1} more had "
-                "before Harmony moved them to memory of its own: .data, .detach(), an array or a "
-                "state_dict() from before the first batch. It shows the values of then, and what "
-                "is written there changes no parameter. Take it anew after the first batch"
-            )
+        if any(
+            isinstance(t, nn.Parameter) or self.covers(t.data_ptr()) for t in elsewhere.values()
+        ):
+            both = overlapping(tensors)
+            if both is not None:
+                one, other = both
+                raise HarmonyError(
+                    f"{one} and {other} are two tensors in the same memory (as after a.data = "
+                    "b.data), so that training one changes the other; Harmony has a place for "
+                    "each. Make them one parameter (a.weight = b.weight), or give one a clone()"
+                )
 
     def _move(self, name: str, tensor: torch.Tensor) -> None:
         tensor.data = self._new(name).copy_(tensor)  # the version stays: others may have saved it
@@ -272,6 +276,34 @@ class HostArena:
             and tensor.shape == place.shape
             and tensor.dtype == place.dtype
             and tensor.stride() == place.stride
+        )
+
+
+def _weakly(tensor: torch.Tensor) -> Any:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _warn_of_processes(shared: Sequence[str]) -> None:
+    if shared:
+        warn(
+            f"{shared[0]} and {len(shared) - 1} more are in memory that processes share "
+            "(share_memory()). Harmony trains them in memory of its own, so other processes "
+            "do not see their new values: send them model.state_dict()",
+        )
+
+
+def _warn_of_holders(left: Mapping[str, Any]) -> None:
+    """Warn if something else holds memory that was left."""
+    if all(storage.expired() for storage in left.values()):
+        return
+    gc.collect()  # who has it may be garbage
+    held = [name for name, storage in left.items() if not storage.expired()]
+    if held:
+        warn(
+            f"something else holds the memory that {held[0]} and {len(held) - 1} more had "
+            "before Harmony moved them to memory of its own: .data, .detach(), an array or a "
+            "state_dict() from before the first batch. It shows the values of then, and what "
+            "is written there changes no parameter. Take it anew after the first batch"
         )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Mapping
 
 import torch
+
+from harmony.capture.graph.params import dense_stride
 
 
 def shares_memory(tensor: torch.Tensor) -> bool:
@@ -13,6 +17,30 @@ def shares_memory(tensor: torch.Tensor) -> bool:
         return True
     found, alone = _holders(tensor), _ALONE[tensor._is_view()]
     return any(count > expected for count, expected in zip(found, alone, strict=True))
+
+
+def overlapping(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:
+    """Name two tensors on the host of which one shows what is trained in the other; None if none.
+
+    Tensors with gaps between their elements (columns of one matrix, say) count where they start
+    at the same element.
+    """
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in tensors.items()
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.nbytes
+    )
+    for (start, end, one), (then, _, other) in itertools.pairwise(spans):
+        both = tensors[one], tensors[other]
+        if (start == then or (then < end and all(map(_is_dense, both)))) and any(
+            isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad for tensor in both
+        ):
+            return one, other
+    return None
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return dense_stride(tensor.shape, tensor.stride()) == tensor.stride()
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int]:
