@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from harmony.core.machine import Machine
+from harmony.profiling import measured, server
+from harmony.runtime import native
+from harmony.runtime.device import DeviceContext
+from harmony.vgpu import api as vgpu
 from tests.cuda import standin
 
 os.environ["HARMONY_MEASUREMENTS"] = "off"
@@ -30,3 +38,42 @@ def _answers_of_the_stand_in() -> None:
 def _seed_of_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let plain PyTorch's `harmony.seed_microbatch(step, index)` be what a model draws from."""
     monkeypatch.setattr("harmony.module.drawn_seed", lambda: 0)
+
+
+@pytest.fixture(scope="session")
+def _imported() -> Iterator[list[bool]]:
+    """Whether a test has run, and with it all has been imported that is imported at first use."""
+    done: list[bool] = []
+    yield done
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _modules_are_no_garbage(_imported: list[bool]) -> Iterator[None]:
+    """Let the collector pass over the million objects of PyTorch's modules: 0.2 s each time."""
+    yield
+    if not _imported:
+        gc.collect()
+        gc.freeze()
+        _imported.append(True)
+
+
+_machines: dict[object, Machine] = {}
+
+
+@pytest.fixture(autouse=True)
+def _virtual_gpus_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take what an earlier test of the process measured of virtual GPUs with the same settings."""
+    measure = server.measure_machine
+
+    def measure_once(contexts: Sequence[DeviceContext], *limits: int | None) -> Machine:
+        devices = [context.device for context in contexts]
+        if not all(map(native.is_virtual, devices)):
+            return measure(contexts, *limits)
+        settings: dict[str, Any] = vgpu.current_settings()
+        seen = repr((settings, devices, list(map(native.memory_info, devices)), limits))
+        if seen not in _machines:
+            _machines[seen] = measure(contexts, *limits)
+        return _machines[seen]
+
+    monkeypatch.setattr(measured, "measure_machine", measure_once)
