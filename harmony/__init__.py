@@ -54,6 +54,7 @@ _HOMES = {
     "ScheduleError": "harmony.errors",
     "ExecutionError": "harmony.errors",
     "RaceError": "harmony.errors",
+    "NotSavedError": "harmony.errors",
     "RecomputeError": "harmony.errors",
     "VirtualGPUError": "harmony.errors",
 }
@@ -67,6 +68,7 @@ __all__ = [
     "Harmony",
     "HarmonyError",
     "HarmonyWarning",
+    "NotSavedError",
     "Plan",
     "PlanError",
     "RaceError",

@@ -8,6 +8,7 @@ HarmonyError
  |   `- ScheduleError    a schedule that the checker refuses; shows the line
  |- ExecutionError       a task failed while it ran; names the task
  |   `- DeviceLostError  a GPU stopped for good: the process has to be started again
+ |- NotSavedError        a checkpoint that could not be written; those before it are whole
  |- RecomputeError       a layer does not compute the same twice; names the layer
  |- RaceError            two accesses to the same memory that no event orders
  `- VirtualGPUError      the virtual GPU could not be built, loaded or configured
@@ -73,6 +74,10 @@ class ExecutionError(HarmonyError):
 
 class DeviceLostError(ExecutionError):
     """A GPU has stopped, and with it everything of this process on all of them."""
+
+
+class NotSavedError(HarmonyError):
+    """A checkpoint could not be written: the disk is full, broken, or not there any more."""
 
 
 class RecomputeError(HarmonyError):

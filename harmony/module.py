@@ -324,8 +324,10 @@ class Harmony(Wrapper):
             The folder of this checkpoint.
 
         Raises:
-            ConfigError: if something cannot be saved, or not there.
-            HarmonyError: if the disk is full, or the model torn. What was saved before is whole.
+            ConfigError: if something cannot be saved.
+            NotSavedError: if the disk is full or cannot be written to. What was saved before is
+                whole.
+            HarmonyError: if the model is torn.
         """
         engine = self._engine
         with engine.lock:

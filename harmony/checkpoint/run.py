@@ -15,7 +15,8 @@ from harmony.checkpoint.store import check_writable, found_in, step_of
 from harmony.checkpoint.training import RandomStates, Restored
 from harmony.core.files import DAMAGED, check_types
 from harmony.core.options import Every, current_options
-from harmony.errors import ConfigError, HarmonyError, text_of
+from harmony.core.warn import warn
+from harmony.errors import ConfigError, HarmonyError, NotSavedError, text_of
 from harmony.report import session
 from harmony.report.session import Keeping, ModelRecord
 from harmony.runtime.interrupts import Ending
@@ -263,13 +264,15 @@ class Run:
     def step(self) -> None:
         """Count a step that is over: save if it is time to, or end if the process is asked to.
 
-        Call it once a step, after the optimizer's and the scheduler's.
+        Call it once a step, after the optimizer's and the scheduler's. A checkpoint that the disk
+        does not take is a warning, and training goes on until the next is due: only the last, of
+        `close` or a signal, has to be written.
 
         Raises:
             ConfigError: before `resume`, if the command line or the folder asks for that.
             ConfigError: in an epoch of `epochs` whose position nothing knows: neither `batches`
                 nor an object of the run that can be iterated.
-            HarmonyError: if a checkpoint cannot be written.
+            NotSavedError: if a signal ends the run, and its state cannot be written.
             SystemExit: after SIGTERM, SIGINT or SIGHUP, with code 128 + signal, once all is saved.
         """
         if not self._resumed:
@@ -280,9 +283,9 @@ class Run:
         self._keeping.num_steps = self.num_steps
         if self._ending.came is not None:
             self._end(self._ending.came.name, 128 + self._ending.came)
-        if self._is_due():
-            self.save()
-        elif self._save_on_error:
+        if self._is_due() and self._is_saved():
+            return
+        if self._save_on_error:
             self._boundary = _Boundary(self)
 
     def save(self) -> Path | None:
@@ -330,6 +333,16 @@ class Run:
         if self._every.steps is not None:
             return self.num_steps % self._every.steps == 0
         return time.monotonic() - self._saved_s >= (self._every.seconds or 0)
+
+    def _is_saved(self) -> bool:
+        """Save, if the disk takes it; else say so, and whether this is lost is known later."""
+        try:
+            self.save()
+        except NotSavedError as error:
+            self._saved_s = time.monotonic()
+            warn(f"{error}. Training goes on, and another is written when it is due")
+            return False
+        return True
 
     def _write(
         self, objects: Mapping[str, Any], position: tuple[int, int, int], extra: Any

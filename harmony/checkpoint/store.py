@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 
 from harmony.core.files import DAMAGED, check_types, parse_json, read_text
-from harmony.errors import ConfigError, HarmonyError
+from harmony.errors import ConfigError, NotSavedError
 from harmony.weights.checkpoint_files import DTYPES, StoredTensor, open_checkpoint
 
 FORMAT, VERSION = "harmony checkpoint", 1
@@ -137,8 +136,7 @@ def writing(root: Path, step: int) -> Iterator[Writer]:
     """Make the block's files the checkpoint ``step-N`` of a folder, whole or not at all.
 
     Raises:
-        ConfigError: if it cannot be written there.
-        HarmonyError: if the disk is full or broken.
+        NotSavedError: if it cannot be written there.
     """
     part = root / f".step-{step:08}.{secrets.token_hex(8)}.part"
     try:
@@ -152,9 +150,7 @@ def writing(root: Path, step: int) -> Iterator[Writer]:
         _take_place(part, root / f"step-{step:08}")
         _sync(root)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        kind = HarmonyError if full else ConfigError
-        raise kind(
+        raise NotSavedError(
             f"cannot write the checkpoint of step {step} to {root}: {error}. Checkpoints written "
             "before are as they were"
         ) from None

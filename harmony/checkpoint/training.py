@@ -58,7 +58,7 @@ def save_training(
     """Write a checkpoint of a run.
 
     Raises:
-        ConfigError, HarmonyError: as `Harmony.save_checkpoint`.
+        ConfigError, NotSavedError: as `Harmony.save_checkpoint`.
     """
     if keep is not None and keep < 1:
         raise ConfigError(f"keep={keep}: how many checkpoints to keep, at least 1, or None")

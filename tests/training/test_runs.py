@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset
 
 import harmony
+from harmony.checkpoint import store
 from harmony.core.options import Every, Options
 from harmony.errors import ConfigError, HarmonyError
 from harmony.report import session
@@ -657,3 +659,54 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
         harmony.Run(small(), folder)
     harmony.Run(small(), tmp_path / "new" / "runs").close()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A disk that takes nothing while this holds an error number."""
+    write, numbers = store._write_all, []
+
+    def written(*args: Any) -> None:
+        if numbers:
+            raise OSError(numbers[0], os.strerror(numbers[0]))
+        write(*args)
+
+    monkeypatch.setattr(store, "_write_all", written)
+    return numbers
+
+
+@pytest.mark.parametrize("form", ["step", "loop"])
+def test_a_full_disk_is_a_warning_and_the_next_checkpoint_is_tried(
+    form: str, vgpus: VirtualGPUs, tmp_path: Path, calm: None, full: list[int]
+) -> None:
+    expected, losses = train(form)
+
+    def fill(text: str) -> None:
+        if text == "step 3":
+            full.append(errno.ENOSPC)
+        if text == "step 7":
+            full.clear()
+
+    with pytest.warns(harmony.HarmonyWarning, match="No space left.*Training goes on") as said:
+        state, kept = train(form, tmp_path, fill)
+    assert [str(w.message).partition(" to ")[0] for w in said] == [
+        f"cannot write the checkpoint of step {step}" for step in (4, 6)
+    ]
+    assert kept == losses
+    assert all(map(torch.equal, state, expected))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000010", "step-00000012"]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+    vgpus: VirtualGPUs, tmp_path: Path, calm: None, full: list[int]
+) -> None:
+    model = small()
+    with (
+        pytest.warns(harmony.HarmonyWarning, match=r"Input/output error.*Training goes on"),
+        pytest.raises(harmony.NotSavedError, match=r"of step 1 .*Input/output error"),
+        harmony.Run(model, tmp_path, every=1) as run,
+    ):
+        full.append(errno.EIO)
+        model.train_step(*batch(0))
+        run.step()
