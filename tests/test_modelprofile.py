@@ -182,6 +182,6 @@ def test_what_a_parameter_takes_on_the_host_is_said_by_kind() -> None:
     graph = replace(GRAPH, layers=layers, shared=())
     known = profile(graph=graph, num_params=10 * len(layers))
     assert known.host_notes == (
-        "18 bytes a parameter on the host: weights 2, masters 4, gradients 4, optimizer 8",
+        "60 parameters, 18 bytes each on the host: weights 2, masters 4, gradients 4, optimizer 8",
     )
     assert profile(num_params=0).host_notes == ()

@@ -90,6 +90,34 @@ def test_a_plan_is_saved_shown_again_and_compared(
     assert "mode" in text and "dp" in text
 
 
+def test_machines_are_compared_in_one_table(
+    profile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model-profile", profile, "--host-memory", "64GiB", "--gpu-memory", "8GiB"]
+    code, out, _ = run(capsys, *words, "--compare", "T4", "2x3060", "RTX 4090")
+    assert code == 0
+    rows = out.splitlines()[2:5]
+    assert [row[:14].strip() for row in rows] == ["T4", "2 x RTX 3060", "RTX 4090"]
+    assert all(row.endswith(("GPU compute", "GPUs", "host")) for row in rows)
+    one = json.loads(run(capsys, *words, "--gpu", "T4", "--json")[1])
+    _, text, _ = run(capsys, *words, "--compare", "T4", "2x3060", "--json")
+    found = json.loads(text)
+    assert list(found) == ["T4", "2 x RTX 3060"]
+    assert found["T4"]["step_s"] == one["step_s"], "the plan is the one that --gpu shows"
+    code, out, _ = run(capsys, *words[:2], "--host-memory", "1GiB", "--compare", "T4")
+    assert code == 0 and "T4  does not fit: " in out
+
+
+def test_memory_is_told_by_kind_and_adds_up(
+    profile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run(capsys, "--model-profile", profile, *GPU, "--json")
+    data = json.loads(out)
+    memory = data["memory_nbytes"]
+    assert sum(memory["host"].values()) == data["host_nbytes"]
+    assert [sum(kinds.values()) for kinds in memory["gpus"]] == data["peak_nbytes"]
+
+
 def test_a_saved_plan_is_refused_for_another_model_minibatch_or_machine(
     profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +146,7 @@ def test_why_is_explained(profile: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ([], 2, "which model? Give --model-profile FILE"),
+        ([], 2, "which model? Give --model CONFIG"),
         (["--frobnicate"], 2, "unrecognized arguments: --frobnicate"),
         (["--model-profile", "missing.json"], 2, "no such model profile: missing.json"),
         (["PROFILE", "--gpu", "RTX 4091", "--host-memory", "1GiB"], 2, "did you mean RTX 4090?"),
@@ -133,7 +161,14 @@ def test_why_is_explained(profile: str, capsys: pytest.CaptureFixture[str]) -> N
         (["PROFILE", "--topology", "x8"], 2, "--gpu: which GPU?"),
         (["PROFILE", "--save-plan", "nowhere/p.json"], 2, "there is no folder nowhere"),
         (["--compare", "a.json", "b.json"], 2, "no such plan: a.json"),
-        (["--compare", "a.json"], 2, "expected 2 arguments"),
+        (["--compare", "a.json"], 2, "two saved plans, or names of GPUs"),
+        (["PROFILE", "--compare", "T4", "Q7"], 2, "no GPU 'Q7'"),
+        (["PROFILE", "--lora", "4"], 2, "--lora describes the model of --model"),
+        (["PROFILE", "--save-profile", "p.json"], 2, "--save-profile describes the model"),
+        (["PROFILE", "--model", "llama-7b", *GPU], 2, "--model and --model-profile"),
+        (["--model", "llama-7b"], 2, "--gpu: which GPU?"),
+        (["--model", "llama-7b", "--gpu", "T4"], 2, "--host-memory: how much memory"),
+        (["--model", "llama-8b", *GPU], 2, "Did you mean llama3-8b"),
         (["PROFILE", "--gpu", "T4", "--host-memory", "1GiB"], 1, "1.00 GiB"),
         (["PROFILE", *GPU, "--gpu-memory", "64MiB"], 1, "layer 0 (layer0) alone needs"),
     ],

@@ -34,8 +34,8 @@ def lines_by_label(lines: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     label = ""
     for line in lines:
-        label = line[:10].strip() or label
-        found[label] = f"{found.get(label, '')} {line[10:].strip()}".strip()
+        label = line[:12].strip() or label
+        found[label] = f"{found.get(label, '')} {line[12:].strip()}".strip()
     return found
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmony.cli.plan_arguments import MODES, Parser, count, in_folder, rate, size
+from harmony.cli.plan_arguments import Parser, add_machine, count, in_folder, rate, size
 from harmony.core.files import is_file, is_folder
 from harmony.core.options import PRECISIONS, Every, Options
 from harmony.core.version import __version__
 from harmony.errors import ConfigError
-from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu, find_host
+from harmony.profiling.catalog import find_gpu, find_host
 
 _EPILOG = """\
 Options may stand before SCRIPT or after it. Everything else after SCRIPT goes to the script;
@@ -31,7 +31,7 @@ Options may stand before SCRIPT or after it. Everything else after SCRIPT goes t
   harmony-run --plan-only train.py --gpus 4 --explain
   harmony-run --plan-only train.py --gpu "RTX 4090" --gpus 4 --host-memory 256GiB
 
-  harmony-run plan --help     plans a saved model on any machine; compares saved plans
+  harmony-run plan --help     plans a model on any machine, without a script; compares
   harmony-run doctor          what this machine is like, and what to do about it
 A script that is called "plan" or "doctor" is run by: harmony-run ./plan
 """
@@ -100,21 +100,11 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--gpus", metavar="N", help="GPUs to use (default: all real ones, or 1 virtual one)")
-    add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB (virtual: 64MiB)")
-    add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the faster")
+    add_machine(parser, "(with --plan-only: GPUs that are not there)")
     add("--precision", choices=PRECISIONS, help="compute in fp32, or in bf16 with fp32 masters")
     add("--virtual", action="store_true", help="virtual GPUs even where there are real ones")
-    add("--link", metavar="RATE", help="bandwidth of a virtual GPU's link, e.g. 8GB/s")
-    add("--host-memory", metavar="SIZE", help="host memory to use (default: what is available)")
     add("--plan-only", action="store_true", help="show the plan and stop before training")
-    add("--gpu", metavar="NAME", help='with --plan-only: for GPUs not there, e.g. "RTX 4090"')
-    add("--host", metavar="KIND", help=f"of --gpu: {', '.join(kind.name for kind in HOSTS)}")
-    add("--topology", choices=tuple(TOPOLOGIES), help="of --gpu: how the GPUs hang on the host")
-    add("--explain", action="store_true", help="why everything was decided as it was")
-    add("--json", action="store_true", help="with --plan-only: all figures as JSON")
     add("--plan", metavar="FILE", type=Path, help="train by this saved plan, or refuse it")
-    add("--save-plan", metavar="FILE", type=Path, help="keep the plan of the first batch")
     add("--save-profile", metavar="FILE", type=Path, help="keep layers and costs, for plan")
     add("--no-replan", action="store_true", help="keep the first plan, whatever steps take")
     add("--no-cache", action="store_true", help="measure again what earlier runs measured")
@@ -129,7 +119,6 @@ def _parser() -> Parser:
     add("--checkpoint-every", metavar="N|MINm", help="steps or minutes between two (default: 30m)")
     add("--keep", metavar="K", help="checkpoints to keep (default: all)")
     add("--resume", metavar="auto|DIR", help="go on from the newest one, or from that in DIR")
-    add("--debug", action="store_true", help="show the traceback of an error of Harmony")
     add("--version", action="version", version=f"harmony {__version__}")
     return parser
 

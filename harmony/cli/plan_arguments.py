@@ -7,17 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harmony.core.files import MOST_DIGITS, is_folder
+from harmony.core.options import PRECISIONS
 from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import ConfigError
-from harmony.profiling.catalog import HOSTS, TOPOLOGIES
+from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu
 from harmony.profiling.plan_request import PlanRequest
+from harmony.profiling.presets import PRESETS
 
 MODES = ("auto", "pp", "dp")
 
 _EPILOG = """\
+A model is a Hugging Face configuration, a folder that holds one, or a preset:
+  {presets}
 A profile is saved by:  harmony-run --save-profile gpt.json train.py
 Files of the original Harmony's profiles are read as well.
 
+  harmony-run plan --model llama-7b --gpu "RTX 4090" --host-memory 256GiB
+  harmony-run plan --model ./config.json --lora 16 --tokens 4096 --host-memory 256GiB \\
+                   --compare "RTX 4090" A100 4xL40S
   harmony-run plan --model-profile gpt.json --gpu "RTX 4090" --gpus 4 --host-memory 256GiB \\
                    --minibatch 64 --explain
   harmony-run plan --model-profile gpt.json --gpu A100 --host-memory 512GiB --save-plan a.json
@@ -43,8 +50,13 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
         SystemExit: after ``--help`` has been printed.
     """
     args = _parser().parse_args(list(argv))
+    _check_model(args)
     return PlanRequest(
         model_profile=args.model_profile,
+        model=args.model,
+        tokens=None if args.tokens is None else count("--tokens", args.tokens),
+        precision=args.precision,
+        lora=None if args.lora is None else count("--lora", args.lora),
         gpu=args.gpu,
         gpus=None if args.gpus is None else count("--gpus", args.gpus),
         host_memory_nbytes=size("--host-memory", args.host_memory),
@@ -60,7 +72,10 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
         tf32=args.tf32,
         plan=args.plan,
         save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
-        compare=None if args.compare is None else (args.compare[0], args.compare[1]),
+        save_profile=(
+            None if args.save_profile is None else in_folder("--save-profile", args.save_profile)
+        ),
+        compare=tuple(args.compare),
         as_json=args.json,
         explain=args.explain,
         smallest_minibatch=args.smallest_minibatch,
@@ -70,37 +85,80 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
     )
 
 
+def _check_model(args: argparse.Namespace) -> None:
+    """Refuse options about a model that are not there, or twice.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if args.model is not None and args.model_profile is not None:
+        raise ConfigError("--model and --model-profile: name one of them")
+    if args.model is not None and args.gpu is None and not args.compare:
+        raise ConfigError('--gpu: which GPU? E.g. --gpu "RTX 4090"; --list-gpus shows all')
+    if args.model is not None and args.host_memory is None:
+        raise ConfigError("--host-memory: how much memory has the host? E.g. 256GiB")
+    if args.gpu is not None:
+        find_gpu(args.gpu)  # refused before the model is looked at
+    for name in ("tokens", "precision", "lora", "save_profile"):
+        if getattr(args, name) is not None and args.model is None:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} describes the model of --model: add that")
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="harmony-run plan",
-        description="Plan the training of a saved model on a machine, and show the plan.",
-        epilog=_EPILOG,
+        description="Plan the training of a model on a machine, and show the plan.",
+        epilog=_EPILOG.replace("{presets}", ", ".join(PRESETS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model-profile", metavar="FILE", type=Path, help="the model: its layers and costs")
-    add("--gpu", metavar="NAME", help='e.g. "RTX 4090" (default: the machine of the profile)')
-    add("--gpus", metavar="N", help="how many (default: 1, or those of the profile)")
-    add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB")
-    add("--host-memory", metavar="SIZE", help="memory of the host, e.g. 256GiB")
-    add("--host", metavar="KIND", help=f"its memory: {', '.join(kind.name for kind in HOSTS)}")
-    add("--topology", choices=tuple(TOPOLOGIES), help="how the GPUs hang on the host")
-    add("--link", metavar="RATE", help="of each GPU's link to the host, e.g. 20GB/s")
+    add("--model", metavar="CONFIG", help="a Hugging Face config.json, its folder, or a preset")
+    add("--tokens", metavar="N", help="of each sample of --model (default: 2048, or its most)")
+    add("--precision", choices=PRECISIONS, help="of --model (default: bf16, with fp32 masters)")
+    add("--lora", metavar="R", help="train adapters of this rank on the frozen --model")
+    add("--model-profile", metavar="FILE", type=Path, help="a saved model: its layers and costs")
+    add("--save-profile", metavar="FILE", type=Path, help="keep what was counted of --model")
+    add_machine(parser, "(default: the machine of the profile)")
     add("--tf32", action="store_true", help="products of fp32 may run as TF32")
-    add("--minibatch", metavar="N", help="samples of a step (default: as in the profile)")
+    add(
+        "--minibatch", metavar="N", help="samples of a step (default: the profile's; of --model 8)"
+    )
     add("--microbatch", metavar="N", help="samples of a microbatch (default: the best)")
-    add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the fastest")
     add("--plan", metavar="FILE", type=Path, help="show this saved plan instead of searching")
-    add("--save-plan", metavar="FILE", type=Path, help="keep the plan, for harmony-run --plan")
-    add("--explain", action="store_true", help="why everything was decided as it was")
     add("--smallest-minibatch", action="store_true", help="that hides the transfers")
     add("--largest-model", action="store_true", help="that fits, with more of the same blocks")
-    add("--json", action="store_true", help="all figures as JSON")
-    add("--compare", nargs=2, metavar=("A", "B"), type=Path, help="two saved plans")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="A",
+        default=(),
+        help='GPUs by name, as "RTX 4090" 4xA100, in one table; or two saved plans',
+    )
     add("--list-gpus", action="store_true", help="the GPUs that are known by name")
-    add("--debug", action="store_true", help="show the traceback of an error of Harmony")
     return parser
+
+
+def add_machine(parser: argparse.ArgumentParser, default_gpu: str) -> None:
+    """Add what describes a machine and how its plan is shown: the same for every command.
+
+    Args:
+        default_gpu: what ``--gpu`` says of itself beside its example.
+    """
+    add = parser.add_argument
+    add("--gpu", metavar="NAME", help=f'e.g. "RTX 4090" {default_gpu}')
+    add("--gpus", metavar="N", help="how many GPUs (default: all that are there; of --gpu 1)")
+    add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB")
+    add("--host-memory", metavar="SIZE", help="host memory to use, e.g. 256GiB")
+    add("--host", metavar="KIND", help=f"of --gpu: {', '.join(kind.name for kind in HOSTS)}")
+    add("--topology", choices=tuple(TOPOLOGIES), help="of --gpu: how the GPUs hang on the host")
+    add("--link", metavar="RATE", help="of each GPU's link to the host, e.g. 20GB/s")
+    add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the fastest")
+    add("--save-plan", metavar="FILE", type=Path, help="keep the plan, for --plan FILE")
+    add("--explain", action="store_true", help="why everything was decided as it was")
+    add("--json", action="store_true", help="all figures of the plan as JSON")
+    add("--debug", action="store_true", help="show the traceback of an error of Harmony")
 
 
 def size(name: str, text: str | None) -> int | None:

@@ -1,20 +1,23 @@
-"""`harmony-run plan`: plans a saved model on a machine that may not be there, and compares plans.
+"""`harmony-run plan`: plans a model on machines that may not be there, and compares plans.
 
+    harmony-run plan --model llama-7b --gpu "RTX 4090" --host-memory 256GiB
     harmony-run plan --model-profile gpt.json --gpu "RTX 4090" --gpus 4 --host-memory 256GiB
                      --minibatch 64
 
-Needs no torch and no GPU. Exit codes: 0; 1 if nothing fits or a file cannot be used; 2 for a
-command line that makes no sense.
+Needs no GPU and, for a saved profile, no torch. Exit codes: 0; 1 if nothing fits or a file cannot
+be used; 2 for a command line that makes no sense.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from harmony.core.files import is_file
 from harmony.core.units import format_bytes, format_seconds
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.check.verify import verify
@@ -29,14 +32,23 @@ from harmony.planner.ir.plan_file import (
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.predict.simulate import simulate
 from harmony.planner.search.questions import largest_model, smallest_minibatch
-from harmony.profiling.catalog import (
-    GPUS,
-    TOPOLOGIES,
-)
-from harmony.profiling.model_profile import load_profile
+from harmony.profiling.catalog import GPUS, TOPOLOGIES, find_gpu
+from harmony.profiling.model_profile import ModelProfile, load_profile, save_profile
 from harmony.profiling.plan_request import PlanRequest, Task, chosen, machine_and_costs
+from harmony.report.memory import memory_of
 from harmony.report.metrics import forward_seconds
-from harmony.report.plan_view import Answered, PlanView, ascii_only, view_json, view_text
+from harmony.report.plan_view import (
+    SMALLEST,
+    Answered,
+    PlanView,
+    ascii_only,
+    table_text,
+    view_json,
+    view_text,
+)
+
+DEFAULT_MINIBATCH = 8
+"""Samples of a step of a model that comes from a configuration."""
 
 
 def run(request: PlanRequest, out: TextIO) -> None:
@@ -48,19 +60,35 @@ def run(request: PlanRequest, out: TextIO) -> None:
     """
     if request.list_gpus:
         write_lines(_catalog_lines(), out)
-    elif request.compare is not None:
+    elif any(_is_file(word) for word in request.compare):
+        if len(request.compare) != 2:
+            raise ConfigError("--compare takes two saved plans, or names of GPUs")
         one, other = request.compare
-        plans = load_plan(one), load_plan(other)
-        write_lines(compare_plans(*plans, (str(one), str(other))), out)
+        plans = load_plan(Path(one)), load_plan(Path(other))
+        write_lines(compare_plans(*plans, (one, other)), out)
+    elif request.compare:
+        _compare_gpus(request, out)
     else:
         _plan(request, out)
 
 
+def _is_file(word: str) -> bool:
+    return word.endswith(".json") or is_file(Path(word))
+
+
 def _plan(request: PlanRequest, out: TextIO) -> None:
     task = task_of(request)
-    graph, costs, machine = task.profile.graph, task.costs, task.machine
     plan = chosen(request, task) if request.plan is None else _pinned(request.plan, task)
-    view = PlanView(
+    view = view_of(request, task, plan)
+    if request.save_plan is not None:
+        save_plan(plan, request.save_plan)
+    show(view, out, request.as_json, request.explain)
+
+
+def view_of(request: PlanRequest, task: Task, plan: Plan) -> PlanView:
+    """What is worth seeing of a plan that was made for a task."""
+    graph, costs, machine = task.profile.graph, task.costs, task.machine
+    return PlanView(
         name=task.profile.name,
         plan=plan,
         timeline=simulate(plan.schedule, graph, costs, machine),
@@ -70,10 +98,37 @@ def _plan(request: PlanRequest, out: TextIO) -> None:
         tf32=request.tf32,
         answers=_answers(request, task),
         forward_s=forward_seconds(plan, graph, costs, machine),
+        memory=memory_of(plan, graph, costs),
+        dtypes=task.profile.dtypes,
     )
-    if request.save_plan is not None:
-        save_plan(plan, request.save_plan)
-    show(view, out, request.as_json, request.explain)
+
+
+def _compare_gpus(request: PlanRequest, out: TextIO) -> None:
+    """Plan the same training on several machines, and show one table."""
+    asked = []
+    for word in request.compare:  # a name that is wrong is refused before the model is counted
+        number, name = _number_of(word, request.gpus)
+        one = replace(request, gpu=find_gpu(name).name, gpus=number, smallest_minibatch=True)
+        asked.append((f"{number} x {one.gpu}" if number > 1 else str(one.gpu), one))
+    profile = profile_of(request)
+    rows: list[tuple[str, PlanView | str]] = []
+    for label, one in asked:
+        try:
+            task = machine_and_costs(one, profile, minibatch_of(one, profile))
+            rows.append((label, view_of(one, task, chosen(one, task))))
+        except DoesNotFitError as error:
+            rows.append((label, str(error)))
+    if request.as_json:
+        found = {label: view if isinstance(view, str) else view_json(view) for label, view in rows}
+        out.write(json.dumps(found, indent=1) + "\n")
+    else:
+        write_lines(table_text(profile.name, rows), out)
+
+
+def _number_of(word: str, default: int | None) -> tuple[int, str]:
+    """``"4xA100"``: four of them."""
+    found = re.fullmatch(r"(\d{1,3}) ?x ?(.+)", word)
+    return (default or 1, word) if found is None else (int(found[1]), found[2])
 
 
 def show(view: PlanView, out: TextIO, as_json: bool = False, explain: bool = False) -> None:
@@ -95,22 +150,55 @@ def write_lines(lines: Sequence[str], out: TextIO) -> None:
 
 
 def task_of(request: PlanRequest) -> Task:
-    """Understand a request: load the profile, describe the machine, find the costs.
+    """Understand a request: find the model, describe the machine, find the costs.
 
     Raises:
         ConfigError: if something is missing or unknown.
         PlanError: if the profile cannot be used.
     """
-    if request.model_profile is None:
+    profile = profile_of(request)
+    return machine_and_costs(request, profile, minibatch_of(request, profile))
+
+
+def profile_of(request: PlanRequest) -> ModelProfile:
+    """Read the profile that a request names, or count the model of a configuration.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be read.
+        PlanError: if the profile cannot be used.
+    """
+    if request.model_profile is not None:
+        return load_profile(request.model_profile)
+    if request.model is None:
         raise ConfigError(
-            "which model? Give --model-profile FILE, saved by"
+            "which model? Give --model CONFIG (a Hugging Face config.json, or a preset as"
+            " llama-7b), or --model-profile FILE, saved by"
             " harmony-run --save-profile FILE train.py"
         )
-    profile = load_profile(request.model_profile)
+    from harmony.integrations.model_config import profile_of_config  # late: it needs torch
+
+    profile = profile_of_config(
+        request.model,
+        request.minibatch or DEFAULT_MINIBATCH,
+        tokens=request.tokens,
+        precision=request.precision or "bf16",
+        lora=request.lora,
+    )
+    if request.save_profile is not None:
+        save_profile(profile, request.save_profile)
+    return profile
+
+
+def minibatch_of(request: PlanRequest, profile: ModelProfile) -> int:
+    """Samples of a step.
+
+    Raises:
+        ConfigError: if nobody says how many.
+    """
     minibatch = request.minibatch or profile.minibatch
     if minibatch is None:
         raise ConfigError("--minibatch: how many samples has a step? The profile does not say")
-    return machine_and_costs(request, profile, minibatch)
+    return minibatch
 
 
 def _pinned(path: Path, task: Task) -> Plan:
@@ -144,7 +232,7 @@ def _answers(request: PlanRequest, task: Task) -> tuple[Answered, ...]:
     """Answers to the further questions that were asked; one that has none says why."""
     found = []
     for asked, question, answer in (
-        (request.smallest_minibatch, "smallest minibatch that hides the transfers", _smallest),
+        (request.smallest_minibatch, SMALLEST, _smallest),
         (request.largest_model, "largest model that fits", _largest),
     ):
         if asked:

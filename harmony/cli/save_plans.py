@@ -8,6 +8,7 @@ from harmony.core.options import Options
 from harmony.planner.ir.plan_file import save_plan
 from harmony.profiling.catalog import known_gpu
 from harmony.profiling.model_profile import ModelProfile, save_profile
+from harmony.report.memory import memory_of
 from harmony.report.plan_view import PlanView
 from harmony.report.session import ModelRecord, StepStats
 
@@ -69,4 +70,6 @@ def plan_view(record: ModelRecord) -> PlanView:
         gpu=None if profile is None else known_gpu(profile.device),
         warnings=tuple(record.warnings),
         forward_s=record.forward_s,
+        memory=None if profile is None else memory_of(run.plan, profile.graph, profile.costs),
+        dtypes={} if profile is None else profile.dtypes,
     )

@@ -55,6 +55,7 @@ from harmony.engine.step_result import (
 from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
 from harmony.planner.ir.tasks import Phase
+from harmony.profiling.model_profile import ModelProfile
 from harmony.report import header as facts
 from harmony.report import session
 from harmony.report.session import StepStats
@@ -273,6 +274,12 @@ class Engine:
                 "Where samples mix (BatchNorm in training) that is another training: give the "
                 f"model batches of {asked}, or use train_step, which parts them"
             )
+
+    @alone
+    def unmeasured(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelProfile:
+        """Return the profile of a `train_step` of a model that makes its loss; nothing runs."""
+        args, kwargs = self.options.precision.cast((args, kwargs))
+        return self.variants.unmeasured(name, CallKind.TRAIN_STEP, (args, kwargs, None))
 
     def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
         """Run the schedule of a training step, with its updates or up to the gradients."""

@@ -16,6 +16,7 @@ import torch
 
 from harmony.capture import Captured, DynamicOnlyError
 from harmony.capture.cost.costs import costs_nbytes
+from harmony.capture.cost.work import TYPE_NAMES
 from harmony.core.layergraph import LayerGraph
 from harmony.core.options import current_options
 from harmony.engine.graph_bytes import with_saved, with_state
@@ -63,6 +64,7 @@ def profile_of(
         phase=variant.phase,
         clips=clips,
         num_params=_num_params(variant.captured),
+        dtypes=_dtypes(variant.captured),
     )
 
 
@@ -119,11 +121,33 @@ def unmeasured_profile(
         phase=phase,
         clips=clips,
         num_params=_num_params(captured),
+        dtypes=_dtypes(captured),
     )
 
 
 def _num_params(captured: Captured) -> int:
     return sum(torch.Size(param.shape).numel() for param in captured.params)
+
+
+def _dtypes(captured: Captured) -> dict[str, str]:
+    """Types of what is kept of the parameters, by kind."""
+    trained = [param for param in captured.params if param.requires_grad]
+    kinds = {
+        "weights": {param.dtype for param in captured.params},
+        "masters": {param.master for param in captured.params if param.master is not None},
+        "gradients": {param.as_master().dtype for param in trained},
+    }
+    names = {
+        kind: " and ".join(sorted(_name_of(dtype) for dtype in dtypes))
+        for kind, dtypes in kinds.items()
+        if dtypes
+    }
+    # Optimizers keep their state in the type of what they update.
+    return names | ({"optimizer": names["gradients"]} if trained else {})
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return TYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _with_state(captured: Captured, update: UpdateCost) -> LayerGraph:

@@ -195,7 +195,10 @@ class VariantCache:
         paths, minibatch = self.paths(kind, call)
         _check_modes(self._net)
         if current_options().gpu is not None:
-            self._plan_elsewhere(kind, call, minibatch)
+            profile = self.unmeasured(type(self._net).__name__, kind, call)
+            plan_elsewhere(
+                profile, self._record, self._options.mode, self._options.microbatch_size
+            )
         self._check_pinned(kind, minibatch)
         for _ in range(MAX_PATHS):
             if paths.dynamic is not None:
@@ -494,22 +497,23 @@ class VariantCache:
         name, sizes = type(self._net).__name__, self._sizes_to_measure(minibatch, variant.graph)
         return profile_later(name, variant, sizes, minibatch, clips=self.waits())
 
-    def _plan_elsewhere(self, kind: CallKind, call: Call, minibatch: int) -> None:
-        """Plan for the machine that the command line describes, and end the script.
+    def unmeasured(self, name: str, kind: CallKind, call: Call) -> ModelProfile:
+        """Return the layers that a call runs, with their work, which is counted and not run.
+
+        Args:
+            name: of the model, for people.
 
         Raises:
             CaptureError: if the layers cannot be known without running them.
         """
+        _, minibatch = self.paths(kind, call)
         with only_captured():
             captured = self._capture(kind, call)
         update = self.update_cost() if kind is CallKind.TRAIN_STEP else NO_UPDATE
-        name = type(self._net).__name__
         sizes = self._sizes_to_measure(minibatch, captured.graph)
-        phase = kind.phase
-        options = self._options
-        clips = self.waits()
-        profile = unmeasured_profile(name, captured, sizes, minibatch, update, phase, clips=clips)
-        plan_elsewhere(profile, self._record, options.mode, options.microbatch_size)
+        return unmeasured_profile(
+            name, captured, sizes, minibatch, update, kind.phase, clips=self.waits()
+        )
 
 
 def _check_modes(net: nn.Module) -> None:

@@ -258,8 +258,8 @@ def known_gpu(name: str) -> Gpu | None:
 
 
 def _key(name: str) -> str:
-    """Letters and digits of a name, without the maker's."""
-    plain = re.sub(r"nvidia|geforce|tesla|amd|instinct|\bgpu\b", " ", name.lower())
+    """Letters and digits of a name, without the maker's and its brands."""
+    plain = re.sub(r"nvidia|geforce|tesla|amd|instinct|\bgpu\b|[rg]tx", " ", name.lower())
     return re.sub(r"[^a-z0-9]", "", plain)
 
 

@@ -7,7 +7,7 @@ format of the original Harmony's published ones are read too (`harmony.profiling
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class ModelProfile:
         clips: whether the norm of all gradients is needed before the first update, which then
             cannot be on a GPU.
         num_params: elements of all parameters; 0 if unknown.
+        dtypes: of weights, masters, gradients and the optimizer's state; none where unknown.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelProfile:
     phase: Phase = Phase.TRAIN
     clips: bool = False
     num_params: int = 0
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -69,17 +71,19 @@ class ModelProfile:
         """What a parameter takes on the host, in words; nothing where nobody counted them."""
         if not self.num_params:
             return ()
-        graph = self.graph
-        parts = {
-            "weights": graph.weight_nbytes(),
-            "masters": graph.master_nbytes(),
-            "gradients": graph.gradient_nbytes(),
-            "optimizer": graph.state_nbytes(),
-        }
-        shown = [f"{name} {nbytes / self.num_params:.3g}" for name, nbytes in parts.items()]
-        shown = [text for text, nbytes in zip(shown, parts.values(), strict=True) if nbytes]
+        parts = state_nbytes(self.graph)
+        shown = [
+            f"{name} {nbytes / self.num_params:.3g}{self._dtype_of(name)}"
+            for name, nbytes in parts.items()
+        ]
         total = sum(parts.values()) / self.num_params
-        return (f"{total:.3g} bytes a parameter on the host: {', '.join(shown)}",)
+        return (
+            f"{_counted(self.num_params)} parameters, {total:.3g} bytes each on the host: "
+            f"{', '.join(shown)}",
+        )
+
+    def _dtype_of(self, kind: str) -> str:
+        return f" ({self.dtypes[kind]})" if self.dtypes.get(kind) else ""
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that ``from_json`` reads back."""
@@ -94,6 +98,7 @@ class ModelProfile:
             "phase": self.phase.value,
             "clips": self.clips,
             "num_params": self.num_params,
+            "dtypes": dict(self.dtypes),
             "graph": graph_to_json(self.graph),
             "costs": self.costs.to_json(),
             "work": None if self.work is None else self.work.to_json(),
@@ -176,6 +181,7 @@ def _read(data: Mapping[str, Any]) -> ModelProfile:
         phase=Phase(data["phase"]),
         clips=data["clips"],
         num_params=data["num_params"],
+        dtypes={str(kind): str(name) for kind, name in data.get("dtypes", {}).items()},
     )
     check_types(profile, ModelProfile)
     counted = graph.num_layers if profile.work is None else len(profile.work.by_layer)
@@ -184,6 +190,24 @@ def _read(data: Mapping[str, Any]) -> ModelProfile:
     if profile.num_params < 0 or (profile.minibatch or 1) < 1:
         raise ValueError(f"{profile.num_params} parameters, minibatch {profile.minibatch}")
     return profile
+
+
+def _counted(number: int) -> str:
+    for size, unit in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def state_nbytes(graph: LayerGraph) -> dict[str, int]:
+    """Bytes that training keeps on the host from step to step, by kind; those there are."""
+    parts = {
+        "weights": graph.weight_nbytes(),
+        "masters": graph.master_nbytes(),
+        "gradients": graph.gradient_nbytes(),
+        "optimizer": graph.state_nbytes(),
+    }
+    return {kind: nbytes for kind, nbytes in parts.items() if nbytes}
 
 
 def graph_to_json(graph: LayerGraph) -> dict[str, Any]:

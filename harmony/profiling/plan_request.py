@@ -32,6 +32,8 @@ class PlanRequest:
 
     Attributes:
         model_profile: the model's layers and costs.
+        model: or its configuration (see `harmony.integrations.model_config`), with
+        tokens, precision, lora: what it says of a training.
         gpu: the name of a GPU of the catalog; None for the machine of the profile.
         gpus: how many.
         host_memory_nbytes, gpu_memory_nbytes: limits.
@@ -41,8 +43,8 @@ class PlanRequest:
         mode, microbatch_size: as for `harmony.planner.search.search.choose`.
         tf32: whether products of fp32 may run as TF32.
         plan: a saved plan to show instead of searching for one.
-        save_plan: where to keep the plan.
-        compare: two saved plans to compare.
+        save_plan, save_profile: where to keep the plan, and what was counted of the model.
+        compare: two saved plans, or names of GPUs, to compare.
         as_json, explain: how much to show, and how.
         smallest_minibatch, largest_model: further questions.
         list_gpus: show the catalog.
@@ -50,6 +52,10 @@ class PlanRequest:
     """
 
     model_profile: Path | None = None
+    model: str | None = None
+    tokens: int | None = None
+    precision: str | None = None
+    lora: int | None = None
     gpu: str | None = None
     gpus: int | None = None
     host_memory_nbytes: int | None = None
@@ -63,7 +69,8 @@ class PlanRequest:
     tf32: bool = False
     plan: Path | None = None
     save_plan: Path | None = None
-    compare: tuple[Path, Path] | None = None
+    save_profile: Path | None = None
+    compare: tuple[str, ...] = ()
     as_json: bool = False
     explain: bool = False
     smallest_minibatch: bool = False

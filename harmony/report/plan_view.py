@@ -7,8 +7,8 @@ plain data first (`view_json`), the text is made of them.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from harmony.core.timeline import Timeline
@@ -17,6 +17,7 @@ from harmony.planner.ir.plan import Plan, describe_spec
 from harmony.planner.ir.tasks import TaskKind
 from harmony.profiling.analytic import WorkTable, step_flops
 from harmony.profiling.catalog import Gpu, known_gpu
+from harmony.report.memory import MemoryUse
 from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, Metrics, metrics_of
 from harmony.report.session import ModelRecord, PlanRun
 from harmony.report.timeline_text import picture
@@ -48,6 +49,8 @@ class PlanView:
     Attributes:
         name: of the model.
         timeline: what the plan is predicted to do.
+        memory: what the bytes are for; None where the layers are not known.
+        dtypes: of what is kept of the parameters, by kind.
         forward_s: seconds of the forward, where it has a schedule of its own: in a loop of one's
             own the plan's timeline is the backward's.
         work: FLOPs of layers, for the share of the peak; None if unknown.
@@ -70,6 +73,8 @@ class PlanView:
     gpu: Gpu | None = None
     warnings: tuple[str, ...] = ()
     forward_s: float = 0.0
+    memory: MemoryUse | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:
@@ -157,6 +162,10 @@ def view_json(view: PlanView, *, explain: bool = False) -> dict[str, Any]:
         "gpu_limit_nbytes": [device.memory_nbytes for device in plan.machine.devices],
         "host_nbytes": plan.host_nbytes,
         "host_limit_nbytes": plan.machine.host.memory_nbytes,
+        "memory_nbytes": None
+        if view.memory is None
+        else {"host": view.memory.host, "gpus": view.memory.gpus},
+        "dtypes": dict(view.dtypes),
         "traffic_nbytes": found.traffic_nbytes(),
         "gpus": [gpu.__dict__ for gpu in found.gpus],
         "host_update_s": found.host_update_s,
@@ -185,7 +194,8 @@ def view_json(view: PlanView, *, explain: bool = False) -> dict[str, Any]:
 
 def view_text(view: PlanView, *, explain: bool = False) -> list[str]:
     """The plan in lines of text."""
-    lines = [*_head(view), "", *_gpus(view), "", *_traffic(view), "", *picture(view.timeline)]
+    lines = [*_head(view), "", *_gpus(view), *_memory(view), "", *_traffic(view), ""]
+    lines += picture(view.timeline)
     if explain:
         lines += ["", *explanation(view.plan, view.step_s)]
     if view.answers:
@@ -194,14 +204,58 @@ def view_text(view: PlanView, *, explain: bool = False) -> list[str]:
     return lines
 
 
+SMALLEST = "smallest minibatch that hides the transfers"
+"""A question that the table of several machines answers for each."""
+
+
+def table_text(name: str, rows: Sequence[tuple[str, PlanView | str]]) -> list[str]:
+    """Plans of one model on several machines as a table; of one that has none, why not.
+
+    Args:
+        rows: what the machine is, and its plan, or why nothing fits.
+    """
+    views = [view for _, view in rows if isinstance(view, PlanView)]
+    minibatch = f", minibatch {views[0].plan.minibatch}" if views else ""
+    width = max(len(label) for label, _ in rows) + 2
+    head = f"{'step':>9}{'samples/s':>11}{'of peak':>9}{'GPU memory':>12}{'host':>10}"
+    lines = [f"Plans · {name}{minibatch}", f"{'':<{width}}{head}{'hides at':>10}  limit"]
+    for label, view in rows:
+        if isinstance(view, str):
+            lines += textwrap.wrap(
+                f"does not fit: {view}",
+                WIDTH,
+                initial_indent=f"{label:<{width}}",
+                subsequent_indent=" " * width,
+            )
+            continue
+        share = peak_share(view)
+        found = next((a.value for a in view.answers if a.question == SMALLEST), None)
+        cells = (
+            f"{format_seconds(view.step_s):>9}",
+            f"{view.plan.minibatch / view.step_s:>11.3g}",
+            f"{'-' if share is None else f'{share.share:.0%}':>9}",
+            f"{format_bytes(max(view.plan.peak_nbytes)):>12}",
+            f"{format_bytes(view.plan.host_nbytes):>10}",
+            f"{'-' if found is None else found:>10}",
+        )
+        lines.append(f"{label:<{width}}{''.join(cells)}  {BOTTLENECKS.get(view.plan.bound)}")
+    return [*lines, *textwrap.wrap(_TABLE_NOTE, WIDTH)]
+
+
+_TABLE_NOTE = (
+    "hides at: samples of the smallest minibatch whose transfers hide behind compute; limit: what "
+    "sets the pace. A plan in full: the same with --gpu NAME"
+)
+
+
 def ascii_only(lines: Sequence[str]) -> list[str]:
     """The same lines in ASCII, for terminals that have nothing else."""
     return [line.translate(_ASCII).encode("ascii", "replace").decode("ascii") for line in lines]
 
 
 def _wrapped(label: str, text: str) -> list[str]:
-    """A label of ten columns, and text beside it."""
-    start = f"{label:<10}" if label else ""
+    """A label of twelve columns, and text beside it."""
+    start = f"{label:<12}" if label else ""
     return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
 
 
@@ -289,6 +343,24 @@ def _gpus(view: PlanView) -> list[str]:
         shown = [("packs", shown[0][1])]
     for name, packs in shown:
         lines += _wrapped(name, packs)
+    return lines
+
+
+def _memory(view: PlanView) -> list[str]:
+    """What the memory of the host and of each GPU at its peak is for."""
+    if view.memory is None:
+        return []
+    gpus = view.memory.gpus
+    rows = {f"gpu{index}": kinds for index, kinds in enumerate(gpus)}
+    if len({tuple(kinds.items()) for kinds in gpus}) == 1 and len(gpus) > 1:
+        rows = {"each GPU": gpus[0]}
+    lines = ["", "Memory by kind"]
+    for name, kinds in {**rows, "host": view.memory.host}.items():
+        shown = []
+        for kind, nbytes in kinds.items():
+            dtype = view.dtypes.get(kind, "") if name == "host" else ""
+            shown.append(f"{kind} {f'({dtype}) ' if dtype else ''}{format_bytes(nbytes)}")
+        lines += _wrapped(name, "; ".join(shown))
     return lines
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from harmony.capture.replay.captured import Captured
 
 _aten = torch.ops.aten
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NAMES[torch.float64] = "fp64"
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPE_NAMES[torch.float64] = "fp64"
 
 _LOOKUPS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
 """Kernels that read of their first argument only what they return."""
@@ -138,7 +138,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is None:
             self.other_nbytes += nbytes
         else:
-            kind = _NAMES.get(made[0].dtype, "fp32")
+            kind = TYPE_NAMES.get(made[0].dtype, "fp32")
             found = float(formula(*args, **named, out_val=out))
             self.flops[kind] = self.flops.get(kind, 0.0) + found
             self.product_nbytes += nbytes

@@ -6,6 +6,7 @@ follows from the program, whatever the timing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harmony.core.layergraph import LayerGraph
@@ -97,26 +98,43 @@ def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Wo
 
 
 def _device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
+    slots = slots_nbytes(schedule, index, graph)
+    peak = Peak(slots, -1, slots)
+    for at, values, extra in device_usage(schedule, index, graph, workspace):
+        if slots + values + extra > peak.nbytes:
+            peak = Peak(slots + values + extra, at, slots, values, extra)
+    return peak
+
+
+def slots_nbytes(schedule: Schedule, index: int, graph: LayerGraph) -> int:
+    """Bytes that weights, gradients and optimizer state take on a device, in use or not."""
     spec = schedule.devices[index]
     slots = sum(s.count * _blocks(s.nbytes) for s in (spec.weight_slots, spec.gradient_slots))
-    slots += sum(resident_nbytes(ref, graph) for ref in spec.resident)
+    return slots + sum(resident_nbytes(ref, graph) for ref in spec.resident)
+
+
+def device_usage(
+    schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace
+) -> Iterator[tuple[int, int, int]]:
+    """Yield the bytes in use on a device beside `slots_nbytes`, in the order of its program.
+
+    Yields:
+        The position of an instruction that changes them, the bytes of values after it began, and
+        the workspace that it takes while it runs.
+    """
     alive: dict[TensorRef, int] = {}
-    values, peak = 0, Peak(slots, -1, slots)
+    values = 0
     for at, step in enumerate(schedule.programs[index]):
         if step.op not in _CHANGES:
             continue
-        extra = 0
         for ref in _taken(step):
             if ref.is_value and ref not in alive:
                 alive[ref] = _blocks(ref.nbytes(graph))
                 values += alive[ref]
         if step.op is Op.DROP and step.ref is not None:
             values -= alive.pop(step.ref, 0)
-        if step.op is Op.RUN and step.task is not None:
-            extra = workspace.nbytes(step)
-        if slots + values + extra > peak.nbytes:
-            peak = Peak(slots + values + extra, at, slots, values, extra)
-    return peak
+        runs = step.op is Op.RUN and step.task is not None
+        yield at, values, workspace.nbytes(step) if runs else 0
 
 
 def resident_nbytes(ref: TensorRef, graph: LayerGraph) -> int:
