@@ -42,7 +42,11 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["harmony", "harmony.*"]), *kernels],
     package_dir=kernels,
-    package_data={"harmony": ["py.typed"], **{name: list(SOURCES) for name in kernels}},
+    package_data={
+        "harmony": ["py.typed"],
+        "harmony.report": ["*.html"],
+        **{name: list(SOURCES) for name in kernels},
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10",  # 2.9 has no torch.accelerator.get_memory_info; 2.13 is what is tested

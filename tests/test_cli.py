@@ -257,7 +257,7 @@ def test_the_report_goes_to_a_file_too(run: RunScript, tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_is_an_error(run: RunScript, tmp_path: Path) -> None:
-    code, out, err = run(TRAIN, "--report", str(tmp_path))
+    code, out, err = run(TRAIN, "--report", str(tmp_path / f"{'r' * 300}.json"))
     assert code == 1
     assert "cannot write the report" in err
     assert "Harmony · GPT" in out

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmony.cli.plan_arguments import Parser, add_machine, count, in_folder, rate, size
+from harmony.cli.plan_arguments import Parser, add_machine, count, in_folder, rate, report, size
 from harmony.core.files import is_file, is_folder
 from harmony.core.options import PRECISIONS, Every, Options
 from harmony.core.version import __version__
@@ -74,8 +74,6 @@ def parse(argv: Sequence[str]) -> Command:
         if script == "plan":
             hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
         raise ConfigError(f"no such script: {script}{hint}")
-    if args.report is not None and not is_folder(args.report.parent):
-        raise ConfigError(f"--report {args.report}: there is no folder {args.report.parent}")
     if args.plan is not None and not is_file(args.plan):
         raise ConfigError(f"no such plan: {args.plan}")
     return Command(path, tuple(rest), _options(args), debug=args.debug)
@@ -109,12 +107,6 @@ def _parser() -> Parser:
     add("--no-replan", action="store_true", help="keep the first plan, whatever steps take")
     add("--no-cache", action="store_true", help="measure again what earlier runs measured")
     add("--verify", action="store_true", help="compare the first step with plain PyTorch and stop")
-    add(
-        "--report",
-        metavar="FILE",
-        type=Path,
-        help="write the report there too: text, .json for all figures, .trace.json for Perfetto",
-    )
     add("--checkpoint-dir", metavar="DIR", type=Path, help="save the script's harmony.Run there")
     add("--checkpoint-every", metavar="N|MINm", help="steps or minutes between two (default: 30m)")
     add("--keep", metavar="K", help="checkpoints to keep (default: all)")
@@ -167,7 +159,7 @@ def _options(args: argparse.Namespace) -> Options:
         virtual=args.virtual,
         plan_only=args.plan_only,
         verify=args.verify,
-        report=args.report,
+        report=report(args.report),
         link=args.link,
         host_memory_nbytes=size("--host-memory", args.host_memory),
         active=True,

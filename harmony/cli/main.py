@@ -26,14 +26,14 @@ from harmony.cli import doctor_command, plan_command
 from harmony.cli.arguments import Command, mistyped, parse
 from harmony.cli.plan_arguments import parse_plan
 from harmony.cli.progress import Progress
-from harmony.cli.save_plans import Keeper, plan_view
+from harmony.cli.save_plans import Keeper
 from harmony.cli.streams import flush_output, open_streams, stop_writing
 from harmony.core.options import Options
 from harmony.core.units import format_bytes
 from harmony.errors import ConfigError, HarmonyError
 from harmony.planner.ir.plan_file import load_plan
 from harmony.report import session
-from harmony.report.plan_view import explanation
+from harmony.report.plan_view import explanation, view_of
 from harmony.report.session import Verified
 from harmony.report.text import print_report, write_report
 
@@ -305,7 +305,9 @@ def _show_runs(records: Sequence[session.ModelRecord], options: Options) -> None
     """Print what was planned, or the report of what ran."""
     if options.plan_only:
         for record in records:
-            plan_command.show(plan_view(record), sys.stdout, options.as_json, options.explain)
+            plan_command.show(
+                view_of(record, profiled=True), sys.stdout, options.as_json, options.explain
+            )
         return
     print_report(records)
     for record in records:

@@ -13,6 +13,7 @@ from harmony.errors import ConfigError
 from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu
 from harmony.profiling.plan_request import PlanRequest
 from harmony.profiling.presets import PRESETS
+from harmony.report.text import FORMS, form_of
 
 MODES = ("auto", "pp", "dp")
 
@@ -75,6 +76,7 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
         save_profile=(
             None if args.save_profile is None else in_folder("--save-profile", args.save_profile)
         ),
+        report=report(args.report),
         compare=tuple(args.compare),
         as_json=args.json,
         explain=args.explain,
@@ -156,6 +158,7 @@ def add_machine(parser: argparse.ArgumentParser, default_gpu: str) -> None:
     add("--link", metavar="RATE", help="of each GPU's link to the host, e.g. 20GB/s")
     add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the fastest")
     add("--save-plan", metavar="FILE", type=Path, help="keep the plan, for --plan FILE")
+    add("--report", metavar="FILE", type=Path, help=f"also there: {', '.join(FORMS)}")
     add("--explain", action="store_true", help="why everything was decided as it was")
     add("--json", action="store_true", help="all figures of the plan as JSON")
     add("--debug", action="store_true", help="show the traceback of an error of Harmony")
@@ -194,6 +197,18 @@ def count(name: str, text: str) -> int:
     if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
         raise ConfigError(f"{name} {text}: it takes a whole number, at least 1")
     return int(text)
+
+
+def report(path: Path | None) -> Path | None:
+    """Return the file of a report, whose ending is known and whose folder is there.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    if path is not None:
+        form_of(path)
+        in_folder("--report", path)
+    return path
 
 
 def in_folder(name: str, path: Path) -> Path:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from harmony.core.files import is_file
+from harmony.core.files import is_file, write_text
 from harmony.core.units import format_bytes, format_seconds
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.check.verify import verify
@@ -37,6 +37,7 @@ from harmony.profiling.model_profile import ModelProfile, load_profile, save_pro
 from harmony.profiling.plan_request import PlanRequest, Task, chosen, machine_and_costs
 from harmony.report.memory import memory_of
 from harmony.report.metrics import forward_seconds
+from harmony.report.page import page
 from harmony.report.plan_view import (
     SMALLEST,
     Answered,
@@ -46,6 +47,8 @@ from harmony.report.plan_view import (
     view_json,
     view_text,
 )
+from harmony.report.text import form_of
+from harmony.report.trace_file import trace_events
 
 DEFAULT_MINIBATCH = 8
 """Samples of a step of a model that comes from a configuration."""
@@ -83,6 +86,21 @@ def _plan(request: PlanRequest, out: TextIO) -> None:
     if request.save_plan is not None:
         save_plan(plan, request.save_plan)
     show(view, out, request.as_json, request.explain)
+    if request.report is not None:
+        write_text(_as_file(view, request), request.report, "the report")
+
+
+def _as_file(view: PlanView, request: PlanRequest) -> str:
+    """The plan in the form that the ending of ``--report`` says."""
+    assert request.report is not None
+    form = form_of(request.report)
+    if form == ".html":
+        return page([(view, None, None)])
+    if form == ".trace.json":
+        return json.dumps(trace_events({f"{view.name} predicted": view.timeline}))
+    if form == ".json":
+        return json.dumps(view_json(view, explain=True), indent=1)
+    return "".join(f"{line}\n" for line in view_text(view, explain=request.explain))
 
 
 def view_of(request: PlanRequest, task: Task, plan: Plan) -> PlanView:

@@ -201,5 +201,5 @@ def plan_elsewhere(
     record.planned_for = (*task.notes, task.costs_from)
     model = profile.graph, task.costs, task.machine
     record.forward_s = forward_seconds(plan, *model)
-    record.planned(plan, simulate(plan.schedule, *model))
+    record.planned(plan, simulate(plan.schedule, *model), (profile.graph, task.costs))
     raise session.PlanOnly(record)

@@ -232,7 +232,8 @@ class VariantCache:
         record.profile = self._profile_of(variant, planned.plan.minibatch)
         if current_options().plan_only:
             record.forward_s = planned.forward_s
-        record.planned(planned.plan, planned.predicted)
+        measured = planned.measured
+        record.planned(planned.plan, planned.predicted, (measured.graph, measured.costs))
         self._noted = planned
 
     def _fitting(

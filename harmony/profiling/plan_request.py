@@ -44,6 +44,7 @@ class PlanRequest:
         tf32: whether products of fp32 may run as TF32.
         plan: a saved plan to show instead of searching for one.
         save_plan, save_profile: where to keep the plan, and what was counted of the model.
+        report: a file that shows the plan as well.
         compare: two saved plans, or names of GPUs, to compare.
         as_json, explain: how much to show, and how.
         smallest_minibatch, largest_model: further questions.
@@ -70,6 +71,7 @@ class PlanRequest:
     plan: Path | None = None
     save_plan: Path | None = None
     save_profile: Path | None = None
+    report: Path | None = None
     compare: tuple[str, ...] = ()
     as_json: bool = False
     explain: bool = False

@@ -17,7 +17,7 @@ from harmony.planner.ir.plan import Plan, describe_spec
 from harmony.planner.ir.tasks import TaskKind
 from harmony.profiling.analytic import WorkTable, step_flops
 from harmony.profiling.catalog import Gpu, known_gpu
-from harmony.report.memory import MemoryUse
+from harmony.report.memory import MemoryUse, memory_of
 from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, Metrics, metrics_of
 from harmony.report.session import ModelRecord, PlanRun
 from harmony.report.timeline_text import picture
@@ -98,6 +98,38 @@ class PeakShare:
     peak_per_s: float
     share: float
     types: str
+
+
+def view_of(record: ModelRecord, *, profiled: bool = False) -> PlanView:
+    """What is worth seeing of the plan of a model that was planned in this session.
+
+    Args:
+        profiled: with the FLOPs of its layers, which are counted for it if the model is there.
+
+    Raises:
+        ValueError: if it has no plan yet.
+    """
+    run = record.run
+    if run is None:
+        raise ValueError(f"{record.name} has no plan yet: there is nothing to show")
+    profile = record.profile() if profiled and record.profile is not None else None
+    notes, source = record.planned_for[:-1], record.planned_for[-1:]
+    if not source:
+        notes = tuple(f"{label}: {text}" for label, text in record.facts.items())
+        source = ("measured on this machine",)
+    return PlanView(
+        name=record.name,
+        plan=run.plan,
+        timeline=run.predicted,
+        work=None if profile is None else profile.work,
+        costs_from=source[0],
+        machine_notes=notes,
+        gpu=None if profile is None else known_gpu(profile.device),
+        warnings=tuple(record.warnings),
+        forward_s=record.forward_s,
+        memory=None if run.layers is None else memory_of(run.plan, *run.layers),
+        dtypes={} if profile is None else profile.dtypes,
+    )
 
 
 def figures(view: PlanView) -> Metrics:

@@ -22,8 +22,10 @@ from harmony.core.timeline import Timeline
 from harmony.errors import printable
 
 if TYPE_CHECKING:
+    from harmony.core.layergraph import LayerGraph
     from harmony.planner.ir.plan import Plan
     from harmony.planner.ir.schedule import Schedule
+    from harmony.planner.predict.cost import CostTable
     from harmony.profiling.model_profile import ModelProfile
 
 KEPT_STEPS = 1000
@@ -56,10 +58,15 @@ class StepStats:
 
 @dataclass
 class PlanRun:
-    """A plan and the steps that ran under it, in bounded memory."""
+    """A plan and the steps that ran under it, in bounded memory.
+
+    Attributes:
+        layers: what the plan was made from: the layers and their costs; None if unknown.
+    """
 
     plan: Plan
     predicted: Timeline
+    layers: tuple[LayerGraph, CostTable] | None = None
     num_steps: int = 0
     num_samples: int = 0
     num_tokens: int = 0
@@ -166,14 +173,22 @@ class ModelRecord:
         """What the plan in use expects."""
         return self._current.predicted if self._current else None
 
-    def planned(self, plan: Plan, predicted: Timeline) -> None:
+    def planned(
+        self,
+        plan: Plan,
+        predicted: Timeline,
+        layers: tuple[LayerGraph, CostTable] | None = None,
+    ) -> None:
         """Note that the next steps follow ``plan``; noting a known plan again is fine.
+
+        Args:
+            layers: what it was made from.
 
         Raises:
             PlanOnly: under ``--plan-only``.
         """
         known = next((run for run in self.runs if run.plan is plan), None)
-        self._current = known or PlanRun(plan, predicted)
+        self._current = known or PlanRun(plan, predicted, layers)
         if known is None:
             self.runs.append(self._current)
             self._forget()

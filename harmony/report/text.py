@@ -1,8 +1,7 @@
 """The profiler report: what one model's training did, in a terminal or in a file.
 
 `render` makes a rich renderable, `print_report` prints it in a terminal or as plain text of 100
-columns. `write_report` writes text; every figure if the path ends in ``.json``; the predicted and
-the measured step for Perfetto if it ends in ``.trace.json``.
+columns. `write_report` writes what the ending of the path says (`FORMS`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ from rich.text import Text
 from harmony.core.files import write_text
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes, format_seconds
+from harmony.errors import ConfigError
 from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, GpuMetrics, Metrics, metrics_of
+from harmony.report.page import page
+from harmony.report.plan_view import PlanView, view_of
 from harmony.report.session import ModelRecord
 from harmony.report.trace_file import trace_events
 
@@ -50,6 +52,18 @@ STALL_NAMES = {
 
 
 _ASCII = str.maketrans("─━█░·", "--#.-")
+
+FORMS = {
+    ".txt": "the text of the terminal",
+    ".html": "a page with the timeline",
+    ".json": "all figures",
+    ".trace.json": "the predicted and the measured step for Perfetto",
+}
+"""What the endings of a report's file mean."""
+
+JSON_VERSION = 1
+"""Of ``.json``: ``{"format": "harmony-report", "version": 1, "models": [...]}``, where a model has
+the fields of `harmony.report.metrics.Metrics` and ``traffic_nbytes``, the sum over its GPUs."""
 
 GPUS_IN_TRAFFIC = 4
 """With more GPUs than this the traffic table shows their sum only."""
@@ -96,19 +110,45 @@ def write_report(records: Sequence[ModelRecord], path: Path) -> None:
     """Write the report of each model that has a plan; the ending of ``path`` chooses the form.
 
     Raises:
+        ConfigError: for another ending than those of `FORMS`.
         HarmonyError: if it cannot be written.
     """
     ready = [record for record in records if record.runs]
-    if path.name.endswith(".trace.json"):
+    form = form_of(path)
+    if form == ".trace.json":
         text = json.dumps(trace_events(_timelines(ready)))
-    elif path.suffix == ".json":
+    elif form == ".json":
         models = [metrics_of(record).to_json() for record in ready]
-        text = json.dumps({"models": models}, indent=2)
+        found = {"format": "harmony-report", "version": JSON_VERSION, "models": models}
+        text = json.dumps(found, indent=2)
+    elif form == ".html":
+        text = page([_shown(record) for record in ready])
     else:
         file = io.StringIO()
         print_report(ready, file)
         text = file.getvalue()
     write_text(text, path, "the report")
+
+
+def form_of(path: Path) -> str:
+    """Return the key of `FORMS` that a file's name ends in.
+
+    Raises:
+        ConfigError: if it ends otherwise.
+    """
+    found = [ending for ending in FORMS if path.name.endswith(ending)]
+    if not found:
+        known = ", ".join(f"{ending}: {what}" for ending, what in FORMS.items())
+        raise ConfigError(f"--report {path}: the ending says what is written. {known}")
+    return max(found, key=len)
+
+
+def _shown(record: ModelRecord) -> tuple[PlanView, Metrics | None, Timeline | None]:
+    run = record.run
+    last = None if run is None else run.last
+    planned_only = record.num_steps == 0
+    view = view_of(record, profiled=planned_only)
+    return view, None if last is None else metrics_of(record), last
 
 
 class Bar:

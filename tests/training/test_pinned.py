@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import harmony
-from harmony.cli.save_plans import Keeper, plan_view
+from harmony.cli.save_plans import Keeper
 from harmony.core.options import Options
 from harmony.errors import CaptureError, ConfigError, PlanError
 from harmony.planner.ir.plan_file import load_plan, save_plan
 from harmony.planner.search.search import choose
 from harmony.profiling.model_profile import load_profile
 from harmony.report import session
+from harmony.report.plan_view import view_of
 from harmony.runtime import native
 from tests import devices
 from tests.training.models import GPT, token_batch, token_loss
@@ -148,7 +149,7 @@ def test_a_machine_that_is_not_there_is_planned_without_running_the_model(
     with session.running(ELSEWHERE):
         with pytest.raises(session.PlanOnly) as caught:
             make(net).train_step(*token_batch(0, 8))
-        view = plan_view(caught.value.record)
+        view = view_of(caught.value.record, profiled=True)
     assert view.plan.machine.num_devices == 4
     assert view.plan.machine.devices[0].name == "RTX 4090"
     assert view.costs_from.startswith("analytic: FLOPs and bytes at the rates of a RTX 4090")
