@@ -14,7 +14,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
-from harmony.checkpoint import Attributes, Restored, load_training, save_training
+from harmony.checkpoint import Attributes, Restored, Saving, load_training, snapshot, step_name
 from harmony.core.files import check_types
 from harmony.core.options import WATCHDOG, Watch, current_options
 from harmony.core.timeline import Timeline
@@ -177,6 +177,7 @@ class Harmony(Wrapper):
         self._show(module)
         self.__dict__["_engine"] = engine
         self.__dict__["_attributes"] = Attributes(module)
+        self.__dict__["_saving"] = None
         self.__dict__["_bypass"] = Bypass(
             module,
             updates_itself=options.optimizer is not None,
@@ -235,6 +236,7 @@ class Harmony(Wrapper):
             raise ConfigError("train_step on a model in eval mode; call model.train() first")
         if current_options().verify:
             raise Verified(self.verify(inputs, targets))
+        self._hear_of_saving()
         self._check_resumed()
         args, kwargs = _arguments(inputs)
         return engine.train(args, kwargs, targets)
@@ -245,6 +247,7 @@ class Harmony(Wrapper):
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
         self._bypass.watch(self._engine.variants.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
+            self._hear_of_saving()
             self._check_resumed()
             return self._engine.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
@@ -300,7 +303,13 @@ class Harmony(Wrapper):
     # Checkpoints
 
     def save_checkpoint(
-        self, folder: str | Path, *, keep: int | None = None, extra: Any = None, **objects: Any
+        self,
+        folder: str | Path,
+        *,
+        keep: int | None = None,
+        extra: Any = None,
+        async_save: bool = False,
+        **objects: Any,
     ) -> Path:
         """Write all that this run needs to go on bit for bit, as ``folder/step-N``.
 
@@ -316,12 +325,18 @@ class Harmony(Wrapper):
             folder: where checkpoints are; made if it is not there.
             keep: remove all but so many of the newest up to this one afterwards; None keeps all.
             extra: numbers, texts, tensors, and lists and dictionaries of these, for the script.
+            async_save: return once what has no part in an update is written, and let a thread
+                write parameters and optimizer states while training goes on. Each pack keeps its
+                values until they are read: its next update waits, or works on while they are
+                copied, as long as there are at most two packs of copies. The files are the same,
+                byte for byte. One save at a time: the next waits for it. If it fails the next
+                step warns, and `finish_saving` raises.
             objects: what else has ``state_dict()`` and ``load_state_dict()``: an optimizer of
                 one's own (stored by the names of parameters), LR schedulers, gradient scalers,
                 data loaders that know their position.
 
         Returns:
-            The folder of this checkpoint.
+            The folder of this checkpoint; with ``async_save`` it is not there yet.
 
         Raises:
             ConfigError: if something cannot be saved.
@@ -332,7 +347,52 @@ class Harmony(Wrapper):
         engine = self._engine
         with engine.lock:
             engine.whole.check()
-            return save_training(engine, self._attributes, Path(folder), objects, extra, keep)
+            if keep is not None and keep < 1:
+                raise ConfigError(
+                    f"keep={keep}: how many checkpoints to keep, at least 1, or None"
+                )
+            self._wait_for_saving()
+            taken, root = snapshot(engine, self._attributes, objects, extra), Path(folder)
+            if async_save and (name := taken.unsaved.unseen()) is not None:
+                warn(
+                    f"something holds the memory of {name} (.data, .detach(), a view or an array) "
+                    "and may change it unseen: checkpoints are written before training goes on"
+                )
+                async_save = False
+            if async_save:
+                self.__dict__["_saving"] = Saving(taken, root, keep)
+            else:
+                taken.write(root, keep)
+            return root / step_name(taken.step)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint of ``save_checkpoint(..., async_save=True)`` is written.
+
+        Raises:
+            NotSavedError: if it could not be. What was saved before is whole.
+        """
+        saving, self.__dict__["_saving"] = self.saving, None
+        if saving is not None:
+            saving.wait()
+            if saving.error is not None:
+                raise saving.error
+
+    @property
+    def saving(self) -> Saving | None:
+        """The last checkpoint that was to be written while training goes on."""
+        found: Saving | None = self.__dict__["_saving"]
+        return found
+
+    def _wait_for_saving(self) -> None:
+        if self.saving is not None:
+            self.saving.wait()
+            self.saving.tell()
+            self.__dict__["_saving"] = None
+
+    def _hear_of_saving(self) -> None:
+        """Warn of a checkpoint that could not be written, between two steps."""
+        if self.saving is not None:
+            self.saving.tell()
 
     def load_checkpoint(
         self, folder: str | Path, *, skip_damaged: bool = False, **objects: Any
@@ -358,6 +418,7 @@ class Harmony(Wrapper):
         engine = self._engine
         with engine.lock:
             engine.whole.check_process()
+            self._wait_for_saving()
             restored = load_training(engine, Path(folder), objects, skip_damaged)
         for why in restored.skipped:
             warn(f"passed over a damaged checkpoint: {why}")
@@ -369,9 +430,15 @@ class Harmony(Wrapper):
         The module (``model.module``) keeps its values and is an ordinary one again; its parameters
         are on the host. Training and calling this wrapper are errors from now on. ``del model``
         does the same as soon as nothing else holds the model.
+
+        Raises:
+            NotSavedError: if a checkpoint that was still to be written could not be.
         """
-        self._engine.close()
-        self._bypass.is_over = True
+        try:
+            self.finish_saving()
+        finally:
+            self._engine.close()
+            self._bypass.is_over = True
 
     def __enter__(self) -> Harmony:
         return self

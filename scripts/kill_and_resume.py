@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Kills a training run again and again, half of the times inside a save, and resumes it.
 
-    scripts/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL]
+    scripts/kill_and_resume.py [--kills 100] [--seed 0] [--signal KILL] [--async-save]
 
 A small GPT with dropout, clipping and a learning-rate schedule trains in a process of its own on
 two virtual GPUs and saves a checkpoint after each step. The process is killed (SIGKILL, or another
 signal) at a random moment and started again, until it has been killed so often; then it runs to
 its end. Every start has to find a whole checkpoint that is no older than the last one whose save
 had returned, and the parameters, the optimizer's state and every loss have to be, bit for bit,
-those of a run that nobody has killed. Exits 1 if anything differs, or a process hangs.
+those of a run that nobody has killed. With `--async-save` each checkpoint is written while the
+next step runs, and counts as saved once the next one is begun. Exits 1 if anything differs, or a
+process hangs.
 """
 
 from __future__ import annotations
@@ -41,22 +43,23 @@ def main() -> int:
     """Run, kill, resume and compare."""
     args = parse_arguments()
     if args.worker is not None:
-        return work(args.worker, args.steps)
+        return work(args.worker, args.steps, args.async_save)
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder, steps = Path(name), STEPS_A_KILL * (args.kills + 1)
-        expected, _ = run(folder / "whole", steps, None, signal.SIGTERM)
+        work_on = (steps, args.async_save)
+        expected, _ = run(folder / "whole", work_on, None, signal.SIGTERM)
         found, inside, kills, over = Heard(), 0, 0, False
         while kills < args.kills and not over:
             in_save = kills % 2 == 0
             moment = ("saving" if in_save else "step", draw.randrange(STEPS_A_KILL), draw.random())
-            heard, over = run(folder / "killed", steps, moment, args.signal)
+            heard, over = run(folder / "killed", work_on, moment, args.signal)
             if heard.began < found.saved:
                 print(f"resumed at step {heard.began}, but {found.saved} had been saved")
                 return 1
             found.add(heard)
             kills, inside = kills + (not over), inside + (in_save and not over)
-        found.add(run(folder / "killed", steps, None, args.signal)[0])
+        found.add(run(folder / "killed", work_on, None, args.signal)[0])
     wrong = [step for step in expected.states if found.states.get(step) != expected.states[step]]
     wrong += [step for step in expected.losses if found.losses.get(step) != expected.losses[step]]
     aimed = f"{kills} kills, {inside} of them aimed at a save"
@@ -88,18 +91,23 @@ class Heard:
 
 
 def run(
-    folder: Path, steps: int, moment: tuple[str, int, float] | None, how: signal.Signals
+    folder: Path,
+    work_on: tuple[int, bool],
+    moment: tuple[str, int, float] | None,
+    how: signal.Signals,
 ) -> tuple[Heard, bool]:
     """Run a process; kill it at a moment, if there is one.
 
     Args:
+        work_on: to how many steps, and whether it saves meanwhile.
         moment: what it has to have said, how often before, and for how long it then goes on, as
             a part of what a step took.
 
     Returns:
         What it has said, and whether it came to its end.
     """
-    command = [sys.executable, __file__, "--worker", str(folder), "--steps", str(steps)]
+    command = [sys.executable, __file__, "--worker", str(folder), "--steps", str(work_on[0])]
+    command += ["--async-save"] if work_on[1] else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
     assert process.stdout is not None
     heard = Heard()
@@ -138,7 +146,7 @@ def run(
     return heard, code == 0
 
 
-def work(folder: Path, steps: int) -> int:
+def work(folder: Path, steps: int, async_save: bool) -> int:
     """Train to so many steps, from the newest checkpoint if there is one; say what is done."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
     from pretrain_gpt import batches, loss_fn, make_model
@@ -168,8 +176,13 @@ def work(folder: Path, steps: int) -> int:
         loss = model.train_step(inputs, targets)
         scheduler.step()
         say(f"saving {step + 1} {checksum(model)} {loss.item().hex()}")
-        model.save_checkpoint(folder, keep=2, scheduler=scheduler)
-        say(f"saved {step + 1}")
+        before = model.saving
+        model.save_checkpoint(folder, keep=2, scheduler=scheduler, async_save=async_save)
+        if not async_save:
+            say(f"saved {step + 1}")
+        elif before is not None:  # which the new one has waited for
+            say(f"saved {step}")
+    model.finish_saving()
     return 0
 
 
@@ -193,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default="KILL")
+    parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()

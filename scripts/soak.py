@@ -123,6 +123,7 @@ class Soak:
         self._plain.scheduler.step()
         self._check(f"the loss of step {self._plain.num_steps}", loss, expected)
         if self._draw.random() < 0.1 or not self.use:
+            self._model.finish_saving()  # its thread is none that grows
             self.use.append(Use.now())
 
     def compare(self, when: str) -> None:
@@ -184,7 +185,10 @@ class Soak:
 
     def _save(self) -> None:
         self.compare(f"the save of step {self._plain.num_steps}")
-        self._model.save_checkpoint(self._folder, keep=2, scheduler=self._scheduler)
+        meanwhile = self._draw.random() < 0.5
+        self._model.save_checkpoint(
+            self._folder, keep=2, async_save=meanwhile, scheduler=self._scheduler
+        )
         self._snapshot = copy.deepcopy(self._plain)
 
     def _load(self) -> None:
@@ -198,6 +202,7 @@ class Soak:
     def _renew(self) -> None:
         if self._snapshot is None:
             return
+        self._model.finish_saving()
         self._new_model()
         gc.collect()
         self._load()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from harmony.checkpoint.attributes import Attributes
 from harmony.checkpoint.run import Run
-from harmony.checkpoint.training import Restored, load_training, save_training
+from harmony.checkpoint.saving import Saving
+from harmony.checkpoint.store import step_name
+from harmony.checkpoint.training import Restored, load_training, snapshot
 
-__all__ = ["Attributes", "Restored", "Run", "load_training", "save_training"]
+__all__ = ["Attributes", "Restored", "Run", "Saving", "load_training", "snapshot", "step_name"]

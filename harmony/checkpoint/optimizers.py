@@ -29,7 +29,10 @@ def state_of(optimizer: torch.optim.Optimizer | None, net: nn.Module) -> Any:
     numbered = [p for group in optimizer.param_groups for p in group["params"]]
     order = [names[id(param)] for param in numbered]
     keys = {key: order[key] for key in saved["state"] if isinstance(key, int)}
-    state = {keys.get(key, key): value for key, value in saved["state"].items()}
+    held = saved["state"]
+    # In the order of the groups, whatever the order was in which a plan has updated them first.
+    state = {keys[key]: held[key] for key in sorted(keys)}
+    state.update((key, value) for key, value in held.items() if key not in keys)
     groups = [
         {**group, "params": [order[index] for index in group["params"]]}
         for group in saved["param_groups"]

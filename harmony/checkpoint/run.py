@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
+from harmony.checkpoint.saving import Saving
 from harmony.checkpoint.store import check_writable, found_in, step_of
 from harmony.checkpoint.training import RandomStates, Restored
 from harmony.core.files import DAMAGED, check_types
@@ -38,9 +39,19 @@ class Trained(Protocol):
         """What the report is made of."""
 
     def save_checkpoint(
-        self, folder: str | Path, *, keep: int | None = None, extra: Any = None, **objects: Any
+        self,
+        folder: str | Path,
+        *,
+        keep: int | None = None,
+        extra: Any = None,
+        async_save: bool = False,
+        **objects: Any,
     ) -> Path:
         """Write a checkpoint."""
+
+    @property
+    def saving(self) -> Saving | None:
+        """The checkpoint that is written while training goes on."""
 
     def load_checkpoint(
         self, folder: str | Path, *, skip_damaged: bool = False, **objects: Any
@@ -74,7 +85,8 @@ class Run:
     Args:
         model: the `harmony.Harmony` model; one a run.
         folder: where checkpoints are; None saves none. ``harmony-run --checkpoint-dir DIR`` and
-            its other options come before ``folder``, ``every``, ``keep`` and ``resume``.
+            its other options come before ``folder``, ``every``, ``keep``, ``resume`` and
+            ``async_save``.
         every: steps between two checkpoints (``100``), or time (``"15m"``); by default
             30 minutes.
         keep: how many checkpoints are kept; None keeps all.
@@ -83,6 +95,8 @@ class Run:
             None starts anew.
         save_on_error: whether a ``with`` block that an error leaves saves the state behind the
             last `step`, if the error has left it whole.
+        async_save: whether training goes on while a checkpoint is written that is due (see
+            `Harmony.save_checkpoint`); the last one, of `close` or a signal, is waited for.
         objects: what else has ``state_dict()`` and ``load_state_dict()``, as for
             `Harmony.save_checkpoint`: optimizers of a loop of your own, schedulers, data loaders
             that know their position.
@@ -105,6 +119,7 @@ class Run:
         keep: int | None = None,
         resume: str | Path | None = "auto",
         save_on_error: bool = False,
+        async_save: bool = False,
         **objects: Any,
     ) -> None:
         options = current_options()
@@ -129,6 +144,9 @@ class Run:
         self._random: RandomStates | None = None
         self._boundary: _Boundary | None = None
         self._save_on_error = save_on_error
+        self._async = options.async_save or async_save
+        self._pending: Saving | None = None
+        self._before = 0
         self._resumed = False
         self._saved: tuple[int, int, int] | None = None
         self._saved_s = time.monotonic()
@@ -294,15 +312,16 @@ class Run:
         Returns:
             The folder of the checkpoint; None if the run saves none.
         """
-        if self._folder is None:
-            return None
-        saved = self._write(self._objects, self._position(), self.extra)
-        self._boundary = None
-        return saved
+        return self._save(False)
 
     def close(self) -> None:
-        """Save what is not saved yet, and leave signals to others again."""
+        """Save what is not saved yet, and leave signals to others again.
+
+        Raises:
+            NotSavedError: if it cannot be written.
+        """
         self._ending.close()
+        self._settle()
         if self._folder is not None and self.num_steps and self._saved != self._position():
             self.save()
 
@@ -334,10 +353,17 @@ class Run:
             return self.num_steps % self._every.steps == 0
         return time.monotonic() - self._saved_s >= (self._every.seconds or 0)
 
+    def _save(self, meanwhile: bool) -> Path | None:
+        if self._folder is None:
+            return None
+        saved = self._write(self._objects, self._position(), self.extra, meanwhile)
+        self._boundary = None
+        return saved
+
     def _is_saved(self) -> bool:
-        """Save, if the disk takes it; else say so, and whether this is lost is known later."""
+        """Save, if the disk takes it; else say so: another is written when it is due."""
         try:
-            self.save()
+            self._save(self._async)
         except NotSavedError as error:
             self._saved_s = time.monotonic()
             warn(f"{error}. Training goes on, and another is written when it is due")
@@ -345,17 +371,34 @@ class Run:
         return True
 
     def _write(
-        self, objects: Mapping[str, Any], position: tuple[int, int, int], extra: Any
+        self,
+        objects: Mapping[str, Any],
+        position: tuple[int, int, int],
+        extra: Any,
+        meanwhile: bool = False,
     ) -> Path:
         assert self._folder is not None
+        self._settle()
         step, epoch, batches = position
         kept = {"step": step, "epoch": epoch, "batches": batches, "extra": extra}
         folder = self._model.save_checkpoint(
-            self._folder, keep=self._keep, extra={_MARK: kept}, **objects
+            self._folder, keep=self._keep, extra={_MARK: kept}, async_save=meanwhile, **objects
         )
         self._saved, self._saved_s = position, time.monotonic()
+        self._pending = self._model.saving if meanwhile else None
+        self._before = self._keeping.saved_steps
         self._keeping.saved_steps = step
         return folder
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is written, and see whether it is one."""
+        if self._pending is None:
+            return
+        self._pending.wait()
+        if self._pending.error is not None:
+            self._pending.tell()
+            self._saved, self._keeping.saved_steps = None, self._before
+        self._pending = None
 
     def _end(self, why: str, code: int) -> NoReturn:
         """End the process where everything is of one step."""
@@ -366,6 +409,7 @@ class Run:
 
     def _rescue(self, error: BaseException) -> None:
         """Save what the last step has left, if the error has changed nothing of it."""
+        self._settle()
         if self._keeping.saved_steps == self.num_steps:
             return
         boundary, name = self._boundary, type(error).__name__

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,55 +52,114 @@ def check_writable(root: Path) -> None:
         ) from None
 
 
+class _File:
+    """A new file whose size and checksum are known once it is on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0)
+        self._digest, self._nbytes = hashlib.sha256(), 0
+        self.close = self._file.close
+
+    def add(self, part: bytes | memoryview) -> None:
+        self._digest.update(part)
+        self._nbytes += len(part)
+        _write_all(self._file, part)
+
+    def finish(self) -> dict[str, Any]:
+        os.fsync(self._file.fileno())
+        self.close()
+        return {"nbytes": self._nbytes, "sha256": self._digest.hexdigest()}
+
+
 class Writer:
     """Writes the files of one checkpoint into a folder that nobody reads yet."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, open_files: contextlib.ExitStack) -> None:
+        """Write into ``folder``; what an error leaves open is closed with ``open_files``."""
+        self._folder = folder
+        self._open_files = open_files
         self.files: dict[str, dict[str, Any]] = {}
 
-    def write(self, name: str, parts: Iterator[bytes | memoryview]) -> None:
+    def open(self, name: str) -> _File:
+        """Begin a file."""
+        file = _File(self._folder / name)
+        self._open_files.callback(file.close)
+        return file
+
+    def write(self, name: str, data: bytes) -> None:
         """Write a file and note its size and checksum; it is on the disk afterwards."""
-        digest, nbytes = hashlib.sha256(), 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self.folder / name, flags, 0o666), "wb", buffering=0) as file:
-            for part in parts:
-                digest.update(part)
-                nbytes += len(part)
-                _write_all(file, part)
-            os.fsync(file.fileno())
-        self.files[name] = {"nbytes": nbytes, "sha256": digest.hexdigest()}
+        file = self.open(name)
+        file.add(data)
+        self.files[name] = file.finish()
 
     def json(self, name: str, data: object) -> None:
         """Write JSON."""
-        self.write(name, iter([json.dumps(data, indent=1).encode()]))
+        self.write(name, json.dumps(data, indent=1).encode())
 
-    def tensors(self, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write tensors as safetensors under the names that Hugging Face gives to its files.
 
-        One tensor at a time is looked at: those of a GPU are copied to the host one by one.
-        """
-        shards: list[dict[str, torch.Tensor]] = [{}]
-        size = 0
+class TensorFiles:
+    """Safetensors files under the names that Hugging Face gives to them, written bit by bit."""
+
+    def __init__(self, writer: Writer, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Know which tensors will come, in which order; only their forms are looked at."""
+        self._writer = writer
+        self._shards: list[dict[str, int]] = [{}]
+        self._headers: list[dict[str, Any]] = [{"__metadata__": {"format": "pt"}}]
+        self._end = 0
         for name, tensor in tensors.items():
-            if tensor.dtype not in _NAMES:
-                raise ConfigError(f"{name} is of type {tensor.dtype}, which safetensors has not")
-            if size and size + tensor.nbytes > SHARD_NBYTES:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor
-            size += tensor.nbytes
-        if len(shards) == 1:
-            self.write(f"{stem}.safetensors", _safetensors(shards[0]))
-            return
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-            self.write(file, _safetensors(shard))
-            weight_map.update(dict.fromkeys(shard, file))
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        self.json(f"{stem}.safetensors.index.json", index)
+            self._plan(name, tensor)
+        number = len(self._shards)
+        self._names = [f"{stem}-{i:05}-of-{number:05}.safetensors" for i in range(1, number + 1)]
+        if number == 1:
+            self._names = [f"{stem}.safetensors"]
+        self._index = f"{stem}.safetensors.index.json" if number > 1 else None
+        self._left = [list(shard)[::-1] for shard in self._shards]
+        self._file: _File | None = None
+
+    def _plan(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.dtype not in _NAMES:
+            raise ConfigError(f"{name} is of type {tensor.dtype}, which safetensors has not")
+        low, self._end = self._end, self._end + tensor.nbytes
+        if low and self._end > SHARD_NBYTES:
+            self._shards.append({})
+            self._headers.append({"__metadata__": {"format": "pt"}})
+            low, self._end = 0, tensor.nbytes
+        self._shards[-1][name] = tensor.nbytes
+        offsets = [low, low + tensor.nbytes]
+        form = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        self._headers[-1][name] = {**form, "data_offsets": offsets}
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor; one of a GPU is copied to the host first."""
+        shard = len(self._shards) - len(self._left)
+        wanted = self._left[0].pop()
+        assert wanted == name, f"{name} came in the place of {wanted}"
+        self._add(shard, _chunks(tensor))
+
+    def _add(self, shard: int, parts: Iterable[memoryview]) -> None:
+        if self._file is None:
+            self._file = self._writer.open(self._names[shard])
+            text = json.dumps(self._headers[shard]).encode()
+            text += b" " * (-len(text) % 8)
+            self._file.add(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            self._file.add(part)
+        if not self._left[0]:
+            self._writer.files[self._names[shard]] = self._file.finish()
+            self._file = None
+            del self._left[0]
+
+    def finish(self) -> None:
+        """Write what is left when all tensors have come."""
+        if self._left:  # there are none
+            self._add(0, ())
+        if self._index is not None:
+            named = zip(self._names, self._shards, strict=True)
+            weight_map = {name: file for file, shard in named for name in shard}
+            total = sum(sum(shard.values()) for shard in self._shards)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self._writer.json(self._index, index)
 
 
 def _write_all(file: BinaryIO, part: bytes | memoryview) -> None:
@@ -109,25 +168,12 @@ def _write_all(file: BinaryIO, part: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        low, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [low, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield from _chunks(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
-
-
 def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, without a copy."""
-    for low in range(0, tensor.nbytes, _CHUNK_NBYTES):
-        size = min(_CHUNK_NBYTES, tensor.nbytes - low)
-        held = (ctypes.c_ubyte * size).from_address(tensor.data_ptr() + low)
+    """The bytes of a tensor, without a copy if they lie in a row on the host."""
+    row = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    for low in range(0, row.nbytes, _CHUNK_NBYTES):
+        size = min(_CHUNK_NBYTES, row.nbytes - low)
+        held = (ctypes.c_ubyte * size).from_address(row.data_ptr() + low)
         yield memoryview(held).cast("B")
 
 
@@ -138,16 +184,17 @@ def writing(root: Path, step: int) -> Iterator[Writer]:
     Raises:
         NotSavedError: if it cannot be written there.
     """
-    part = root / f".step-{step:08}.{secrets.token_hex(8)}.part"
+    part = root / f".{step_name(step)}.{secrets.token_hex(8)}.part"
     try:
         root.mkdir(parents=True, exist_ok=True)
         part.mkdir()
-        writer = Writer(part)
-        yield writer
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": writer.files}
-        writer.json(MANIFEST, {**manifest, "sha256": _digest(manifest)})
+        with contextlib.ExitStack() as open_files:
+            writer = Writer(part, open_files)
+            yield writer
+            manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": writer.files}
+            writer.json(MANIFEST, {**manifest, "sha256": _digest(manifest)})
         _sync(part)
-        _take_place(part, root / f"step-{step:08}")
+        _take_place(part, root / step_name(step))
         _sync(root)
     except OSError as error:
         raise NotSavedError(
@@ -285,6 +332,11 @@ def keep_last(root: Path, number: int, step: int) -> None:
     for path in root.iterdir():
         if _PART.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08}"
 
 
 def step_of(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from torch import nn
 from harmony.capture.state.random_state import HostState
 from harmony.checkpoint.attributes import Attributes, set_attributes
 from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
-from harmony.checkpoint.store import Stored, found_in, keep_last, read_manifest, writing
+from harmony.checkpoint.saving import STATE, VALUES, WEIGHTS, Snapshot
+from harmony.checkpoint.store import Stored, found_in, read_manifest
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import DAMAGED, check_types
 from harmony.core.version import __version__
@@ -24,10 +25,9 @@ from harmony.engine.precision import FP32
 from harmony.engine.resumed import BitChoices
 from harmony.errors import ConfigError, HarmonyError
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.unsaved import Key, Unit, Unsaved
 from harmony.weights.checkpoint_files import StoredTensor
 from harmony.weights.meta_init import make_room
-
-WEIGHTS, STATE, VALUES = "model", "state", "state.json"
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,20 @@ class Restored:
     skipped: tuple[str, ...] = ()
 
 
-def save_training(
-    engine: Engine,
-    attributes: Attributes,
-    root: Path,
-    objects: Mapping[str, Any],
-    extra: Any,
-    keep: int | None,
-) -> Path:
-    """Write a checkpoint of a run.
+def snapshot(
+    engine: Engine, attributes: Attributes, objects: Mapping[str, Any], extra: Any
+) -> Snapshot:
+    """Note all that a run consists of; no parameter and no optimizer state is copied for it.
 
     Raises:
-        ConfigError, NotSavedError: as `Harmony.save_checkpoint`.
+        ConfigError: if something cannot be saved.
     """
-    if keep is not None and keep < 1:
-        raise ConfigError(f"keep={keep}: how many checkpoints to keep, at least 1, or None")
-    tensors: dict[str, torch.Tensor] = {}
     weights, shared, others = _weights(engine.net)
     choices = engine.bit_choices()
     changed, generators = attributes.changed()
     random = RandomStates.now()
+    optimizer = state_of(engine.optimizer, engine.net)
+    held = {name: _of_object(name, held, engine.net) for name, held in objects.items()}
     data = {
         "extra": extra,
         "shared": shared,
@@ -80,22 +74,44 @@ def save_training(
         "seed": engine.options.seed,
         "precision": engine.options.precision.name,
         "choices": None if choices is None else choices.as_data(),
-        "optimizer": state_of(engine.optimizer, engine.net),
-        "objects": {name: _of_object(name, held, engine.net) for name, held in objects.items()},
+        "optimizer": optimizer,
+        "objects": held,
         "random": {"host": tuple(random.host), "cuda": random.devices},
         "versions": {"harmony": __version__, "torch": str(torch.__version__)},
     }
-    encoded = {name: encode(value, name, tensors) for name, value in data.items()}
-    with writing(root, engine.num_steps) as writer:
-        writer.tensors(WEIGHTS, weights)
-        writer.tensors(STATE, tensors)
-        writer.json(VALUES, encoded)
-        config: Any = getattr(engine.net, "config", None)
-        if hasattr(config, "to_json_string"):  # with it the folder is one of Hugging Face's
-            writer.write("config.json", iter([config.to_json_string().encode()]))
-    if keep is not None:
-        keep_last(root, keep, engine.num_steps)
-    return root / f"step-{engine.num_steps:08}"
+    state: dict[str, torch.Tensor] = {}
+    encoded = {name: encode(value, name, state) for name, value in data.items()}
+    tensors = {(WEIGHTS, n): t for n, t in weights.items()}
+    tensors.update({(STATE, n): t for n, t in state.items()})
+    ours = [held[name] for name, kept in objects.items() if is_of(kept, engine.net)]
+    units = _units(engine.net, tensors, [optimizer, *ours])
+    for unit in units:
+        for key in unit.tensors:
+            del tensors[key]
+    config: Any = getattr(engine.net, "config", None)
+    text = config.to_json_string() if hasattr(config, "to_json_string") else None
+    unsaved = Unsaved(units, engine.two_packs_nbytes({u.name: u.nbytes for u in units}))
+    return Snapshot(
+        engine.num_steps, encoded, None if text is None else text.encode(), tensors, unsaved
+    )
+
+
+def _units(
+    net: nn.Module, tensors: Mapping[Key, torch.Tensor], optimizers: Sequence[Any]
+) -> list[Unit]:
+    """The parameters with their state in optimizers; about in the order of a step's updates."""
+    keys: dict[int, list[Key]] = {}
+    for key, tensor in tensors.items():
+        keys.setdefault(id(tensor), []).append(key)
+    units = []
+    for name, param in reversed(list(net.named_parameters())):
+        found: dict[str, torch.Tensor] = {}
+        encode([o["state"].get(name) for o in optimizers if o is not None], "", found)
+        held = {id(t): t for t in (param, *found.values())}
+        own = {key: tensor for at, tensor in held.items() for key in keys.pop(at, ())}
+        if own:
+            units.append(Unit(name, param, own))
+    return units
 
 
 def load_training(
@@ -235,7 +251,7 @@ def _weights(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str], d
             shared[name] = first[id(value)]
         else:
             first[id(value)] = name
-            found[name] = value.detach()
+            found[name] = value
     return found, shared, others
 
 

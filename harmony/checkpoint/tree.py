@@ -32,7 +32,7 @@ _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
 
 
 def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return what JSON can hold of a value; its tensors are added to ``tensors`` by path.
+    """Return what JSON can hold of a value; its tensors, no copies, are added to ``tensors``.
 
     Raises:
         ConfigError: naming what a checkpoint cannot hold.
@@ -59,7 +59,7 @@ def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         items = list(value) if kind in (tuple, torch.Size) else sorted(value, key=repr)
         return {kind.__name__: [encode(x, f"{path}[{i}]", tensors) for i, x in enumerate(items)]}
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-        tensors[path] = value.detach()
+        tensors[path] = value
         return {"tensor": path}
     if kind is complex:
         return {"complex": [value.real.hex(), value.imag.hex()]}

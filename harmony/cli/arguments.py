@@ -110,6 +110,7 @@ def _parser() -> Parser:
     add("--checkpoint-dir", metavar="DIR", type=Path, help="save the script's harmony.Run there")
     add("--checkpoint-every", metavar="N|MINm", help="steps or minutes between two (default: 30m)")
     add("--keep", metavar="K", help="checkpoints to keep (default: all)")
+    add("--async-save", action="store_true", help="train on while a checkpoint is written")
     add("--resume", metavar="auto|DIR", help="go on from the newest one, or from that in DIR")
     add("--version", action="version", version=f"harmony {__version__}")
     return parser
@@ -198,6 +199,7 @@ def _checkpoints(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_every": period,
         "keep": None if args.keep is None else count("--keep", args.keep),
         "resume": resume,
+        "async_save": args.async_save,
     }
 
 

@@ -109,6 +109,7 @@ class Options:
         keep: how many of them are kept.
         resume: where it goes on from: a folder, or ``"auto"``: the newest that is whole there,
             or the start, if there is none.
+        async_save: whether training goes on while it saves.
     """
 
     gpus: int | None = None
@@ -136,6 +137,7 @@ class Options:
     checkpoint_every: Every | None = None
     keep: int | None = None
     resume: str | None = None
+    async_save: bool = False
 
 
 _current = Options()

@@ -42,6 +42,7 @@ from harmony.runtime.exec.stage import Values
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.randomness import microbatch_seed
 from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.unsaved import about_to_change
 from harmony.runtime.update.optimizer import PackOptimizer
 from harmony.runtime.update.param_hooks import GradientSums, call_hooks
 
@@ -235,6 +236,7 @@ class DynamicRunner:
         assert optimizer is not None, "only train_step trains here"
         if optimizer.max_norm is not None:
             optimizer.clip(params)
+        about_to_change(params)
         begun.append("all packs")
         optimizer.update_all(params)
 

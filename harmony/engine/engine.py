@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ParamSpec
 
 import torch
@@ -436,6 +436,15 @@ class Engine:
         """How the last plan parts a batch, for a checkpoint; None before the first step."""
         plan = self.record.plan
         return self.resumed if plan is None else BitChoices.of(plan)
+
+    def two_packs_nbytes(self, nbytes: Mapping[str, int]) -> int:
+        """Bytes of the two largest packs, where these are the bytes of each parameter."""
+        plan, active = self.record.plan, self.variants.active
+        if plan is None or active is None:
+            return 0
+        updated = map(active.host.updated_by, plan.spec.backward_packs)
+        sizes = sorted(sum(nbytes.get(name, 0) for name in names) for names in updated)
+        return sum(sizes[-2:])
 
     def restored(self, missing: Collection[str] = ()) -> None:
         """Note that a state was loaded, without the tensors named ``missing``."""

@@ -22,6 +22,7 @@ from harmony.engine.bypass import Bypass, runs
 from harmony.engine.engine import Engine
 from harmony.errors import HarmonyError
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.unsaved import about_to_change
 from harmony.weights.meta_init import make_room
 
 Self = TypeVar("Self", bound="Wrapper")
@@ -146,6 +147,7 @@ class Wrapper(nn.Module):
         """Load a state of the wrapped module, as PyTorch does."""
         if not assign:
             make_room(self._net, state_dict)
+        about_to_change(self._net.parameters())
         with held_back():
             result = self._net.load_state_dict(state_dict, strict=strict, assign=assign)
             self._engine.restored(getattr(result, "missing_keys", ()))
@@ -157,6 +159,7 @@ class Wrapper(nn.Module):
         """Load what the wrapped module itself holds, for a module around this one."""
         if not local_metadata.get("assign_to_params_buffers", False):
             make_room(self._net, {n[len(prefix) :]: t for n, t in state_dict.items()})
+        about_to_change(self._net.parameters())
         self.__dict__["_loaded_as"] = prefix
         self._net._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 

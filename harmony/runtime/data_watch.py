@@ -10,14 +10,28 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import nn
 
 _PLAIN = torch.Tensor.data  # the descriptor that all tensors share
 _lock = threading.Lock()  # of the property: it is there while anybody watches
-_watches: weakref.WeakSet[DataWatch] = weakref.WeakSet()
+_watches: weakref.WeakSet[Listener] = weakref.WeakSet()
 _MANY = 64
+
+
+class Listener(Protocol):
+    """Hears of every parameter whose ``data`` somebody asks for, or is about to replace."""
+
+    def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None: ...
+
+
+def listen(listener: Listener) -> None:
+    """Let something hear for as long as it lives."""
+    with _lock:
+        _watches.add(listener)
+        nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
 
 
 class DataWatch:
@@ -27,11 +41,8 @@ class DataWatch:
         # Parameters live as long as their model, which holds this; ids need no hash of a tensor.
         self._given: dict[int, list[weakref.ref[torch.Tensor]]] = {id(p): [] for p in params}
         self._touched: set[int] = set()
-        if not self._given:
-            return
-        with _lock:
-            _watches.add(self)
-            nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
+        if self._given:
+            listen(self)
 
     def may_have_changed(self, param: torch.Tensor) -> bool:
         """Whether its ``data`` was asked for or set since the last time, or is still in use."""
@@ -65,8 +76,8 @@ def _get(param: torch.Tensor) -> torch.Tensor:
 
 
 def _set(param: torch.Tensor, value: torch.Tensor) -> None:
-    _PLAIN.__set__(param, value)  # type: ignore[attr-defined]
     _tell(param, None)
+    _PLAIN.__set__(param, value)  # type: ignore[attr-defined]
 
 
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:

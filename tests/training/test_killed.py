@@ -16,9 +16,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_and_resume.py"
 
 @devices.virtual_only("its processes set them up")
 @pytest.mark.slow
-@pytest.mark.parametrize("signal", ["KILL", "INT"])
-def test_a_killed_run_goes_on(signal: str) -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", "3", "--signal", signal]
+@pytest.mark.parametrize("how", [["KILL"], ["INT"], ["KILL", "--async-save"]], ids=" ".join)
+def test_a_killed_run_goes_on(how: list[str]) -> None:
+    command = [sys.executable, str(SCRIPT), "--kills", "3", "--signal", *how]
     path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     around = {**os.environ, "PYTHONPATH": path}
     run = subprocess.run(command, env=around, capture_output=True, text=True, timeout=600)

@@ -14,6 +14,7 @@ from harmony.runtime.exec.saved_forward import SavedForward
 from harmony.runtime.exec.stage import Stage
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.step.step import Step
+from harmony.runtime.unsaved import about_to_change
 
 Issue = Callable[[Step], None]
 Env = dict[TensorRef, torch.Tensor]
@@ -131,6 +132,7 @@ class TaskIssuer:
         names, optimizer = host.updated_by(task.pack), host.optimizer
 
         def issue(step: Step) -> None:
+            about_to_change((host.params[name] for name in names), step.signals.check)
             step.updated.append(str(task))
             found = stage.parameters(task.pack, slot)
             pairs = []

@@ -12,6 +12,7 @@ from harmony.planner.ir.tasks import TaskKind
 from harmony.runtime import native
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.step.step import Step
+from harmony.runtime.unsaved import about_to_change
 
 ALL_UPDATES = "U[all]"
 """The update of all packs at once, in errors and traces."""
@@ -66,14 +67,22 @@ class HostProgram:
             self._timed(index, instruction, step)
 
     def _timed(self, index: int, instruction: Instruction, step: Step) -> None:
+        if _is_update(instruction):
+            self._may_change(instruction, step)
+            step.updated.append(str(instruction.task))  # one that fails may have changed some
         start_s = step.now_s()
         step.running[self.name] = str(instruction)
-        if _is_update(instruction):
-            step.updated.append(str(instruction.task))  # one that fails may have changed some
         self._run(instruction)
         lane = f"{HOST}.{instruction.stream}"
         span = Span(lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index)
         step.spans.append(span)
+
+    def _may_change(self, instruction: Instruction, step: Step) -> None:
+        """Let a checkpoint that is written have the old values first."""
+        assert instruction.task is not None
+        step.running[self.name] = f"the checkpoint, before {instruction}"
+        names = self._host.updated_by(instruction.task.pack)
+        about_to_change((self._host.params[name] for name in names), step.signals.check)
 
     def _gather(self, step: Step) -> None:
         """Give all parameters their gradients, which are complete; clip them where asked to."""
@@ -91,6 +100,8 @@ class HostProgram:
         """Update all parameters at once, as a loop of one's own does."""
         optimizer, params = self._host.optimizer, self._host.params.values()
         assert optimizer is not None, "a step without an optimizer has no updates"
+        step.running[self.name] = f"the checkpoint, before {ALL_UPDATES}"
+        about_to_change(params, step.signals.check)
         step.running[self.name] = ALL_UPDATES
         step.updated.append(ALL_UPDATES)  # from here on nobody knows which have changed
         for param in params:

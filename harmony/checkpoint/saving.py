@@ -1,0 +1,127 @@
+"""A checkpoint on its way to the disk: at once, or by a thread while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harmony.checkpoint.store import TensorFiles, keep_last, writing
+from harmony.core.warn import warn
+from harmony.errors import NotSavedError, text_of
+from harmony.report import session
+from harmony.runtime.unsaved import Key, Unsaved
+
+WEIGHTS, STATE, VALUES = "model", "state", "state.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run consists of between two steps.
+
+    Attributes:
+        step: steps trained.
+        values: what is no tensor, as JSON.
+        config: of a Hugging Face model, as a file.
+        tensors: those that something may change of which nobody hears; few bytes, mostly.
+        unsaved: parameters and their optimizer state.
+    """
+
+    step: int
+    values: dict[str, Any]
+    config: bytes | None
+    tensors: dict[Key, torch.Tensor]
+    unsaved: Unsaved
+
+    def write(
+        self, root: Path, keep: int | None, may_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write it, in the order in which a step will change it: the last layers first.
+
+        Args:
+            may_change: called once only the parameters and their state are left to be written.
+
+        Raises:
+            ConfigError: if it holds something that cannot be saved.
+            NotSavedError: if it cannot be written.
+        """
+        try:
+            with writing(root, self.step) as writer:
+                forms: dict[str, dict[str, torch.Tensor]] = {WEIGHTS: {}, STATE: {}}
+                groups = [self.tensors, *(unit.tensors for unit in self.unsaved.units)]
+                for (stem, name), tensor in (x for group in groups for x in group.items()):
+                    forms[stem][name] = tensor
+                files = {s: TensorFiles(writer, s, tensors) for s, tensors in forms.items()}
+                for (stem, name), tensor in self.tensors.items():
+                    files[stem].put(name, tensor)
+                writer.json(VALUES, self.values)
+                if self.config is not None:  # with it the folder is one of Hugging Face's
+                    writer.write("config.json", self.config)
+                del forms, groups
+                self.tensors.clear()
+                may_change()
+                for unit in self.unsaved.units:
+                    with self.unsaved.reading(unit) as tensors:
+                        for (stem, name), tensor in tensors.items():
+                            files[stem].put(name, tensor)
+                for file in files.values():
+                    file.finish()
+            if keep is not None:
+                keep_last(root, keep, self.step)
+        finally:
+            self.unsaved.end()
+
+
+class Saving:
+    """A snapshot that a thread of its own writes.
+
+    The thread outlives the script, so that what it writes is whole.
+
+    Attributes:
+        step: steps trained.
+        error: why there is no checkpoint, once that is known.
+        waited_s: seconds that training has waited for it, once it is over.
+        copied_nbytes: the most that copies of parameters and states have taken at one time.
+    """
+
+    def __init__(self, snapshot: Snapshot, root: Path, keep: int | None) -> None:
+        """Begin; returns once nothing can change any more of which nobody hears."""
+        self.step = snapshot.step
+        self.error: NotSavedError | None = None
+        self.waited_s, self.copied_nbytes = 0.0, 0
+        self._told = False
+        self._may_change = threading.Event()
+        snapshot.unsaved.begin()
+        work = (snapshot, root, keep)
+        self._thread = threading.Thread(target=self._run, args=work, name="harmony-save")
+        self._thread.start()
+        self._may_change.wait()
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        self._thread.join()
+
+    def tell(self) -> None:
+        """Warn, once, if it is over and there is no checkpoint."""
+        if self.error is not None and not self._told:
+            self._told = True
+            warn(f"{self.error}. Training goes on")
+
+    def _run(self, snapshot: Snapshot, root: Path, keep: int | None) -> None:
+        try:
+            snapshot.write(root, keep, self._may_change.set)
+        except NotSavedError as error:
+            self.error = NotSavedError(text_of(error))  # that one's frames hold tensors
+        except BaseException as error:
+            why = f"{type(error).__name__}: {text_of(error)}"
+            self.error = NotSavedError(f"the checkpoint of step {self.step} failed: {why}")
+        finally:
+            self.waited_s = snapshot.unsaved.waited_s
+            self.copied_nbytes = snapshot.unsaved.copied_nbytes
+            self._may_change.set()
+        if self.error is not None and not threading.main_thread().is_alive():
+            session.say(text_of(self.error))  # nobody will ask

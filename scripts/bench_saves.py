@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""What checkpoints cost: none, one that is waited for, one that is written while training goes on.
+
+    scripts/bench_saves.py [--folder DIR] [--rounds 5] [--every 20] [--json]
+
+A GPT trains on one virtual GPU whose memory is a quarter of the training state. Rounds of `every`
+steps without a checkpoint, with one that is waited for, and with one that is not take turns; the
+figures are the medians over the rounds of the ratios of their throughput to that without. The
+disk's own rate (as many bytes, written in a row and made durable, in the same round) says what
+could be had. Exits 1 if training keeps less than 98 % of its throughput, or if copies have taken
+more than two packs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from pretrain_gpt import Batch, batches, loss_fn, make_model
+
+import harmony
+from harmony.core.units import format_bytes
+
+BAR = 0.98
+WIDTH, DEPTH, HEADS, CONTEXT = 384, 6, 6, 128
+BATCH, MICROBATCH = 8, 2
+WAYS = ("none", "waited for", "meanwhile")
+
+
+def main() -> int:
+    """Run the rounds, print the figures, and return 1 if one misses its bar."""
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    net = make_model(WIDTH, DEPTH, HEADS, CONTEXT)
+    memory_nbytes = 4 * sum(p.nbytes for p in net.parameters()) // 4
+    harmony.virtual_gpus(count=1, memory=memory_nbytes, num_threads=1)
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.AdamW,
+        optimizer_kwargs={"lr": 1e-4, "fused": True},
+        loss_fn=loss_fn,
+        microbatch_size=MICROBATCH,
+        replan=False,
+    )
+    data = list(batches(args.every, BATCH, CONTEXT))
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    copied, waited, disk = [], [], []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        root = Path(name)
+        for number in range(args.rounds + 1):
+            for way in WAYS:
+                rate = steps_per_s(model, data, root, way)
+                if number:  # round 0 warms up: capture, measuring, planning, caches
+                    rates[way].append(rate)
+            if number and model.saving is not None:
+                copied.append(model.saving.copied_nbytes)
+                waited.append(model.saving.waited_s)
+                disk.append(write_rate(root))
+    figures = summary(model, rates, copied, waited, disk)
+    if args.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        show(figures, args.every)
+    return 0 if figures["passed"] else 1
+
+
+def steps_per_s(model: harmony.Harmony, data: list[Batch], root: Path, way: str) -> float:
+    """Steps per second of one round; a checkpoint is made behind its first step."""
+    started = time.perf_counter()
+    for number, (inputs, targets) in enumerate(data):
+        model.train_step(inputs, targets)
+        if number == 0 and way != "none":
+            model.save_checkpoint(root, keep=1, async_save=way == "meanwhile")
+    rate = len(data) / (time.perf_counter() - started)
+    if model.saving is not None:
+        model.saving.wait()
+    return rate
+
+
+def write_rate(root: Path) -> float:
+    """Bytes per second that the disk takes, as a checkpoint's: in a row, then made durable."""
+    sizes = [p.stat().st_size for p in root.rglob("*.safetensors")]
+    block, file = os.urandom(1 << 24), root / "rate"
+    started = time.perf_counter()
+    with file.open("wb", buffering=0) as out:
+        for low in range(0, sum(sizes), len(block)):
+            out.write(block[: sum(sizes) - low])
+        os.fsync(out.fileno())
+    rate = sum(sizes) / (time.perf_counter() - started)
+    file.unlink()
+    return rate
+
+
+def summary(
+    model: harmony.Harmony,
+    rates: dict[str, list[float]],
+    copied: list[int],
+    waited: list[float],
+    disk: list[float],
+) -> dict[str, Any]:
+    """The figures of all rounds."""
+    state = {n: 3 * p.nbytes + 4 for n, p in model.module.named_parameters()}
+    two_packs = model._engine.two_packs_nbytes(state)
+    none = rates["none"]
+    ratios = {
+        way: [a / b for a, b in zip(rates[way], none, strict=True)]
+        for way in ("waited for", "meanwhile")
+    }
+    kept = {way: statistics.median(found) for way, found in ratios.items()}
+    return {
+        "step_s": 1 / statistics.median(none),
+        "checkpoint_nbytes": sum(state.values()),
+        "disk_nbytes_per_s": statistics.median(disk),
+        "kept": kept,
+        "ratios": ratios,
+        "waited_s": statistics.median(waited),
+        "copied_nbytes": max(copied),
+        "two_packs_nbytes": two_packs,
+        "passed": kept["meanwhile"] >= BAR and max(copied) <= two_packs,
+    }
+
+
+def show(figures: dict[str, Any], every: int) -> None:
+    """Print the figures."""
+    kept, ratios = figures["kept"], figures["ratios"]
+    size, rate = figures["checkpoint_nbytes"], int(figures["disk_nbytes_per_s"])
+    print(
+        f"a checkpoint of {format_bytes(size)} every {every} steps of {figures['step_s']:.3f} s; "
+        f"the disk takes {format_bytes(rate)}/s"
+    )
+    for way, value in kept.items():
+        low, high = min(ratios[way]), max(ratios[way])
+        print(f"{way}: {value:.3f} of the throughput without (rounds: {low:.3f} to {high:.3f})")
+    copied, packs = figures["copied_nbytes"], figures["two_packs_nbytes"]
+    print(
+        f"meanwhile training has waited {figures['waited_s']:.3f} s for the disk; copies took "
+        f"{format_bytes(copied)}, two packs are {format_bytes(packs)}; the bars are {BAR} and two "
+        f"packs: {'held' if figures['passed'] else 'MISSED'}"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
