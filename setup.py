@@ -54,6 +54,7 @@ setup(
         "nvidia-ml-py",
         "psutil",
         "rich",
+        "tomli; python_version < '3.11'",
     ],
     extras_require={
         "test": [
@@ -67,6 +68,8 @@ setup(
             "transformers",
         ],
         "hf": ["accelerate", "transformers"],
+        "lightning": ["lightning"],
+        "tensorboard": ["tensorboard"],
         "dev": ["coverage", "mypy", "pre-commit", "ruff", "types-networkx", "types-psutil"],
     },
     entry_points={"console_scripts": ["harmony-run = harmony.cli.main:main"]},

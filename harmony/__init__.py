@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from harmony.module import Harmony
     from harmony.planner.ir.plan import Plan
+    from harmony.report.session import ModelRecord, Observer, StepStats
     from harmony.runtime.step.randomness import microbatch_seed, seed_microbatch
     from harmony.vgpu.api import virtual_gpus
     from harmony.weights.meta_init import materialise, meta_init
@@ -38,6 +39,9 @@ _HOMES = {
     "Harmony": "harmony.module",
     "Run": "harmony.checkpoint.run",
     "Plan": "harmony.planner.ir.plan",
+    "ModelRecord": "harmony.report.session",
+    "Observer": "harmony.report.session",
+    "StepStats": "harmony.report.session",
     "load_pretrained": "harmony.weights.pretrained",
     "materialise": "harmony.weights.meta_init",
     "meta_init": "harmony.weights.meta_init",
@@ -68,13 +72,16 @@ __all__ = [
     "Harmony",
     "HarmonyError",
     "HarmonyWarning",
+    "ModelRecord",
     "NotSavedError",
+    "Observer",
     "Plan",
     "PlanError",
     "RaceError",
     "RecomputeError",
     "Run",
     "ScheduleError",
+    "StepStats",
     "VirtualGPUError",
     "__version__",
     "load_pretrained",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from harmony.engine.precision import precision_of
 from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
-from harmony.report.session import ModelRecord, Verified
+from harmony.report.session import ModelRecord, Observer, Verified
 from harmony.report.text import print_report
 from harmony.runtime.hardware import Devices, choose_devices, memory_limit
 from harmony.runtime.step.randomness import drawn_seed
@@ -445,6 +446,21 @@ class Harmony(Wrapper):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def add_observer(self, observer: Observer) -> None:
+        """Let ``observer`` hear of every plan and step of this model.
+
+        Raises:
+            ConfigError: if it is no `harmony.Observer`.
+        """
+        if not isinstance(observer, Observer):
+            raise ConfigError(f"an observer is a harmony.Observer, not {type(observer).__name__}")
+        self.record.observers.append(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Let ``observer`` hear no more; nothing happens if it did not."""
+        with contextlib.suppress(ValueError):
+            self.record.observers.remove(observer)
 
     # What is to be seen of it
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harmony.cli.arguments import mistyped, parse
+from harmony.cli.plan_arguments import parse_plan
 from harmony.core.options import Every, Options
 from harmony.errors import ConfigError
 
@@ -100,7 +101,7 @@ def test_help_after_the_script_is_the_scripts(
     assert parse([script, "--help"]).script_arguments == ("--help",)
     with pytest.raises(SystemExit):
         parse(["--help"])
-    assert "harmony-run SCRIPT --gpus N" in capsys.readouterr().out
+    assert "harmony-run (SCRIPT | -m MODULE)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,13 @@ def test_help_after_the_script_is_the_scripts(
         ("train.py --save-plan nowhere/p.json", "--save-plan nowhere/p.json: there is no folder"),
         ("train.py --save-profile .", "--save-profile .: that is a folder"),
         ("--gpus 2 plan", "The command comes first: harmony-run plan"),
+        ("-m", "-m: which module?"),
+        ("-m no.such.module", "-m no.such.module: no such module"),
+        ("-m email", "a package without __main__"),
+        ("--seed -1 train.py", "--seed -1: it takes a whole number"),
+        ("--log-level loud train.py", "invalid choice"),
+        ("--config missing.toml train.py", "--config missing.toml: "),
+        ("train.py --report out.pdf", "the ending says what is written"),
         ("--frobnicate train.py", "see harmony-run --help"),
     ],
 )
@@ -142,6 +150,53 @@ def test_bad_use_is_refused_with_what_is_wrong(words: str, message: str) -> None
     with pytest.raises(ConfigError) as caught:
         parse(words.split())
     assert message in str(caught.value)
+
+
+def test_a_configuration_is_options_that_the_command_line_overrides(
+    script: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(
+        'gpus = 4\ngpu-memory = "20GiB"\nplan_only = true\nvirtual = false\nseed = 7\n'
+    )
+    command = parse(["--config", "run.toml", script, "--gpus", "2"])
+    wanted = Options(gpus=2, gpu_memory_nbytes=20 * 2**30, plan_only=True, active=True)
+    assert (command.options, command.seed) == (wanted, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpus = ", "--config run.toml: "),
+        ("gpu_memry = 4", "there is no option gpu_memry; did you mean gpu-memory?"),
+        ("virtual = 1", "virtual takes true or false"),
+        ("gpus = true", "gpus takes a value"),
+        ('config = "other.toml"', "there is no option config"),
+        ("gpus = 0", "--gpus 0: it takes a whole number"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(
+    script: str, text: str, message: str
+) -> None:
+    Path("run.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse(["--config", "run.toml", script])
+    assert message in str(caught.value)
+
+
+def test_plans_take_a_configuration_too(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(
+        'model = "llama-7b"\nhost-memory = "64GiB"\ncompare = ["T4", "2xA100"]\nlora = 8\n'
+    )
+    request = parse_plan(["--config", str(tmp_path / "plan.toml"), "--lora", "16"])
+    assert request.compare == ("T4", "2xA100")
+    assert (request.model, request.lora, request.host_memory_nbytes) == ("llama-7b", 16, 2**36)
+
+
+def test_what_scripts_have_too_is_ours_before_the_script_only(script: str) -> None:
+    words = ["--seed", "3", "--config", "theirs.yaml", "--log-level", "loud"]
+    command = parse(["--seed", "1", script, *words])
+    assert command.script_arguments == tuple(words)
+    assert (command.seed, command.log_level) == (1, None)
 
 
 def test_an_option_that_is_almost_ours_is_noticed_among_the_scripts(script: str) -> None:

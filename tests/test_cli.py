@@ -247,6 +247,57 @@ def test_a_plan_that_cannot_be_read_is_refused_before_the_script_runs(
     assert "not a plan of Harmony" in err
 
 
+def test_a_module_runs_as_python_would_run_it(
+    run: RunScript,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package = tmp_path / "tools"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("value = 7")
+    (package / "train.py").write_text(
+        "import sys\nfrom tools.part import value\nprint(sys.argv, __name__, __package__, value)\n"
+        "raise SystemExit(3)"
+    )
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(["-m", "tools.train", "--gpus", "2", "--epochs", "3"])
+    file = package / "train.py"
+    assert capsys.readouterr().out == f"['{file}', '--epochs', '3'] __main__ tools 7\n"
+    assert code == 3
+    (package / "train.py").write_text("def f():\n    raise ValueError('bad')\nf()")
+    assert cli.main(["-m", "tools.train"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f'Traceback (most recent call last):\n  File "{file}", line 3')
+
+
+def test_a_seed_makes_what_a_script_draws_repeatable(
+    tmp_path: Path, run: RunScript, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "draw.py"
+    script.write_text("import random, torch\nprint(random.random(), torch.rand(1).item())")
+    drawn = []
+    for seed in ("1", "1", "2"):
+        assert cli.main(["--seed", seed, str(script)]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_log_is_shown_from_a_level_on(
+    tmp_path: Path, run: RunScript, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    assert cli.main(["--log-level", "debug", str(script)]) == 0
+    error = capsys.readouterr().err
+    assert error.count("GPT: planned, 1.00 s a step expected") == 1
+    assert "harmony: GPT: step 1, loss 4.0, 0.5 s" in error
+    assert cli.main([str(script)]) == 0
+    error = capsys.readouterr().err
+    assert error.count("GPT: planned") == 1 and "loss 4.0" not in error
+
+
 def test_the_report_goes_to_a_file_too(run: RunScript, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     code, out, err = run(TRAIN, "--report", str(path))

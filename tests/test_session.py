@@ -140,7 +140,7 @@ def test_warnings_are_said_once() -> None:
 def test_observers_hear_of_plans_and_steps_until_the_session_ends() -> None:
     heard: list[str] = []
 
-    class Listener:
+    class Listener(session.Observer):
         def planned(self, record: ModelRecord) -> None:
             heard.append(f"plan of {record.name}")
 
@@ -153,3 +153,14 @@ def test_observers_hear_of_plans_and_steps_until_the_session_ends() -> None:
         record.stepped(stats(0))
     record.stepped(stats(1))
     assert heard == ["plan of GPT", "step 0"]
+
+
+def test_what_happens_is_logged_and_nothing_is_printed_by_itself(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("DEBUG", logger="harmony"):
+        record_with_plan().stepped(stats(0))
+        session.say("resumed")
+    assert [entry.levelname for entry in caplog.records] == ["INFO", "DEBUG", "WARNING"]
+    assert caplog.messages[0] == "GPT: planned, 1.00 s a step expected"
+    assert capsys.readouterr() == ("", "")

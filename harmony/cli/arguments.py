@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmony.cli.plan_arguments import Parser, add_machine, count, in_folder, rate, report, size
+from harmony.cli.plan_arguments import (
+    Parser,
+    add_machine,
+    count,
+    in_folder,
+    rate,
+    report,
+    size,
+    whole,
+    words_of,
+)
 from harmony.core.files import is_file, is_folder
 from harmony.core.options import PRECISIONS, Every, Options
 from harmony.core.version import __version__
@@ -23,13 +35,17 @@ from harmony.errors import ConfigError
 from harmony.profiling.catalog import find_gpu, find_host
 
 _EPILOG = """\
-Options may stand before SCRIPT or after it. Everything else after SCRIPT goes to the script;
+Options may stand before SCRIPT or after it; --seed, --config and --log-level only before it, as
+scripts have such options too. Everything else after SCRIPT goes to the script;
 "--" ends the options, for a script with options of the same names.
 
   harmony-run train.py --gpus 4 --epochs 3
   harmony-run train.py --gpus 2 --virtual --gpu-memory 64MiB -- --mode fast
   harmony-run --plan-only train.py --gpus 4 --explain
   harmony-run --plan-only train.py --gpu "RTX 4090" --gpus 4 --host-memory 256GiB
+
+  harmony-run -m my_package.train --gpus 2
+  harmony-run --config runs/a.toml train.py            gpus = 4, gpu-memory = "20GiB", ...
 
   harmony-run plan --help     plans a model on any machine, without a script; compares
   harmony-run doctor          what this machine is like, and what to do about it
@@ -43,15 +59,27 @@ class Command:
 
     Attributes:
         script: the file.
+        module: the module that was named by ``-m`` instead of a file.
         script_arguments: its ``sys.argv[1:]``.
         options: of the session.
         debug: whether errors of Harmony show their traceback.
+        seed: for random numbers of torch, Python and NumPy, before the script begins.
+        log_level: what is shown of the logger ``harmony``; None: nothing.
     """
 
     script: Path
     script_arguments: tuple[str, ...]
     options: Options
     debug: bool = False
+    module: str | None = None
+    seed: int | None = None
+    log_level: str | None = None
+
+
+_ONLY_BEFORE = frozenset({"-h", "--help", "--version", "--config", "--seed", "--log-level"})
+"""Options that scripts have too: behind SCRIPT they are the script's."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -64,8 +92,12 @@ def parse(argv: Sequence[str]) -> Command:
     parser = _parser()
     ours, script, rest = _split(argv, parser)
     args = parser.parse_args(ours)
+    if args.config is not None:
+        args = parser.parse_args([*words_of(args.config, parser), *ours])
     if script is None:
         raise ConfigError("which script? Usage: harmony-run SCRIPT --gpus N [script arguments]")
+    if script.startswith("-m "):
+        return _module(script[3:], rest, args)
     path = Path(script)
     if is_folder(path):
         raise ConfigError(f"{script} is a folder. Name the script in it")
@@ -74,9 +106,34 @@ def parse(argv: Sequence[str]) -> Command:
         if script == "plan":
             hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
         raise ConfigError(f"no such script: {script}{hint}")
-    if args.plan is not None and not is_file(args.plan):
-        raise ConfigError(f"no such plan: {args.plan}")
-    return Command(path, tuple(rest), _options(args), debug=args.debug)
+    return Command(path, tuple(rest), _options(args), **_of_command(args))
+
+
+def _module(name: str, rest: Sequence[str], args: argparse.Namespace) -> Command:
+    """A command that runs a module as ``python -m`` would.
+
+    Raises:
+        ConfigError: if there is no such module.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError):
+        found = None
+    finally:
+        sys.path.pop(0)
+    if found is None or found.origin is None:
+        raise ConfigError(f"-m {name}: no such module, or a package without __main__")
+    options = _options(args)
+    return Command(Path(found.origin), tuple(rest), options, module=name, **_of_command(args))
+
+
+def _of_command(args: argparse.Namespace) -> dict[str, Any]:
+    """What is not an option of the models."""
+    seed = None if args.seed is None else whole("--seed", args.seed)
+    return {"debug": args.debug, "seed": seed, "log_level": args.log_level}
 
 
 def mistyped(script_arguments: Sequence[str]) -> str | None:
@@ -91,7 +148,7 @@ def mistyped(script_arguments: Sequence[str]) -> str | None:
 def _parser() -> Parser:
     parser = Parser(
         prog="harmony-run",
-        usage="harmony-run SCRIPT --gpus N [OPTIONS] [SCRIPT ARGUMENTS]",
+        usage="harmony-run (SCRIPT | -m MODULE) --gpus N [OPTIONS] [SCRIPT ARGUMENTS]",
         description="Train a PyTorch script's model although it is larger than the GPUs.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -112,6 +169,8 @@ def _parser() -> Parser:
     add("--keep", metavar="K", help="checkpoints to keep (default: all)")
     add("--async-save", action="store_true", help="train on while a checkpoint is written")
     add("--resume", metavar="auto|DIR", help="go on from the newest one, or from that in DIR")
+    add("--seed", metavar="N", help="of torch, Python and NumPy, before the script begins")
+    add("--log-level", choices=LOG_LEVELS, help="show the logger harmony from this level on")
     add("--version", action="version", version=f"harmony {__version__}")
     return parser
 
@@ -135,13 +194,17 @@ def _split(
                 script = words.pop(0)
             return ours, script, rest + words
         # The script has a --help of its own; ours is asked for before SCRIPT.
-        is_ours = name in takes_value and not (script and name in ("-h", "--help", "--version"))
+        is_ours = name in takes_value and not (script and name in _ONLY_BEFORE)
         if is_ours:
             ours.append(word)
             if takes_value[name] and word == name and words:
                 ours.append(words.pop(0))
         elif script is not None:
             rest.append(word)
+        elif word == "-m":
+            if not words:
+                raise ConfigError("-m: which module?")
+            script = f"-m {words.pop(0)}"
         elif word.startswith("-"):
             near = _near(word) or "see harmony-run --help"
             raise ConfigError(f"no such option: {word}; {near}")
@@ -151,6 +214,8 @@ def _split(
 
 
 def _options(args: argparse.Namespace) -> Options:
+    if args.plan is not None and not is_file(args.plan):
+        raise ConfigError(f"no such plan: {args.plan}")
     rate("--link", args.link)
     _check_elsewhere(args)
     return Options(

@@ -11,6 +11,8 @@ Exit codes: the script's own; 1 for an exception of the script or an error of Ha
 from __future__ import annotations
 
 import contextlib
+import logging
+import random
 import runpy
 import signal
 import sys
@@ -111,6 +113,7 @@ def _main(argv: Sequence[str] | None) -> int:
             if command.options.plan is not None:
                 load_plan(command.options.plan)  # refused before the script has done anything
             _set_up_gpus(command.options, progress)
+            _seed(command.seed)
         except HarmonyError as error:
             return _refuse(error, progress, debug=command.debug)
         code = _run(command, progress)
@@ -193,12 +196,58 @@ def _set_up_gpus(options: Options, progress: Progress) -> None:
     progress.say(f"{why}training on {gpus}{link} (PyTorch's CPU kernels)")
 
 
+def _seed(seed: int | None) -> None:
+    """Seed what scripts draw from, as they would at their beginning."""
+    if seed is None:
+        return
+    import torch
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    with contextlib.suppress(ImportError):
+        import numpy as np
+
+        np.random.seed(seed % 2**32)
+
+
+class _Shown(logging.Handler):
+    """Shows what is logged as whole lines, beside the line of progress."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message."""
+        self._say(record.getMessage())
+
+
+@contextmanager
+def _showing_log(level: str | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Show the logger ``harmony`` from a level on while the block runs."""
+    if level is None:
+        yield
+        return
+    before, handler = session.LOG.level, _Shown(say)
+    session.LOG.setLevel(level.upper())
+    session.LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        session.LOG.removeHandler(handler)
+        session.LOG.setLevel(before)
+
+
 def _run(command: Command, progress: Progress) -> int:
     """Run the script as ``__main__`` and return the exit code that it earned."""
     code = 0
     try:
-        with _as_main(command), progress.around_output():
-            runpy.run_path(str(command.script), run_name="__main__")
+        shown = _showing_log(command.log_level, progress.say)
+        with _as_main(command), progress.around_output(), shown:
+            if command.module is not None:
+                runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(command.script), run_name="__main__")
         if command.options.verify:
             progress.say("--verify: the script trained no step, so nothing was compared")
             code = EXIT_ERROR
@@ -333,7 +382,8 @@ def _as_main(command: Command) -> Iterator[None]:
     argv, path = sys.argv, list(sys.path)
     sys.argv = [str(command.script), *command.script_arguments]
     # As `harmony-run`, sys.path[0] is the folder of that command; as `python -m`, the cwd.
-    sys.path[0] = str(command.script.resolve().parent)
+    folder = command.script.resolve().parent if command.module is None else Path.cwd()
+    sys.path[0] = str(folder)
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu
 from harmony.profiling.plan_request import PlanRequest
 from harmony.profiling.presets import PRESETS
 from harmony.report.text import FORMS, form_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 MODES = ("auto", "pp", "dp")
 
@@ -50,7 +57,10 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
         ConfigError: if they make no sense.
         SystemExit: after ``--help`` has been printed.
     """
-    args = _parser().parse_args(list(argv))
+    parser = _parser()
+    args = parser.parse_args(list(argv))
+    if args.config is not None:
+        args = parser.parse_args([*words_of(args.config, parser), *argv])
     _check_model(args)
     return PlanRequest(
         model_profile=args.model_profile,
@@ -161,6 +171,7 @@ def add_machine(parser: argparse.ArgumentParser, default_gpu: str) -> None:
     add("--report", metavar="FILE", type=Path, help=f"also there: {', '.join(FORMS)}")
     add("--explain", action="store_true", help="why everything was decided as it was")
     add("--json", action="store_true", help="all figures of the plan as JSON")
+    add("--config", metavar="FILE", type=Path, help="options as TOML; those of the line win")
     add("--debug", action="store_true", help="show the traceback of an error of Harmony")
 
 
@@ -209,6 +220,51 @@ def report(path: Path | None) -> Path | None:
         form_of(path)
         in_folder("--report", path)
     return path
+
+
+def whole(name: str, text: str) -> int:
+    """Read a whole number of 64 bits that an option asks for.
+
+    Raises:
+        ConfigError: naming the option, if it is none.
+    """
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) >= 2**63:
+        raise ConfigError(f"{name} {text}: it takes a whole number from 0 on")
+    return int(text)
+
+
+def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a TOML file as words: ``gpus = 4`` is ``--gpus 4``.
+
+    ``true`` and ``false`` are for options without a value; several values are a list.
+
+    Raises:
+        ConfigError: if it cannot be read, or names no option.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    known = {
+        option.removeprefix("--"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and option not in ("--config", "--help", "--version")
+    }
+    words = []
+    for key, value in found.items():
+        name = key.replace("_", "-")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"--config {path}: there is no option {key}{hint}")
+        if isinstance(value, bool) != (known[name].nargs == 0):
+            wanted = "true or false" if known[name].nargs == 0 else "a value"
+            raise ConfigError(f"--config {path}: {key} takes {wanted}")
+        values = value if isinstance(value, list) else [value]
+        if value is not False:
+            words += [f"--{name}", *(str(one) for one in values if one is not True)]
+    return words
 
 
 def in_folder(name: str, path: Path) -> Path:

@@ -8,6 +8,7 @@ its standard output to standard error.)
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from rich.text import Text
 from harmony.cli.streams import stop_writing
 from harmony.core.units import format_seconds
 from harmony.errors import printable
-from harmony.report.session import ModelRecord, StepStats
+from harmony.report.session import LOG, ModelRecord, Observer, StepStats
 
 REDRAW_S = 0.1
 """Seconds between two drawings of the line."""
@@ -32,7 +33,7 @@ PLAIN_S = 30.0
 _ERASE = "\r\x1b[2K"
 
 
-class Progress:
+class Progress(Observer):
     """Observes a session and shows where it is.
 
     Args:
@@ -54,7 +55,7 @@ class Progress:
     def planned(self, record: ModelRecord) -> None:
         """Say which plan was made."""
         plan = record.plan
-        if plan is not None:
+        if plan is not None and not LOG.isEnabledFor(logging.INFO):  # which says the same
             self.say(f"{record.name}: planned, {format_seconds(plan.step_s)} a step expected")
 
     def stepped(self, record: ModelRecord, stats: StepStats) -> None:

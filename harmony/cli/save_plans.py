@@ -7,10 +7,10 @@ from collections.abc import Callable
 from harmony.core.options import Options
 from harmony.planner.ir.plan_file import save_plan
 from harmony.profiling.model_profile import save_profile
-from harmony.report.session import ModelRecord, StepStats
+from harmony.report.session import ModelRecord, Observer
 
 
-class Keeper:
+class Keeper(Observer):
     """Observes a session and writes the files that the command line asks for, at the first plan.
 
     At once and not at the end, so that they are there however the script ends.
@@ -38,6 +38,3 @@ class Keeper:
             path, self._profile = self._profile, None
             save_profile(record.profile(), path)
             self._say(f"model profile written to {path}")
-
-    def stepped(self, record: ModelRecord, stats: StepStats) -> None:
-        """Nothing is kept of steps."""

@@ -5,21 +5,28 @@ Nothing of these libraries is imported before its class is asked for.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from harmony.errors import ConfigError
 
-__all__ = ["HarmonyTrainer"]
+_HOMES = {
+    "HarmonyStrategy": ("harmony.integrations.strategy", "lightning", "lightning"),
+    "HarmonyTrainer": ("harmony.integrations.trainer", "transformers and accelerate", "hf"),
+    "TensorBoardObserver": ("harmony.integrations.tensorboard", "tensorboard", "tensorboard"),
+}
+"""Class: its module, what it needs, and the extra that installs it."""
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name != "HarmonyTrainer":
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, needed, extra = _HOMES[name]
     try:
-        from harmony.integrations.trainer import HarmonyTrainer
+        return getattr(importlib.import_module(home), name)
     except ImportError as error:
         raise ConfigError(
-            f"HarmonyTrainer needs transformers and accelerate ({error}): "
-            "pip install 'harmony[hf]'"
+            f"{name} needs {needed} ({error}): pip install 'harmony[{extra}]'"
         ) from error
-    return HarmonyTrainer

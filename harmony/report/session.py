@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import statistics
 import sys
 from collections import deque
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from harmony.core.options import Options, current_options, use
 from harmony.core.timeline import Timeline
+from harmony.core.units import format_seconds
 from harmony.errors import printable
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from harmony.planner.ir.schedule import Schedule
     from harmony.planner.predict.cost import CostTable
     from harmony.profiling.model_profile import ModelProfile
+
+LOG = logging.getLogger("harmony")
+"""Plans as ``INFO``, steps as ``DEBUG``, what `say` says as ``WARNING``."""
 
 KEPT_STEPS = 1000
 """Durations that a run keeps to take the median from."""
@@ -91,14 +96,19 @@ class PlanRun:
         return statistics.median(durations) if durations else None
 
 
-class Observer(Protocol):
-    """Receives a callback for every plan and every step, e.g. to show progress."""
+class Observer:
+    """Hears of every plan and every step of a model (`Harmony.add_observer`).
+
+    It is called in the thread that trains, so that what takes long makes training slower. What it
+    raises ends the call: a `train_step` is over by then, and a backward of a loop of one's own
+    hands out no gradients.
+    """
 
     def planned(self, record: ModelRecord) -> None:
-        """A model has a new plan: ``record.plan``."""
+        """The next steps follow another plan: ``record.plan``."""
 
     def stepped(self, record: ModelRecord, stats: StepStats) -> None:
-        """A model has finished a step."""
+        """A step is over."""
 
 
 class PlanOnly(BaseException):
@@ -137,6 +147,7 @@ class ModelRecord:
             there is one.
         resumed: whether a `harmony.Run` has looked for a checkpoint of it.
         planned_for: in words what the plan is for and from, where it is not for this machine.
+        observers: of this model alone.
         forward_s: under ``--plan-only``, predicted seconds of a forward of its own.
     """
 
@@ -151,6 +162,7 @@ class ModelRecord:
     planned_for: tuple[str, ...] = ()
     forward_s: float = 0.0
     resumed: bool = False
+    observers: list[Observer] = field(default_factory=list)
     _current: PlanRun | None = None
 
     @property
@@ -192,7 +204,8 @@ class ModelRecord:
         if known is None:
             self.runs.append(self._current)
             self._forget()
-            for observer in _session.observers:
+            LOG.info("%s: planned, %s a step expected", self.name, format_seconds(plan.step_s))
+            for observer in (*_session.observers, *self.observers):
                 observer.planned(self)
         if current_options().plan_only:
             raise PlanOnly(self)
@@ -207,7 +220,8 @@ class ModelRecord:
             self.last_loss = stats.loss
             if self.first_loss is None:
                 self.first_loss = stats.loss
-        for observer in _session.observers:
+        LOG.debug("%s: step %d, loss %s, %.4g s", self.name, stats.step, stats.loss, stats.step_s)
+        for observer in (*_session.observers, *self.observers):
             observer.stepped(self, stats)
 
     def warn(self, message: str) -> None:
@@ -287,9 +301,15 @@ def hear(say: Callable[[str], None]) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the user something that is no warning: on standard error, if nothing else hears it."""
+    """Tell the user something that is no warning: on standard error, if nothing else hears it.
+
+    `harmony-run` hears it, and so does whoever has set up `logging`.
+    """
     if _session.say is not None:
         _session.say(text)
+        return
+    if LOG.hasHandlers():
+        LOG.warning(text)
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there
         sys.stderr.write(f"harmony: {printable(text)}\n")
