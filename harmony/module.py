@@ -99,7 +99,9 @@ class Harmony(Wrapper):
             ``param.grad`` holds the gradient of every parameter.
         replan: whether the plan may change between two steps, once the steps have shown what they
             take and another plan is predicted to be more than 5 % faster with that. It computes
-            the same, bit for bit: microbatches and replicas stay what they are.
+            the same, bit for bit: microbatches and replicas stay what they are. Likewise a step
+            for which others have taken device memory is planned again and repeated; without, or
+            with ``plan``, it is an error that has changed nothing.
         precision: ``"fp32"``: the model computes in the types that its parameters have.
             ``"bf16"``: it computes with copies of parameters and inputs in bf16, which are what
             streams; gradients of the microbatches add up in fp32, and the optimizer updates the

@@ -7,9 +7,11 @@ an executor. The parameters' arena is one for all variants.
 from __future__ import annotations
 
 import functools
+import gc
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ParamSpec
+from contextlib import nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from torch import nn
 from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.loss.weights import parts_asked_for
 from harmony.core.timeline import Timeline
+from harmony.core.units import format_bytes
 from harmony.core.warn import warn
 from harmony.engine.autograd import (
     ForwardCall,
@@ -43,7 +46,7 @@ from harmony.engine.minibatch import (
     weighted_sum,
 )
 from harmony.engine.options import EngineOptions
-from harmony.engine.replan import Feedback
+from harmony.engine.replan import MOST_SHRINKS, Feedback, shrunk
 from harmony.engine.resumed import BitChoices
 from harmony.engine.step_result import (
     RanStep,
@@ -54,6 +57,7 @@ from harmony.engine.step_result import (
 )
 from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
+from harmony.errors import DoesNotFitError, ExecutionError, text_of
 from harmony.planner.ir.tasks import Phase
 from harmony.profiling.model_profile import ModelProfile
 from harmony.report import header as facts
@@ -61,12 +65,13 @@ from harmony.report import session
 from harmony.report.session import StepStats
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.executor import Job, PreparedSchedule
-from harmony.runtime.exec.out_of_memory import with_room
+from harmony.runtime.exec.out_of_memory import is_undone, with_room
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.traced_lock import TracedLock
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Engine:
@@ -160,8 +165,8 @@ class Engine:
         timeline: Timeline | None
         with self.whole.together() as begun:
             try:
-                ready = self._prepare(CallKind.TRAIN_STEP, call)
-                step = self._planned(call, ready, begun)
+                run = functools.partial(self._planned, call, begun)
+                ready, step = self._in_room(CallKind.TRAIN_STEP, call, run, begun)
                 minibatch = ready.planned.plan.minibatch
                 step.replay.states.commit(begun)
                 loss, timeline = step.loss, step.timeline
@@ -203,7 +208,49 @@ class Engine:
             self.resumed = None
         return ready
 
-    def _planned(self, call: Call, ready: ReadyStep, begun: list[str]) -> RanStep:
+    def _in_room(
+        self,
+        kind: CallKind,
+        call: Call,
+        run: Callable[[ReadyStep], R],
+        begun: Sequence[str] = (),
+    ) -> tuple[ReadyStep, R]:
+        """Run a planned call; again by a smaller plan if others have taken device memory.
+
+        That is where nothing has changed yet: what is repeated begins from the same state, and
+        computes the same.
+        """
+        for attempt in range(MOST_SHRINKS + 1):
+            with hooks_of_others_off() if kind is CallKind.OWN_LOOP else nullcontext():
+                ready = self._prepare(kind, call)
+            try:
+                return ready, run(ready)
+            except (ExecutionError, DoesNotFitError) as error:
+                may = self._feedback is not None and not self.variants.hooked()
+                if attempt == MOST_SHRINKS or not (may and is_undone(error, begun)):
+                    raise
+                why = text_of(error.__cause__ or error)
+            self._shrink(ready, why, attempt)  # only here its frames hold no device memory
+        raise AssertionError("it has returned, or raised")
+
+    def _shrink(self, ready: ReadyStep, why: str, attempt: int) -> None:
+        """Go on with a plan for the device memory that there is now."""
+        self.variants.activate(None)
+        gc.collect()
+        torch.accelerator.empty_cache()
+        options, before = self.options, ready.planned
+        limit = options.device_memory_nbytes
+        planned = shrunk(before, self._contexts, limit, options.activations, attempt)
+        ready.variant.learn(planned)
+        nbytes = min(device.memory_nbytes for device in planned.measured.machine.devices)
+        said = (
+            f"step {self.num_steps} ran out of device memory ({why}). Nothing had changed: it is "
+            f"planned again for {format_bytes(nbytes)} of each GPU, and repeated"
+        )
+        self.record.facts["plan changed"] = said
+        warn(said)
+
+    def _planned(self, call: Call, begun: list[str], ready: ReadyStep) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
         if not self.variants.hooked():
             return self.run_step(ready)
@@ -328,8 +375,10 @@ class Engine:
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.whole.check()
         check_surroundings()
-        with hooks_of_others_off():
-            ready = self._prepare(CallKind.OWN_LOOP, (args, kwargs, None))
+        run = functools.partial(self._run_forward, args, kwargs)
+        return self._in_room(CallKind.OWN_LOOP, (args, kwargs, None), run)[1]
+
+    def _run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep) -> Any:
         variant, plan = ready.variant, ready.planned.plan
         inputs, weights = ready.inputs, ready.weights
         replay, check, step = self._replay_state(ready), variant.self_check(plan), self.num_steps
@@ -341,7 +390,9 @@ class Engine:
             call.plain = self.verifier.before_forward(call, args, kwargs)
         prepared = self._with_slots(variant.prepared, plan, Phase.FORWARD, in_flight)
         load_inputs(prepared, variant.graph, detached(inputs))
-        self.last_timeline = variant.executor.run(prepared, Job(replay, weights, check=check))
+        self.last_timeline = variant.executor.run(
+            prepared, Job(replay, weights, check=check, ahead_nbytes=ready.planned.backward_nbytes)
+        )
         joined = joined_outputs(prepared, variant.graph, weights)
         if self.verifier is not None:
             call.values = {v: tensor.detach() for v, tensor in joined.items()}
@@ -375,6 +426,8 @@ class Engine:
         job = Job(call.replay, call.weights, check=call.check)
         timeline = variant.executor.run(prepared, job)
         variant.checked(call.planned.plan)
+        pairs = zip(prepared.needs_nbytes, variant.executor.slots_nbytes(), strict=False)
+        call.planned.backward_nbytes[:] = [needed + held for needed, held in pairs]
         self.last_timeline = timeline
         if self.verifier is None:
             seconds = timeline.step_s
@@ -394,7 +447,12 @@ class Engine:
         return self._or_dynamic(self._infer, args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ready = self._prepare(CallKind.OWN_LOOP, (args, kwargs, None))
+        run = functools.partial(self._run_inference, args, kwargs)
+        return self._in_room(CallKind.OWN_LOOP, (args, kwargs, None), run)[1]
+
+    def _run_inference(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep
+    ) -> Any:
         variant, weights = ready.variant, ready.weights
         prepared = self._with_slots(variant.prepared_inference, ready.planned)
         load_inputs(prepared, variant.graph, detached(ready.inputs))

@@ -45,12 +45,14 @@ class Planned:
         graph: what was measured, with what is known of parts of batches.
         measured: what the plan was made from.
         asked: what was asked for; None where the plan was given, or is like another length's.
+        backward_nbytes: per device, what a backward of its own has taken, once there was one.
     """
 
     plan: Plan
     graph: LayerGraph
     measured: Measured
     asked: Asked | None = None
+    backward_nbytes: list[int] = field(init=False, default_factory=list)
     _backwards: dict[Reached, Schedule] = field(init=False, default_factory=dict)
 
     @cached_property

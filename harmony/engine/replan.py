@@ -1,10 +1,11 @@
-"""After some steps: what they really took, and whether another plan would now be better.
+"""Another plan between two steps: when their costs are known, or when memory was taken away.
 
 Only plans that compute the same bits are considered (`harmony.planner.search.numerics`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,9 @@ from harmony.planner.ir.plan import Plan
 from harmony.planner.predict.simulate import predict_s
 from harmony.planner.search.refine import Refined, refine
 from harmony.planner.search.search import choose
+from harmony.profiling.server import usable_nbytes
 from harmony.report.session import ModelRecord
+from harmony.runtime.device import DeviceContext
 
 WARM_UP = 1
 """Steps that are not looked at: the first allocates, and holds its updates back."""
@@ -27,6 +30,12 @@ NUM_STEPS = 4
 
 WORTHWHILE = 0.95
 """Another plan has to be this much faster: a switch allocates and prepares everything anew."""
+
+MOST_SHRINKS = 3
+"""How often one step is planned again for less memory; then it is an error."""
+
+LESS = 0.95
+"""Of what is free, since what others take may grow: each time that it was not enough."""
 
 MOST_SWITCHES = 2
 """How often the plan for a minibatch is changed; figures that still differ then are noise."""
@@ -109,3 +118,43 @@ def better_plan(planned: Planned, found: Refined, now_s: float, activations: str
     except PlanError:  # by these figures nothing fits: what runs does
         return None
     return None if other.step_s > WORTHWHILE * now_s else other
+
+
+def shrunk(
+    planned: Planned,
+    contexts: Sequence[DeviceContext],
+    limit_nbytes: int | None,
+    activations: str,
+    attempt: int,
+) -> Planned:
+    """Plan again for the memory that devices have now, so that the same is computed.
+
+    Args:
+        contexts: devices on which the model holds nothing.
+        limit_nbytes: that may be used of each; None for all that is free.
+        attempt: how often that was not enough before.
+
+    Raises:
+        DoesNotFitError: if no plan that computes the same fits.
+    """
+    known = planned.measured
+    devices = tuple(
+        replace(
+            device,
+            memory_nbytes=min(
+                device.memory_nbytes, int(usable_nbytes(context, limit_nbytes) * LESS**attempt)
+            ),
+        )
+        for device, context in zip(known.machine.devices, contexts, strict=True)
+    )
+    machine, plan = replace(known.machine, devices=devices), planned.plan
+    other = choose(
+        planned.graph,
+        known.costs,
+        machine,
+        plan.minibatch,
+        activations=activations,
+        phase=plan.spec.phase,
+        like=plan,
+    )
+    return replace(planned, plan=other, measured=replace(known, machine=machine))

@@ -96,6 +96,14 @@ class DeviceContext:
         """Peak of allocated bytes since the last ``reset_peak``."""
         return int(torch.accelerator.max_memory_allocated(self.device))
 
+    def used_nbytes(self) -> int:
+        """Bytes of tensors."""
+        return int(torch.accelerator.memory_allocated(self.device))
+
+    def free_nbytes(self) -> int:
+        """Bytes that tensors could still have, what PyTorch's allocator keeps included."""
+        return native.memory_info(self.device)[0] + native.cached_nbytes(self.device)
+
     def limit_nbytes(self) -> int:
         """Total bytes of memory of the device."""
         return int(native.memory_info(self.device)[1])

@@ -20,6 +20,11 @@ import torch.distributed.checkpoint as checkpoint
 from accelerate import Accelerator
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
 
 import harmony
 from tests import devices
@@ -221,3 +226,24 @@ def test_a_distributed_checkpoint_keeps_every_tensor(vgpus: VirtualGPUs, tmp_pat
     loaded = {"model": {name: torch.zeros_like(tensor) for name, tensor in state.items()}}
     checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     assert_equal(loaded["model"], state)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed", "ignore::FutureWarning")
+def test_a_run_goes_on_from_a_distributed_checkpoint_of_the_model_itself(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    """It is Stateful, and is loaded into the memory that it has; its optimizer likewise."""
+    model, fresh = trained("step"), trained("step")
+    assert isinstance(model, Stateful)
+    model.train_step(*token_batch(1))
+    names = {"model": model, "optimizer": get_optimizer_state_dict(model, model.optimizer)}
+    checkpoint.save(names, checkpoint_id=tmp_path, no_dist=True)
+    places = [p.data_ptr() for p in fresh.parameters()]
+    states = get_optimizer_state_dict(fresh, fresh.optimizer)
+    checkpoint.load({"model": fresh, "optimizer": states}, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(fresh, fresh.optimizer, states)
+    fresh.num_steps = model.num_steps
+    assert places == [p.data_ptr() for p in fresh.parameters()]
+    assert_equal(fresh.state_dict(), model.state_dict())
+    assert torch.equal(fresh.train_step(*token_batch(2)), model.train_step(*token_batch(2)))
+    assert_equal(fresh.state_dict(), model.state_dict())

@@ -15,6 +15,7 @@ import torch
 
 from harmony.capture import Captured
 from harmony.core.timeline import Timeline
+from harmony.core.units import format_bytes
 from harmony.errors import DeviceLostError, ExecutionError, HarmonyError, PlanError, text_of
 from harmony.planner.ir.kinds import span_kinds
 from harmony.planner.ir.schedule import HOST, DeviceSpec, Schedule, Slots
@@ -49,6 +50,7 @@ class PreparedSchedule:
     Attributes:
         inputs: host copies that the caller fills before a step, per value.
         outputs: host copies that hold the model's outputs, per value, after a step.
+        needs_nbytes: per device, what the last run took beyond what was there before it.
     """
 
     schedule: Schedule
@@ -59,6 +61,7 @@ class PreparedSchedule:
     outputs: dict[int, Stash]
     num_events: int
     num_runs: int = 0
+    needs_nbytes: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Job:
         apply_updates: whether parameters are updated; if not, the gradients are all that is new.
         check: figures of a forward that ran before, or are to be compared with a backward to
             come. A schedule that has both is checked in its first run without it.
+        ahead_nbytes: per device, what the run behind this one takes, slots included.
         begun: the updates that the run has begun; from the first one on, parameters are of two
             steps until the run is over.
     """
@@ -79,6 +83,7 @@ class Job:
     weights: Weights
     apply_updates: bool = True
     check: SelfCheck | None = None
+    ahead_nbytes: Sequence[int] = ()
     begun: list[str] = field(default_factory=list)
 
 
@@ -160,6 +165,16 @@ class Executor:
             _slot_sizes(schedule, index) == held for index, held in enumerate(self._slot_sizes)
         )
 
+    def slots_nbytes(self) -> list[int]:
+        """Bytes of the slots, and of the memory of what stays, on each device."""
+        every = [(*r.weights, *r.gradients) for r in self._residents]
+        return [
+            spec.weight_slots.total_nbytes
+            + spec.gradient_slots.total_nbytes
+            + sum(memory.numel() for memory in resident)
+            for spec, resident in zip(self._slot_sizes, every, strict=True)
+        ]
+
     def release(self) -> None:
         """Give all device memory back; what was prepared must be prepared anew."""
         self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
@@ -240,6 +255,9 @@ class Executor:
             check=check,
             updated=job.begun,
         )
+        pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
+        self._check_room([needed - held for needed, held in pairs])
+        self._check_room(prepared.needs_nbytes)
         for context in self.contexts:
             context.reset_peak()
         self._host.begin_step()
@@ -265,6 +283,18 @@ class Executor:
             self._raise_failure(prepared, step)
         prepared.num_runs += 1
         return self._timeline(prepared, step)
+
+    def _check_room(self, needs_nbytes: Sequence[int]) -> None:
+        """Refuse to begin where others have taken the memory that an earlier run needed."""
+        for context, needed in zip(self.contexts, needs_nbytes, strict=False):
+            free = context.free_nbytes()
+            if free < needed:
+                short = torch.OutOfMemoryError(
+                    f"the step takes {format_bytes(needed)} on {context.device} beside what lies "
+                    f"there between steps, and {format_bytes(free)} are free: others have taken "
+                    "memory"
+                )
+                raise ExecutionError(f"{short}. No parameter was changed") from short
 
     def _drain_workers(self) -> None:
         """Wait until no thread has a job any more."""
@@ -341,9 +371,11 @@ class Executor:
 
     def _timeline(self, prepared: PreparedSchedule, step: Step) -> Timeline:
         timeline = Timeline(spans=list(step.spans), step_s=step.now_s())
+        prepared.needs_nbytes.clear()
         for context, program in zip(self.contexts, prepared.programs, strict=False):
             timeline.spans.extend(program.spans())
             timeline.peak_nbytes.append(context.peak_nbytes())
+            prepared.needs_nbytes.append(timeline.peak_nbytes[-1] - context.used_nbytes())
         return timeline
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from harmony.core.units import format_bytes
-from harmony.errors import DoesNotFitError, text_of
+from harmony.errors import DoesNotFitError, ExecutionError, text_of
 from harmony.runtime import native
 
 R = TypeVar("R")
@@ -37,6 +37,15 @@ def with_room(what: str, devices: Sequence[torch.device], run: Callable[[], R]) 
         return run()
     except torch.OutOfMemoryError as error:
         raise out_of_memory(what, devices, error) from error
+
+
+def is_undone(error: ExecutionError | DoesNotFitError, begun: Sequence[str]) -> bool:
+    """Whether a call ran out of device memory before it had changed anything.
+
+    Args:
+        begun: what it has begun to change.
+    """
+    return isinstance(error.__cause__, torch.OutOfMemoryError) and not begun
 
 
 def out_of_memory(

@@ -1,0 +1,147 @@
+"""Others take device memory while a model trains: a smaller plan repeats the step, exactly."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harmony
+from harmony.runtime.exec.stage import Stage
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import GPT, square_loss, token_batch, token_loss
+
+LIMIT = 1 << 20
+
+
+def trained(net: nn.Module, **options: Any) -> harmony.Harmony:
+    settings: dict[str, Any] = {
+        "optimizer": torch.optim.AdamW,
+        "optimizer_kwargs": {"lr": 1e-2},
+        "loss_fn": token_loss,
+        "microbatch_size": 2,
+        "devices": 1,
+        "seed": 5,
+    }
+    return harmony.Harmony(net, **{**settings, **options})
+
+
+def state(model: harmony.Harmony) -> list[torch.Tensor]:
+    held = model.optimizer.state.values() if model.optimizer is not None else ()
+    values = [v.cpu() for values in held for v in values.values()]
+    return [t.clone() for t in (*model.state_dict().values(), *values, torch.get_rng_state())]
+
+
+def device_of(model: harmony.Harmony) -> torch.device:
+    return model._engine.devices[0]
+
+
+def taken(model: harmony.Harmony, left: float) -> torch.Tensor:
+    """Take memory of the device, but for a part of what is free."""
+    free, _ = torch.accelerator.get_memory_info(device_of(model))
+    return torch.empty(int(free * (1 - left)), dtype=torch.uint8, device=device_of(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
+def test_a_step_for_which_memory_was_taken_is_planned_again_and_repeated(
+    options: dict[str, Any], vgpus: VirtualGPUs
+) -> None:
+    vgpus(count=1, memory=LIMIT)
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    results = []
+    for disturbed in (False, True):
+        torch.manual_seed(1)
+        model = trained(copy.deepcopy(net), **options)
+        losses = [model.train_step(*token_batch(step)) for step in range(2)]
+        before = model.plan
+        if disturbed:
+            held = taken(model, 0.1)
+            with pytest.warns(harmony.HarmonyWarning, match=r"step 2 ran out of device memory .*"):
+                losses.append(model.train_step(*token_batch(2)))
+            assert model.plan is not before
+            losses.append(model.train_step(*token_batch(3)))
+            del held
+        else:
+            losses += [model.train_step(*token_batch(step)) for step in (2, 3)]
+        results.append([*losses, *state(model)])
+        model.close()
+        gc.collect()
+    assert all(map(torch.equal, *results))
+
+
+def test_what_runs_out_late_is_undone_and_too_often_is_an_error(
+    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers, random states and parameters are those before the step."""
+    left, backward = [0], Stage.backward
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        found = backward(*args, **kwargs)
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("others have taken it")
+        return found
+
+    monkeypatch.setattr(Stage, "backward", called)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 8))
+    x, results = torch.randn(4, 8), []
+    for times in (0, 2):
+        torch.manual_seed(1)
+        model = trained(
+            copy.deepcopy(net),
+            loss_fn=square_loss,
+            microbatch_size="auto",
+            activations="recompute",
+        )
+        losses = [model.train_step(x, x)]
+        if times:
+            before = state(model)
+            left[0] = 4
+            with (
+                pytest.warns(harmony.HarmonyWarning, match="others have taken it"),
+                pytest.raises(harmony.ExecutionError, match="No parameter was changed"),
+            ):
+                model.train_step(x, x)
+            assert all(map(torch.equal, before, state(model)))
+            assert (model.num_steps, left) == (1, [0])
+            left[0] = times
+            with pytest.warns(harmony.HarmonyWarning, match="others have taken it"):
+                losses.append(model.train_step(x, x))
+        else:
+            losses.append(model.train_step(x, x))
+        results.append([*losses, model.train_step(x, x), *state(model)])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_forward_of_a_loop_of_ones_own_is_repeated(vgpus: VirtualGPUs) -> None:
+    vgpus(count=1, memory=LIMIT)
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    results = []
+    for disturbed in (False, True):
+        model = harmony.Harmony(copy.deepcopy(net), devices=1, microbatch_size=2, seed=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for step in range(3):
+            x, y = token_batch(step)
+            if step == 1 and disturbed:
+                held = taken(model, 0.1)
+                with pytest.warns(harmony.HarmonyWarning, match="ran out of device memory"):
+                    loss = token_loss(model(x), y)
+            else:
+                loss = token_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        results.append([*losses, *state(model)])
+        model.close()
+        gc.collect()
+    del held
+    assert all(map(torch.equal, *results))
