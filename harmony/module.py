@@ -235,8 +235,6 @@ class Harmony(Wrapper):
                 "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW). "
                 "To keep your own loop, call the model, loss.backward() and your optimizer"
             )
-        if not self.training:
-            raise ConfigError("train_step on a model in eval mode; call model.train() first")
         if current_options().verify:
             raise Verified(self.verify(inputs, targets))
         self._hear_of_saving()

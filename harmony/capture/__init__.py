@@ -12,7 +12,7 @@ from __future__ import annotations
 from harmony.capture.api import capture
 from harmony.capture.cost.footprint import Footprint
 from harmony.capture.eager.dynamic_trace import DynamicTrace, same_path
-from harmony.capture.eager.own_python import moved, running_on
+from harmony.capture.eager.own_python import brought_home, running_on
 from harmony.capture.eager.streamed import StreamedModule
 from harmony.capture.graph.layered import LayerChanges
 from harmony.capture.graph.params import ParamInfo
@@ -29,6 +29,7 @@ from harmony.capture.trace.isolation import autocast_dtype, undisturbed
 from harmony.capture.trace.refuse import DynamicOnlyError, or_eager
 
 __all__ = [
+    "brought_home",
     "Batch",
     "Captured",
     "Footprint",
@@ -46,7 +47,6 @@ __all__ = [
     "form_of",
     "irregular_input",
     "is_plain",
-    "moved",
     "or_eager",
     "plain_attributes",
     "running_on",

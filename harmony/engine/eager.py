@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture import Batch, Captured, Outside, moved, running_on, seed_python, undisturbed
+from harmony.capture import (
+    Batch,
+    Captured,
+    Outside,
+    brought_home,
+    running_on,
+    seed_python,
+    undisturbed,
+)
 from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
 from harmony.capture.guards.reachable import World
 from harmony.capture.loss.weights import LossWeigher, parts_asked_for
@@ -94,7 +102,7 @@ class EagerRunner:
                 args, kwargs, _ = lent.call
                 with self._watching(outside), running_on(device), outside.watched():
                     out = self._net(*args, **kwargs)
-                    out = moved(out, home)
+                    out = brought_home(out, home)
                 lent.check(place_of(self._net))
                 self._come_home(outside)
             lent.give_back()

@@ -196,6 +196,7 @@ class Engine:
                 self._goes_dynamic(CallKind.TRAIN_STEP, call, found)
             else:
                 return step.loss, step.timeline
+        self.variants.cover()
         captured = self.variants.recorded(CallKind.TRAIN_STEP, call)
         return self._eager.train(call, minibatch, self.num_steps, captured), None
 
@@ -397,7 +398,9 @@ class Engine:
         if self.verifier is not None:
             call.values = {v: tensor.detach() for v, tensor in joined.items()}
         values = attach(joined, inputs, call)
-        out = variant.captured.unflatten_output(to_device_of((args, kwargs), values))
+        out = variant.captured.unflatten_output(
+            to_device_of((args, kwargs), values), plan.minibatch
+        )
         with self.whole.together() as begun:
             self._dynamic.commit(ready, replay, begun)
             self.num_steps += 1
@@ -459,7 +462,9 @@ class Engine:
         replay = self._replay_state(ready, recomputed=False)
         variant.executor.run(prepared, Job(replay, weights))
         values = joined_outputs(prepared, variant.graph, weights)
-        out = variant.captured.unflatten_output(to_device_of((args, kwargs), values))
+        out = variant.captured.unflatten_output(
+            to_device_of((args, kwargs), values), ready.planned.plan.minibatch
+        )
         with self.whole.together() as begun:
             self._dynamic.commit(ready, replay, begun)
         return out

@@ -142,6 +142,16 @@ class VariantCache:
         optimizer = self._optimizer
         return optimizer is not None and (optimizer.waits is not None or self.hooked())
 
+    def cover(self) -> None:
+        """Settle the optimizer, and refuse to train a step that leaves a parameter out.
+
+        Raises:
+            ConfigError: naming the parameters that the optimizer does not have.
+        """
+        self.settle_optimizer()
+        if self._optimizer is not None:
+            self._optimizer.check_covers(dict(self._net.named_parameters()))
+
     def settle_optimizer(self) -> None:
         """Let the optimizer be that of the parameters that there are now, from now on."""
         if self._optimizer is not None:
@@ -408,9 +418,8 @@ class VariantCache:
 
     def bind(self, captured: Captured, kind: CallKind) -> Variant:
         """Make a variant of a capture."""
-        if self._optimizer is not None and kind is CallKind.TRAIN_STEP:
-            self.settle_optimizer()
-            self._optimizer.check_covers(dict(self._net.named_parameters()))
+        if kind is CallKind.TRAIN_STEP:
+            self.cover()
         machine = self._measured.machine()
         update = NO_UPDATE if kind is not CallKind.TRAIN_STEP else self.update_cost()
         if kind is CallKind.TRAIN_STEP and self.waits():

@@ -120,7 +120,8 @@ def _outputs_in_order(call: ForwardCall) -> list[int | None]:
     graph = call.variant.graph
     stand_ins = {v: torch.empty(0) for v in graph.output_ids}
     known = {id(tensor): v for v, tensor in stand_ins.items()}
-    leaves = flatten(call.variant.captured.unflatten_output(stand_ins))[0]
+    minibatch = call.planned.plan.minibatch
+    leaves = flatten(call.variant.captured.unflatten_output(stand_ins, minibatch))[0]
     return [known.pop(id(x), None) for x in leaves if isinstance(x, torch.Tensor)]
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -29,14 +30,19 @@ from harmony.capture.replay.replay import FACTORIES
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.irregular import is_packed, moves
 from harmony.capture.trace.isolation import autocast_dtype
-from harmony.errors import HarmonyError
+from harmony.capture.trace.kernels import KernelWatch
+from harmony.errors import CaptureError, HarmonyError
 
 _ON_HOST = {"_pack_padded_sequence": 1, "_pad_packed_sequence": 1}
 """Functions that want one of their arguments on the CPU, and its place."""
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-_NORMS = frozenset({"batch_norm", "instance_norm"})
-"""Change running statistics without the tensors' version counters telling of it."""
+
+_SPARSE = frozenset({"embedding", "embedding_bag"})
+"""Functions whose gradients may be sparse, which nothing takes to another device."""
+
+_DEEPEST = 3
+"""Objects inside of objects that a forward returns."""
 
 _COMPUTING = frozenset({"T", "H", "mT", "mH", "real", "imag"})
 
@@ -71,6 +77,7 @@ class OnDevice(TorchFunctionMode):
         super().__init__()
         self._device = device
         self._thread = threading.get_ident()
+        self._kernels = KernelWatch(fake=False)
         self._lent: dict[int, tuple[StorageWeakRef, torch.Tensor, int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,16 +119,18 @@ class OnDevice(TorchFunctionMode):
         moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for tensor in tensors:
             if tensor.device.type == "cpu" and id(tensor) not in moved and tensor is not stays:
-                moved[id(tensor)] = (tensor, self._lend(tensor))
+                moved[id(tensor)] = (tensor, self._lend(tensor, name in _SPARSE))
         versions = {key: copy._version for key, (_, copy) in moved.items()}
         args, kwargs = structure.unflatten(
             [moved[id(leaf)][1] if id(leaf) in moved else leaf for leaf in leaves]
         )
-        out = func(*args, **kwargs)
-        changed = {}
+        # Some kernels change statistics without the version counters telling of it.
+        watched = not all(isinstance(origin, nn.Parameter) for origin, _ in moved.values())
+        with self._kernels if watched else nullcontext():
+            out = func(*args, **kwargs)
+        noticed, changed = self._kernels.take(), {}
         for key, (origin, copy) in moved.items():
-            frozen = isinstance(origin, nn.Parameter)
-            if copy._version != versions[key] or (name in _NORMS and not frozen):
+            if copy._version != versions[key] or noticed.wrote(copy):
                 own = origin.is_leaf and origin.requires_grad  # written behind autograd's back
                 learns = copy.requires_grad and torch.is_grad_enabled() and not own
                 with torch.set_grad_enabled(learns):
@@ -189,8 +198,11 @@ class OnDevice(TorchFunctionMode):
         copy = kept.origin.detach().to(self._device)
         return copy.as_strided(kept.size, kept.stride, kept.offset)
 
-    def _lend(self, tensor: torch.Tensor) -> torch.Tensor:
-        copy = tensor.to(self._device)
+    def _lend(self, tensor: torch.Tensor, may_be_sparse: bool) -> torch.Tensor:
+        if may_be_sparse:
+            copy = _Dense.apply(tensor, self._device)
+        else:
+            copy = tensor.to(self._device)
         if isinstance(tensor, nn.Parameter):  # others may be changed before the backward
             storage = copy.untyped_storage()
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -250,6 +262,54 @@ def moved(tree: Any, device: torch.device) -> Any:
     """Return a structure with its tensors on a device, as part of their graph."""
     leaves, structure = flatten(tree, is_leaf=is_packed)
     return structure.unflatten([leaf.to(device) if moves(leaf) else leaf for leaf in leaves])
+
+
+class _Dense(torch.autograd.Function):
+    """A copy on a device, whose gradient gets all its entries, as in the layers of a plan."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Copy it."""
+        ctx.home = tensor.device
+        return tensor.to(device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Bring its gradient back."""
+        (gradient,) = gradients
+        if gradient.layout is not torch.strided:
+            zeros = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+            gradient = zeros.add_(gradient)
+        return gradient.to(ctx.home), None
+
+
+def brought_home(tree: Any, device: torch.device, depth: int = 0) -> Any:
+    """Return what a forward returns with its tensors on a device, as part of their graph.
+
+    In objects that are no known container, the tensors are exchanged.
+
+    Raises:
+        CaptureError: for a function or a generator, whose tensors nobody can exchange.
+    """
+    leaves, structure = flatten(tree, is_leaf=is_packed)
+    return structure.unflatten([_brought_home(leaf, device, depth) for leaf in leaves])
+
+
+def _brought_home(leaf: Any, device: torch.device, depth: int) -> Any:
+    if moves(leaf):
+        return leaf.to(device)
+    if isinstance(leaf, (set, frozenset)):
+        return type(leaf)(brought_home(inner, device, depth) for inner in leaf)
+    if isinstance(leaf, (FunctionType, MethodType, functools.partial, Iterator)) and not depth:
+        raise CaptureError(
+            f"the forward returns a {type(leaf).__name__}, whose tensors stay on the GPU: let it "
+            "return the tensors"
+        )
+    held = getattr(leaf, "__dict__", None)
+    if isinstance(held, dict) and not isinstance(leaf, nn.Module) and depth < _DEEPEST:
+        for name, value in list(held.items()):
+            held[name] = brought_home(value, device, depth + 1)
+    return leaf
 
 
 def _beside(owner: Any, value: Any) -> Any:

@@ -51,10 +51,16 @@ class Observed:
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)
     unguardable: dict[str, str] = field(default_factory=dict)
 
-    def names(self) -> frozenset[str]:
-        """Names of attributes and globals in that code, also where they are given as texts."""
+    def names(self, of_torch: bool = True) -> frozenset[str]:
+        """Names of attributes and globals in that code, also where they are given as texts.
+
+        Args:
+            of_torch: whether those in PyTorch's own code count.
+        """
         found: set[str] = set()
         for code in self.codes:
+            if not of_torch and code.co_filename.startswith(_TORCH):
+                continue
             found.update(code.co_names)
             found.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
         return frozenset(found)

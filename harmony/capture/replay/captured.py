@@ -29,6 +29,11 @@ from harmony.capture.trace.tracer import Tracer
 from harmony.core.layergraph import LayerGraph
 from harmony.errors import CaptureError
 
+_SHOW_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_SHOW_STATISTICS |= {"buffers", "named_buffers", "_buffers", "get_buffer", "state_dict"}
+_SHOW_STATISTICS |= {"eval", "train", "training", "__dict__", "vars"}
+"""Names in a forward that may mean that it computes with running statistics in train mode."""
+
 
 class Captured:
     """A model as layers.
@@ -78,7 +83,9 @@ class Captured:
         self.buffers: list[ParamInfo] = built.buffers
         self.num_samples = batch.num_samples
         self.only_size = batch.num_samples if sizes.only else None
-        self.changes = dict(_changes(reference, template))
+        unread = tracer.outside.observed.names(of_torch=False).isdisjoint(_SHOW_STATISTICS)
+        statistics = set(running_statistics(template.root) if unread else ())
+        self.changes = dict(_changes(reference, statistics))
         self.draws_on_host = any(step.random_on_host for step in sizes.trace.steps)
         self.real = sizes.trace.real
         self.moved = sizes.trace.attributes
@@ -229,14 +236,16 @@ class Captured:
                 for step in layered.trace.host_program:
                     run_step(step, values, self.template)
 
-    def unflatten_output(self, values: Mapping[int, torch.Tensor]) -> Any:
-        """Return what the model returns, made of the given output values."""
-        trace = self.traces.reference.trace
+    def unflatten_output(self, values: Mapping[int, torch.Tensor], num_samples: int) -> Any:
+        """Return what the model returns for so many samples, made of the given output values."""
+        layered = self.traces.reference
+        if any(map(_may_count_samples, layered.trace.outputs)):
+            layered = self.traces.of(num_samples)
         leaves = [
-            values[self.traces.reference.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
-            for leaf in trace.outputs
+            values[layered.ids[leaf.id]] if isinstance(leaf, ValueRef) else leaf
+            for leaf in layered.trace.outputs
         ]
-        structure: Structure = trace.output_structure
+        structure: Structure = layered.trace.output_structure
         return structure.unflatten(leaves)
 
     def value_form(
@@ -283,6 +292,11 @@ class Captured:
         return tensor if dim is None else tensor.narrow(dim, low, high - low)
 
 
+def _may_count_samples(leaf: Any) -> bool:
+    """Whether an output is a value of Python that may be another for another number of samples."""
+    return leaf is not None and not isinstance(leaf, (ValueRef, bool, type, torch.dtype))
+
+
 def _only_looked_at(number: int) -> int:
     """Id of an input that no layer reads, from its number on the trace; and the other way round.
 
@@ -291,8 +305,10 @@ def _only_looked_at(number: int) -> int:
     return -1 - number
 
 
-def _changes(reference: LayeredTrace, template: ModuleShell) -> Iterator[tuple[int, LayerChanges]]:
-    statistics = set(running_statistics(template.root))
+def _changes(
+    reference: LayeredTrace, statistics: AbstractSet[str]
+) -> Iterator[tuple[int, LayerChanges]]:
+    """Yield what each layer changes; ``statistics`` are buffers that no output depends on."""
     for layer in range(reference.num_layers):
         changes = changes_of(reference.steps(layer))
         if changes.buffers or changes.attributes:

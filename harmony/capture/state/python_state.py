@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_MACHINERY = frozenset(nn.Module().__dict__)
+_MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _MISSING = object()
@@ -19,7 +19,8 @@ _MISSING = object()
 def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of one module, without its children, that hold plain values.
 
-    Numbers, texts, and containers of nothing else; what PyTorch keeps on each module is left out.
+    Its mode, numbers, texts, and containers of nothing else; what PyTorch keeps on each module
+    beside the mode is left out.
     """
     for name, held in list(module.__dict__.items()):
         if name not in _MACHINERY and is_plain(held):
@@ -86,8 +87,7 @@ class HeldFromOutside:
 
 
 def _objects(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the mode of a module, and its attributes that are not plain."""
-    yield "training", module.training
+    """Yield the attributes of a module that are not plain."""
     for name, held in list(module.__dict__.items()):
         if name not in _MACHINERY and not is_plain(held):
             yield name, held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from harmony.errors import CaptureError, HarmonyError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
 _HARMLESS = (torch.Tensor, nn.Module, type, bool, int, float, str, torch.dtype, torch.device)
+_OUTPUTS = (torch.Tensor, bool, int, float, complex, str, bytes, type, Enum)
+_OUTPUTS += (torch.dtype, torch.device, torch.Size)
 NEED_A_GRAPH = frozenset({"register_hook", "retain_grad", "grad"})
 """Functions that plain PyTorch's forward can call because it records gradients."""
 _REFUSED = {
@@ -161,6 +164,21 @@ def check_transform(name: str) -> None:
             f"torch.func transform (vmap, grad, ...) around {name} at {user_frame()}: "
             "call it inside a module that is recorded as a layer"
         )
+
+
+def check_outputs(leaves: Iterable[Any], name: str) -> None:
+    """Let a module run as it is whose forward returns an object: a recording has but its own.
+
+    Args:
+        name: of the module.
+
+    Raises:
+        DynamicOnlyError: naming the object's class.
+    """
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, _OUTPUTS):
+            what = type(leaf).__name__
+            raise DynamicOnlyError(f"the forward returns a {what}", name, eager=True)
 
 
 def check_argument(leaf: Any, user: str) -> None:

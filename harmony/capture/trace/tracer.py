@@ -43,6 +43,7 @@ from harmony.capture.trace.refuse import (
     DynamicOnlyError,
     UnrecordableError,
     check_buffers,
+    check_outputs,
     hides_tensors,
 )
 from harmony.core.warn import warn
@@ -178,6 +179,7 @@ class Tracer:
         self._check_same(recorder)
         recorder.note_uses_by_alias()
         leaves, structure = flatten(out)
+        check_outputs(leaves, self.name)
         outputs = tuple(recorder.add_output(leaf) for leaf in leaves)
         _check_guards(recorder)
         check_buffers(recorder.steps, self._template)

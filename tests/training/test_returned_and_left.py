@@ -1,0 +1,203 @@
+"""What a forward returns that is no tensor, and what it leaves on modules beside numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import harmony
+from tests.training.conftest import VirtualGPUs
+from tests.training.side_by_side import assert_same_training
+
+WIDTH = 8
+
+
+class Two(nn.Module):
+    """Two linear layers; what is between them is a test's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+
+class ADistribution(Two):
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.first(x)
+        return torch.distributions.Normal(self.last(h), self.last(h.tanh()).exp())
+
+
+class AnObject(Two):
+    def forward(self, x: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=[self.last(self.first(x))], count=len(x))
+
+
+class ANumber(Two):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.last(self.first(x)), len(x)
+
+
+class AFunction(Two):
+    def forward(self, x: torch.Tensor) -> Any:
+        out = self.last(self.first(x))
+        return lambda y: F.cross_entropy(out, y)
+
+
+def _likelihood(out: Any, y: torch.Tensor) -> torch.Tensor:
+    return -out.log_prob(y.float()[:, None]).mean()
+
+
+def _of_object(out: Any, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out.logits[0], y, reduction="sum") / out.count
+
+
+def _of_pair(out: Any, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out[0], y, reduction="sum") / out[1]
+
+
+def _batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, WIDTH), torch.randint(0, 4, (size,))
+
+
+@pytest.mark.parametrize(
+    ("net", "loss"),
+    [(ADistribution(), _likelihood), (AnObject(), _of_object), (ANumber(), _of_pair)],
+    ids=["distribution", "object", "number"],
+)
+def test_what_a_forward_returns_is_of_its_own_call(
+    vgpus: VirtualGPUs, net: nn.Module, loss: Callable[[Any, Any], torch.Tensor]
+) -> None:
+    """A recording has only the objects of its own run, and counts only its own samples."""
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    for size in (8, 3, 8):
+        x, y = _batch(size)
+        found, expected = loss(model(x), y), loss(plain(x), y)
+        found.backward()
+        expected.backward()
+        assert torch.equal(found, expected)
+    for one, two in zip(net.parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None
+        assert torch.equal(one.grad, two.grad)
+
+
+def test_a_function_that_a_forward_returns_is_refused_by_name(vgpus: VirtualGPUs) -> None:
+    with pytest.warns(UserWarning), pytest.raises(harmony.HarmonyError, match="returns a function"):
+        harmony.Harmony(AFunction(), devices=1)(_batch(4)[0])
+
+
+class Listed(Two):
+    """Runs as it is, since it keeps a list; with a layer that a test gives it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.means = layer, list[torch.Tensor]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.means.append(x.mean())
+        return self.last(self.layer(self.first(x)))
+
+
+class Observed(nn.Module):
+    """Quantises what goes through, by statistics that one kernel changes without a sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("low", float("inf")), ("high", -float("inf")), ("scale", 1.0)):
+            self.register_buffer(name, torch.tensor([value]))
+        self.register_buffer("zero", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("on", torch.ones(1, dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = (self.on, self.on, self.low, self.high, self.scale, self.zero)
+        return torch.fused_moving_avg_obs_fake_quant(x, *state, 0.1, 0, 255, -1)
+
+
+def test_statistics_that_a_kernel_changes_unseen_are_changed(vgpus: VirtualGPUs) -> None:
+    batches = [((x,), y) for x, y in (_batch(8) for _ in range(3))]
+    model = assert_same_training(Listed(Observed()), batches)
+    assert model.capture_mode == "eager"
+
+
+class Rows(nn.Module):
+    """Adds rows of a table whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, WIDTH, sparse=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table(x[:, :4].argmax(1))
+
+
+def test_sparse_gradients_of_a_model_that_runs_as_it_is(vgpus: VirtualGPUs) -> None:
+    net = Listed(Rows())
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    x, y = _batch(8)
+    with pytest.warns(UserWarning):
+        F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(plain(x), y).backward()
+    found, expected = (m.layer.table.weight.grad for m in (net, plain))
+    assert found is not None and torch.equal(found, expected.to_dense())
+
+
+def test_a_new_head_of_a_model_that_runs_as_it_is_is_not_left_out(vgpus: VirtualGPUs) -> None:
+    net = Listed(nn.Tanh())
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=F.cross_entropy,
+        devices=1,
+    )
+    with pytest.warns(UserWarning):
+        model.train_step(*_batch(8))
+    net.last = nn.Linear(WIDTH, 4)
+    with pytest.raises(harmony.ConfigError, match=r"last\.weight, last\.bias"):
+        model.train_step(*_batch(8))
+
+
+class Normed(Two):
+    """Uses a norm in one of several ways that show what it keeps."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.how = nn.BatchNorm1d(WIDTH), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        if self.how == "frozen":
+            self.norm.eval()
+            return self.last(self.norm(h))
+        if self.how == "both":
+            self.norm.eval()
+            frozen = self.norm(h.detach())
+            self.norm.train()
+            return self.last(self.norm(h) + frozen)
+        return self.last(self.norm(h) * self.norm.running_var)
+
+
+@pytest.mark.parametrize("activations", ["auto", "recompute"])
+@pytest.mark.parametrize("how", ["frozen", "both", "read"])
+def test_a_norm_whose_mode_and_statistics_the_forward_uses(
+    vgpus: VirtualGPUs, how: str, activations: str
+) -> None:
+    """The recompute starts from the statistics that the forward found; the mode stays."""
+    batches = [((x,), y) for x, y in (_batch(8) for _ in range(3))]
+    net = Normed(how)
+    assert_same_training(net, batches, activations=activations)
+    assert net.norm.training is (how != "frozen")
+
+
+def test_a_model_in_eval_mode_trains_as_in_plain_pytorch(vgpus: VirtualGPUs) -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(), Two().last)
+    batches = [((x,), y) for x, y in (_batch(8) for _ in range(3))]
+    assert_same_training(net.eval(), batches)
