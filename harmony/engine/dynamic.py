@@ -28,7 +28,7 @@ from harmony.core.warn import warn
 from harmony.engine.call_key import Call
 from harmony.engine.call_kind import CallKind
 from harmony.engine.options import EngineOptions
-from harmony.engine.paths import Paths
+from harmony.engine.paths import Paths, PathsKey, use_last
 from harmony.engine.planned import Measured, Planned
 from harmony.engine.step_result import RanStep, ReadyStep
 from harmony.engine.variant import Variant
@@ -70,7 +70,7 @@ class DynamicRunner:
         self._optimizer = optimizer
         self._record = record
         self._captures: dict[CallKind, DynamicTrace] = {}
-        self._known: dict[CallKind, Paths] = {}
+        self._known: dict[PathsKey, Paths] = {}
         self.size: int | None = None
         self._generation = 0
         self._noticed: set[str] = set()
@@ -132,7 +132,7 @@ class DynamicRunner:
             captured = with_room("the forward of a microbatch", [context.device], capture)
         if captured.eager is not None:
             raise DynamicOnlyError(captured.eager, type(self._net).__name__, eager=True)
-        paths = self._known.setdefault(kind, Paths())
+        paths = use_last(self._known, self._variants.key(kind, call)[0])
         standing = (b for b in paths.variants if b.captured.guards.same())
         same = (b for b in standing if same_path(b.captured, captured))
         variant = next(same, None) or self._variants.bind(captured, kind)
@@ -142,7 +142,8 @@ class DynamicRunner:
         inputs, measured = with_room("measuring the layers", [context.device], measure)
         planned = self._plan(variant, size, measured)
         weights, _ = variant.weights(detached(inputs), planned)
-        return ReadyStep(variant, planned, inputs, weights, index, captured.moved)
+        moved, set_up = captured.moved, captured.trace.set_up
+        return ReadyStep(variant, planned, inputs, weights, index, moved, set_up)
 
     def train(
         self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
@@ -247,6 +248,7 @@ class DynamicRunner:
             begun: hears when the first change is about to be made.
         """
         replay.states.commit(begun)
+        ready.set_up.leave()
         if not ready.moved:
             return
         begun.append("what the forward changes")

@@ -133,7 +133,8 @@ class EagerRunner:
                         loss = program(self._net, *lent.call)
                     lent.check(place_of(self._net))
                     weight = weights[samples]
-                    torch.autograd.backward(loss, torch.full_like(loss, weight))
+                    with torch.autocast(device.type, enabled=False):  # on for the forward only
+                        torch.autograd.backward(loss, torch.full_like(loss, weight))
                 total = total + loss.detach().to("cpu").reshape(()) * weight
                 if lent.is_changed:
                     changed.append(lent)

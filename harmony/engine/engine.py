@@ -168,7 +168,7 @@ class Engine:
                 run = functools.partial(self._planned, call, begun)
                 ready, step = self._in_room(CallKind.TRAIN_STEP, call, run, begun)
                 minibatch = ready.planned.plan.minibatch
-                step.replay.states.commit(begun)
+                self._dynamic.commit(ready, step.replay, begun)
                 loss, timeline = step.loss, step.timeline
             except (DynamicOnlyError, GuardError) as reason:
                 _, minibatch = self.variants.paths(CallKind.TRAIN_STEP, call)
@@ -307,7 +307,10 @@ class Engine:
             return self.ready(kind, args, kwargs, targets)
         if doubt is not None:
             self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
-        return ReadyStep(variant, planned, inputs, weights)
+        low, high = planned.microbatches[-1]
+        whole = self.options.microbatch_size is None
+        set_up = variant.captured.traces.set_up(plan.minibatch if whole else high - low)
+        return ReadyStep(variant, planned, inputs, weights, set_up=set_up)
 
     def _runs_whole(self, call: Call) -> None:
         """Say that a loop of the caller's own runs a batch whole where no trace stands for it."""

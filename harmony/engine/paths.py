@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from harmony.capture import Captured, DynamicOnlyError
+from harmony.engine.call_key import CallKey
 from harmony.engine.options import EngineOptions
 from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
 
 K = TypeVar("K", bound=Hashable)
+
+PathsKey = tuple[CallKey, bool]
+"""What paths are kept by: the key of a call, and whether updates wait for the whole backward."""
 
 MAX_PATHS = 8
 """Captures that are kept of one signature; the one used longest ago is forgotten first."""
@@ -30,7 +34,8 @@ class Paths:
     Attributes:
         variants: of each path, the one used last first.
         dynamic: why no trace stands for later runs; None while one does.
-        changes: how often something outside had changed that the forward reads.
+        changes: how often something outside had changed that the forward reads, less how often
+            nothing had.
         other_losses: how often something had changed that the loss reads.
         recorded: a recording that stands for nothing, but shows how its loss adds up.
     """
@@ -78,7 +83,9 @@ class Paths:
                 followed it: naming it.
         """
         found = [variant for variant in self.variants if variant.captured.guards.same()]
-        if self.variants and not found:
+        if found:
+            self.changes = max(0, self.changes - 1)
+        elif self.variants:
             self.changes += 1
             if self.changes > MAX_CHANGES:
                 changed = self.variants[0].captured.guards.changed()

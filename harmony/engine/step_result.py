@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from harmony.capture.guards.written import SetUp
 from harmony.core.timeline import Timeline
 from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
@@ -30,6 +31,7 @@ class ReadyStep:
         weights: how much the scalars of each microbatch count.
         first_index: number of its first microbatch within the step.
         moved: Python attributes that a dynamic forward has changed: module, attribute, value.
+        set_up: what the forward sets up for later ones.
     """
 
     variant: Variant
@@ -38,6 +40,7 @@ class ReadyStep:
     weights: Weights
     first_index: int = 0
     moved: tuple[tuple[str, str, Any], ...] = ()
+    set_up: SetUp = field(default_factory=SetUp)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from harmony.capture.guards.torch_settings import mode_of_users
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.core.options import current_options
-from harmony.engine.call_key import Call, CallKey, call_key_of
+from harmony.engine.call_key import Call, call_key_of
 from harmony.engine.call_kind import CallKind
 from harmony.engine.grad_alias import check_plain
 from harmony.engine.graph_bytes import with_state
@@ -36,7 +36,7 @@ from harmony.engine.offline_plan import (
     unmeasured_profile,
 )
 from harmony.engine.options import EngineOptions
-from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, use_last
+from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, PathsKey, use_last
 from harmony.engine.planned import Asked, Measured, Planned
 from harmony.engine.resumed import BitChoices
 from harmony.engine.variant import Variant
@@ -97,7 +97,7 @@ class VariantCache:
         self._options = options
         self._optimizer = optimizer
         self._record = record
-        self._paths: dict[tuple[CallKey, bool], Paths] = {}
+        self._paths: dict[PathsKey, Paths] = {}
         self._stages: dict[int, tuple[HostBuffer, int]] = {}
         limits = options.device_memory_nbytes, options.host_memory_nbytes
         self._measured = Measurements(net, contexts, limits, record.warn)
@@ -111,7 +111,7 @@ class VariantCache:
     def paths(self, kind: CallKind, call: Call) -> tuple[Paths, int]:
         """Return what the signature of a call has led to, and its number of samples."""
         self._take_in()
-        key, minibatch, whole = self._key(kind, call)
+        key, minibatch, whole = self.key(kind, call)
         found = use_last(self._paths, key)
         if whole is not None and found.dynamic is None:
             found.dynamic = self._as_it_is(whole, minibatch)
@@ -127,8 +127,11 @@ class VariantCache:
             )
         return DynamicOnlyError(why, type(self._net).__name__, eager=True)
 
-    def _key(self, kind: CallKind, call: Call) -> tuple[tuple[CallKey, bool], int, str | None]:
-        """What paths are kept by: a plan may be one for updates that wait, or not."""
+    def key(self, kind: CallKind, call: Call) -> tuple[PathsKey, int, str | None]:
+        """What paths are kept by, the number of samples, and why a call runs whole, as it is.
+
+        A plan may be one for updates that wait, or not.
+        """
         batch_dims = self._options.batch_dims_of(kind)
         key, minibatch, whole = call_key_of(self._net, call, kind, batch_dims)
         return (key, kind is CallKind.TRAIN_STEP and self.waits()), minibatch, whole

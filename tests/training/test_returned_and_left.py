@@ -89,7 +89,10 @@ def test_what_a_forward_returns_is_of_its_own_call(
 
 
 def test_a_function_that_a_forward_returns_is_refused_by_name(vgpus: VirtualGPUs) -> None:
-    with pytest.warns(UserWarning), pytest.raises(harmony.HarmonyError, match="returns a function"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(harmony.HarmonyError, match="returns a function"),
+    ):
         harmony.Harmony(AFunction(), devices=1)(_batch(4)[0])
 
 
@@ -185,8 +188,9 @@ class Normed(Two):
         return self.last(self.norm(h) * self.norm.running_var)
 
 
-@pytest.mark.parametrize("activations", ["auto", "recompute"])
-@pytest.mark.parametrize("how", ["frozen", "both", "read"])
+@pytest.mark.parametrize(
+    ("how", "activations"), [("frozen", "auto"), ("both", "recompute"), ("read", "recompute")]
+)
 def test_a_norm_whose_mode_and_statistics_the_forward_uses(
     vgpus: VirtualGPUs, how: str, activations: str
 ) -> None:
@@ -201,3 +205,111 @@ def test_a_model_in_eval_mode_trains_as_in_plain_pytorch(vgpus: VirtualGPUs) -> 
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(), Two().last)
     batches = [((x,), y) for x, y in (_batch(8) for _ in range(3))]
     assert_same_training(net.eval(), batches)
+
+
+class FirstTime(Two):
+    """Does more the first time, by the table that it has not set up yet."""
+
+    def __init__(self, grows: bool = False) -> None:
+        super().__init__()
+        self.table: torch.Tensor | None = None
+        self.tables: dict[int, torch.Tensor] = {}
+        self.grows = grows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.ones(WIDTH) / 2
+            x = x * 2
+        elif self.grows:
+            self.table = self.table + 0.25
+        count = x.shape[0]
+        if count not in self.tables:
+            self.tables[count] = torch.linspace(0, 1, count)
+        rows = self.tables[count].to(x.device)[:, None]
+        return self.last(self.first(x) + self.table.to(x.device) + rows)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_tables_are_left_for_the_next_forward(vgpus: VirtualGPUs, grows: bool) -> None:
+    net = FirstTime(grows)
+    plain = copy.deepcopy(net)
+    batches = [((x,), y) for x, y in (_batch(8) for _ in range(3))]
+    assert_same_training(net, batches, plain=plain)
+    assert net.table is not None and plain.table is not None
+    assert torch.equal(net.table, plain.table) and list(net.tables) == [8]
+    model = harmony.Harmony(net, devices=1)
+    with torch.no_grad():
+        for size in (3, 8):
+            x = torch.randn(size, WIDTH)
+            assert torch.equal(model(x), plain(x))
+    assert torch.equal(net.table, plain.table) and list(net.tables) == [8, 3]
+
+
+class ByValues(Two):
+    """Goes by what it computes, so that each microbatch is recorded on its way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.last(h.relu() if h.mean() > 0 else h.tanh())
+
+
+def test_a_hook_and_a_frozen_weight_of_a_model_that_is_recorded_on_its_way(
+    vgpus: VirtualGPUs,
+) -> None:
+    net = ByValues()
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    x, y = _batch(8)
+    hooks = list[Any]()
+
+    def hook() -> None:
+        hooks.extend(m.first.register_forward_hook(lambda m, i, out: out * 2) for m in both)
+
+    def freeze() -> None:
+        for m in both:
+            m.first.weight.requires_grad_(False)
+
+    both = (net, plain)
+    changes = (lambda: None, hook, freeze, lambda: [held.remove() for held in hooks])
+    for change in changes:
+        change()
+        for m in (model, plain):
+            m.zero_grad()
+            F.cross_entropy(m(x), y).backward()
+        for one, two in zip(net.parameters(), plain.parameters(), strict=True):
+            assert (one.grad is None) == (two.grad is None)
+            assert one.grad is None or two.grad is None or torch.equal(one.grad, two.grad)
+
+
+class Cast(Listed):
+    """Computes some of it in bf16, and some inside of that not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.means.append(x.mean())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.first(x)
+            with torch.autocast(h.device.type, enabled=False):
+                return self.last(self.layer(h.float()))
+
+
+def test_autocast_inside_of_a_model_that_runs_as_it_is(vgpus: VirtualGPUs) -> None:
+    batches = [((x,), y) for x, y in (_batch(8) for _ in range(2))]
+    assert_same_training(Cast(nn.Linear(WIDTH, WIDTH)), batches)
+
+
+class Mapped(Listed):
+    """Maps a function over rows, and packs sequences whose lengths are an input."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        self.means.append(x.mean())
+        h = torch.vmap(lambda row: row @ self.first.weight)(x)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            h[:, None].expand(-1, 3, -1), lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.last(self.layer(packed)[1][0])
+
+
+def test_vmap_and_packed_sequences_in_a_model_that_runs_as_it_is(vgpus: VirtualGPUs) -> None:
+    layer = nn.GRU(WIDTH, WIDTH, batch_first=True)
+    batches = [((x, 1 + y.clamp(max=2)), y) for x, y in (_batch(8) for _ in range(2))]
+    assert_same_training(Mapped(layer), batches)

@@ -31,6 +31,7 @@ from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.irregular import is_packed, moves
 from harmony.capture.trace.isolation import autocast_dtype
 from harmony.capture.trace.kernels import KernelWatch
+from harmony.capture.trace.refuse import in_transform
 from harmony.errors import CaptureError, HarmonyError
 
 _ON_HOST = {"_pack_padded_sequence": 1, "_pad_packed_sequence": 1}
@@ -110,6 +111,9 @@ class OnDevice(TorchFunctionMode):
 
     def call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
         """Run a function on the device, if any of its tensors is there."""
+        if name in _ON_HOST:
+            place = _ON_HOST[name]
+            args = (*args[:place], args[place].cpu(), *args[place + 1 :])
         leaves, structure = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         here = [tensor.device == self._device for tensor in tensors]
@@ -125,7 +129,9 @@ class OnDevice(TorchFunctionMode):
             [moved[id(leaf)][1] if id(leaf) in moved else leaf for leaf in leaves]
         )
         # Some kernels change statistics without the version counters telling of it.
-        watched = not all(isinstance(origin, nn.Parameter) for origin, _ in moved.values())
+        watched = not in_transform() and not all(
+            isinstance(origin, nn.Parameter) for origin, _ in moved.values()
+        )
         with self._kernels if watched else nullcontext():
             out = func(*args, **kwargs)
         noticed, changed = self._kernels.take(), {}
@@ -163,11 +169,16 @@ class OnDevice(TorchFunctionMode):
             return call(script, *args, **kwargs)
         return self.call(functools.partial(call, script), "script", args, kwargs)
 
+    def call_vmap(self, function: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle ``torch.vmap``: nothing special."""
+        return call(function, *args, **kwargs)
+
     def keep(self, tensor: torch.Tensor) -> Any:
         """Return what to keep of a tensor that autograd saves."""
         if tensor.device != self._device or tensor.layout is not torch.strided:
             return tensor
-        known = self._lent.get(tensor.untyped_storage()._cdata)
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        known = None if wrapped else self._lent.get(tensor.untyped_storage()._cdata)
         plain = not (tensor.is_conj() or tensor.is_neg())
         if known is not None and plain and known[1].dtype is tensor.dtype:
             _, origin, version = known
@@ -199,11 +210,10 @@ class OnDevice(TorchFunctionMode):
         return copy.as_strided(kept.size, kept.stride, kept.offset)
 
     def _lend(self, tensor: torch.Tensor, may_be_sparse: bool) -> torch.Tensor:
-        if may_be_sparse:
-            copy = _Dense.apply(tensor, self._device)
-        else:
-            copy = tensor.to(self._device)
-        if isinstance(tensor, nn.Parameter):  # others may be changed before the backward
+        lend: Any = _Dense.apply if may_be_sparse else torch.Tensor.to
+        copy: torch.Tensor = lend(tensor, self._device)
+        # Others may be changed before the backward; what a transform wraps has no storage.
+        if isinstance(tensor, nn.Parameter) and not in_transform():
             storage = copy.untyped_storage()
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._lent[storage._cdata] = (reference, tensor, tensor._version)
@@ -271,7 +281,8 @@ class _Dense(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Copy it."""
         ctx.home = tensor.device
-        return tensor.to(device)
+        copy: torch.Tensor = tensor.to(device)
+        return copy
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

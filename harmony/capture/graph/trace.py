@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from harmony.capture.graph.structure import Structure
+from harmony.capture.guards.written import SetUp
 from harmony.capture.state.random_state import PythonState
 
 
@@ -223,6 +224,7 @@ class Trace:
         real: whether it was recorded from a real run rather than with fake parameters.
         attributes: Python attributes that functional code changed: module, attribute, new value.
         loss_call: the call of the loss function, where that can stand for its recorded steps.
+        set_up: what the forward sets up for later ones.
     """
 
     steps: list[Step]
@@ -235,6 +237,7 @@ class Trace:
     real: bool = False
     attributes: tuple[tuple[str, str, Any], ...] = ()
     loss_call: LossCall | None = None
+    set_up: SetUp = field(default_factory=SetUp)
     last_use: list[int] = field(default_factory=list)
     producer: list[int] = field(default_factory=list)
     dead_after: list[tuple[int, ...]] = field(default_factory=list)

@@ -14,6 +14,7 @@ from harmony.capture.graph.assemble import OneSize, OtherLength, Sizes
 from harmony.capture.graph.layered import LayeredTrace, check_same_layers, difference
 from harmony.capture.graph.layers import cut_layers
 from harmony.capture.graph.trace import StepKind, Trace, ValueRef
+from harmony.capture.guards.written import SetUp
 from harmony.capture.trace.isolation import user_frame_of
 from harmony.capture.trace.refuse import DynamicOnlyError
 from harmony.capture.trace.tracer import Tracer
@@ -98,6 +99,13 @@ class TraceSet:
         if found is None:
             tracer.state = before
         return found
+
+    def set_up(self, num_samples: int) -> SetUp:
+        """Return what the forward sets up for later ones, with so many samples."""
+        known = (self._sizes.other, *(layered.trace for layered in self._traces.values()))
+        if not any(trace.set_up for trace in known):
+            return SetUp()
+        return self.of(num_samples).trace.set_up
 
     def first_guard(self) -> str:
         """File and line of the first decision that the forward takes by looking at values."""

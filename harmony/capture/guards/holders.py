@@ -6,6 +6,7 @@ equality of plain values.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Container, Iterable
 from typing import Any
@@ -40,6 +41,10 @@ class Entry:
         """What is there now."""
         return self._get(self._key, MISSING)
 
+    def put(self, value: Any) -> None:
+        """Put a value there."""
+        self._put(self._key, value)
+
     def replace(self, other: Callable[[Any], Any]) -> None:
         """Put another value in its place, where the function gives another."""
         found = self.found()
@@ -69,6 +74,17 @@ class Whole:
             return False
         now = listed(container)
         return all(a is b or equal_atoms(a, b) for a, b in zip(now, held, strict=True))
+
+    def new_items(self) -> list[tuple[Any, Any]]:
+        """Keys and values that a dictionary has got since."""
+        if not isinstance(self.container, dict):
+            return []
+        known = set(self.held[::2])
+        return [item for item in self.container.items() if item[0] not in known]
+
+    def putter(self, key: Any) -> Callable[[Any], None]:
+        """Return what puts a value under a key."""
+        return functools.partial(self.container.__setitem__, key)
 
     def replace(self, other: Callable[[Any], Any]) -> None:
         """Put other objects in the place of those for which the function gives others."""
@@ -127,6 +143,16 @@ class Names:
         now = self._now()
         gone = [MISSING for _ in self._found - now]
         return [self._attributes[name] for name in now - self._found] + gone
+
+    def new_items(self) -> list[tuple[str, Any]]:
+        """Names that were added, and their values, where they can be put elsewhere."""
+        if not isinstance(self._attributes, dict):
+            return []
+        return [(name, self._attributes[name]) for name in self._now() - self._found]
+
+    def putter(self, name: str) -> Callable[[Any], None]:
+        """Return what gives a name its value."""
+        return functools.partial(self._attributes.__setitem__, name)
 
     def replace(self, other: Callable[[Any], Any]) -> None:
         """Nothing: the values have holders of their own."""

@@ -19,10 +19,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harmony.capture.graph.trace import StepKind
-from harmony.capture.guards.holders import MISSING, Entry, Holder, Names, Whole
 from harmony.capture.guards.loss_reads import LossReads
 from harmony.capture.guards.observe import Observed, is_users, observing
 from harmony.capture.guards.reachable import Walk, World
+from harmony.capture.guards.written import Judge, Judges, SetUp, set_up_by
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain
 from harmony.capture.trace.leaf_watch import by_shape_only
@@ -30,8 +30,6 @@ from harmony.capture.trace.record import Recorder
 from harmony.capture.trace.refuse import DynamicOnlyError
 
 _MOST_ROUNDS = 8
-
-Judges = Callable[[torch.Tensor], bool]
 
 
 def hidden_state(name: str) -> str:
@@ -47,6 +45,7 @@ class Outside:
         kept_by_loss: what the loss function has written to, if anything.
         written_by_loss: names of all that it has written to.
         alone: whether each trace is to be undone at once.
+        set_up: what the last trace has set up for later forwards, the loss left out.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class Outside:
         self.kept_by_loss: str | None = None
         self.written_by_loss: frozenset[str] = frozenset()
         self.alone = False
+        self.set_up = SetUp()
         self._source = source
         self._loss = loss
         self._forward = _reachable(source, loss) if known is None else known
@@ -106,7 +106,9 @@ class Outside:
             made_of_data: as for `end`.
         """
         with torch._C.DisableTorchFunction():  # the forward is being recorded
-            self._by_forward = _Judge(made_of_data).written(self._around.holders)
+            judge = Judge(made_of_data)
+            self._by_forward = judge.written(self._around.holders)
+            self.set_up = set_up_by(judge, self._around.holders, self._copied)
         with observing() as observed:
             yield
         self._in_loss = observed
@@ -120,9 +122,11 @@ class Outside:
         self.reason = self.kept_by_loss = None
         for why, where in self._forward.unguardable.items():
             self.reason = f"the forward reads {why} at {where}"
-        judge = _Judge(made_of_data)
+        judge = Judge(made_of_data)
         written = judge.written(self._around.holders)
-        if self._loss is not None:
+        if self._loss is None:
+            self.set_up = set_up_by(judge, self._around.holders, self._copied)
+        else:
             written, self.kept_by_loss = self._by_forward, written
             changed = (holder.name for holder in self._around.holders if not holder.same())
             self.written_by_loss = frozenset(changed) if self.kept_by_loss else frozenset()
@@ -215,84 +219,6 @@ class Outside:
         if loss and self._loss is not None:
             walk.root("the loss", self._loss)
         return walk
-
-
-class _Judge:
-    """Tells what a forward has written from what it has only set up, such as a table.
-
-    A tensor that depends on shapes and constants alone comes out the same whoever makes it.
-    """
-
-    def __init__(self, made_of_data: Judges) -> None:
-        self._made_of_data = made_of_data
-
-    def written(self, holders: Collection[Holder]) -> str | None:
-        """Name the first thing that was written to."""
-        found = (h.name for h in holders if not h.same() and self._is_written(h))
-        return next(found, None)
-
-    def written_by_copy(self, walk: Walk) -> str | None:
-        """Name the first thing of a copied module that was written to and is not recorded.
-
-        Plain attributes of modules, and containers of plain values there, are.
-        """
-        direct = {id(entry): entry for entry, *_ in walk.attributes}
-        made_by_hooks = _made_by_torchs_hooks(walk)
-        containers = {id(entry.expected) for entry in direct.values()}
-
-        def is_recorded(holder: Holder) -> bool:
-            if isinstance(holder, Whole) and id(holder.container) in containers:
-                return is_plain(holder.container) and is_plain(holder.held)
-            if isinstance(holder, Names) and holder.owner is nn.Module:
-                return all(map(self._is_set_up, holder.added()))
-            return id(holder) in direct and _both_plain(direct[id(holder)])
-
-        changed = (holder for holder in walk.holders if not holder.same())
-        found = (h for h in changed if id(h) not in made_by_hooks and not is_recorded(h))
-        return next((h.name for h in found if self._is_written(h)), None)
-
-    def _is_written(self, holder: Holder) -> bool:
-        if isinstance(holder, Entry):
-            before = holder.expected
-            fresh = before is None or before is MISSING or isinstance(before, torch.Tensor)
-            return not (fresh and self._is_table(holder.found()))
-        if isinstance(holder, Names):
-            return not all(map(self._is_table, holder.added()))
-        if isinstance(holder, Whole) and isinstance(holder.container, dict):
-            known = {id(value) for value in holder.held}
-            new = [value for value in holder.container.values() if id(value) not in known]
-            kept = holder.held[::2]
-            return not (
-                all(key in holder.container for key in kept) and all(map(self._is_table, new))
-            )
-        return True
-
-    def _is_table(self, value: Any) -> bool:
-        if isinstance(value, tuple):
-            return all(map(self._is_table, value))
-        return isinstance(value, torch.Tensor) and not self._made_of_data(value)
-
-    def _is_set_up(self, value: Any) -> bool:
-        return is_plain(value) or self._is_table(value)
-
-
-def _made_by_torchs_hooks(walk: Walk) -> set[int]:
-    """Holders of attributes that hooks of PyTorch compute before each forward (weight norm)."""
-    return {
-        id(entry)
-        for entry, module, name in walk.owners()
-        for hook in module._forward_pre_hooks.values()
-        if type(hook).__module__.startswith("torch.") and getattr(hook, "name", None) == name
-    }
-
-
-def _both_plain(entry: Entry) -> bool:
-    now = entry.found()
-    return (
-        is_plain(now)
-        if entry.expected is MISSING
-        else is_plain(entry.expected) and (now is MISSING or is_plain(now))
-    )
 
 
 class Home:

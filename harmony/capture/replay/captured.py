@@ -312,7 +312,7 @@ def _changes(
     for layer in range(reference.num_layers):
         changes = changes_of(reference.steps(layer))
         if changes.buffers or changes.attributes:
-            feeds = not statistics.issuperset(changes.buffers)
+            feeds = not set(changes.buffers) <= statistics
             yield layer, replace(changes, feeds_outputs=feeds)
 
 

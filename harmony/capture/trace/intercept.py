@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._functorch import apis as _apis
+from torch.amp.autocast_mode import autocast
 
 
 @contextmanager
@@ -40,10 +41,44 @@ def recording(recorder: Any) -> Iterator[None]:
     setattr(torch.jit.ScriptFunction, "__call__", call_script)  # noqa: B010
     apis.vmap_impl = call_vmap
     try:
-        with recorder:
+        with _autocast_on_both(), recorder:
             yield
     finally:
         setattr(nn.Module, "__call__", call)  # noqa: B010
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
         setattr(torch.jit.ScriptFunction, "__call__", scripted)  # noqa: B010
         apis.vmap_impl = vmap
+
+
+@contextmanager
+def _autocast_on_both() -> Iterator[None]:
+    """Let autocast for the CPU or the accelerator be on, or off, for both in the block.
+
+    A forward that was written for one of them runs on the other.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    there = "cpu" if accelerator is None else accelerator.type
+    other = {"cpu": there, there: "cpu"} if there != "cpu" else {}
+    enter, leave = autocast.__enter__, autocast.__exit__
+
+    def enter_both(self: Any) -> Any:
+        if self.device in other:
+            twin = autocast(other[self.device], dtype=self.fast_dtype, enabled=self._enabled)
+            self.__dict__["_other"] = twin
+            enter(twin)  # type: ignore[no-untyped-call]
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    def leave_both(self: Any, *error: Any) -> Any:
+        left = leave(self, *error)
+        twin = self.__dict__.pop("_other", None)
+        if twin is not None:
+            leave(twin, *error)
+        return left
+
+    setattr(autocast, "__enter__", enter_both)  # noqa: B010
+    setattr(autocast, "__exit__", leave_both)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(autocast, "__enter__", enter)  # noqa: B010
+        setattr(autocast, "__exit__", leave)  # noqa: B010

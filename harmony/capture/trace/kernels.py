@@ -46,7 +46,7 @@ class Noticed:
 
     def wrote(self, tensor: torch.Tensor) -> bool:
         """Whether a kernel wrote to the memory of a tensor."""
-        return _storage(tensor) in self.written
+        return bool(self.written) and _storage(tensor) in self.written
 
 
 class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from harmony.errors import CaptureError, HarmonyError
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
 _HARMLESS = (torch.Tensor, nn.Module, type, bool, int, float, str, torch.dtype, torch.device)
-_OUTPUTS = (torch.Tensor, bool, int, float, complex, str, bytes, type, Enum)
+_OUTPUTS: tuple[type, ...] = (torch.Tensor, bool, int, float, complex, str, bytes, type, Enum)
 _OUTPUTS += (torch.dtype, torch.device, torch.Size)
 NEED_A_GRAPH = frozenset({"register_hook", "retain_grad", "grad"})
 """Functions that plain PyTorch's forward can call because it records gradients."""

@@ -193,6 +193,7 @@ class Tracer:
             real=self._real,
             attributes=tuple(recorder.attributes),
             loss_call=recorder.loss_call,
+            set_up=self.outside.set_up,
         )
         self._check_reach(trace, leaves, twin)
         return trace
