@@ -68,7 +68,8 @@ def call_key_of(
 
 def _describe(leaf: Any, batch_dim: int | None) -> Any:
     if not isinstance(leaf, torch.Tensor):
-        return repr(leaf)
+        compares: Any = type(leaf).__eq__  # of objects; the capture that one led to keeps it alive
+        return (repr(leaf), id(leaf)) if compares is object.__eq__ else repr(leaf)
     if form_of(leaf) is not None:  # its shape may not be known
         return type(leaf), leaf.layout, leaf.dtype, leaf.requires_grad
     shape = tuple(-1 if dim == batch_dim else size for dim, size in enumerate(leaf.shape))

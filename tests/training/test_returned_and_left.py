@@ -313,3 +313,42 @@ def test_vmap_and_packed_sequences_in_a_model_that_runs_as_it_is(vgpus: VirtualG
     layer = nn.GRU(WIDTH, WIDTH, batch_first=True)
     batches = [((x, 1 + y.clamp(max=2)), y) for x, y in (_batch(8) for _ in range(2))]
     assert_same_training(Mapped(layer), batches)
+
+
+class Settings:
+    """Of a forward; all look alike."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __repr__(self) -> str:
+        return "Settings()"
+
+
+class Scaled(Two):
+    def forward(self, x: torch.Tensor, settings: Settings) -> torch.Tensor:
+        return self.last(self.first(x) * settings.scale)
+
+
+def test_an_argument_that_is_an_object_is_read_anew(vgpus: VirtualGPUs) -> None:
+    """Whether it is another one that looks the same, or the same one with another value."""
+    net = Scaled()
+    plain = copy.deepcopy(net)
+    model, kept = harmony.Harmony(net, devices=1), Settings(1.0)
+    x, _ = _batch(8)
+    with torch.no_grad():
+        for settings in (kept, Settings(2.0), kept):
+            assert torch.equal(model(x, settings), plain(x, settings))
+            settings.scale *= 3
+            assert torch.equal(model(x, settings), plain(x, settings))
+
+
+def test_a_forward_in_whose_place_a_function_calls_it(vgpus: VirtualGPUs) -> None:
+    """The function has the method of the user's module, not that of a copy on a GPU."""
+    net, plain = Two(), Two()
+    for module in (net, plain):
+        called = module.first.forward
+        module.forward = lambda x, m=module: m.last(m.first(x))  # type: ignore[method-assign]
+        module.first.forward = lambda x, f=called: f(x) * 2  # type: ignore[method-assign]
+    batches = [((x,), y) for x, y in (_batch(8) for _ in range(2))]
+    assert_same_training(net, batches, plain=plain)

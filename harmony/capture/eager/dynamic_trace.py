@@ -77,6 +77,7 @@ class DynamicTrace:
         tracer.device, tracer.begin = self._device, begin
         if self._known is not None:
             tracer.outside = Outside(self._module, self._program.loss, self._known)
+            tracer.outside.arguments = batch.objects()
         try:
             trace = tracer.trace(batch.num_samples)
         finally:

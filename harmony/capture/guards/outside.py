@@ -45,6 +45,7 @@ class Outside:
         kept_by_loss: what the loss function has written to, if anything.
         written_by_loss: names of all that it has written to.
         alone: whether each trace is to be undone at once.
+        arguments: names and values of the arguments that are objects, which code may read.
         set_up: what the last trace has set up for later forwards, the loss left out.
     """
 
@@ -63,6 +64,7 @@ class Outside:
         self.kept_by_loss: str | None = None
         self.written_by_loss: frozenset[str] = frozenset()
         self.alone = False
+        self.arguments: list[tuple[str, Any]] = []
         self.set_up = SetUp()
         self._source = source
         self._loss = loss
@@ -216,6 +218,8 @@ class Outside:
         walk = Walk(observed, [*self._source.parameters(), *self._source.buffers()])
         walk.modules(self._source, moving)
         walk.code(observed.codes)
+        for name, held in self.arguments:
+            walk.root(name, held)
         if loss and self._loss is not None:
             walk.root("the loss", self._loss)
         return walk

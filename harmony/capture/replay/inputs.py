@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from harmony.capture.graph.structure import Structure, flatten
+from harmony.capture.guards.holders import ATOMS
 from harmony.errors import CaptureError, ConfigError
 
 Call = tuple[Any, Any, Any]
@@ -89,6 +90,14 @@ class Batch:
         """Return the number of samples of the leaves of another batch."""
         pairs = zip(leaves, self.batch_dims, strict=True)
         return next((leaf.shape[dim] for leaf, dim in pairs if dim is not None), 1)
+
+    def objects(self) -> list[tuple[str, Any]]:
+        """Names and values of the forward's arguments that are no tensors and may be changed."""
+        pairs = zip(self.names, self.leaves, strict=True)
+        plain = (torch.Tensor, *ATOMS)
+        return [
+            (n, x) for n, x in pairs if not isinstance(x, plain) and not n.startswith("targets")
+        ]
 
     def part(self, args: Any, kwargs: Any, targets: Any, low: int, high: int) -> Call:
         """Return samples ``low`` to ``high - 1`` of another batch with the same structure."""

@@ -7,14 +7,18 @@ place. Each device thread has a shell of its own.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from harmony.errors import CaptureError
+
+_DEEPEST = 4
+"""Functions inside of functions that are followed to a module."""
 
 Slot = tuple[Any, Any]
 """A container and a key or index in it: where a parameter is stored."""
@@ -180,12 +184,32 @@ def _containers(module: nn.Module) -> Iterator[Any]:
 
 
 def closes_over_module(module: nn.Module) -> str | None:
-    """Name an attribute whose function captured a module: it would use the original weights."""
+    """Name an attribute whose function captured a module: it would use the original weights.
+
+    A copy of the module has a method of its own in the place of a method, and a partial with
+    arguments of its own, but the same function.
+    """
     for name, owner in module.named_modules():
         for attribute, held in owner.__dict__.items():
-            if isinstance(held, FunctionType) and any(map(_is_module, _cells(held))):
+            function = held.func if isinstance(held, functools.partial) else held
+            if isinstance(function, FunctionType) and _leads_to_module(function, _DEEPEST):
                 return f"{name}.{attribute}".lstrip(".")
     return None
+
+
+def _leads_to_module(held: Any, depth: int) -> bool:
+    if isinstance(held, nn.Module):
+        return True
+    inside: Iterable[Any] = ()
+    if isinstance(held, MethodType):
+        inside = (held.__self__,)
+    elif isinstance(held, functools.partial):
+        inside = (held.func, *held.args, *held.keywords.values())
+    elif isinstance(held, FunctionType):
+        inside = _cells(held)
+    elif isinstance(held, (list, tuple)):
+        inside = held
+    return depth > 0 and any(_leads_to_module(inner, depth - 1) for inner in inside)
 
 
 def _cells(function: FunctionType) -> Iterator[Any]:
@@ -196,7 +220,3 @@ def _cells(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # a cell that is still empty
             continue
-
-
-def _is_module(held: Any) -> bool:
-    return isinstance(held, nn.Module)

@@ -81,6 +81,7 @@ class Tracer:
         self.leaves = leaves
         self.device = _trace_device(batch, target)
         self.outside = Outside(source, program.loss)
+        self.outside.arguments = batch.objects()
         self._source = source
         self._template = template
         self._program = program
