@@ -50,7 +50,7 @@ def test_gpt_with_dropout(
 ) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
-    batches = [token_batch(step) for step in range(20)]
+    batches = [token_batch(step) for step in range(8)]
     common = {"loss_fn": token_loss}
     shares = num_devices if mode == "dp" else 1
     expected = train_plain(
