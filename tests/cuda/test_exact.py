@@ -177,3 +177,24 @@ def test_a_gpt_trains_under_autocast_as_plain_pytorch() -> None:
     net = GPT(width=64, depth=4, dropout=0.1)
     batches = [token_batch(step) for step in range(3)]
     check_step(net, batches, token_loss, devices=2, device_memory="2MiB", autocast=True)
+
+
+class Spreads(nn.Module):
+    """Its output is one row, seen twice; a sum of two is the same in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(16, 16) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh((x[:, :1] + x[:, 1:]) * self.scale[:1]).expand(-1, 2, -1)
+
+
+def test_values_that_are_not_dense_go_from_gpu_to_gpu_in_order() -> None:
+    """CUDA's copy between GPUs spread them on a stream that nothing waited for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Spreads() for _ in range(6)), nn.Flatten(), nn.Linear(32, 4))
+    seeds = [torch.Generator().manual_seed(step) for step in range(2)]
+    batches = [(torch.randn(4, 2, 16, generator=g), torch.ones(4).long()) for g in seeds]
+    model = check_step(net, batches, F.cross_entropy, devices=2, device_memory="12KiB")
+    assert model.plan is not None and "Send X" in str(model.plan.schedule)

@@ -275,7 +275,7 @@ class DeviceProgram:
             return _offloading(ref, self._saved, self._around.saved)
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
-            return lambda _: _copy(chunk, env[ref])
+            return lambda _: _copy_value(chunk, env[ref])
         if ref.is_parameter:
             out = [(source, memory) for memory, source in self._residents.pairs(ref)]
             return lambda _: _copy_all(out)
@@ -306,7 +306,7 @@ class DeviceProgram:
         ref, env = _ref(instruction), self._env
         assert instruction.peer is not None
         peer = self._around.envs[instruction.peer]
-        return lambda _: _copy(peer[ref], env[ref])
+        return lambda _: _copy_value(peer[ref], env[ref])
 
     def _drop(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
@@ -360,6 +360,18 @@ def _dropping(ref: TensorRef, saved: SavedForwards, comes_back: bool) -> Issue:
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source, non_blocking=True)
+
+
+def _copy_value(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy what a device has made, which may lie in another order than what it is copied to.
+
+    It gets that order first, where it is, on the stream of the copy. CUDA's own copy to a peer
+    does it over there, on a stream that no event of the schedule is recorded on.
+    """
+    strides = zip(source.shape, source.stride(), target.stride(), strict=True)
+    if any(size > 1 and a != b for size, a, b in strides):
+        source = torch.empty_like(target, device=source.device).copy_(source)
+    _copy(target, source)
 
 
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
