@@ -68,6 +68,7 @@ def recover() -> None:
     """Go on after a kernel that failed, which may have taken the devices with it."""
     if TYPE == "cuda":
         for index in range(torch.cuda.device_count()):
-            with contextlib.suppress(RuntimeError):
+            standin.find_device()
+            with contextlib.suppress(RuntimeError):  # of kernels that had been enqueued behind it
                 torch.cuda.synchronize(index)
         standin.find_device()

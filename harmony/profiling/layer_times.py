@@ -85,7 +85,7 @@ def measure_layers(
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
                 with streams_restored([context]):
                     try:
-                        with _naming(layer, true.issuperset(layer.inputs)):
+                        with _naming(layer, context.device, true.issuperset(layer.inputs)):
                             measured = run.measure(weights, env)
                         forward_s, backward_s = known.seconds[key] = measured
                         true.update(layer.outputs if true.issuperset(layer.inputs) else ())
@@ -116,7 +116,7 @@ def _decides(code: Captured, num_samples: int) -> bool:
 
 
 @contextmanager
-def _naming(layer: Layer, true_inputs: bool) -> Iterator[None]:
+def _naming(layer: Layer, device: torch.device, true_inputs: bool) -> Iterator[None]:
     """Say which layer it was that raised, if its inputs were what it gets in training."""
     try:
         yield
@@ -125,6 +125,9 @@ def _naming(layer: Layer, true_inputs: bool) -> Iterator[None]:
     except (HarmonyError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if native.is_lost(device):
+            where = f"layer {layer.index} ({layer.name}), measured on the first batch,"
+            raise native.device_lost(where, error, "No parameter has changed") from error
         if not true_inputs:
             raise _NotOnTheseValuesError from error
         raise ExecutionError(

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from harmony.errors import DeviceLostError, text_of
+
 _CUDA_HOST_REGISTER_DEFAULT = 0
 
 _tokens_lock = threading.Lock()
@@ -107,6 +109,25 @@ def is_lost(device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def device_lost(
+    where: str, error: BaseException, after: str, *, torn: bool = False
+) -> DeviceLostError:
+    """Return the error that names the task, and says what to do.
+
+    Args:
+        after: what parameters are like now.
+    """
+    first = text_of(error).partition("\n")[0]
+    return DeviceLostError(
+        f"{where} failed, and the GPU with it ({type(error).__name__}: {first}): nothing runs on "
+        "a GPU in this process any more. Parameters are on the host: save model.state_dict() now, "
+        "then start the script again from it (CUDA_LAUNCH_BLOCKING=1 shows the kernel). "
+        f"{after}.",
+        where,
+        torn=torn,
+    )
 
 
 def have_own_links(devices: Sequence[torch.device]) -> bool:

@@ -178,10 +178,12 @@ namespace {
 
 // ---- operators with an answer of their own
 
+// One that CUDA makes of the bytes as they lie.
 bool is_plain_copy(const at::Tensor& to, const at::Tensor& from) {
+  bool same_order = (to.is_contiguous() && from.is_contiguous()) ||
+                    (to.strides().equals(from.strides()) && to.is_non_overlapping_and_dense());
   return to.scalar_type() == from.scalar_type() && to.sizes().equals(from.sizes()) &&
-         to.is_contiguous() && from.is_contiguous() && to.is_conj() == from.is_conj() &&
-         to.is_neg() == from.is_neg();
+         same_order && to.is_conj() == from.is_conj() && to.is_neg() == from.is_neg();
 }
 
 // PyTorch's own, but for what it would launch a kernel for: a copy on the device that changes the
@@ -219,6 +221,15 @@ std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, doubl
   return {input.mul(mask).mul_(keep == 0 ? 0.0 : 1.0 / keep), mask};
 }
 
+// CUDA counts integers, too; counts of either are integers that a double holds.
+at::Tensor histc(const at::Tensor& input, int64_t bins, const at::Scalar& low,
+                 const at::Scalar& high) {
+  auto values = at::isIntegralType(input.scalar_type(), true) ? input.to(at::kDouble) : input;
+  auto counts = at::empty({bins}, values.options());
+  at::histc_out(counts, values, bins, low, high);
+  return counts.to(input.scalar_type());
+}
+
 // Memory, views and transfers: PyTorch's own for CUDA, which launch no kernel.
 const std::unordered_set<std::string> kKept = {
     "aten::empty.memory_format", "aten::empty_strided", "aten::_copy_from",
@@ -234,7 +245,7 @@ const std::unordered_set<std::string> kComposites = {
 };
 
 const std::unordered_set<std::string> kAnsweredHere = {
-    "aten::copy_", "aten::native_dropout",
+    "aten::copy_", "aten::native_dropout", "aten::histc",
 };
 
 bool is_answered(const c10::OperatorHandle& op, const std::string& name) {
@@ -272,6 +283,7 @@ extern "C" __attribute__((visibility("default"))) int fakecuda_install() {
   }
   library.impl("copy_", copy_);
   library.impl("native_dropout", native_dropout);
+  library.impl("histc", histc);
   // What only these have no kernel on the CPU: convolution and attention are CPU's kernels and the
   // formula, and so are their gradients.
   auto& context = at::globalContext();

@@ -156,9 +156,9 @@ FAKECUDA_API int fakecuda_library_call(const char* name) {
 }
 
 namespace {
+// Each its own: PyTorch keeps a workspace for every one and stream.
 int make_handle(void** handle) {
-  static int one;
-  *handle = &one;
+  *handle = new int();
   return 0;
 }
 }  // namespace

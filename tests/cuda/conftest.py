@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harmony.vgpu import race_check
+from tests import devices
 from tests.cuda import standin
 
 _HERE = Path(__file__).parent
@@ -29,6 +30,7 @@ def _no_misuse() -> Iterator[None]:
     before = standin.counters()
     yield
     gc.collect()
+    devices.recover()
     assert standin.calls_since(before)["misuse"] == 0
 
 

@@ -203,6 +203,29 @@ print("whole", all(torch.equal(now[n], p) for n, p in before.items()))
     assert "whole True" in found and "No parameter was changed" in found
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_wrong_id_loses_the_gpu_and_is_named(first: bool) -> None:
+    """On the first batch a layer met it while it was measured: `AcceleratorError` was all."""
+    found = standin.run(
+        SETUP
+        + f"""
+model = make(devices=2)
+tokens, targets = token_batch(0)
+if not {first}:
+    model.train_step(tokens, targets)
+before = {{n: p.clone() for n, p in model.state_dict().items()}}
+try:
+    model.train_step(torch.full_like(tokens, 10**6), targets)
+except harmony.DeviceLostError as error:
+    print("lost", error)
+now = model.state_dict()
+print("whole", all(torch.equal(now[n], p) for n, p in before.items()))
+""",
+        gpus=2,
+    )
+    assert "start the script again" in found and "whole True" in found
+
+
 @pytest.mark.parametrize("name", ["copy_in", "launch", "event_record", "stream_wait"])
 def test_a_call_that_fails_once_changes_no_parameter_and_the_next_step_works(name: str) -> None:
     torch.manual_seed(0)

@@ -16,9 +16,10 @@ VirtualGPUs = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def _free_devices() -> Iterator[None]:
-    """Let go of a test's models, so that the next one may set up other virtual GPUs."""
+    """Let go of a test's models, and of what it broke: the next one sets its devices up."""
     yield
     gc.collect()
+    devices.recover()
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ def test_what_is_generated_is_what_plain_pytorch_generates(make: Any, vgpus: Vir
     plain = copy.deepcopy(net)
     weights = sum(param.nbytes for param in net.parameters())
     vgpus(count=1, memory=weights * 3 // 4)  # one leaf at a time is all that has to fit
+    before = torch.accelerator.memory_allocated(0)
     model = harmony.Harmony(net, devices=1)
     ids = torch.randint(3, 97, (1, 5))
     for how in HOW.values():
@@ -68,7 +69,7 @@ def test_what_is_generated_is_what_plain_pytorch_generates(make: Any, vgpus: Vir
             torch.manual_seed(7)
             made.append(one.generate(ids, max_new_tokens=6, pad_token_id=0, **how))
         assert torch.equal(*made)
-    assert torch.accelerator.memory_allocated(0) == 0
+    assert torch.accelerator.memory_allocated(0) == before
     assert "forward" not in net.__dict__
 
 

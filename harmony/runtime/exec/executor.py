@@ -16,7 +16,7 @@ import torch
 from harmony.capture import Captured
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
-from harmony.errors import DeviceLostError, ExecutionError, HarmonyError, PlanError, text_of
+from harmony.errors import ExecutionError, HarmonyError, PlanError, text_of
 from harmony.planner.ir.kinds import span_kinds
 from harmony.planner.ir.schedule import HOST, DeviceSpec, Schedule, Slots
 from harmony.planner.ir.tasks import Pack, TaskKind, TensorKind, TensorRef
@@ -364,7 +364,7 @@ class Executor:
             if isinstance(error, HarmonyError) and not torn:
                 raise error
             if any(native.is_lost(context.device) for context in self.contexts):
-                raise DeviceLostError(_lost(where, error, step), where, torn=torn) from error
+                raise native.device_lost(where, error, _state_after(step), torn=torn) from error
             raise ExecutionError(_explain(where, error, step), where, torn=torn) from error
         finally:
             del error
@@ -409,16 +409,6 @@ def _explain(where: str, error: BaseException, step: Step) -> str:
     else:
         reason = f"{type(error).__name__}: {text_of(error)}"
     return f"{where} failed. {reason}. {_state_after(step)}."
-
-
-def _lost(where: str, error: BaseException, step: Step) -> str:
-    first = text_of(error).partition("\n")[0]
-    return (
-        f"{where} failed, and the GPU with it ({type(error).__name__}: {first}): nothing runs on "
-        "a GPU in this process any more. Parameters are on the host: save model.state_dict() now, "
-        "then start the script again from it (CUDA_LAUNCH_BLOCKING=1 shows the kernel). "
-        f"{_state_after(step)}."
-    )
 
 
 def _state_after(step: Step) -> str:
