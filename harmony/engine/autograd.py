@@ -170,7 +170,8 @@ def hooks_of_others_off() -> saved_tensors_hooks:
 
     `torch.utils.checkpoint`, for one, counts what is saved in the first forward and in the second.
     """
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    # Without its graph, since an output that its own node holds is a circle that nobody frees.
+    return saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
 def attach(values: Values, inputs: Values, call: ForwardCall) -> Values:
