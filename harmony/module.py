@@ -278,9 +278,10 @@ class Harmony(Wrapper):
         Plain PyTorch runs the module itself, on the host, with its hooks and ``loss_fn``, on the
         whole batch at once (in microbatches only where ``microbatch_size=`` fixes them), and the
         optimizer's own ``step()``. Compared are the loss, every gradient, every buffer that
-        changes, and with `train_step` every parameter and all state of the optimizer after the
-        step. Nothing of the model, its optimizer or the random states changes; what hooks and
-        forwards do outside of the module happens once more for each run.
+        changes, tensors and plain values on modules' attributes, and with `train_step` every
+        parameter and all state of the optimizer after the step. Nothing of the model, its
+        optimizer or the random states changes; what hooks and forwards do outside of the module
+        happens once more for each run.
 
         Args:
             inputs, targets: as for `train_step`. A loop of one's own needs a loss as well:

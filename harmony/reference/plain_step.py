@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from harmony.capture import Batch
 from harmony.capture.graph.structure import flatten
+from harmony.capture.state.python_state import is_plain
 from harmony.capture.state.random_state import HostState, PythonState
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed
 from harmony.core.units import format_bytes
@@ -29,6 +31,8 @@ from harmony.runtime.step.randomness import seed_microbatch
 
 Tensors = dict[str, torch.Tensor]
 """By name; what has none is left out."""
+
+_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
 
 Parts = tuple[tuple[Samples, ...], ...]
 """Microbatches of each replica."""
@@ -44,6 +48,7 @@ class Result:
         inputs: gradients of the inputs that require one.
         buffers: all of them, after the step.
         given: the tensors of the call after the step, which a forward may change in place.
+        left: what is on attributes of the modules then (`left_on`).
         draws: whether random numbers were drawn.
         draws_in_python: whether Python or NumPy drew some.
     """
@@ -53,6 +58,7 @@ class Result:
     inputs: Tensors
     buffers: Tensors
     given: Tensors = field(default_factory=dict)
+    left: dict[str, Any] = field(default_factory=dict)
     draws: bool = False
     draws_in_python: bool = False
 
@@ -241,6 +247,7 @@ class PlainStep:
             inputs=self._input_gradients(),
             buffers={n: b.detach().cpu().clone() for n, b in self.net.named_buffers()},
             given=self._after(),
+            left=left_on(self.net),
             draws=self._drew,
             draws_in_python=self._drew_in_python,
         )
@@ -337,6 +344,26 @@ class PlainForward:
 
     step: PlainStep
     before: Snapshot
+
+
+def left_on(net: nn.Module) -> dict[str, Any]:
+    """Return copies of what is on the attributes of modules, by name: tensors, and plain values.
+
+    What containers of the usual kinds hold is there under its place in them; other objects are
+    left out.
+    """
+    found: dict[str, Any] = {}
+    for path, module in net.named_modules():
+        for name, held in module.__dict__.items():
+            if name in _MACHINERY:
+                continue
+            for place, leaf in tree_flatten_with_path(held)[0]:
+                if isinstance(leaf, torch.Tensor):
+                    if not leaf.is_meta and leaf.layout is torch.strided:
+                        found[f"{path}.{name}{keystr(place)}"] = leaf.detach().cpu().clone()
+                elif is_plain(leaf):
+                    found[f"{path}.{name}{keystr(place)}"] = leaf
+    return {name.removeprefix("."): leaf for name, leaf in found.items()}
 
 
 def tensors_of(call: Any) -> Tensors:

@@ -15,6 +15,7 @@ from harmony.verification.verification import (
     Difference,
     Verification,
     compare_all,
+    compare_left,
     difference,
     largest,
     tolerance_of,
@@ -40,6 +41,8 @@ def verification_of(
     """
     loss, plain_loss = found.loss, reference.result.loss
     gradients, others = rows_of(found, reference, buffers)
+    if found.left:
+        others += compare_left(found.left, reference.result.left, reference.factor)
     device = reference_device(engine)
     where = "the CPU" if device.type == "cpu" else str(device)
     return Verification(

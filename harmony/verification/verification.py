@@ -252,6 +252,32 @@ def compare_states(
     return rows
 
 
+def compare_left(
+    found: Mapping[str, Any], expected: Mapping[str, Any], factor: float
+) -> list[Difference]:
+    """Compare what is on attributes of modules after the step; what is the same has no row.
+
+    Numbers of Python are compared like tensors, and anything else has to be equal.
+    """
+    rows = []
+    for name in dict.fromkeys((*expected, *found)):
+        shown, ours, theirs = f"attribute {name}", found.get(name), expected.get(name)
+        if isinstance(ours, float) and isinstance(theirs, float):
+            ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            row = difference(shown, ours, theirs, factor, largest(theirs))
+            rows += [] if row.absolute == 0.0 else [row]
+        elif type(ours) is not type(theirs) or ours != theirs:
+            text = f"{shown} (Harmony {_short(ours)}, plain PyTorch {_short(theirs)})"
+            rows.append(Difference(text, float("inf"), float("inf"), 0.0))
+    return rows
+
+
+def _short(held: Any) -> str:
+    text = "a tensor" if isinstance(held, torch.Tensor) else repr(held)
+    return text if len(text) < 40 else f"{text[:37]}..."
+
+
 def largest(tensor: torch.Tensor) -> float:
     """The largest absolute entry."""
     if tensor.is_sparse:

@@ -22,7 +22,7 @@ from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Samples
 from harmony.reference.draws import CannotJoinError, DrawPlayer, DrawRecorder
 from harmony.reference.outputs import loss_of
-from harmony.reference.plain_step import Parts, PlainStep, Result, Tensors, tensors_of
+from harmony.reference.plain_step import Parts, PlainStep, Result, Tensors, left_on, tensors_of
 from harmony.reference.snapshot import Snapshot, same_bits
 from harmony.verification.outcome import agree, rows_of, verification_of
 from harmony.verification.script import Verifier
@@ -266,6 +266,7 @@ class _Comparison:
             params={n: p.detach().clone() for n, p in net.named_parameters()},
             state=states_of(engine.optimizer, net),
             parts=parts,
+            left=left_on(net),
             given=tensors_of((args, kwargs, targets)),
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
@@ -311,6 +312,7 @@ class _Comparison:
             inputs=given,
             buffers={n: b.detach().clone() for n, b in net.named_buffers()},
             parts=(whole,) if plan is None else parts_of(engine, plan.minibatch),
+            left=left_on(net),
             given=tensors_of((args, kwargs, targets)),
         )
 
