@@ -23,6 +23,7 @@ from harmony.engine.precision import precision_of
 from harmony.errors import ConfigError
 from harmony.profiling.model_profile import ModelProfile
 from harmony.profiling.presets import PRESETS
+from harmony.runtime.device import available_devices
 from harmony.runtime.hardware import choose_devices
 from harmony.vgpu.api import virtual_gpus
 from harmony.weights.meta_init import meta_init
@@ -61,7 +62,7 @@ def profile_of_config(
     if length > takes:
         raise ConfigError(f"--tokens {length}: {name} takes {takes} tokens at most")
     options = EngineOptions(optimizer=torch.optim.AdamW, precision=precision_of(precision))
-    if not torch.cuda.is_available():
+    if not available_devices():  # one is needed to say what device the layers are for
         virtual_gpus(count=1)
     engine = Engine(net, choose_devices(1, None), options)
     ids = torch.zeros(minibatch, length, dtype=torch.long)

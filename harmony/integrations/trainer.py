@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from harmony.integrations.joining import joined
 from harmony.module import Harmony
 
 
@@ -23,6 +25,10 @@ class HarmonyTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     Batches are run one by one, as Trainer does, where they differ in shape, where they do not
     consist of tensors, or where the loss is not scaled by ``num_items_in_batch``.
+
+    ``bf16=True`` trains a module that is not wrapped yet by ``precision="bf16"``, whose weights
+    are half as many bytes on the links, and not under autocast, which casts them on the GPU. A
+    Harmony model has a precision of its own and runs under autocast, as with Trainer.
 
     Args:
         model: the module, or a Harmony model.
@@ -42,6 +48,10 @@ class HarmonyTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         args = TrainingArguments("trainer_output") if args is None else args
         size = args.per_device_train_batch_size
         self._harmony_options = {"microbatch_size": size, **(harmony_options or {})}
+        if args.bf16 and not isinstance(model, Harmony):
+            self._harmony_options.setdefault("precision", "bf16")
+            args = copy.copy(args)
+            args.mixed_precision = "no"  # the flag stays for whoever reads it
         self._joined: dict[str, torch.Tensor] | None = None
         self._num_waiting = 0
         model = None if model is None else self._wrapped(model)
@@ -75,25 +85,3 @@ class HarmonyTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             return torch.zeros((), device=self.args.device)
         whole, self._joined = self._joined, None
         return super().training_step(model, whole, num_items_in_batch)
-
-
-def joined(batches: Sequence[Any]) -> dict[str, torch.Tensor] | None:
-    """Return several batches as one, or None if they are not alike."""
-    if len(batches) < 2:
-        return None
-    forms = [_form(batch) for batch in batches]
-    if forms[0] is None or any(form != forms[0] for form in forms):
-        return None
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _form(batch: Any) -> dict[str, Any] | None:
-    """Shapes and types of a batch's tensors; None if not all are tensors of as many samples."""
-    if not isinstance(batch, Mapping) or not batch:
-        return None
-    values = list(batch.values())
-    if not all(isinstance(value, torch.Tensor) and value.dim() > 0 for value in values):
-        return None
-    if len({len(value) for value in values}) != 1:
-        return None
-    return {name: (value.shape, value.dtype) for name, value in batch.items()}

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 
 import harmony
 from harmony.integrations import HarmonyTrainer
-from harmony.integrations.trainer import joined
+from harmony.integrations.joining import joined
 from tests.integrations.common import NUM_GPUS, digest, language_model, texts
 from tests.training.conftest import VirtualGPUs
 
@@ -29,7 +29,9 @@ class Seen(TrainerCallback):
         self.events.append("step")
 
 
-def trained(kind: Any, folder: Path, resume: Path | None = None, **options: Any) -> Any:
+def trained(
+    kind: Any, folder: Path, resume: Path | None = None, *, bf16: bool = False, **options: Any
+) -> Any:
     """Train for three steps of two batches, with other numbers of targets that count."""
     arguments = TrainingArguments(
         str(folder),
@@ -43,6 +45,7 @@ def trained(kind: Any, folder: Path, resume: Path | None = None, **options: Any)
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        bf16=bf16,
     )
     rows = texts()
     for number, row in enumerate(rows):
@@ -80,12 +83,28 @@ def test_a_step_runs_the_model_once_and_is_the_plain_one(
     assert again[1] == state and again[3] == ["part", "step"]
 
 
+def test_the_flag_bf16_is_the_precision_of_the_model(vgpus: VirtualGPUs, tmp_path: Path) -> None:
+    options = {"devices": 1}
+    asked = {**options, "precision": "bf16"}
+    expected = trained(HarmonyTrainer, tmp_path / "asked", harmony_options=asked)
+    found = trained(HarmonyTrainer, tmp_path / "flag", bf16=True, harmony_options=options)
+    assert found[1:] == expected[1:]
+    assert found[0].record.facts["precision"].startswith("bfloat16 with fp32 masters")
+    model = harmony.Harmony(language_model(), devices=1)
+    arguments = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to=[])
+    assert HarmonyTrainer(model, arguments).accelerator.mixed_precision == "bf16"
+
+
 def test_batches_that_are_not_alike_are_not_joined() -> None:
     batch = {"ids": torch.zeros(2, 3), "labels": torch.ones(2)}
     whole = joined([batch, batch])
     assert whole is not None and whole["ids"].shape == (4, 3) and whole["labels"].shape == (4,)
     longer = {"ids": torch.zeros(2, 4), "labels": torch.ones(2)}
+    pair = joined([(torch.zeros(2), [torch.ones(2, 3)])] * 2)
+    assert isinstance(pair, tuple) and pair[1][0].shape == (4, 3)
     others: list[Any] = [longer, {"ids": torch.zeros(2, 3)}, {**batch, "labels": [1, 2]}, ()]
+    others += [{**batch, "labels": torch.ones(3)}, {**batch, "labels": torch.tensor(1.0)}]
+    assert joined([others[-2]] * 2) is None and joined([torch.zeros(2), [torch.zeros(2)]]) is None
     for other in others:
         assert joined([batch, other]) is None
     assert joined([batch]) is None

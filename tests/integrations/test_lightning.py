@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import harmony
 from tests.integrations.common import NUM_GPUS, classifier, digest, pictures, wrapped
 from tests.training.conftest import VirtualGPUs
 
@@ -37,7 +38,14 @@ def task(net: nn.Module) -> Any:
     return Task()
 
 
-def trained(net: nn.Module, folder: Path, precision: str, resume: Path | None = None) -> Any:
+def trained(
+    net: nn.Module,
+    folder: Path,
+    precision: str,
+    resume: Path | None = None,
+    strategy: Any = "auto",
+    num_samples: int = 32,
+) -> Any:
     events: list[str] = []
 
     class Seen(lightning.Callback):  # type: ignore[name-defined, misc]
@@ -51,6 +59,7 @@ def trained(net: nn.Module, folder: Path, precision: str, resume: Path | None = 
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
+        strategy=strategy,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -60,7 +69,7 @@ def trained(net: nn.Module, folder: Path, precision: str, resume: Path | None = 
         callbacks=[Seen(), saving],
     )
     generator = torch.Generator().manual_seed(3)
-    data = torch.utils.data.DataLoader(pictures(), 8, shuffle=True, generator=generator)
+    data = torch.utils.data.DataLoader(pictures(num_samples), 8, shuffle=True, generator=generator)
     module = task(net)
     trainer.fit(module, data, data, ckpt_path=None if resume is None else str(resume))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -82,3 +91,47 @@ def test_the_run_is_the_plain_one_and_resumes(
         for n, net in enumerate((classifier(), wrapped(classifier(), num_gpus)))
     ]
     assert found[0] == found[1] and found[0][2] == ["batch"] * 4 + ["end"]
+
+
+@pytest.mark.parametrize("num_gpus", NUM_GPUS)
+def test_a_strategy_streams_the_weights_once_for_all_batches_of_a_step(
+    vgpus: VirtualGPUs, tmp_path: Path, num_gpus: int
+) -> None:
+    from harmony.integrations import HarmonyStrategy
+
+    state, metrics, events = trained(classifier(), tmp_path / "plain", "32-true")
+    model = harmony.Harmony(classifier(), devices=num_gpus, microbatch_size=8, mode="pp")
+    strategy = HarmonyStrategy(mean_loss=True)
+    found = trained(model, tmp_path / "joined", "32-true", strategy=strategy)
+    assert (found[0], found[2]) == (state, events), "all sizes are powers of two"
+    assert found[1]["seen"] == metrics["seen"]
+    assert model.num_steps == 4, "two batches of a step are one"
+    saved = tmp_path / "joined" / "epoch=0.ckpt"
+    again = harmony.Harmony(classifier(), devices=num_gpus, microbatch_size=8, mode="pp")
+    strategy = HarmonyStrategy(mean_loss=True)
+    resumed = trained(again, tmp_path / "resumed", "32-true", saved, strategy)
+    assert resumed[0] == trained(classifier(), tmp_path / "again", "32-true", saved)[0]
+
+
+def test_batches_that_differ_and_losses_that_nobody_vouches_for_run_one_by_one(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    from harmony.integrations import HarmonyStrategy
+
+    for number, options in enumerate(({}, {"mean_loss": True})):
+        expected = trained(classifier(), tmp_path / f"p{number}", "32-true", num_samples=28)
+        model = wrapped(classifier(), 1)
+        strategy = HarmonyStrategy(**options)
+        found = trained(model, tmp_path / f"h{number}", "32-true", None, strategy, 28)
+        assert found[2] == expected[2]
+        if number == 0:
+            assert found == expected and model.num_steps == 8
+        else:
+            assert model.num_steps == 6, "the last batch of an epoch is smaller"
+
+
+def test_the_strategy_has_a_name(vgpus: VirtualGPUs) -> None:
+    from harmony.integrations import HarmonyStrategy
+
+    trainer = lightning.Trainer(strategy="harmony", accelerator="cpu", logger=False)
+    assert isinstance(trainer.strategy, HarmonyStrategy)
