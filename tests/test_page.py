@@ -80,7 +80,7 @@ def test_what_was_expected_stands_beside_what_was_measured(tmp_path: Path) -> No
     at = cells.index("step")
     assert cells[at + 1 : at + 3] == ["1.00 s", "1.10 s"]
     at = cells.index("gpu0 peak memory")
-    assert cells[at + 1] == "51.0 MiB of 64.0 MiB"
+    assert cells[at + 1] == "51.0 of 64.0 MiB"
     assert "Predicted and measured" in shown.texts["h2"]
     assert "a <warning>" in " ".join(shown.texts["p"]), "text of others is no markup"
     assert any("What bounds it" in text for text in shown.texts["strong"])

@@ -163,6 +163,7 @@ def test_why_is_explained(profile: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--compare", "a.json", "b.json"], 2, "no such plan: a.json"),
         (["--compare", "a.json"], 2, "two saved plans, or names of GPUs"),
         (["PROFILE", "--compare", "T4", "Q7"], 2, "no GPU 'Q7'"),
+        (["PROFILE", "--compare", "T4", "--report", "t.html"], 2, "leave --report out"),
         (["PROFILE", "--lora", "4"], 2, "--lora describes the model of --model"),
         (["PROFILE", "--save-profile", "p.json"], 2, "--save-profile describes the model"),
         (["PROFILE", "--model", "llama-7b", *GPU], 2, "--model and --model-profile"),

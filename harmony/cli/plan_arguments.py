@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,9 @@ def _check_model(args: argparse.Namespace) -> None:
         raise ConfigError('--gpu: which GPU? E.g. --gpu "RTX 4090"; --list-gpus shows all')
     if args.model is not None and args.host_memory is None:
         raise ConfigError("--host-memory: how much memory has the host? E.g. 256GiB")
+    for name in ("gpu", "report", "plan", "save_plan", "explain"):
+        if args.compare and getattr(args, name):
+            raise ConfigError(f"--compare shows a table: leave --{name.replace('_', '-')} out")
     if args.gpu is not None:
         find_gpu(args.gpu)  # refused before the model is looked at
     for name in ("tokens", "precision", "lora", "save_profile"):
@@ -121,7 +125,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="harmony-run plan",
         description="Plan the training of a model on a machine, and show the plan.",
-        epilog=_EPILOG.replace("{presets}", ", ".join(PRESETS)),
+        epilog=_EPILOG.replace("{presets}", "\n  ".join(textwrap.wrap(", ".join(PRESETS), 95))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

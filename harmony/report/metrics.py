@@ -10,6 +10,7 @@ from typing import Any
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.core.timeline import Timeline
+from harmony.core.units import format_bytes
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.schedule import HOST, HOST_STREAM, Instruction, Op
 from harmony.planner.ir.tasks import Phase, TaskKind
@@ -32,6 +33,26 @@ BOTTLENECKS = {
     "update": "the update on the host",
     "host": "issuing work from the host",
 }
+
+
+MODE_NAMES = {
+    "pp": "Harmony-PP (pipeline)",
+    "dp": "Harmony-DP (data parallel)",
+    "dp+pp": "Harmony-DP over Harmony-PP (replicas, a pipeline each)",
+}
+
+LINK_NAMES = {"h2d": "host to GPU", "d2h": "GPU to host", "p2p": "GPU to GPU"}
+
+STALL_NAMES = {
+    "weights": "weights coming in",
+    "gradients": "gradients going out",
+    "new weights": "new weights going out",
+    "saved": "offloaded activations",
+    "peer": "another GPU",
+    "update": "the update on the host",
+    "host": "the host issuing work",
+}
+"""What a GPU waited for, where the name of the bytes alone does not say it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,18 @@ class Metrics:
     bound: str
     advice: str
 
+    def in_words(self) -> dict[str, str]:
+        """What the plan does, label to text: how it trains, what it keeps, who runs what."""
+        gpus = "1 GPU" if len(self.gpus) == 1 else f"{len(self.gpus)} GPUs"
+        mode = MODE_NAMES.get(self.mode, self.mode)
+        words = {"plan": f"{mode} on {gpus}, minibatch {self.minibatch} = {self.microbatches}"}
+        if self.keeps:
+            words["kept"] = self.keeps
+        if len({gpu.packs for gpu in self.gpus}) == 1:
+            return {**words, "packs": self.gpus[0].packs}
+        packs = {f"packs of gpu{index}": gpu.packs for index, gpu in enumerate(self.gpus)}
+        return {**words, **packs}
+
     def traffic_nbytes(self) -> dict[str, dict[str, int]]:
         """Link -> kind -> bytes, over all GPUs."""
         total: dict[str, dict[str, int]] = {}
@@ -154,6 +187,13 @@ def metrics_of(record: ModelRecord) -> Metrics:
         bound=bound,
         advice=advice,
     )
+
+
+def of_limit(nbytes: int, limit_nbytes: int) -> str:
+    """``"51.0 of 64.0 MiB"``, or with two units where they differ."""
+    used, limit = format_bytes(nbytes), format_bytes(limit_nbytes)
+    number, unit = used.split()
+    return f"{number if limit.endswith(f' {unit}') else used} of {limit}"
 
 
 def forward_seconds(plan: Plan, graph: LayerGraph, costs: CostTable, machine: Machine) -> float:

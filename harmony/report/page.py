@@ -16,14 +16,20 @@ from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes, format_seconds
 from harmony.core.version import __version__
 from harmony.planner.ir.plan import describe_spec
-from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, Metrics
-from harmony.report.plan_view import PlanView, figures, peak_share
+from harmony.report.metrics import (
+    BOTTLENECKS,
+    KINDS,
+    LINK_NAMES,
+    LINKS,
+    STALL_NAMES,
+    Metrics,
+    of_limit,
+)
+from harmony.report.plan_view import PlanView, figures, outcome_text, peak_share
 from harmony.report.trace_file import lane_order
 
 SPAN_KINDS = ("forward", "backward", "update", "accumulate", *KINDS)
 """In the order of the colours of ``page.html``."""
-
-LINK_NAMES = {"h2d": "host to GPU", "d2h": "GPU to host", "p2p": "GPU to GPU"}
 
 _HELP = (
     "Arrows choose what is described below, + and - zoom, Page Up and Page Down move, 0 shows "
@@ -166,18 +172,19 @@ def _figures_table(view: PlanView, predicted: Metrics, measured: Metrics | None)
         for cause in sorted(causes):
             cells = [gpu.stalls_s.get(cause, 0.0) / whole for gpu, whole in gpus]
             if max(cells) > 0.005:
-                rows.append((f"{name} waits for {cause}", [f"{cell:.1%}" for cell in cells]))
-        peaks = [_of(gpu.peak_nbytes, gpu.limit_nbytes) for gpu, _ in gpus]
+                rows.append(
+                    (
+                        f"{name} waits for {STALL_NAMES.get(cause, cause)}",
+                        [f"{cell:.1%}" for cell in cells],
+                    )
+                )
+        peaks = [of_limit(gpu.peak_nbytes, gpu.limit_nbytes) for gpu, _ in gpus]
         rows.append((f"{name} peak memory", peaks))
     rows.append(("updates on the host", [format_seconds(one.host_update_s) for one in both]))
-    host = [_of(one.host_nbytes, one.host_limit_nbytes) for one in both]
+    host = [of_limit(one.host_nbytes, one.host_limit_nbytes) for one in both]
     rows.append(("host memory", host))
     head = ["", "predicted", "measured"][: 1 + len(both)]
     return _table(head, [[name, *cells, *[""] * (len(both) - len(cells))] for name, cells in rows])
-
-
-def _of(nbytes: int, limit_nbytes: int) -> str:
-    return f"{format_bytes(nbytes)} of {format_bytes(limit_nbytes)}"
 
 
 def _timeline(view: PlanView, last: Timeline | None) -> str:
@@ -273,14 +280,7 @@ def _folded(head: str, lines: Sequence[str]) -> str:
 
 
 def _outcomes(view: PlanView, options: Iterable[tuple[str, float | str]]) -> list[str]:
-    lines = []
-    for what, outcome in options:
-        if isinstance(outcome, str):
-            lines.append(f"{what}: {outcome}")
-        else:
-            change = outcome / view.step_s - 1 if view.step_s else 0.0
-            lines.append(f"{what}: {format_seconds(outcome)} a step ({change:+.1%})")
-    return lines
+    return [outcome_text(view.step_s, what, outcome) for what, outcome in options]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:

@@ -301,7 +301,10 @@ def _head(view: PlanView) -> list[str]:
         lines += _wrapped("machine", note)
     if view.costs_from:
         lines += _wrapped("costs", view.costs_from)
-    lines += _wrapped("plan", describe_spec(plan.spec, plan.policy))
+    for label, text in figures(view).in_words().items():
+        if not label.startswith("packs"):  # those are beside their GPUs
+            lines += _wrapped(label, text)
+    lines += _wrapped("in detail", describe_spec(plan.spec, plan.policy))
     lines += _wrapped("step", _step_text(view))
     if plan.bound_s:
         lines += _wrapped("limit", _limit_text(view))
@@ -453,9 +456,13 @@ MOST_ALTERNATIVES = 12
 
 
 def _option(chosen_s: float, what: str, outcome: float | str) -> list[str]:
-    if isinstance(outcome, str):
-        text = f"{what}: {outcome}"
-    else:
-        change = outcome / chosen_s - 1 if chosen_s else 0.0
-        text = f"{what}: {format_seconds(outcome)} a step ({change:+.1%})"
+    text = outcome_text(chosen_s, what, outcome)
     return textwrap.wrap(text, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+
+
+def outcome_text(chosen_s: float, what: str, outcome: float | str) -> str:
+    """What an alternative would have taken, beside the seconds of what was chosen."""
+    if isinstance(outcome, str):
+        return f"{what}: {outcome}"
+    change = outcome / chosen_s - 1 if chosen_s else 0.0
+    return f"{what}: {format_seconds(outcome)} a step ({change:+.1%})"

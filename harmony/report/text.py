@@ -25,9 +25,19 @@ from rich.text import Text
 
 from harmony.core.files import write_text
 from harmony.core.timeline import Timeline
-from harmony.core.units import format_bytes, format_seconds
+from harmony.core.units import format_seconds
 from harmony.errors import ConfigError
-from harmony.report.metrics import BOTTLENECKS, KINDS, LINKS, GpuMetrics, Metrics, metrics_of
+from harmony.report.metrics import (
+    BOTTLENECKS,
+    KINDS,
+    LINK_NAMES,
+    LINKS,
+    STALL_NAMES,
+    GpuMetrics,
+    Metrics,
+    metrics_of,
+    of_limit,
+)
 from harmony.report.page import page
 from harmony.report.plan_view import PlanView, view_of
 from harmony.report.session import ModelRecord
@@ -35,21 +45,6 @@ from harmony.report.trace_file import trace_events
 
 PLAIN_WIDTH = 100
 """Columns of a report that goes to a file or a pipe."""
-
-MODE_NAMES = {"pp": "Harmony-PP (pipeline)", "dp": "Harmony-DP (data parallel)"}
-LINK_NAMES = {"h2d": "host to GPU", "d2h": "GPU to host", "p2p": "GPU to GPU"}
-
-STALL_NAMES = {
-    "weights": "weights coming in",
-    "gradients": "gradients going out",
-    "new weights": "new weights going out",
-    "saved": "offloaded activations",
-    "peer": "another GPU",
-    "update": "the update on the host",
-    "host": "the host issuing work",
-}
-"""What a GPU waited for, where the name of the bytes alone does not say it."""
-
 
 _ASCII = str.maketrans("─━█░·", "--#.-")
 
@@ -209,14 +204,8 @@ def _summary(figures: Metrics) -> RenderableType:
     grid.add_column()
     for label, value in figures.facts.items():
         grid.add_row(label, value)
-    gpus = "1 GPU" if len(figures.gpus) == 1 else f"{len(figures.gpus)} GPUs"
-    mode = MODE_NAMES.get(figures.mode, figures.mode)
-    samples = f"minibatch {figures.minibatch} = {figures.microbatches}"
-    grid.add_row("plan", f"{mode} on {gpus}, {samples}")
-    if figures.keeps:
-        grid.add_row("kept", figures.keeps)
-    for label, packs in _pack_rows(figures.gpus):
-        grid.add_row(label, packs)
+    for label, value in figures.in_words().items():
+        grid.add_row(label, value)
     if figures.num_plans > 1:
         grid.add_row("plans", f"{figures.num_plans} were used; this is the one that ran most")
     grid.add_row("step", _step_text(figures))
@@ -226,13 +215,6 @@ def _summary(figures: Metrics) -> RenderableType:
     for warning in figures.warnings:
         grid.add_row(Text("warning", style="bold yellow"), warning)
     return Padding(grid, (0, 0, 1, 0))
-
-
-def _pack_rows(gpus: Sequence[GpuMetrics]) -> list[tuple[str, str]]:
-    """Packs per GPU; one row where all GPUs run the same."""
-    if len({gpu.packs for gpu in gpus}) == 1:
-        return [("packs", gpus[0].packs)]
-    return [(f"packs of gpu{index}", gpu.packs) for index, gpu in enumerate(gpus)]
 
 
 def _step_text(figures: Metrics) -> Text:
@@ -263,15 +245,8 @@ def _training_text(figures: Metrics) -> str:
 
 
 def _host_text(figures: Metrics) -> str:
-    used = _of(figures.host_nbytes, figures.host_limit_nbytes)
+    used = of_limit(figures.host_nbytes, figures.host_limit_nbytes)
     return f"{used}; its update thread works {format_seconds(figures.host_update_s)} a step"
-
-
-def _of(nbytes: int, limit_nbytes: int) -> str:
-    """``"51.0 of 64.0 MiB"``, or with two units where they differ."""
-    used, limit = format_bytes(nbytes), format_bytes(limit_nbytes)
-    number, unit = used.split()
-    return f"{number if limit.endswith(f' {unit}') else used} of {limit}"
 
 
 def _gpu_table(figures: Metrics) -> RenderableType:
@@ -294,7 +269,7 @@ def _gpu_table(figures: Metrics) -> RenderableType:
             f"{busy:.0%}",
             _stall_text(gpu.stalls_s, whole),
             Bar(used, style),
-            _of(gpu.peak_nbytes, gpu.limit_nbytes),
+            of_limit(gpu.peak_nbytes, gpu.limit_nbytes),
         )
     return table
 
