@@ -8,6 +8,7 @@ HarmonyError
  |   `- ScheduleError    a schedule that the checker refuses; shows the line
  |- ExecutionError       a task failed while it ran; names the task
  |   `- DeviceLostError  a GPU stopped for good: the process has to be started again
+ |- NonFiniteError       a loss or a gradient is infinite or NaN; names what made it first
  |- NotSavedError        a checkpoint that could not be written; those before it are whole
  |- RecomputeError       a layer does not compute the same twice; names the layer
  |- RaceError            two accesses to the same memory that no event orders
@@ -74,6 +75,10 @@ class ExecutionError(HarmonyError):
 
 class DeviceLostError(ExecutionError):
     """A GPU has stopped, and with it everything of this process on all of them."""
+
+
+class NonFiniteError(HarmonyError):
+    """A loss or a gradient is not finite; nothing was updated."""
 
 
 class NotSavedError(HarmonyError):

@@ -108,6 +108,11 @@ class Harmony(Wrapper):
             fp32 parameters, which stay on the host (see `harmony.engine.precision`).
         seed: the run's seed, for `harmony.microbatch_seed`; None: one that follows from torch's
             generator now, so that `torch.manual_seed` before makes runs repeatable.
+        detect_nonfinite: raise `harmony.NonFiniteError` when a loss or a gradient of `train_step`
+            is infinite or NaN, before anything is updated, and name the operation, its line, the
+            layer and the samples that it comes from. Updates wait for the whole backward then, run
+            on the host, and all gradients are read once more; only a step in which something is
+            found runs a second time, to find out where.
         watchdog: seconds (or ``"10m"``) after which a step in which nothing has moved is reported:
             at which instruction every thread and stream is, and the schedule's lines around it.
             Then it goes on waiting or, with ``"10m,end"``, the process ends with exit code 124.
@@ -139,12 +144,18 @@ class Harmony(Wrapper):
         replan: bool = True,
         precision: str = "fp32",
         seed: int | None = None,
+        detect_nonfinite: bool = False,
         watchdog: float | str | None = None,
     ) -> None:
         super().__init__()
         _check_options(module, mode, microbatch_size, activations, updates)
         _check_types(optimizer_kwargs, batch_dims, seed)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
+        if detect_nonfinite and optimizer is None:
+            raise ConfigError(
+                "detect_nonfinite=True without an optimizer: it looks at the steps of train_step. "
+                "In a loop of your own look at the loss and at param.grad"
+            )
         options = current_options()
         chosen = choose_devices(devices, device_memory)
         self._begin(
@@ -168,6 +179,7 @@ class Harmony(Wrapper):
                 precision=precision_of(options.precision or precision),
                 seed=drawn_seed() if seed is None else seed,
                 watch=_watch(watchdog),
+                detect_nonfinite=detect_nonfinite,
             ),
         )
         if options.verify and optimizer is None:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from harmony.core.files import DAMAGED
-from harmony.errors import ConfigError
+from harmony.core.units import format_bytes
+from harmony.errors import ConfigError, NotSavedError
+from harmony.runtime.host.limits import available_host_nbytes
 
 
 def is_of(held: Any, net: nn.Module) -> bool:
@@ -25,6 +27,7 @@ def state_of(optimizer: torch.optim.Optimizer | None, net: nn.Module) -> Any:
     if optimizer is None:
         return None
     names = {id(param): name for name, param in net.named_parameters()}
+    _check_room(optimizer)
     saved = optimizer.state_dict()
     numbered = [p for group in optimizer.param_groups for p in group["params"]]
     order = [names[id(param)] for param in numbered]
@@ -39,6 +42,23 @@ def state_of(optimizer: torch.optim.Optimizer | None, net: nn.Module) -> Any:
     ]
     rest = {k: v for k, v in saved.items() if k not in ("state", "param_groups")}
     return {"class": type(optimizer).__name__, "state": state, "groups": groups, "rest": rest}
+
+
+def _check_room(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to copy state from devices to a host that has no memory for it.
+
+    Raises:
+        NotSavedError: with the bytes.
+    """
+    held = (t for state in optimizer.state.values() for t in state.values())
+    away = [t.nbytes for t in held if isinstance(t, torch.Tensor) and t.device.type != "cpu"]
+    free = available_host_nbytes() if away else 0
+    if sum(away) > free:
+        raise NotSavedError(
+            f"{format_bytes(sum(away))} of optimizer state lie on GPUs, and the host has "
+            f"{format_bytes(free)} free to copy them to (cgroup limit included): nothing was "
+            "saved. updates='host' keeps that state on the host"
+        )
 
 
 def check_state(

@@ -24,6 +24,7 @@ from harmony.engine.engine import Engine
 from harmony.engine.precision import FP32
 from harmony.engine.resumed import BitChoices
 from harmony.errors import ConfigError, HarmonyError
+from harmony.runtime.host.limits import available_host_nbytes
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import Key, Unit, Unsaved
 from harmony.weights.checkpoint_files import StoredTensor
@@ -90,7 +91,8 @@ def snapshot(
             del tensors[key]
     config: Any = getattr(engine.net, "config", None)
     text = config.to_json_string() if hasattr(config, "to_json_string") else None
-    unsaved = Unsaved(units, engine.two_packs_nbytes({u.name: u.nbytes for u in units}))
+    two_packs = engine.two_packs_nbytes({unit.name: unit.nbytes for unit in units})
+    unsaved = Unsaved(units, min(two_packs, available_host_nbytes() // 2))
     return Snapshot(
         engine.num_steps, encoded, None if text is None else text.encode(), tensors, unsaved
     )

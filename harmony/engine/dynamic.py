@@ -40,6 +40,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.finite import check_finite
 from harmony.runtime.step.randomness import microbatch_seed
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.unsaved import about_to_change
@@ -234,6 +235,8 @@ class DynamicRunner:
             begun: hears when the first parameter is about to change.
         """
         optimizer, params = self._optimizer, list(self._net.parameters())
+        if self._options.detect_nonfinite:
+            check_finite((), dict(self._net.named_parameters()))
         assert optimizer is not None, "only train_step trains here"
         if optimizer.max_norm is not None:
             optimizer.clip(params)

@@ -10,7 +10,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -57,7 +57,7 @@ from harmony.engine.step_result import (
 )
 from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
-from harmony.errors import DoesNotFitError, ExecutionError, text_of
+from harmony.errors import DoesNotFitError, ExecutionError, NonFiniteError, text_of
 from harmony.planner.ir.tasks import Phase
 from harmony.profiling.model_profile import ModelProfile
 from harmony.report import header as facts
@@ -67,6 +67,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.executor import Job, PreparedSchedule
 from harmony.runtime.exec.out_of_memory import is_undone, with_room
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.finite import FirstBad, check_finite
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.traced_lock import TracedLock
 
@@ -254,10 +255,27 @@ class Engine:
     def _planned(self, call: Call, begun: list[str], ready: ReadyStep) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
         if not self.variants.hooked():
-            return self.run_step(ready)
+            try:
+                return self.run_step(ready)
+            except NonFiniteError as error:
+                said = text_of(error)
+            raise self._blamed(ready, said)
         ran = hooked_step(self, call, ready, self._run_gradients)
         self._dynamic.update(begun)
         return ran
+
+    def _blamed(self, ready: ReadyStep, said: str) -> NonFiniteError:
+        """Repeat a step that has changed nothing, and say what was not finite first."""
+        look = FirstBad(ready.variant.graph)
+        with suppress(NonFiniteError):
+            self.run_step(ready, look=look)
+        before = [n for n, p in self.net.named_parameters() if not bool(p.isfinite().all())]
+        if before:
+            said += f"; {before[0]} itself is not finite, before the step"
+        return NonFiniteError(
+            f"step {self.num_steps}: {said}: {look.found() or 'it is when the step is repeated'}. "
+            "Nothing was updated"
+        )
 
     def _run_gradients(self, ready: ReadyStep) -> RanStep:
         """Run a step up to its gradients, and leave them as ``grad``."""
@@ -332,8 +350,17 @@ class Engine:
         args, kwargs = self.options.precision.cast((args, kwargs))
         return self.variants.unmeasured(name, CallKind.TRAIN_STEP, (args, kwargs, None))
 
-    def run_step(self, ready: ReadyStep, *, apply_updates: bool = True) -> RanStep:
-        """Run the schedule of a training step, with its updates or up to the gradients."""
+    def run_step(
+        self, ready: ReadyStep, *, apply_updates: bool = True, look: FirstBad | None = None
+    ) -> RanStep:
+        """Run the schedule of a training step, with its updates or up to the gradients.
+
+        Args:
+            look: is shown all that is computed.
+
+        Raises:
+            NonFiniteError: if that is looked for, and found.
+        """
         variant = ready.variant
         prepared = self._with_slots(variant.prepared, ready.planned.plan, Phase.TRAIN)
         load_inputs(prepared, variant.graph, ready.inputs)
@@ -341,11 +368,14 @@ class Engine:
             self._aliased.take_back()
         variant.host.forget_gradients()
         replay = self._replay_state(ready)
-        job = Job(replay, ready.weights, apply_updates, begun=self.whole.begun)
-        timeline = variant.executor.run(prepared, job)
         loss = variant.graph.loss
         assert loss is not None
         chunks = prepared.outputs[loss].chunks()
+        job = Job(replay, ready.weights, apply_updates, look=look, begun=self.whole.begun)
+        if self.options.detect_nonfinite:
+            counted = [(s, chunk) for s, chunk in chunks if ready.weights.get((loss, s), 1.0)]
+            job.approve = functools.partial(check_finite, counted, variant.host.params)
+        timeline = variant.executor.run(prepared, job)
         # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
         total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
         return RanStep(total, timeline, replay)

@@ -37,6 +37,7 @@ class EngineOptions:
     seed: int = 0
     precision: Precision = FP32
     watch: Watch | None = None
+    detect_nonfinite: bool = False
 
     def groups_of(self, net: nn.Module) -> Groups | None:
         """The parameter groups of a module, as it is now."""
@@ -60,10 +61,12 @@ class EngineOptions:
         """The optimizer of a module's parameters; None if the user has one of their own."""
         if self.optimizer is None:
             return None
-        return PackOptimizer(
+        made = PackOptimizer(
             dict(net.named_parameters()),
             self.optimizer,
             self.optimizer_kwargs,
             self.groups_of(net),
             self.max_grad_norm,
         )
+        made.looks_first = self.detect_nonfinite
+        return made

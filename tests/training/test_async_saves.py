@@ -244,6 +244,21 @@ def test_a_disk_that_fails_is_said_and_leaves_what_was_there(
     assert all(map(torch.equal, expected, model.parameters()))
 
 
+def test_state_on_gpus_for_which_the_host_has_no_room_is_not_copied(
+    vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the system ends the process; a run goes on without this checkpoint."""
+    model = small()
+    with harmony.Run(model, tmp_path, every=1) as run:
+        model.train_step(*batch(0))
+        with monkeypatch.context() as scarce:
+            scarce.setattr("harmony.checkpoint.optimizers.available_host_nbytes", lambda: 1000)
+            with pytest.warns(harmony.HarmonyWarning, match=r"lie on GPUs, .* 1000 B free"):
+                run.step()
+        assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("form", ["step", "loop"])
 def test_a_run_that_saves_meanwhile_is_the_run_that_does_not(
     form: str, vgpus: VirtualGPUs, tmp_path: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -148,6 +148,7 @@ class Captured:
         wanted: Iterable[int],
         at_layer: Callable[[int], None] | None = None,
         guarded: bool = True,
+        look: Look | None = None,
     ) -> Values:
         """Run layers ``first`` to ``last - 1``, with or without gradients, on any device.
 
@@ -162,15 +163,18 @@ class Captured:
             at_layer: called with each layer's index before it runs.
             guarded: whether what the forward's Python read has to come out as recorded, and the
                 loss function itself runs; else its recorded steps do.
+            look: is shown what each operation makes.
         """
         layered = self.traces.of(num_samples)
         keep = {layered.crossing[value] for value in wanted}
         values = self._inputs(layered, first, last, env)
         aside: Values = {}
+        if look is not None:
+            look.begin(values)
         for layer in range(first, last):
             if at_layer is not None:
                 at_layer(layer)
-            _run_layer(layered, layer, shell, values, keep, guarded)
+            _run_layer(layered, layer, shell, values, keep, guarded, look)
             aside.update(_changed_later(layered, layer, last, values, keep))
         return {layered.ids[number]: aside.get(number, values[number]) for number in keep}
 
@@ -323,15 +327,22 @@ def _run_layer(
     values: Values,
     keep: AbstractSet[int],
     guarded: bool = True,
+    look: Look | None = None,
 ) -> None:
     trace = layered.trace
     for index in layered.ranges[layer]:
         step = trace.steps[index]
         if guarded and trace.loss_call is not None and index == trace.loss_call.first:
-            values[trace.loss_call.result] = run_loss(trace, values, shell)
+            loss = values[trace.loss_call.result] = run_loss(trace, values, shell)
+            if look is not None:
+                look.after(layer, step, {trace.loss_call.result: loss})
             return
         if guarded or step.kind is not StepKind.GUARD:
             run_step(step, values, shell)
+        if look is not None:
+            numbers = [*step.outputs, *(after for _, after in step.mutated)]
+            made = {number: values[number] for number in numbers if number is not None}
+            look.after(layer, step, made)
         for number in trace.dead_after[index]:
             if number not in keep:
                 values.pop(number, None)
@@ -350,3 +361,13 @@ def _changed_later(
         return {}
     made = (n for n in keep if n in values and layered.producer(n) == layer)
     return {n: values[n].clone() for n in made if layered.trace.values[n].storage in changed}
+
+
+class Look(Protocol):
+    """Is shown what the operations of some layers make while they run."""
+
+    def begin(self, values: Values) -> None:
+        """What they read, by the numbers of the trace."""
+
+    def after(self, layer: int, step: Step, made: Values) -> None:
+        """What one of them has made."""

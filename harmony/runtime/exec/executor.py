@@ -35,6 +35,7 @@ from harmony.runtime.host.host_program import HostProgram
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import Place, Stash
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.finite import FirstBad
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 from harmony.runtime.step.step import HostValues, Step, Weights
@@ -74,6 +75,9 @@ class Job:
         apply_updates: whether parameters are updated; if not, the gradients are all that is new.
         check: figures of a forward that ran before, or are to be compared with a backward to
             come. A schedule that has both is checked in its first run without it.
+        approve: called before the first update of an optimizer that waits for all gradients;
+            may raise.
+        look: is shown all that is computed.
         ahead_nbytes: per device, what the run behind this one takes, slots included.
         begun: the updates that the run has begun; from the first one on, parameters are of two
             steps until the run is over.
@@ -83,6 +87,8 @@ class Job:
     weights: Weights
     apply_updates: bool = True
     check: SelfCheck | None = None
+    approve: Callable[[], None] = lambda: None
+    look: FirstBad | None = None
     ahead_nbytes: Sequence[int] = ()
     begun: list[str] = field(default_factory=list)
 
@@ -252,14 +258,16 @@ class Executor:
             approval=num_signals - 1,
             waits=waits,
             apply_updates=job.apply_updates,
+            approve=job.approve,
             check=check,
             updated=job.begun,
         )
         pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
         self._check_room([needed - held for needed, held in pairs])
         self._check_room(prepared.needs_nbytes)
-        for context in self.contexts:
+        for context, stage in zip(self.contexts, self._stages, strict=True):
             context.reset_peak()
+            stage.look = job.look
         self._host.begin_step()
         job.replay.random.check = signals.check
         countdown = Countdown(num_programs)

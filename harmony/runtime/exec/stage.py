@@ -15,6 +15,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of, run_backward
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.pinned_memory import view_bytes
+from harmony.runtime.step.finite import FirstBad
 from harmony.runtime.step.kernel_choice import as_recomputed
 from harmony.runtime.step.replay_state import ReplayState
 
@@ -73,6 +74,7 @@ class Stage:
     Attributes:
         touched_by: per pack, the parameters that got a gradient since ``begin_gradients``; the
             others keep none, as in plain PyTorch.
+        look: is shown all that is computed.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Stage:
         self._sink = GradientSink()
         self._accumulating: tuple[Pack, int] | None = None
         self.touched_by: dict[Pack, set[str]] = {}
+        self.look: FirstBad | None = None
 
     def set_slots(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         """Use these device buffers as slots; what was bound to others is let go."""
@@ -270,6 +273,7 @@ class Stage:
                 wanted=wanted,
                 at_layer=at_layer if random.keep_at else None,
                 guarded=self._guarded,
+                look=None if self.look is None else self.look.run_of(task),
             )
             random.keep(self.context, samples, pack.last)
             replay.states.leave(task, self._shell)

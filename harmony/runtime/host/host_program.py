@@ -89,6 +89,8 @@ class HostProgram:
         optimizer = self._host.optimizer
         assert optimizer is not None, "a step without an optimizer has no updates"
         self._host.publish_all()
+        step.running[self.name] = "the look at the gradients"
+        step.approve()
         if optimizer.max_norm is not None:
             step.running[self.name] = "the clipping of the gradients"
             for param in self._host.params.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from harmony.core.timeline import Span
@@ -32,6 +32,8 @@ class Step:
             back.
         waits: whether the optimizer wants all gradients before the first update.
         apply_updates: whether there are updates at all.
+        approve: is called once all gradients are there, before they are clipped, where the
+            optimizer waits for them; may raise.
         check: takes the figures of what is made twice, in the first run of a schedule.
         started_s: host clock when the step began; spans count from it.
         spans: what the host programs did; devices add theirs when the step is over.
@@ -48,6 +50,7 @@ class Step:
     approval: int = -1
     waits: bool = False
     apply_updates: bool = True
+    approve: Callable[[], None] = lambda: None
     check: SelfCheck | None = None
     started_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)

@@ -109,6 +109,7 @@ class PackOptimizer:
         full: the optimizer over all parameters: what LR schedulers and checkpoints see.
         max_norm: to which norm all gradients together are clipped; None if they are not.
         last_norm: their norm before it was clipped, of the last step.
+        looks_first: whether all gradients are to be looked at before any update.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class PackOptimizer:
         """
         self.max_norm = max_norm
         self.last_norm: torch.Tensor | None = None
+        self.looks_first = False
         self._is_final = False
         self._factory, self._options = factory, options
         self._build(params, groups)
@@ -208,7 +210,7 @@ class PackOptimizer:
         """Why no pack can be updated before all gradients are there; None where one can."""
         if self.max_norm is not None:
             return f"max_grad_norm={self.max_norm}"
-        return self.together
+        return "detect_nonfinite=True" if self.looks_first else self.together
 
     def params(self) -> Iterator[nn.Parameter]:
         """The parameters in its groups."""

@@ -1,0 +1,105 @@
+"""detect_nonfinite=True: what is not finite is named before anything is updated."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import harmony
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import square_loss
+
+HERE = Path(__file__).name
+
+
+class Net(nn.Module):
+    """Masks with minus infinity, as attention does; a logarithm and a root in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        x = x.masked_fill(x > 0.5, -math.inf).softmax(-1)
+        x = self.layers[1](x) + low.log()
+        return self.layers[2](x) + (self.layers[3](x) * high).square().sqrt()
+
+
+def inputs(low: float, high: float) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, generator=generator)
+    lows, highs = torch.ones(4, 8), torch.ones(4, 8)
+    lows[2, 3], highs[1] = low, high
+    return x, lows, highs
+
+
+def state(model: harmony.Harmony) -> list[torch.Tensor]:
+    values = [v for held in model.optimizer.state.values() for v in held.values()]
+    return [t.cpu().clone() for t in (*model.parameters(), *values, torch.get_rng_state())]
+
+
+@pytest.mark.parametrize("activations", ["auto", "recompute"])
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (-1.0, 1.0, r"made first by log \(.*{here}:3\d\), in layer \d \(.*\), in the forward of"),
+        (1.0, 0.0, r"made first by the backward of sqrt \(.*{here}:3\d\), in layer \d"),
+    ],
+    ids=["forward", "backward"],
+)
+def test_the_operation_that_made_it_first_is_named(
+    low: float, high: float, text: str, activations: str, vgpus: VirtualGPUs
+) -> None:
+    torch.manual_seed(0)
+    model = harmony.Harmony(
+        Net(),
+        optimizer=torch.optim.AdamW,
+        loss_fn=square_loss,
+        devices=1,
+        microbatch_size=2,
+        activations=activations,
+        detect_nonfinite=True,
+    )
+    target = torch.zeros(4, 8)
+    model.train_step(inputs(1.0, 1.0), target)
+    before = state(model)
+    with pytest.raises(harmony.NonFiniteError, match=text.format(here=HERE)) as caught:
+        model.train_step(inputs(low, high), target)
+    samples = "2:4" if low < 0 else "0:2"
+    assert f"of samples {samples}" in str(caught.value)
+    assert "Nothing was updated" in str(caught.value)
+    assert all(map(torch.equal, before, state(model)))
+    assert model.num_steps == 1
+    model.train_step(inputs(1.0, 1.0), target)
+
+
+def test_a_step_in_which_all_is_finite_computes_the_same(vgpus: VirtualGPUs) -> None:
+    results = []
+    for options in ({}, {"detect_nonfinite": True}):
+        torch.manual_seed(0)
+        model = harmony.Harmony(
+            Net(), optimizer=torch.optim.AdamW, loss_fn=square_loss, devices=1, **options
+        )
+        losses = [model.train_step(inputs(1.0, 1.0), torch.zeros(4, 8)) for _ in range(2)]
+        results.append([*losses, *state(model)])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_parameter_that_is_not_finite_is_named(vgpus: VirtualGPUs) -> None:
+    model = harmony.Harmony(
+        Net(), optimizer=torch.optim.SGD, loss_fn=square_loss, devices=1, detect_nonfinite=True
+    )
+    with torch.no_grad():
+        model.module.layers[1].bias[0] = math.nan
+    with pytest.raises(harmony.NonFiniteError, match=r"layers\.1\.bias itself is not finite"):
+        model.train_step(inputs(1.0, 1.0), torch.zeros(4, 8))
+
+
+def test_it_needs_train_step() -> None:
+    with pytest.raises(harmony.ConfigError, match=r"look at the loss and at param\.grad"):
+        harmony.Harmony(Net(), detect_nonfinite=True)
