@@ -40,7 +40,6 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.interrupts import held_back
-from harmony.runtime.step.finite import check_finite
 from harmony.runtime.step.randomness import microbatch_seed
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.unsaved import about_to_change
@@ -211,6 +210,7 @@ class DynamicRunner:
         sums.publish(self._variants.arenas[1].own)
         if not fixed:
             call_hooks(self._net.parameters())
+        self._options.check_finite(self._net, total, minibatch)
         return replace(ran, loss=total)
 
     def _check_hooks(self, weights: LiveWeights) -> None:
@@ -235,8 +235,6 @@ class DynamicRunner:
             begun: hears when the first parameter is about to change.
         """
         optimizer, params = self._optimizer, list(self._net.parameters())
-        if self._options.detect_nonfinite:
-            check_finite((), dict(self._net.named_parameters()))
         assert optimizer is not None, "only train_step trains here"
         if optimizer.max_norm is not None:
             optimizer.clip(params)

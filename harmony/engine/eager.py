@@ -140,6 +140,7 @@ class EagerRunner:
                     changed.append(lent)
                 del loss, part, lent
                 self._come_home(outside)
+        self._options.check_finite(self._net, total, ranges[-1][1])
         for lent in changed:
             lent.give_back()
         return total

@@ -54,11 +54,13 @@ def hooked_step(engine: _Steps, call: Call, ready: ReadyStep, run: Run) -> RanSt
     if len(parts) == 1 or engine.options.microbatch_size is None:
         ran = run(ready)
         call_hooks(engine.net.parameters())
+        engine.options.check_finite(engine.net, ran.loss, parts[-1][1])
     else:
         before = ModuleState(engine.net)
         try:
             with held_back() as held, held.open():
                 ran = _in_parts(engine, call, ready, parts, run)
+            engine.options.check_finite(engine.net, ran.loss, parts[-1][1])
         except BaseException:
             before.restore()
             raise

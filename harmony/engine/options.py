@@ -12,7 +12,9 @@ from torch import nn
 from harmony.core.options import Watch
 from harmony.engine.call_kind import CallKind
 from harmony.engine.precision import FP32, Precision
+from harmony.errors import NonFiniteError
 from harmony.planner.ir.plan import Plan
+from harmony.runtime.step.finite import check_finite
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
 
 
@@ -43,6 +45,21 @@ class EngineOptions:
         """The parameter groups of a module, as it is now."""
         groups = self.param_groups
         return groups(net) if callable(groups) else groups
+
+    def check_finite(self, net: nn.Module, loss: torch.Tensor, minibatch: int) -> None:
+        """Refuse the loss and the gradients of a step that no schedule runs as a whole.
+
+        Raises:
+            NonFiniteError: if that is looked for, and found.
+        """
+        if self.detect_nonfinite:
+            try:
+                check_finite([((0, minibatch), loss)], dict(net.named_parameters()))
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{error}. Nothing was updated. Which operation made it is only found where "
+                    "a step is planned as a whole; torch.autograd.set_detect_anomaly helps here"
+                ) from None
 
     def batch_dims_of(self, kind: CallKind) -> dict[str, int | None]:
         """The batch dimensions of the inputs of a kind of call: only `train_step` has targets."""
