@@ -374,7 +374,8 @@ class Harmony(Wrapper):
                 )
                 async_save = False
             if async_save:
-                self.__dict__["_saving"] = Saving(taken, root, keep)
+                saving = self.__dict__["_saving"] = Saving(taken, root, keep)
+                saving.start()
             else:
                 taken.write(root, keep)
             return root / step_name(taken.step)

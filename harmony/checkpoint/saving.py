@@ -17,6 +17,7 @@ from harmony.report import session
 from harmony.runtime.unsaved import Key, Unsaved
 
 WEIGHTS, STATE, VALUES = "model", "state", "state.json"
+_LOOK_UP_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,47 @@ class Saving:
     """
 
     def __init__(self, snapshot: Snapshot, root: Path, keep: int | None) -> None:
-        """Begin; returns once nothing can change any more of which nobody hears."""
         self.step = snapshot.step
         self.error: NotSavedError | None = None
         self.waited_s, self.copied_nbytes = 0.0, 0
         self._told = False
-        self._may_change = threading.Event()
+        self._is_given_up, self._lock = False, threading.Lock()
+        self._may_change, self._over = threading.Event(), threading.Event()
+        self._work: tuple[Snapshot, Path, int | None] | None = (snapshot, root, keep)
+
+    def start(self) -> None:
+        """Begin; returns once nothing can change any more of which nobody hears.
+
+        Raises:
+            NotSavedError: if the system has no thread for it.
+        """
+        work, self._work = self._work, None
+        assert work is not None, "it begins once"
+        snapshot = work[0]
         snapshot.unsaved.begin()
-        work = (snapshot, root, keep)
-        self._thread = threading.Thread(target=self._run, args=work, name="harmony-save")
-        self._thread.start()
-        self._may_change.wait()
+        try:
+            threading.Thread(target=self._run, args=work, name="harmony-save").start()
+        except RuntimeError as error:
+            snapshot.unsaved.end()
+            self.error = NotSavedError(f"the checkpoint of step {self.step} failed: {error}")
+            self._over.set()
+            raise self.error from None
+        try:
+            _wait(self._may_change)
+        except BaseException:  # Ctrl-C: the script may change what is not written yet
+            with self._lock:
+                self._is_given_up = not self._may_change.is_set()
+            raise
 
     def wait(self) -> None:
         """Wait until it is over."""
-        self._thread.join()
+        _wait(self._over)
+
+    def _go_on(self) -> None:
+        with self._lock:
+            if self._is_given_up:
+                raise NotSavedError(f"the checkpoint of step {self.step} was interrupted")
+            self._may_change.set()
 
     def tell(self) -> None:
         """Warn, once, if it is over and there is no checkpoint."""
@@ -113,7 +140,7 @@ class Saving:
 
     def _run(self, snapshot: Snapshot, root: Path, keep: int | None) -> None:
         try:
-            snapshot.write(root, keep, self._may_change.set)
+            snapshot.write(root, keep, self._go_on)
         except NotSavedError as error:
             self.error = NotSavedError(text_of(error))  # that one's frames hold tensors
         except BaseException as error:
@@ -123,5 +150,12 @@ class Saving:
             self.waited_s = snapshot.unsaved.waited_s
             self.copied_nbytes = snapshot.unsaved.copied_nbytes
             self._may_change.set()
+            self._over.set()
         if self.error is not None and not threading.main_thread().is_alive():
             session.say(text_of(self.error))  # nobody will ask
+
+
+def _wait(event: threading.Event) -> None:
+    """Wait, and hear signals that another thread was given."""
+    while not event.wait(_LOOK_UP_S):
+        pass

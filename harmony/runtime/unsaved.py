@@ -9,6 +9,7 @@ not be foreseen: its version counter tells of it, and there is no checkpoint the
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,6 +114,7 @@ class Unsaved:
         self._spare_nbytes = spare_nbytes
         self._condition = threading.Condition()
         self._began = native.new_tokens(1)[0]
+        self._process = os.getpid()
 
     def unseen(self) -> str | None:
         """Name of a parameter that somebody could change without a word; None if there is none."""
@@ -163,6 +165,8 @@ class Unsaved:
 
     def about_to_change(self, params: Iterable[torch.Tensor], check: Callable[[], None]) -> None:
         """Copy what is not read yet of these parameters, or wait for it."""
+        if os.getpid() != self._process:  # a fork has neither the reader nor its parameters
+            return
         units = [unit for param in params if (unit := self._of.get(id(param))) is not None]
         for unit in units:
             with self._condition:

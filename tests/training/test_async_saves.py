@@ -244,6 +244,37 @@ def test_a_disk_that_fails_is_said_and_leaves_what_was_there(
     assert all(map(torch.equal, expected, model.parameters()))
 
 
+def test_what_is_interrupted_before_all_is_safe_is_no_checkpoint(
+    vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not if the script may change, from then on, what nobody would hear of."""
+    model = small()
+    model.train_step(*batch(0))
+    write, interrupted = store._write_all, threading.Event()
+
+    def written(*args: Any) -> None:
+        if not interrupted.is_set():
+            signal.raise_signal(signal.SIGINT)
+            assert interrupted.wait(PATIENCE_S)
+        write(*args)
+
+    monkeypatch.setattr(store, "_write_all", written)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.save_checkpoint(tmp_path, async_save=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        interrupted.set()
+    with pytest.raises(harmony.NotSavedError, match="of step 1 was interrupted"):
+        model.finish_saving()
+    assert not list(tmp_path.iterdir())
+    model.train_step(*batch(1))
+    model.save_checkpoint(tmp_path, async_save=True)
+    model.finish_saving()
+    assert model.load_checkpoint(tmp_path).step == 2
+
+
 def test_state_on_gpus_for_which_the_host_has_no_room_is_not_copied(
     vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
