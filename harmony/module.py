@@ -70,9 +70,10 @@ class Harmony(Wrapper):
         optimizer: a `torch.optim` class (or a function of the parameters) for `train_step`. If
             its step for all parameters is not its steps for some of them one by one, which is
             tried, it is one call of ``optimizer.step()`` on the host behind the backward.
-        optimizer_kwargs: its options. ``fused=True`` is added where the class knows it and it
-            computes the same: in fp32 and fp64 up to last places, in narrower types to the bit.
-            ``fused=False`` is the class's default form.
+        optimizer_kwargs: its options. In the default form of `torch.optim.Adam`, ``AdamW`` and
+            ``SGD`` fp32 parameters are updated on the host by kernels of Harmony's own, with the
+            same bits; they are compiled at first use, and without a C++ compiler the class's own
+            loop runs. ``fused=True`` is PyTorch's fused form, which differs in last places.
         param_groups: groups of parameters with options of their own, as `torch.optim` takes them
             (``[{"params": [...], "weight_decay": 0.0}, ...]``), or a function of the module that
             returns them. They must hold every parameter that is not frozen. Without groups the

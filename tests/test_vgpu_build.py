@@ -1,10 +1,12 @@
-"""Building the virtual GPU: cache, several processes at once, no compiler, bad sources."""
+"""Building native code: cache, several processes at once, no compiler, bad sources."""
 
 import subprocess
 import sys
 
 import pytest
 
+from harmony.core import compiled
+from harmony.core.compiled import Compiled
 from harmony.errors import VirtualGPUError
 from harmony.vgpu import build as vgpu_build
 
@@ -14,7 +16,7 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, tmp_path)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("HARMONY_CACHE", str(tmp_path))
     with pytest.raises(VirtualGPUError, match=r"apt-get install g\+\+") as error:
-        vgpu_build.library_path()
+        vgpu_build.library().path()
     assert "\n" not in str(error.value)
 
 
@@ -32,29 +34,30 @@ def small_sources(monkeypatch, tmp_path):
     sources.mkdir()
     (sources / "vgpu.cpp").write_text('extern "C" int answer() { return 42; }')
     monkeypatch.setenv("HARMONY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(vgpu_build, "source_directory", lambda: sources)
+    monkeypatch.setattr(Compiled, "sources", lambda _: sources)
     return sources
 
 
 def test_built_once_and_again_when_a_source_changes(small_sources):
-    first = vgpu_build.library_path()
+    first = vgpu_build.library().path()
     modified = first.stat().st_mtime_ns
-    assert vgpu_build.library_path() == first and first.stat().st_mtime_ns == modified
+    assert vgpu_build.library().path() == first and first.stat().st_mtime_ns == modified
     (small_sources / "other.h").write_text("// something new")
-    assert vgpu_build.library_path() != first
+    assert vgpu_build.library().path() != first
 
 
 def test_compile_errors_are_shown(small_sources):
     (small_sources / "vgpu.cpp").write_text("int f() { return nonsense; }")
     with pytest.raises(VirtualGPUError, match=r"did not compile.*nonsense"):
-        vgpu_build.library_path()
+        vgpu_build.library().path()
 
 
 def test_processes_that_start_at_once_build_once(small_sources, tmp_path):
     script = (
-        "import sys, pathlib; from harmony.vgpu import build as b;"
-        f"b.source_directory = lambda: pathlib.Path({str(small_sources)!r});"
-        "print(b.library_path(), b.library_path().stat().st_mtime_ns)"
+        "import pathlib; from harmony.core.compiled import Compiled;"
+        "from harmony.vgpu.build import library;"
+        f"Compiled.sources = lambda _: pathlib.Path({str(small_sources)!r});"
+        "print(library().path(), library().path().stat().st_mtime_ns)"
     )
     command = [sys.executable, "-c", script]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -65,7 +68,7 @@ def test_processes_that_start_at_once_build_once(small_sources, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_sources_build_without_warnings(tmp_path):
-    command = vgpu_build._command(vgpu_build.source_directory(), "g++", tmp_path / "x.so")
+    command = vgpu_build.library().command(tmp_path / "x.so")
     done = subprocess.run([*command, "-Werror"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     script = f"import torch; torch.ops.load_library({str(tmp_path / 'x.so')!r})"
@@ -124,33 +127,33 @@ def folder(library):
     ids=["damaged", "exchanged", "link", "folder", "writable", "folder writable", "no digest"],
 )
 def test_a_library_that_is_not_what_was_built_is_built_again(small_sources, spoil):
-    library = vgpu_build.library_path()
+    library = vgpu_build.library().path()
     good = library.read_bytes()
     spoil(library)
-    assert vgpu_build.library_path() == library
+    assert vgpu_build.library().path() == library
     assert library.read_bytes() == good and not library.is_symlink()
     assert library.stat().st_mode & 0o022 == 0 and library.parent.stat().st_mode & 0o022 == 0
 
 
 def test_a_library_of_somebody_else_is_never_loaded(small_sources, monkeypatch):
     """Whoever owns the folder could exchange it again: it is built for this process alone."""
-    library = vgpu_build.library_path()
-    monkeypatch.setattr(vgpu_build.os, "geteuid", lambda: 12345)
-    monkeypatch.setattr(vgpu_build, "_ADMINISTRATOR", 54321)
+    library = vgpu_build.library().path()
+    monkeypatch.setattr(compiled.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(compiled, "_ADMINISTRATOR", 54321)
     with pytest.warns(UserWarning, match="cannot be kept for the next run.*HARMONY_CACHE"):
-        found = vgpu_build.library_path()
+        found = vgpu_build.library().path()
     assert found != library and found.exists()
 
 
 def test_a_lock_is_not_opened_through_a_link(small_sources, tmp_path):
-    library = vgpu_build.library_path()
+    library = vgpu_build.library().path()
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (library.parent / "lock").unlink()
     (library.parent / "lock").symlink_to(victim)
     library.unlink()
     with pytest.warns(UserWarning, match="cannot be kept"):
-        assert vgpu_build.library_path() != library
+        assert vgpu_build.library().path() != library
     assert victim.read_text() == "precious"
 
 
@@ -161,4 +164,4 @@ def test_without_a_folder_for_the_cache_it_is_built_for_the_process(
     (tmp_path / "occupied").write_text("a file")
     monkeypatch.setenv("HARMONY_CACHE", str(tmp_path / "occupied"))
     with pytest.warns(UserWarning, match="HARMONY_CACHE names a folder for it"):
-        assert vgpu_build.library_path().exists()
+        assert vgpu_build.library().path().exists()

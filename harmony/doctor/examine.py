@@ -22,6 +22,7 @@ def probes(checkpoints: Path | None) -> list[Probe]:
         Probe("harmony", software.look_at_python),
         Probe("torch", software.look_at_torch, _TORCH, essential=True),
         Probe("kernels", software.look_at_kernels, _TORCH),
+        Probe("updates", software.look_at_updates, _TORCH),
         Probe("GPUs", gpus.look_at_gpus, _DRIVER, essential=True),
         Probe("measured links", gpus.look_at_measured_links),
         Probe("virtual GPUs", software.look_at_virtual_gpus),

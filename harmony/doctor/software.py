@@ -12,7 +12,7 @@ from harmony.core.files import PACKAGE
 from harmony.core.version import __version__
 from harmony.doctor.findings import Finding, counted, error, ok, warning
 from harmony.errors import VirtualGPUError
-from harmony.vgpu.build import find_compiler, kept_library
+from harmony.vgpu.build import library
 
 OLDEST_TORCH = (2, 10)
 _LIBRARIES = ("numpy", "networkx", "psutil", "rich", "safetensors", "nvidia-ml-py")
@@ -71,9 +71,8 @@ def look_at_kernels() -> Iterator[Finding]:
         "deterministic": deterministic,
     }
     text = (
-        f"PyTorch's: {cpu} on the host, {threads}; updates by the fused "
-        f"kernels of torch.optim; fp32 products in {precision!r} precision, deterministic "
-        f"algorithms {'on' if deterministic else 'off'}"
+        f"PyTorch's: {cpu} on the host, {threads}; fp32 products in {precision!r} precision, "
+        f"deterministic algorithms {'on' if deterministic else 'off'}"
     )
     if torch.cuda.is_available():
         figures["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
@@ -81,22 +80,40 @@ def look_at_kernels() -> Iterator[Finding]:
     yield ok("kernels", text, **figures)
 
 
+def look_at_updates() -> Iterator[Finding]:
+    """Whether kernels of our own update on the host: the compiler, and what they are here."""
+    import torch
+
+    from harmony.runtime.update.native_step import LIBRARY, NotCompiledError, describe
+
+    try:
+        compiler, place = LIBRARY.compiler(), LIBRARY.kept()
+    except NotCompiledError as failure:
+        text = "by the loops of torch.optim: the same bits, several times as slow"
+        yield warning("updates", text, str(failure))
+        return
+    state = "kernels to be built at first use (5 s)"
+    if place.exists():
+        state = describe(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    yield ok("updates", f"AdamW on the host: {state}", compiler=compiler, library=str(place))
+
+
 def look_at_virtual_gpus() -> Iterator[Finding]:
     """Whether virtual GPUs can be used: the compiler, and whether their library is built."""
     from harmony.vgpu.torch_device import MAX_COUNT
 
     try:
-        compiler, library = find_compiler(), kept_library()
+        compiler, place = library().compiler(), library().kept()
     except VirtualGPUError as failure:
         yield warning("virtual GPUs", "there are none, for want of a compiler", str(failure))
         return
-    state = "built" if library.exists() else "to be built at first use (20 s)"
+    state = "built" if place.exists() else "to be built at first use (20 s)"
     text = f"up to {MAX_COUNT}; library {state}; compiler {compiler}"
     yield ok(
         "virtual GPUs",
         text,
         compiler=compiler,
-        library=str(library),
-        built=library.exists(),
+        library=str(place),
+        built=place.exists(),
         most=MAX_COUNT,
     )

@@ -62,6 +62,7 @@ from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import HostBuffer
 from harmony.runtime.host.working_arena import WorkingArena
+from harmony.runtime.update.native_step import takes_all
 from harmony.runtime.update.optimizer import PackOptimizer
 from harmony.runtime.update.param_hooks import is_hooked
 from harmony.weights.meta_init import check_values, materialise
@@ -493,7 +494,8 @@ class VariantCache:
         """What the optimizer costs; measured once."""
         assert self._optimizer is not None
         known = self._measured.update(self._optimizer)
-        return with_copies(known, self._options.precision.dtype)
+        kernel = takes_all(self._optimizer.full)  # writes the copies in the same pass
+        return known if kernel else with_copies(known, self._options.precision.dtype)
 
     def _check_pinned(self, kind: CallKind, minibatch: int) -> None:
         """Refuse a plan of the caller's that is not for the batches that are trained first."""

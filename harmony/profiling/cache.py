@@ -36,6 +36,7 @@ from harmony.profiling.update_times import UpdateCost
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.host.limits import available_host_nbytes
+from harmony.runtime.update.native_step import describe
 from harmony.runtime.update.optimizer import PackOptimizer
 
 T = TypeVar("T")
@@ -229,4 +230,5 @@ def optimizer_identity(optimizer: PackOptimizer) -> str:
     kinds = sorted({(dtype, len(shape)) for dtype, shape in params})
     largest = max(params, key=lambda param: math.prod(param[1]))
     waits = optimizer.waits is not None
+    options.add(describe(optimizer.full))
     return f"{kind.__module__}.{kind.__qualname__} {sorted(options)} {kinds} {largest} {waits}"

@@ -26,8 +26,9 @@ from harmony.profiling.server import best_of, timed
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.host.pinned_memory import Place
+from harmony.runtime.update.native_step import own_step
 from harmony.runtime.update.optimizer import PackOptimizer
-from harmony.runtime.update.part_step import own_step, step_part
+from harmony.runtime.update.part_step import step_part
 from harmony.runtime.update.stand_ins import Shape, StandIn, stand_in, usual_choice
 
 _SAMPLES = (1 << 16, 1 << 20)

@@ -27,8 +27,7 @@ import torch.utils.backend_registration
 
 from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import ConfigError, VirtualGPUError
-from harmony.vgpu import access_trace
-from harmony.vgpu.build import library_path
+from harmony.vgpu import access_trace, build
 from harmony.vgpu.torch_device import MAX_COUNT, VirtualGPUModule
 
 _DEFAULTS: dict[str, Any] = {
@@ -172,7 +171,7 @@ def _load() -> ctypes.CDLL:
     global _library
     with _load_lock:
         if _library is None:
-            path = str(library_path())
+            path = str(build.library().path())
             torch.ops.load_library(path)  # type: ignore[no-untyped-call]
             library = ctypes.CDLL(path)
             _declare(library)

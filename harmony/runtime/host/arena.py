@@ -107,8 +107,18 @@ class HostArena:
         starts = ((buffer.tensor.data_ptr(), buffer.tensor.numel()) for buffer in self.buffers)
         return any(low <= address < low + nbytes for low, nbytes in starts)
 
-    def refresh(self, names: Iterable[str] | None = None) -> None:
-        """Let what is computed with have the values that these tensors, or all, have now."""
+    def copies(self, names: Iterable[str]) -> dict[int, torch.Tensor]:
+        """Of these tensors, what is computed with in another type, by the tensor's identity."""
+        return {}
+
+    def refresh(
+        self, names: Iterable[str] | None = None, copied: Container[int] = frozenset()
+    ) -> None:
+        """Let what is computed with have the values that these tensors, or all, have now.
+
+        Args:
+            copied: the tensors, by identity, whose `copies` have them already.
+        """
 
     def own(self, name: str) -> torch.Tensor:
         """Return what everybody outside may have: a tensor of the same memory, alone in it."""

@@ -157,8 +157,8 @@ class HostState:
             if param.grad is not None:
                 native.trace_host_access(f"U{pack}", param.grad, write=False)
         if params and self.optimizer is not None:
-            self.optimizer.update(params)
-            self.weights.arena.refresh(names)
+            arena = self.weights.arena
+            arena.refresh(names, self.optimizer.update(params, arena.copies(names)))
 
 
 def _pieces_of(arena: ArenaView, ref: TensorRef, by_layer: TensorKind) -> list[Piece]:

@@ -56,7 +56,13 @@ class WorkingArena(HostArena):
             self._changes = Changes(masters)
         self.refresh()
 
-    def refresh(self, names: Iterable[str] | None = None) -> None:
+    def copies(self, names: Iterable[str]) -> dict[int, torch.Tensor]:
+        """Of these masters, the copies, by the master's identity."""
+        return {id(self.tensors[n]): self.views[n] for n in names if n in self.masters.views}
+
+    def refresh(
+        self, names: Iterable[str] | None = None, copied: Container[int] = frozenset()
+    ) -> None:
         """Copy those of these masters, or of all, that may have changed."""
         for name in self.masters.views if names is None else names:
             if name not in self.masters.views:
@@ -64,8 +70,9 @@ class WorkingArena(HostArena):
             if self._changes.take(name, self.num_moves[name]) or self._always:
                 master, copy = self.tensors[name], self.views[name]
                 native.trace_host_access(f"the copy of {name}", copy, write=True)
-                with torch.no_grad():
-                    copy.copy_(master)
+                if id(master) not in copied:
+                    with torch.no_grad():
+                        copy.copy_(master)
 
     def _arena_of(self, name: str) -> HostArena:
         return self.masters if name in self.masters.views else self

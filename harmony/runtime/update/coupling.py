@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from harmony.capture.state.random_state import HostState
-from harmony.runtime.update.part_step import own_step, step_part
+from harmony.runtime.update.native_step import own_step
+from harmony.runtime.update.part_step import step_part
 from harmony.runtime.update.python_reach import PythonReach
 from harmony.runtime.update.stand_ins import NoStandInError, StandIn, stand_in
 

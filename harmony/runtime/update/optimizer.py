@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from harmony.errors import ConfigError
 from harmony.runtime.changes import note_changes
 from harmony.runtime.update.coupling import FAILS, closure_wanted, why_coupled
-from harmony.runtime.update.fused import with_fused_default
+from harmony.runtime.update.native_step import describe
 from harmony.runtime.update.part_step import moved, step_part
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -188,9 +188,8 @@ class PackOptimizer:
 
     def _made(self, given: list[Any]) -> torch.optim.Optimizer:
         factory, options = self._factory, self._options
-        chosen = with_fused_default(factory, options, given)
         try:
-            return factory(given, **chosen)
+            return factory(given, **options)
         except (TypeError, ValueError, RuntimeError) as error:
             name = getattr(factory, "__name__", str(factory))
             shown = dict(options)
@@ -218,10 +217,13 @@ class PackOptimizer:
             yield from group["params"]
 
     def describe(self) -> str:
-        """Name of the optimizer, whether it is fused, and whether its step is one of all."""
+        """Name of the optimizer, what updates on the host, and whether its step is one of all."""
+        name = type(self.full).__name__
+        if self.together is not None:
+            return f"{name}, one step of all: {self.together}"
         fused = any(group.get("fused") for group in self.full.param_groups)
-        name = type(self.full).__name__ + (" (fused)" if fused else "")
-        return name if self.together is None else f"{name}, one step of all: {self.together}"
+        how = "fused" if fused else describe(self.full)
+        return f"{name} ({how})" if how else name
 
     def clip(self, params: Iterable[nn.Parameter]) -> None:
         """Scale all gradients as ``torch.nn.utils.clip_grad_norm_`` does, and keep their norm.
@@ -241,13 +243,22 @@ class PackOptimizer:
             self.full.step()
             note_changes(self.params())
 
-    def update(self, params: list[nn.Parameter]) -> None:
-        """Take the optimizer's step for these parameters, whose gradients are complete."""
+    def update(
+        self, params: list[nn.Parameter], working: Mapping[int, torch.Tensor] | None = None
+    ) -> set[int]:
+        """Take the optimizer's step for these parameters, whose gradients are complete.
+
+        Args:
+            working: bf16 copies of parameters, by their identity.
+
+        Returns:
+            The parameters, by identity, whose copy has their new values already.
+        """
         # Fused SGD cannot take parameters with momentum and such without in one call.
         known = [p for p in params if self.full.state.get(p)]
         new = [p for p in params if not self.full.state.get(p)]
-        for part in filter(None, (known, new)):
-            self._update(part)
+        parts = filter(None, (known, new))
+        return set().union(*(self._update(part, working=working) for part in parts))
 
     def update_elsewhere(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Take the step for copies of parameters on a device, where their state then is, too.
@@ -270,12 +281,16 @@ class PackOptimizer:
                     moved(self.full.state[param], param.device, group)
 
     def _update(
-        self, params: list[nn.Parameter], copies: list[nn.Parameter] | None = None
-    ) -> None:
+        self,
+        params: list[nn.Parameter],
+        copies: list[nn.Parameter] | None = None,
+        working: Mapping[int, torch.Tensor] | None = None,
+    ) -> set[int]:
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
-        step_part(self.full, params, copies)
+        copied = step_part(self.full, params, copies, working)
         self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note
         note_changes(params)
+        return copied
 
 
 def _check_steps(optimizer: Any) -> None:

@@ -9,17 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.runtime.update.native_step import own_step, take_step
+
 
 def step_part(
     full: torch.optim.Optimizer,
     params: Sequence[nn.Parameter],
     copies: Sequence[nn.Parameter] | None = None,
-) -> None:
+    working: Mapping[int, torch.Tensor] | None = None,
+) -> set[int]:
     """Take the step for some parameters, or for what stands for them on a device.
 
     The class's own step runs on an optimizer that has these parameters only, in the groups of the
     full one, with their state; what the step leaves as their state is the full one's then. What
-    else it writes, to groups or attributes, is lost: see `harmony.runtime.update.coupling`.
+    else it writes, to groups or attributes, is lost: see `harmony.runtime.update.coupling`. On the
+    host a kernel takes the step where it computes the same.
+
+    Args:
+        copies: what stands for the parameters on a device.
+        working: bf16 copies of parameters, by their identity.
+
+    Returns:
+        The parameters, by identity, whose copy has their new values already.
     """
     stand_ins = dict(zip(map(id, params), copies or params, strict=True))
     part = object.__new__(type(full))
@@ -40,18 +51,13 @@ def step_part(
                 # last bits: results must not depend on where the plan updates.
                 given["foreach"] = False
             part.param_groups.append(given)
-    own_step(part)
+    copied, left = take_step(part, working or {}) if copies is None else (set(), True)
+    if left:
+        own_step(part)
     for param in params:
         if stand_ins[id(param)] in state:
             full.state[param] = state[stand_ins[id(param)]]
-
-
-def own_step(optimizer: torch.optim.Optimizer) -> None:
-    """Run the class's own step, without hooks, and without what an LR scheduler wraps it in."""
-    step: Any = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__
-    step(optimizer)
+    return copied
 
 
 def moved(state: dict[str, Any], device: torch.device, group: Mapping[str, Any]) -> dict[str, Any]:
