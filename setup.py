@@ -1,5 +1,5 @@
-"""Packaging. Nothing is compiled here: the sources under `kernels/` travel as data and the virtual
-GPU is built from them on its first use, against the torch that is installed then.
+"""Packaging. Nothing is compiled here: the sources under `kernels/` travel as data. The virtual
+GPU and the update kernels are built from them on first use.
 """
 
 import re

@@ -110,9 +110,8 @@ def test_a_second_start_measures_nothing_and_plans_the_same(
     ]
     assert first.plan is not None and second.plan is not None
     assert second.plan.spec == first.plan.spec
-    assert {path.name.partition("-")[0] for path in folder.iterdir()} == {
-        "layers", "machine", "update",
-    }  # fmt: skip
+    kinds = {path.name.partition("-")[0] for path in folder.iterdir()}
+    assert kinds - {"cpu"} == {"layers", "machine", "update"}  # kernels are built once a process
 
 
 @pytest.mark.usefixtures("contexts")
