@@ -370,12 +370,15 @@ def test_a_cache_that_others_can_write_to_is_warned_of(
 # Software and models
 
 
-def test_virtual_gpus_want_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_virtual_gpus_and_update_kernels_want_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    (finding,) = software.look_at_virtual_gpus()
-    assert finding.status == "warning"
-    assert "apt-get install g++" in finding.remedy
+    for look in (software.look_at_virtual_gpus, software.look_at_updates):
+        (finding,) = look()
+        assert finding.status == "warning"
+        assert "apt-get install g++" in finding.remedy
 
 
 def test_an_old_torch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
