@@ -245,18 +245,18 @@ def test_tables_are_left_for_the_next_forward(vgpus: VirtualGPUs, grows: bool) -
     assert torch.equal(net.table, plain.table) and list(net.tables) == [8, 3]
 
 
-class ByValues(Two):
-    """Goes by what it computes, so that each microbatch is recorded on its way."""
+class ByChance(Two):
+    """Goes by a random number, so that each microbatch is recorded on its way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.first(x)
-        return self.last(h.relu() if h.mean() > 0 else h.tanh())
+        return self.last(h.relu() if torch.rand(()) < 2 else h.tanh())
 
 
 def test_a_hook_and_a_frozen_weight_of_a_model_that_is_recorded_on_its_way(
     vgpus: VirtualGPUs,
 ) -> None:
-    net = ByValues()
+    net = ByChance()
     plain = copy.deepcopy(net)
     model = harmony.Harmony(net, devices=1)
     x, y = _batch(8)
@@ -279,6 +279,7 @@ def test_a_hook_and_a_frozen_weight_of_a_model_that_is_recorded_on_its_way(
         for one, two in zip(net.parameters(), plain.parameters(), strict=True):
             assert (one.grad is None) == (two.grad is None)
             assert one.grad is None or two.grad is None or torch.equal(one.grad, two.grad)
+    assert model.capture_mode == "dynamic"
 
 
 class Cast(Listed):
@@ -352,3 +353,26 @@ def test_a_forward_in_whose_place_a_function_calls_it(vgpus: VirtualGPUs) -> Non
         module.first.forward = lambda x, f=called: f(x) * 2  # type: ignore[method-assign]
     batches = [((x,), y) for x, y in (_batch(8) for _ in range(2))]
     assert_same_training(net, batches, plain=plain)
+
+
+class Twice(Two):
+    """Goes by a random number, and uses each weight twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(self.first(x))
+        return self.last(h.relu() if torch.rand(()) < 2 else h.tanh()) + self.last(x)
+
+
+def test_a_model_recorded_on_its_way_that_uses_each_weight_twice(vgpus: VirtualGPUs) -> None:
+    """No layer has a gradient of its own then, that a GPU could give the host."""
+    net = Twice()
+    plain = copy.deepcopy(net)
+    options: Any = {"optimizer": torch.optim.SGD, "loss_fn": F.cross_entropy, "devices": 1}
+    model = harmony.Harmony(net, optimizer_kwargs={"lr": 0.1}, **options)
+    x, y = _batch(8)
+    with pytest.warns(UserWarning):
+        model.train_step(x, y)
+    F.cross_entropy(plain(x), y).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    for one, two in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, two)

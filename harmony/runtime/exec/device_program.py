@@ -166,7 +166,9 @@ class DeviceProgram:
             prepared.issue(step)
 
     def _give_gradients(self, ref: TensorRef) -> None:
-        pack = self._writers[ref]
+        pack = self._writers.get(ref)
+        if pack is None:  # all that its layers train is shared, and given by itself
+            return
         self._around.host.touched[ref] = frozenset(self._stage.touched_by.get(pack, ()))
         _copy_all([(target, memory) for memory, target in self._residents.pairs(ref)])
 
