@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 import torch
 
-from harmony.capture import Captured, GuardError
+from harmony.capture import Captured, GuardError, undisturbed
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
@@ -271,7 +271,9 @@ class Variant:
         """
         planned = self._plans.get(minibatch)
         if planned is None:
-            planned = self._new_plan(minibatch, measured, asked, pinned)
+            # What counts the work of a layer may run it, with the random numbers that it draws.
+            with undisturbed(self.device):
+                planned = self._new_plan(minibatch, measured, asked, pinned)
             self._plans[minibatch] = planned
         return planned
 

@@ -376,3 +376,22 @@ def test_a_model_recorded_on_its_way_that_uses_each_weight_twice(vgpus: VirtualG
     torch.optim.SGD(plain.parameters(), lr=0.1).step()
     for one, two in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+class PicksAndDraws(Two):
+    """Picks by values, so that its recording runs it, and draws what to leave out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        picked = (h > 0).nonzero().sum() * 0
+        return self.last(F.dropout(h, 0.5, self.training) + picked)
+
+
+def test_no_random_number_of_the_caller_is_drawn(vgpus: VirtualGPUs) -> None:
+    """Not even where the layers run to count what they cost."""
+    model = harmony.Harmony(PicksAndDraws(), devices=1)
+    x, _ = _batch(8)
+    before = torch.get_rng_state()
+    model(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.capture_mode == "real-run trace"
