@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from harmony.capture import Captured, DynamicOnlyError
+from harmony.capture import Captured, DynamicOnlyError, same_path
 from harmony.engine.call_key import CallKey
 from harmony.engine.options import EngineOptions
 from harmony.engine.planned import Planned
@@ -50,6 +50,18 @@ class Paths:
         """Put a variant, known or new, first."""
         others = [other for other in self.variants if other is not variant]
         self.variants = [variant, *others][:MAX_PATHS]
+
+    def add(self, variant: Variant) -> None:
+        """Put a new variant first.
+
+        Where it computes what an earlier one does, it does not go by the tables that it finds, but
+        sets up its own: then it stands whatever is in their places.
+        """
+        captured = variant.captured
+        names = captured.trace.set_up.names
+        if names and any(same_path(known.captured, captured) for known in self.variants):
+            captured.guards = captured.guards.without(names)
+        self.use(variant)
 
     def adds_up(self, variant: Variant, planned: Planned, options: EngineOptions) -> bool:
         """Whether it is still known how the losses of a plan's microbatches make the batch's.

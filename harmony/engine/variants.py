@@ -296,7 +296,7 @@ class VariantCache:
                 paths.recorded = variant.captured
                 where = type(self._net).__name__
                 raise DynamicOnlyError(variant.captured.eager, where, eager=True)
-            paths.use(variant)
+            paths.add(variant)
         except DynamicOnlyError as error:
             if error.passing:
                 raise

@@ -245,6 +245,26 @@ def test_tables_are_left_for_the_next_forward(vgpus: VirtualGPUs, grows: bool) -
     assert torch.equal(net.table, plain.table) and list(net.tables) == [8, 3]
 
 
+class MaskOfItsOwn(Two):
+    """Sets up its mask anew in each forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.ones(x.shape[1], x.shape[1]).tril()
+        return self.last((self.mask.to(x.device) @ self.first(x)).mean(1))
+
+
+def test_a_mask_that_each_forward_sets_up_does_not_end_the_recording(vgpus: VirtualGPUs) -> None:
+    net = MaskOfItsOwn()
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    with torch.no_grad():
+        for length in (3, 4, 5, 3, 4, 5, 3, 4, 5, 3, 4):
+            x = torch.randn(4, length, WIDTH)
+            assert torch.equal(model(x), plain(x))
+            assert torch.equal(net.mask, plain.mask)
+    assert model.capture_mode == "trace"
+
+
 class ByChance(Two):
     """Goes by a random number, so that each microbatch is recorded on its way."""
 

@@ -79,6 +79,10 @@ class World:
         holder = first_changed(self.holders)
         return None if holder is None else holder.name
 
+    def without(self, names: Collection[str]) -> World:
+        """Return it without what has one of these names."""
+        return World([holder for holder in self.holders if holder.name not in names], self.hidden)
+
     def restore(self) -> None:
         """Put everything back, as far as it can be."""
         for holder in self.holders:

@@ -19,11 +19,15 @@ class SetUp:
     """What a forward sets up for later ones; whoever runs its recording leaves it for them.
 
     The next forward may go by what it finds, so it is recorded with that.
+
+    Attributes:
+        names: of the places, as guards name them.
     """
 
-    def __init__(self, found: Iterable[tuple[Callable[[Any], None], Any]] = ()) -> None:
-        """Take what puts each value in its place, and the value: tensors, or tuples of them."""
+    def __init__(self, found: Iterable[tuple[str, Callable[[Any], None], Any]] = ()) -> None:
+        """Take names of places, what puts a value there, and the value: a tensor, or several."""
         self._found = list(found)
+        self.names = frozenset(name for name, _, _ in self._found)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -31,7 +35,7 @@ class SetUp:
     def leave(self) -> None:
         """Put copies of all values in their places, on the host."""
         copies: dict[int, torch.Tensor] = {}
-        for put, value in self._found:
+        for _, put, value in self._found:
             put(_copied(value, copies))
 
 
@@ -63,18 +67,18 @@ def set_up_by(judge: Judge, around: Collection[Holder], copied: Walk) -> SetUp:
 
 def _tables(
     judge: Judge, holder: Holder, place: Holder
-) -> Iterator[tuple[Callable[[Any], None], Any]]:
-    """Yield the tables that a holder has got, each with what puts it into another place."""
+) -> Iterator[tuple[str, Callable[[Any], None], Any]]:
+    """Yield the tables that a holder has got, each with the name of another place for it."""
     if holder.same() or type(holder) is not type(place):
         return
     if isinstance(holder, Entry) and isinstance(place, Entry):
         value = holder.found()
         if isinstance(value, (torch.Tensor, tuple)) and judge.is_table(value):
-            yield place.put, value
+            yield place.name, place.put, value
     if isinstance(holder, (Names, Whole)) and isinstance(place, (Names, Whole)):
         for key, value in holder.new_items():
             if judge.is_table(value):
-                yield place.putter(key), value
+                yield place.name, place.putter(key), value
 
 
 class Judge:
