@@ -415,3 +415,29 @@ def test_no_random_number_of_the_caller_is_drawn(vgpus: VirtualGPUs) -> None:
     model(x)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.capture_mode == "real-run trace"
+
+
+class Switched(Two):
+    """Goes by what a buffer and a frozen parameter hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("on", torch.tensor(True))
+        self.slope = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.last(h.relu() if self.on else h.tanh()) * float(self.slope)
+
+
+def test_a_forward_that_goes_by_a_buffer_sees_its_value_of_now(vgpus: VirtualGPUs) -> None:
+    net = Switched()
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    x, _ = _batch(8)
+    with torch.no_grad():
+        for on, slope in ((True, 1.0), (False, 1.0), (True, 2.0), (False, 2.0)):
+            for module in (net, plain):
+                module.on.fill_(on)
+                module.slope.fill_(slope)
+            assert torch.equal(model(x), plain(x))

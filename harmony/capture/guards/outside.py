@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -185,6 +185,11 @@ class Outside:
         if self.reason is None and guards.hidden:
             return hidden_state(guards.hidden[0])
         return self.reason
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a parameter or buffer of the user's module, as it is now."""
+        owner, _, key = name.rpartition(".")
+        return cast(torch.Tensor, getattr(self._source.get_submodule(owner), key))
 
     def state(self) -> World:
         """Return all that the forward and the loss can reach, to put it back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -236,9 +237,22 @@ class Captured:
             }
             if changes:  # that is for the forward itself to do, once
                 values = {number: tensor.clone() for number, tensor in values.items()}
-            with torch.no_grad():
+            with torch.no_grad(), self._as_now(layered.trace.host_program):
                 for step in layered.trace.host_program:
                     run_step(step, values, self.template)
+
+    @contextmanager
+    def _as_now(self, steps: Iterable[Step]) -> Iterator[None]:
+        """Let steps read parameters and buffers as the module has them now."""
+        names = {name for step in steps for name in step.state}
+        now = {name: self._outside.tensor(name).detach().to("cpu") for name in names}
+        self.template.bind(
+            {name: held.to(self.template.placeholder(name).dtype) for name, held in now.items()}
+        )
+        try:
+            yield
+        finally:
+            self.template.release(names)
 
     def unflatten_output(self, values: Mapping[int, torch.Tensor], num_samples: int) -> Any:
         """Return what the model returns for so many samples, made of the given output values."""
