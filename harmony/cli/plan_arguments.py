@@ -183,8 +183,10 @@ def size(name: str, text: str | None) -> int | None:
     """Read the bytes that an option asks for.
 
     Raises:
-        ConfigError: naming the option, if it is not a size.
+        ConfigError: naming the option, if it is not a size, or does not say of what.
     """
+    if text is not None and text.isdecimal() and text.strip("0"):
+        raise ConfigError(f"{name} {text}: in which unit? Write it like {text[:20]}GiB")
     try:
         return None if text is None else parse_bytes(text)
     except ConfigError as error:

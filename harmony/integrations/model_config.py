@@ -112,7 +112,7 @@ def _built(name: str, data: Mapping[str, Any], dtype: torch.dtype | None) -> tup
         config = transformers.AutoConfig.for_model(data["model_type"], **rest)
         with meta_init():
             make: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
-            net = make(config, dtype=dtype or torch.float32, attn_implementation="sdpa")
+            net = make(config, dtype=dtype or torch.float32)
     except Exception as error:  # whatever a configuration makes of its library
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(f"--model {name}: transformers cannot build it: {first}") from error
