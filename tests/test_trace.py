@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 from harmony.core.timeline import Span, Timeline
+from harmony.planner.predict.simulate import simulate
+from harmony.planner.search.search import choose
+from harmony.report.memory import memory_of
 from harmony.report.trace_file import lane_order, trace_events
+from tests.toys import MIB, chain, server, uniform_costs
 
 MEASURED = Timeline(
     spans=[
@@ -56,3 +60,45 @@ def test_lanes_are_in_the_order_of_the_devices_then_the_host() -> None:
     assert sorted(lanes, key=lane_order) == [
         "gpu0.h2d", "gpu0.d2h", "gpu2.compute", "gpu2.p2p", "gpu10.compute", "host.update",
     ]  # fmt: skip
+
+
+def test_an_arrow_leads_from_a_copy_to_the_first_work_that_reads_it() -> None:
+    first, again = "Run F[0:2]@0:4 (W[0:2] X0@0:4) ->", "Run F[0:2]@4:8 (W[0:2] X0@4:8) ->"
+    backward = "Run B[0:2]@0:4 (W[0:2] dX2@0:4) ->"
+    spans = [
+        Span("gpu0.h2d", "SwapIn W[0:2]", "weights", 0.0, 1.0, 8, 0),
+        Span("gpu0.compute", first, "forward", 1.0, 2.0, 0, 1),
+        Span("gpu0.compute", again, "forward", 2.0, 3.0, 0, 2),
+        Span("gpu0.h2d", "SwapIn W[0:2]", "weights", 3.0, 4.0, 8, 3),
+        Span("gpu0.h2d", "SwapIn W[4:6]", "weights", 4.0, 5.0, 8, 4),
+        Span(
+            "gpu0.compute",
+            backward,
+            "backward",
+            5.0,
+            6.0,
+            0,
+            5,
+        ),
+    ]
+    events = trace_events({"predicted": Timeline(spans, 6.0)})["traceEvents"]
+    arrows = [(e["ph"], e["id"], e["name"], e["ts"]) for e in events if e["ph"] in "sf"]
+    assert arrows == [
+        ("s", "1.2.0", "W[0:2]", 0.0), ("f", "1.2.0", "W[0:2]", 1e6),
+        ("s", "1.2.3", "W[0:2]", 3e6), ("f", "1.2.3", "W[0:2]", 5e6),
+    ]  # fmt: skip
+
+
+def test_a_counter_shows_the_memory_of_each_device() -> None:
+    graph = chain(6, weight=MIB, per_sample=MIB)
+    costs, machine = uniform_costs(graph), server(2, memory=24 * MIB)
+    plan = choose(graph, costs, machine, 8)
+    timeline = simulate(plan.schedule, graph, costs, machine)
+    memory = memory_of(plan, graph, costs)
+    events = trace_events({"predicted": timeline}, {"predicted": memory})["traceEvents"]
+    for gpu, peak in enumerate(plan.peak_nbytes):
+        counted = [e["args"]["MiB"] for e in events if e["name"] == f"gpu{gpu} memory"]
+        assert max(counted) * MIB == peak
+    arrows = [e for e in events if e["ph"] == "s"]
+    copies = [span for span in timeline.spans if span.lane.endswith(".h2d")]
+    assert len(arrows) == len(copies), "every copy serves somebody"

@@ -97,7 +97,9 @@ def _as_file(view: PlanView, request: PlanRequest) -> str:
     if form == ".html":
         return page([(view, None, None)])
     if form == ".trace.json":
-        return json.dumps(trace_events({f"{view.name} predicted": view.timeline}))
+        name = f"{view.name} predicted"
+        memory = {} if view.memory is None else {name: view.memory}
+        return json.dumps(trace_events({name: view.timeline}, memory))
     if form == ".json":
         return json.dumps(view_json(view, explain=True), indent=1)
     return "".join(f"{line}\n" for line in view_text(view, explain=request.explain))

@@ -27,6 +27,7 @@ from harmony.core.files import write_text
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_seconds
 from harmony.errors import ConfigError
+from harmony.report.memory import MemoryUse, memory_of
 from harmony.report.metrics import (
     BOTTLENECKS,
     KINDS,
@@ -111,7 +112,7 @@ def write_report(records: Sequence[ModelRecord], path: Path) -> None:
     ready = [record for record in records if record.runs]
     form = form_of(path)
     if form == ".trace.json":
-        text = json.dumps(trace_events(_timelines(ready)))
+        text = json.dumps(trace_events(*_timelines(ready)))
     elif form == ".json":
         models = [metrics_of(record).to_json() for record in ready]
         found = {"format": "harmony-report", "version": JSON_VERSION, "models": models}
@@ -184,8 +185,11 @@ def _plain(report: RenderableType, encoding: str | None) -> str:
     return text
 
 
-def _timelines(records: Sequence[ModelRecord]) -> dict[str, Timeline]:
+def _timelines(
+    records: Sequence[ModelRecord],
+) -> tuple[dict[str, Timeline], dict[str, MemoryUse]]:
     found: dict[str, Timeline] = {}
+    memory: dict[str, MemoryUse] = {}
     for index, record in enumerate(records):
         run = record.run
         if run is None:
@@ -194,7 +198,10 @@ def _timelines(records: Sequence[ModelRecord]) -> dict[str, Timeline]:
         found[f"{name} predicted"] = run.predicted
         if run.last is not None:
             found[f"{name} measured"] = run.last
-    return found
+        if run.layers is not None:
+            use = memory_of(run.plan, *run.layers)
+            memory |= {f"{name} {kind}": use for kind in ("predicted", "measured")}
+    return found, memory
 
 
 def _summary(figures: Metrics) -> RenderableType:
