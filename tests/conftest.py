@@ -27,6 +27,29 @@ settings.register_profile("dev", deadline=2000, suppress_health_check=[])
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--first-cases",
+        action="store_true",
+        help="of each test of tests/training the first case only; none that draws its own cases",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `--first-cases` says."""
+    if not config.getoption("--first-cases"):
+        return
+    seen, kept = set(), []
+    for item in items:
+        function = getattr(item, "function", None)
+        in_training = "training" in item.path.parts
+        if in_training and (function in seen or hasattr(function, "hypothesis")):
+            continue
+        seen.add(function)
+        kept.append(item)
+    items[:] = kept
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _answers_of_the_stand_in() -> None:
     if standin.is_loaded():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import nn
 from harmony.capture import Captured, plain_attributes, seed_python
 from harmony.capture.state.determined import Determined
 from harmony.core.layergraph import Layer, LayerGraph
+from harmony.errors import text_of
+from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.host.arena import ArenaView
@@ -31,11 +34,20 @@ class Scalars:
     gradients: dict[int, Gradients]
 
 
+_INTEGERS = frozenset({torch.int64, torch.int32})
 _IGNORING = frozenset({"cross_entropy", "nll_loss", "crossentropyloss", "nllloss"})
 
 
+_OUT_OF_RANGE = re.compile("out of (bounds|range)|smaller than num_classes")
+"""What PyTorch's kernels for the host say of an index that is too large; some by IndexError."""
+
+
 class LayerRunner:
-    """Has one layer's parameters on a device at a time."""
+    """Has one layer's parameters on a device at a time.
+
+    Ids that are right for a whole batch may be out of range for a part of it. A real GPU is lost
+    by that, and the process with it; so a layer with integers runs on the host first.
+    """
 
     def __init__(
         self,
@@ -54,6 +66,8 @@ class LayerRunner:
         self._trained = {p.name for p in captured.params if p.requires_grad}
         self._params = {p.name for p in captured.params}
         self._held: dict[str, torch.Tensor] = {}
+        is_real = context is not None and not native.is_virtual(context.device)
+        self._host = LayerRunner(captured, graph, weights, None) if is_real else None
 
     @property
     def may_ignore(self) -> bool:
@@ -87,9 +101,12 @@ class LayerRunner:
         names += [self._graph.shared[index].name for index in layer.shared]
         views = self._weights.views
         self._held = {name: views[name].to(self.device, copy=True) for name in names}
+        if self._host is not None:
+            self._host._held = {name: views[name].clone() for name in names}
 
     def run(self, layer: Layer, inputs: Values, num_samples: int) -> Values:
         """Return what the layer makes of its inputs, on the host."""
+        self._check_ids(layer, inputs, num_samples)
         with torch.no_grad(), self._bound(layer):
             env = {v: inputs[v].to(self.device) for v in layer.inputs}
             found = self._call(layer, env, num_samples)
@@ -102,6 +119,7 @@ class LayerRunner:
 
         The gradients are those of its inputs; of its parameters, where no input has one.
         """
+        self._check_ids(layer, inputs, num_samples)
         with torch.enable_grad(), self._bound(layer) as params:
             env = {v: inputs[v].detach().to(self.device) for v in layer.inputs}
             leaves: dict[Leaf, torch.Tensor] = {
@@ -115,6 +133,24 @@ class LayerRunner:
             found = self._call(layer, env, num_samples)
             gradients = {v: _gradients(found[v], leaves) for v in wanted}
             return Scalars({v: found[v].detach().cpu() for v in wanted}, gradients)
+
+    def _check_ids(self, layer: Layer, inputs: Values, num_samples: int) -> None:
+        """Run a layer with integers on the host, where an index out of range is an error.
+
+        Raises:
+            IndexError, RuntimeError: what PyTorch raises of such an index.
+        """
+        if self._host is None:
+            return
+        tensors = [*(inputs[v] for v in layer.inputs), *self._held.values()]
+        if not any(t.dtype in _INTEGERS and t.dim() for t in tensors):
+            return
+        try:
+            self._host.run(layer, inputs, num_samples)
+        except Exception as error:
+            if isinstance(error, IndexError) or _OUT_OF_RANGE.search(text_of(error)):
+                raise
+            # Whatever else the host cannot do is for the device to show.
 
     def _call(self, layer: Layer, env: Values, num_samples: int) -> Values:
         torch.default_generator.manual_seed(0)
