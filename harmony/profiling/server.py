@@ -29,6 +29,7 @@ _MAX_MEMORY_THREADS = 16
 _CONTENTION_WIDTH = 64
 _CONTENTION_NBYTES = 8 * 2**20
 _CONTENTION_PRODUCTS = 20
+_LARGER_THAN_CACHES_NBYTES = 256 * 2**20
 _COPIES = 4
 _REPEATS = 3
 _ENOUGH_S = 0.2
@@ -54,8 +55,9 @@ def measure_machine(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         num_cores = cores or os.cpu_count() or 1
         host_nbytes = host_memory_nbytes or available_host_nbytes()
-        add = _host_add_rate()
-        if native.is_virtual(contexts[0].device):
+        is_virtual = native.is_virtual(contexts[0].device)
+        add = _host_add_rate(cold=not is_virtual)
+        if is_virtual:
             # Each virtual GPU has links of its own by construction, and what its copies and
             # kernels take of the host is in `cpu_share`.
             share = _measure_contention(contexts, num_cores)
@@ -269,10 +271,11 @@ def memory_rate(num_cores: int) -> float:
     return 2 * threads * _MEMORY_SAMPLE_NBYTES / max(seconds, 1e-9)
 
 
-def _host_add_rate() -> float:
-    """Gradient bytes per second that the host adds to others."""
+def _host_add_rate(*, cold: bool) -> float:
+    """Gradient bytes per second that the host adds to others, from memory if ``cold``."""
     a, b = torch.zeros(_ADD_SAMPLE), torch.zeros(_ADD_SAMPLE)
-    return a.nbytes / max(best_of(timed(lambda: a.add_(b))), 1e-9)
+    once = timed(lambda: a.add_(b))
+    return a.nbytes / max(best_of(out_of_cache(once) if cold else once), 1e-9)
 
 
 def _measure_contention(contexts: Sequence[DeviceContext], num_cores: int) -> float:
@@ -316,6 +319,17 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return once
+
+
+def out_of_cache(once: Callable[[], float]) -> Callable[[], float]:
+    """Let each try find nothing in the caches, as an update of all parameters in turn does."""
+    other = torch.empty(_LARGER_THAN_CACHES_NBYTES, dtype=torch.uint8)
+
+    def cold() -> float:
+        other.add_(1)
+        return once()
+
+    return cold
 
 
 def best_of(once: Callable[[], float], *, cold: bool = False) -> float:

@@ -22,7 +22,7 @@ from torch import nn
 
 from harmony.capture.trace.isolation import undisturbed
 from harmony.core.machine import Machine
-from harmony.profiling.server import best_of, timed
+from harmony.profiling.server import best_of, out_of_cache, timed
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.host.pinned_memory import Place
@@ -123,7 +123,7 @@ def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = Non
     device = torch.device("cpu") if context is None else context.device
     with undisturbed(device), torch.enable_grad():
         copies = _Copies(optimizer)
-        cost = _on_the_host(copies)
+        cost = _on_the_host(copies, cold=device.type != "cpu" and not native.is_virtual(device))
         if cost is None:
             return _unknown(optimizer)
         if context is None or optimizer.waits is not None:
@@ -179,7 +179,7 @@ class _Copies:
             step_part(made.optimizer, made.params)
 
 
-def _on_the_host(copies: _Copies) -> UpdateCost | None:
+def _on_the_host(copies: _Copies, *, cold: bool) -> UpdateCost | None:
     try:
         state = _state(copies)
         seconds = 0.0
@@ -189,7 +189,7 @@ def _on_the_host(copies: _Copies) -> UpdateCost | None:
             for _ in range(_FIRST_STEPS):
                 once()
             num_elements = sum(param.numel() for param in made.params)
-            seconds = best_of(once) / max(1, num_elements)
+            seconds = best_of(out_of_cache(once) if cold else once) / max(1, num_elements)
             if seconds * num_elements > _QUICK_S:
                 break
     except Exception:  # a step of the user's own may fail in any way on what it does not expect

@@ -64,9 +64,10 @@ def _named_devices(
     found = available_devices()
     absent = [str(device) for device in chosen if device not in found]
     if absent:
-        raise ConfigError(
-            f"devices={absent}: there are {', '.join(map(str, found)) or 'none'}. Name those"
-        )
+        there = ", ".join(map(str, found)) or "none"
+        if found and found[0].type not in {device.type for device in chosen}:
+            there += ", and PyTorch uses one kind of device in a process: start one without them"
+        raise ConfigError(f"devices={absent}: there are {there}. Name those")
     return _with_kernels(chosen, named=True)
 
 

@@ -29,6 +29,7 @@
 #include "../vgpu/shapes.cpp"
 #include "../vgpu/draws.cpp"
 #include "../vgpu/dropout.cpp"
+#include "../vgpu/rnn.cpp"
 #include "../vgpu/fallback.cpp"
 #include "traced_memory.cpp"
 
@@ -241,7 +242,8 @@ const std::unordered_set<std::string> kKept = {
 
 // Composites that choose a kernel by the device, though CPU's choice is wanted.
 const std::unordered_set<std::string> kComposites = {
-    "aten::convolution", "aten::convolution_backward",
+    "aten::convolution", "aten::convolution_backward", "aten::mkldnn_rnn_layer",
+    "aten::mkldnn_rnn_layer_backward",
 };
 
 const std::unordered_set<std::string> kAnsweredHere = {
@@ -284,6 +286,11 @@ extern "C" __attribute__((visibility("default"))) int fakecuda_install() {
   library.impl("copy_", copy_);
   library.impl("native_dropout", native_dropout);
   library.impl("histc", histc);
+  register_rnn(library);
+  static torch::Library recorded(torch::Library::IMPL, "aten",
+                                 std::make_optional(c10::DispatchKey::AutogradCUDA), __FILE__,
+                                 __LINE__);
+  register_rnn(recorded);
   // What only these have no kernel on the CPU: convolution and attention are CPU's kernels and the
   // formula, and so are their gradients.
   auto& context = at::globalContext();

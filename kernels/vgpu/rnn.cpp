@@ -364,8 +364,10 @@ void register_rnn(torch::Library& m) {
   m.impl("gru_cell", gru_cell);
 }
 
+}  // namespace
+
+#ifndef VGPU_DEVICE_TYPE  // the stand-in for CUDA registers them when it is installed
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) { register_rnn(m); }
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { register_rnn(m); }
-
-}  // namespace
+#endif
 }  // namespace vgpu

@@ -148,6 +148,32 @@ print("longest", max(times) < 0.2, len(times) > 2)
     assert "longest True True" in found
 
 
+def test_updates_are_measured_out_of_the_caches() -> None:
+    """16 MiB fit into the caches of a server, whose parameters do not."""
+    found = standin.run(
+        """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from harmony.profiling.update_times import measure_update
+from harmony.runtime.device import DeviceContext
+from harmony.runtime.update.optimizer import PackOptimizer
+class Noting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.add_.Scalar or func is torch.ops.aten.add_.Tensor:
+            touched.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+for context in (None, DeviceContext(torch.device("cuda", 0))):
+    touched = [0]
+    with Noting():
+        optimizer = PackOptimizer({"w": torch.nn.Parameter(torch.ones(64))}, torch.optim.SGD, {})
+        measure_update(optimizer, context)
+    print("bytes", max(touched))
+"""
+    )
+    warm, cold = (int(line.split()[1]) for line in found.splitlines() if "bytes" in line)
+    assert warm <= 2**24 < 2**28 <= cold
+
+
 def test_gpus_without_kernels_are_refused_by_name() -> None:
     found = standin.run(
         SETUP

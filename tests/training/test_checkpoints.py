@@ -25,6 +25,7 @@ from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import parse_json
 from harmony.errors import ConfigError, HarmonyError, NotSavedError
 from harmony.weights.checkpoint_files import open_checkpoint
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, square_loss, token_batch, token_loss, vector_batch
 
@@ -44,7 +45,8 @@ def trained(net: Net, **options: Any) -> harmony.Harmony:
         "microbatch_size": 4,
         "mode": "pp",
         "devices": 2,
-        "device_memory": "400KiB",
+        # A little more goes through the kernels that CUDA has of its own.
+        "device_memory": "400KiB" if devices.TYPE == "vgpu" else "480KiB",
         "seed": 5,
     }
     return harmony.Harmony(net, **{**settings, **options})

@@ -347,6 +347,12 @@ def test_bad_batches(vgpus: VirtualGPUs) -> None:
         model(3)
 
 
+@devices.virtual_only("it is about a process that has them")
+def test_real_gpus_beside_virtual_ones_are_refused(vgpus: VirtualGPUs) -> None:
+    with pytest.raises(harmony.ConfigError, match="one kind of device in a process"):
+        harmony.Harmony(SkipMLP(), devices=["cuda:0"])
+
+
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 @devices.virtual_only("a real one is lost: tests/cuda/test_faults.py")
 def test_a_wrong_id_is_one_error_whatever_the_kernels_raise_besides(
