@@ -33,6 +33,9 @@ def install() -> None:
     kernels = ctypes.CDLL(os.environ[_KERNELS])
     kernels.fakecuda_install()
     access_trace.attach(kernels, "cuda")
+    # TorchScript's fuser compiles kernels by the driver, of which there is nothing here.
+    torch._C._jit_override_can_fuse_on_gpu(False)
+    torch._C._jit_set_texpr_fuser_enabled(False)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import harmony
 from harmony.capture.replay import captured
 from harmony.planner.ir.tasks import TaskKind
 from harmony.runtime.step.self_check import SelfCheck
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import params_of
@@ -31,7 +32,8 @@ class Odd:
 
     def scale(self) -> float:
         self.calls += 1
-        return 1.0 + 1e-6 * self.calls
+        # Kernels of real GPUs may differ by a little from run to run.
+        return 1.0 + (1e-6 if devices.TYPE == "vgpu" else 1e-2) * self.calls
 
 
 @pytest.fixture
