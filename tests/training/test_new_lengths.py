@@ -21,6 +21,7 @@ from harmony.capture import capture
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.capture.graph import trace_set
 from harmony.engine import paths
+from tests import devices
 
 from .conftest import VirtualGPUs
 from .models import GPT, token_batch, token_loss
@@ -163,6 +164,7 @@ def centred_from_18(x: torch.Tensor) -> torch.Tensor:
     return x - x.mean(0) if x.shape[1] >= 18 else x
 
 
+@devices.virtual_only("the limit is in bytes that the CPU's kernels take")
 @pytest.mark.parametrize(
     ("between", "lengths", "whole"),
     [
@@ -184,6 +186,7 @@ def test_mixing_at_the_first_length_only_is_no_wrong_result(vgpus: VirtualGPUs) 
     sizes_taken(Tokens(normed_in_chunks), batches_of(18, 16, 18, 16), **PARTED)
 
 
+@devices.virtual_only("the limit is in bytes that the CPU's kernels take")
 def test_a_loss_that_mixes_samples_at_some_lengths_is_not_parted_there(
     vgpus: VirtualGPUs,
 ) -> None:

@@ -14,6 +14,7 @@ import harmony
 from harmony.profiling.update_times import UpdateCost, kind_of, measure_update
 from harmony.runtime.device import DeviceContext, available_devices
 from harmony.runtime.update.optimizer import PackOptimizer
+from tests import devices
 
 from .conftest import VirtualGPUs
 from .models import square_loss
@@ -157,6 +158,7 @@ def test_temporaries_are_measured_and_those_that_grow_keep_updates_on_the_host(
         ("SGD", {"momentum": 0.9}),
     ],
 )
+@devices.virtual_only("blocks of CUDA's allocator add some bytes, now more, now fewer")
 def test_an_optimizer_costs_the_same_before_its_first_step_and_after_many(
     vgpus: VirtualGPUs, kind: str, options: dict[str, Any]
 ) -> None:
