@@ -197,10 +197,13 @@ class EagerRunner:
         """Put everything back unless the block comes to its end."""
         state = outside.state()
         buffers = [(buffer, buffer.clone()) for buffer in self._net.buffers()]
+        modes = [(module, module.training) for module in self._net.modules()]
         try:
             yield
         except BaseException:
             state.restore()
+            for module, mode in modes:
+                module.training = mode
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

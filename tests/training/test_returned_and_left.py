@@ -441,3 +441,22 @@ def test_a_forward_that_goes_by_a_buffer_sees_its_value_of_now(vgpus: VirtualGPU
                 module.on.fill_(on)
                 module.slope.fill_(slope)
             assert torch.equal(model(x), plain(x))
+
+
+class Failing(Listed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.means.append(x.mean())
+        self.layer.eval()
+        if len(x) == 3:
+            raise ValueError("three samples")
+        return self.last(self.first(x))
+
+
+def test_modes_are_as_before_a_forward_that_fails(vgpus: VirtualGPUs) -> None:
+    net = Failing(nn.Dropout())
+    model = harmony.Harmony(net, devices=1)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="three samples"):
+        model(_batch(3)[0])
+    assert net.layer.training and not net.means
+    model(_batch(4)[0])
+    assert not net.layer.training and len(net.means) == 1
