@@ -460,3 +460,29 @@ def test_modes_are_as_before_a_forward_that_fails(vgpus: VirtualGPUs) -> None:
     assert net.layer.training and not net.means
     model(_batch(4)[0])
     assert not net.layer.training and len(net.means) == 1
+
+
+class Hooking(ByChance):
+    """Gives a layer a hook the first time."""
+
+    def __init__(self, by_chance: bool) -> None:
+        super().__init__()
+        self.by_chance = by_chance
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.first._forward_hooks:
+            self.first.register_forward_hook(lambda module, given, out: out * 2)
+        return super().forward(x) if self.by_chance else self.last(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*so no recorded forward")
+@pytest.mark.parametrize("by_chance", [False, True])
+def test_a_hook_that_a_forward_registers_stays(vgpus: VirtualGPUs, by_chance: bool) -> None:
+    net = Hooking(by_chance)
+    plain = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    x, _ = _batch(8)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), plain(x))
+    assert len(net.first._forward_hooks) == 1

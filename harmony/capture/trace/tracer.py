@@ -55,6 +55,7 @@ NEEDS_VALUES = (
     UnsupportedOperatorException,
 )
 _MOST_OPENED = 100
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 _HOST = torch.device("cpu")
@@ -424,6 +425,11 @@ class OpenedModules:
             if buffer is not None
         }
         self._plain = PlainState(twin.modules.values())
+        self._hooks = self._hooks_now()
+
+    def _hooks_now(self) -> list[tuple[int, ...]]:
+        held = (module.__dict__[name] for module in self._twin.modules.values() for name in _HOOKS)
+        return [tuple(hooks) for hooks in held]
 
     def record_changes(self, recorder: Recorder) -> None:
         """Record buffers that were replaced; plain attributes must be as before.
@@ -442,11 +448,15 @@ class OpenedModules:
             for module, attribute in self._plain.changes()
             if (self._names[id(module)], attribute) not in by_leaves
         ]
-        if recorder.once:
-            recorder.attributes = moved
-        elif moved:
+        if moved and not recorder.once:
             recorded = (recorder.steps, recorder.values)
             raise _AttributesMovedError(moved, self._twin.modules, recorded)
+        if self._hooks_now() != self._hooks:  # on the copy: it is for the module's own run to do
+            name = type(self._twin.root).__name__
+            raise DynamicOnlyError(
+                "the forward registers or removes hooks", name, eager=True, passing=True
+            )
+        recorder.attributes = moved
 
 
 def _check_inputs(recorder: Recorder) -> None:
