@@ -5,6 +5,8 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,6 @@ from torch import nn
 _UNTOUCHED = (
     type,
     types.ModuleType,
-    types.FunctionType,
-    types.MethodType,
     types.BuiltinFunctionType,
     torch.dtype,
     torch.device,
@@ -27,7 +27,8 @@ class Snapshot:
     """Everything that can be reached from some objects, as it is now.
 
     Tensors, containers and attributes are put back in place, so whoever holds one of these
-    objects sees what it held. What lies behind closures and globals is not seen.
+    objects sees what it held. Of functions, these are their closures, defaults, and the globals
+    that their own code names; what functions reach that they call is not seen.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -55,12 +56,29 @@ class Snapshot:
             state = held.get_state()
             self._undo.append(lambda: _quietly(lambda: held.set_state(state)))
             return
+        if isinstance(held, types.FunctionType):
+            self._keep_function(held, depth)
+            return
         inside = self._contents(held)
         if inside is None:
             return
         deeper = _DEPTH if isinstance(held, nn.Module) else depth - 1
         for one in inside:
             self._keep(one, deeper)
+
+    def _keep_function(self, function: types.FunctionType, depth: int) -> None:
+        self._seen[id(function)] = function
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # still empty
+                self._undo.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
+                self._keep(cell.cell_contents, depth - 1)
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._keep(default, depth - 1)
+        named = function.__globals__
+        for name in function.__code__.co_names:
+            if name in named and not isinstance(named[name], (*_UNTOUCHED, types.FunctionType)):
+                self._undo.append(partial(named.__setitem__, name, named[name]))
+                self._keep(named[name], depth - 1)
 
     def _contents(self, held: Any) -> Iterable[Any] | None:
         """What an object holds, after its present contents were noted; None for a plain value."""
@@ -75,6 +93,13 @@ class Snapshot:
         if isinstance(held, set):
             self._note(held, _set(held))
             return list(held)
+        if isinstance(held, types.MethodType):
+            return held.__func__, held.__self__
+        if isinstance(held, partial):
+            return held.func, held.args, held.keywords
+        if type(held).__module__ == "numpy" and hasattr(held, "tobytes") and held.shape:
+            self._note(held, partial(held.__setitem__, ..., held.copy()))
+            return ()
         attributes = getattr(held, "__dict__", None)
         if not isinstance(attributes, dict) or type(held).__module__.startswith("harmony"):
             return None

@@ -209,6 +209,25 @@ def test_without_a_fault_the_step_is_right_and_nothing_is_left(
     assert model.module.calls == calls
 
 
+def test_what_the_loss_and_the_forward_keep_is_put_back(vgpus: VirtualGPUs) -> None:
+    """In a closure and a global: else the second run begins with what the first has left."""
+    seen = {"count": 0}
+    WEIGHT["kl"] = 0.5
+
+    def moving(out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen["count"] += 1
+        WEIGHT["kl"] *= 0.5
+        return annealed(out, targets) * seen["count"]
+
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    options: Any = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}, "devices": 1}
+    model = harmony.Harmony(net, loss_fn=moving, **options)
+    found = model.verify(*batch())
+    assert found.ok, found.summary()
+    assert seen["count"] == 0 and WEIGHT["kl"] == 0.5
+    WEIGHT["kl"] = 0.0
+
+
 def scaled(engine: Engine, run: Callable[[], Any]) -> Any:
     """Gradients that are 1 % too large."""
     return [None if g is None else g * 1.01 for g in run()]
