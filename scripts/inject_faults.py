@@ -154,7 +154,7 @@ class Subject:
         self.form = form
         torch.manual_seed(0)
         options: dict[str, Any] = {"devices": 2, "microbatch_size": 4, "mode": "pp", "seed": 0}
-        options |= {"device_memory": "16KiB", "replan": False}
+        options |= {"device_memory": "16KiB"}
         if form != "dropin":
             options |= {"optimizer": Own, "optimizer_kwargs": {"lr": 0.1}}
             options |= {"loss_fn": nn.functional.mse_loss}
