@@ -108,13 +108,19 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
         forward = draw(st.sampled_from([forward, backward[:-1], backward[:-1]]))
         both = sorted(set(forward).intersection(backward))
         saved = tuple(pack for pack in both if draw(st.booleans()))
-    return StepSpec(minibatch, size * factor, size, forward, backward, shares, phase, saved)
+    late: tuple[Pack, ...] = ()
+    if phase is Phase.TRAIN and draw(st.booleans()):
+        late = tuple(pack for pack in backward if draw(st.booleans()))
+    return StepSpec(
+        minibatch, size * factor, size, forward, backward, shares, phase, saved, late=late
+    )
 
 
 @st.composite
 def policies(draw: st.DrawFn, graph: LayerGraph, spec: StepSpec) -> Policy:
     """All combinations of small numbers of buffers, and of what a four-tuple may leave behind."""
-    resident = tuple(p for p in _can_stay(graph, spec) if draw(st.integers(0, 2)) == 0)
+    may_stay = [p for p in _can_stay(graph, spec) if p not in spec.late]
+    resident = tuple(p for p in may_stay if draw(st.integers(0, 2)) == 0)
     slots = st.integers(1, 3)
     return Policy(
         draw(slots),

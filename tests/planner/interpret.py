@@ -47,14 +47,20 @@ class Plain:
     def __init__(self, tasks: TaskGraph) -> None:
         self.read: dict[Task, list[tuple[object, ...]]] = {}
         self.final: dict[TensorRef, tuple[object, ...]] = {}
+        self.layers: dict[int, object] = {}
         for task in tasks.tasks:
             self.read[task] = [self._of(ref) for ref in tasks.reads[task]]
             for ref in tasks.writes[task]:
-                self.final[ref] = _made(task, ref, self.read[task])
+                self.final[ref] = made = _made(task, ref, self.read[task])
+                if ref.kind is TensorKind.WEIGHTS:
+                    self.layers.update(zip(range(ref.first, ref.last), made, strict=True))
 
     def _of(self, ref: TensorRef) -> tuple[object, ...]:
         if ref in self.final:
             return self.final[ref]
+        if ref.kind is TensorKind.WEIGHTS:  # packs of updates and of FORWARD differ
+            layers = range(ref.first, ref.last)
+            return tuple(self.layers.get(i, s) for i, s in zip(layers, _start(ref), strict=True))
         wholes = [m for m in self.final if ref.is_value and _is_part(ref, m)]
         return self.final[wholes[0]] if wholes else _start(ref)
 

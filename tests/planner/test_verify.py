@@ -72,6 +72,24 @@ CASES = {
         1,
         Policy(resident=packs(6)),
     ),
+    "late updates, one gpu": (
+        chain(6, tied=True),
+        replace(TRAIN, late=packs(2, 4, 6)),
+        1,
+        Policy(),
+    ),
+    "late updates, pp": (
+        chain(6),
+        replace(step(3, 1, packs(3, 4), packs(2, 4, 6)), late=packs(2, 4)),
+        2,
+        Policy(),
+    ),
+    "late updates, dp": (
+        chain(6, tied=True),
+        replace(step(4, 1, packs(3), packs(1, 3, 6), replicas=2), late=packs(1, 3, 6)),
+        2,
+        Policy(),
+    ),
     "two rings": (
         chain(6, tied=True),
         step(4, 1, packs(2, 4), packs(2, 4, 6), replicas=2),

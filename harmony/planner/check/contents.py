@@ -23,7 +23,8 @@ Cell = Hashable
 Access = tuple[int, int]
 START = "the start of the step"
 NOTHING = "nothing"
-Author = Task | str
+Author = Task | str | tuple[Task | str, ...]
+"""Of weights that late updates of several packs have written: one a layer."""
 
 
 @dataclass(slots=True)
@@ -195,7 +196,7 @@ class Contents:
         assert step.task is not None
         on_host = self.at.program == self.schedule.num_devices
         for ref in step.reads:
-            author = self._read_by_host(ref) if on_host else self._read_by_device(ref)
+            author = self._read_by_host(step.task, ref) if on_host else self._read_by_device(ref)
             expected = self.authors.of[step.task, ref]
             if author != expected:
                 raise self._refuse(f"{step.task} reads {ref} of {author}, not of {expected}")
@@ -228,20 +229,29 @@ class Contents:
         self._touch(memory, write=False)
         return memory.author
 
-    def _read_by_host(self, ref: TensorRef) -> Author:
-        if ref.is_gradient_part and ref.part == 0 and not self.copies[ref.kind, ref.first]:
+    def _read_by_host(self, task: Task, ref: TensorRef) -> Author:
+        is_left = task.kind is TaskKind.LATE_UPDATE  # by the step before
+        came = is_left or self.copies[ref.kind, ref.first]
+        if ref.is_gradient_part and ref.part == 0 and not came:
             raise self._refuse(f"{ref} was never swapped out")
         return self._read_host(ref)
 
     def _read_host(self, ref: TensorRef) -> Author:
         """Read every part of a tensor on the host; they must be of one author."""
-        authors = set()
+        authors = []
         for memory in self._on_host(ref):
             self._touch(memory, write=False)
-            authors.add(START if memory.author is NOTHING else memory.author)
-        if len(authors) > 1:
-            raise self._refuse(f"{ref} is partly of {' and partly of '.join(map(str, authors))}")
-        return authors.pop()
+            authors.append(START if memory.author is NOTHING else memory.author)
+        return self._one_author(ref, authors)
+
+    def _one_author(self, ref: TensorRef, authors: Sequence[Author]) -> Author:
+        one, *others = dict.fromkeys(authors)
+        if not others:
+            return one
+        if not all(author == START or _is_late(author) for author in authors):
+            several = map(str, dict.fromkeys(authors))
+            raise self._refuse(f"{ref} is partly of {' and partly of '.join(several)}")
+        return tuple(author for author in authors if not isinstance(author, tuple))
 
     def _on_host(self, ref: TensorRef) -> list[_Memory]:
         """The memories that hold a tensor on the host."""
@@ -340,7 +350,8 @@ class _Authors:
     def __init__(self, runs: Sequence[Instruction]) -> None:
         self.of: dict[tuple[Task, TensorRef], Author] = {}
         self.final: dict[TensorRef, Author] = {}
-        made: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
+        self._late: dict[int, Task] = {}
+        late, made = self._late, defaultdict[tuple[TensorKind, int], list[TensorRef]](list)
         for step in sorted(runs, key=_plain_order):
             assert step.task is not None
             for ref in step.reads:
@@ -348,18 +359,34 @@ class _Authors:
                     source = ref
                 else:
                     source = next((m for m in made[ref.kind, ref.first] if _within(ref, m)), ref)
-                self.of[step.task, ref] = self.final.get(source, START)
+                self.of[step.task, ref] = self.final.get(source) or self._by_layer(ref)
             for ref in step.writes:
                 self.final[ref] = step.task
+                if ref.kind is TensorKind.WEIGHTS and _is_late(step.task):
+                    late.update(dict.fromkeys(range(ref.first, ref.last), step.task))
                 if ref.is_value:
                     made[ref.kind, ref.first].append(ref)
 
 
+    def _by_layer(self, ref: TensorRef) -> Author:
+        """Who wrote weights that no task has written as a whole."""
+        if ref.kind is not TensorKind.WEIGHTS:
+            return START
+        found = tuple(self._late.get(layer, START) for layer in range(ref.first, ref.last))
+        return found if len(set(found)) > 1 else found[0]
+
+
+def _is_late(author: Author) -> bool:
+    return isinstance(author, Task) and author.kind is TaskKind.LATE_UPDATE
+
+
 def _plain_order(step: Instruction) -> tuple[int, int, int, int]:
-    """FORWARD packs ascending, BACKWARD packs descending, parts ascending, then updates."""
+    """Late updates, FORWARD packs ascending, BACKWARD packs descending, parts, then updates."""
     task = step.task
     assert task is not None
     start = task.samples[0] if task.samples else 0
+    if _is_late(task):
+        return -1, task.pack.first, 0, 0
     if task.kind is TaskKind.FORWARD:
         return 0, task.pack.first, start, 0
     if task.kind is TaskKind.BACKWARD:

@@ -102,7 +102,7 @@ def _check_runs(
             at = Place(number, index)
             if step.task in runs:
                 raise refuse(schedule, at, f"{step.task} runs twice")
-            is_host_task = step.task.kind in (TaskKind.UPDATE, TaskKind.ACCUMULATE)
+            is_host_task = step.task.kind not in (TaskKind.FORWARD, TaskKind.BACKWARD)
             if step.task.kind is TaskKind.UPDATE and not on_host:
                 is_host_task = state(step.task.pack) not in schedule.devices[number].resident
             if is_host_task is not on_host:

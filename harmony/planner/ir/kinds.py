@@ -13,6 +13,7 @@ _WORK = {
     TaskKind.FORWARD: "forward",
     TaskKind.BACKWARD: "backward",
     TaskKind.UPDATE: "update",
+    TaskKind.LATE_UPDATE: "update",
     TaskKind.ACCUMULATE: "accumulate",
 }
 

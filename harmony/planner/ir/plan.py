@@ -116,6 +116,7 @@ class Plan:
                 "phase": spec.phase.value,
                 "saved": _bounds(spec.saved),
                 "saved_runs": spec.saved_runs,
+                "late": _bounds(spec.late),
             },
             "policy": {
                 **asdict(self.policy),
@@ -176,6 +177,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
             Phase(spec["phase"]),
             _packs(spec["saved"]),
             spec.get("saved_runs", 0),
+            _packs(spec.get("late", ())),
         ),
         policy=Policy(
             **{
@@ -227,8 +229,8 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"packs {_bounds(packs)[:4]}")
     if not backward:
         raise ValueError("no packs")
-    if not {*spec.saved, *plan.policy.offload, *plan.policy.resident} <= {*backward}:
-        raise ValueError("packs that stay are none of the BACKWARD packs")
+    if not {*spec.saved, *spec.late, *plan.policy.offload, *plan.policy.resident} <= {*backward}:
+        raise ValueError("packs that stay, or are late, are none of the BACKWARD packs")
 
 
 def _follow(ranges: Sequence[tuple[int, int]], end: int) -> bool:
@@ -278,5 +280,6 @@ def _kept(spec: StepSpec, policy: Policy) -> str:
         (len(policy.offload), f"offload activations{some}"),
         (len(policy.resident), "stay resident"),
         (policy.hold, "a GPU hold weights"),
+        (len(spec.late), "updated in the next step"),
     )
     return "".join(f"{count} {what}, " for count, what in counts if count > 0)

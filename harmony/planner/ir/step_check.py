@@ -35,6 +35,8 @@ def check_spec(graph: LayerGraph, spec: StepSpec) -> None:
         )
     _check_sizes(graph, spec)
     _check_saved(graph, spec)
+    if not {*spec.late} <= {*spec.backward_packs}:
+        raise PlanError(f"late={spec.late}: only BACKWARD packs are updated late")
 
 
 def _check_packs(kind: str, packs: Sequence[Pack], num_layers: int) -> None:

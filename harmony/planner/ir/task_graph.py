@@ -1,7 +1,7 @@
 """A model and a four-tuple to the tasks of a step: who reads and writes what, in which order.
 
-The order is the one of plain PyTorch in pack-major form (input-batch grouping): FORWARD packs
-ascending, each with all its microbatches; BACKWARD packs descending; after each BACKWARD pack
+The order is the one of plain PyTorch in pack-major form (input-batch grouping): the LATE_UPDATEs
+that the step before has left, ascending; FORWARD packs ascending, each with all its microbatches; BACKWARD packs descending; after each BACKWARD pack
 the ACCUMULATEs of its gradient parts and its UPDATE (just-in-time tasks, PVLDB 15(11),
 2022). Edges are derived from the reads and writes, nothing else.
 """
@@ -70,6 +70,8 @@ def build_tasks(graph: LayerGraph, spec: StepSpec) -> TaskGraph:
     check_spec(graph, spec)
     tasks = TaskGraph(graph, spec)
     backward = backward_packs(graph, spec)
+    if spec.phase is Phase.TRAIN and spec.late:
+        _add_late_updates(tasks, backward)
     if spec.phase is not Phase.BACKWARD:
         needed = _needed_later(graph, spec, backward)
         for pack in spec.forward_packs:
@@ -193,7 +195,7 @@ def _parameters(graph: LayerGraph, pack: Pack) -> list[TensorRef]:
 
 
 def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:
-    """Append every B, A and U."""
+    """Append every B, A and U that is not late."""
     spec = tasks.spec
     by_pack = {item.pack: item for item in backward}
     parts = _shared_parts(spec, backward)
@@ -202,9 +204,21 @@ def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:
         if item is not None:
             for task, samples in _microbatches(tasks, TaskKind.BACKWARD, pack):
                 _add_one_backward(tasks, item, task, samples, parts)
-        gradients = _complete(tasks, pack, item, parts)
-        if gradients and spec.phase is Phase.TRAIN:
-            _add_update(tasks, pack, gradients)
+        sums = _sums(tasks, pack, item, parts)
+        for addends in sums:
+            _accumulate(tasks, addends)
+        if sums and spec.phase is Phase.TRAIN and pack not in spec.late:
+            _add_update(tasks, Task(TaskKind.UPDATE, pack), [addends[0] for addends in sums])
+
+
+def _add_late_updates(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:
+    """Append L of every late pack that has something to update."""
+    by_pack = {item.pack: item for item in backward}
+    parts = _shared_parts(tasks.spec, backward)
+    for pack in sorted(tasks.spec.late):
+        sums = _sums(tasks, pack, by_pack.get(pack), parts)
+        if sums:
+            _add_update(tasks, Task(TaskKind.LATE_UPDATE, pack), [addends[0] for addends in sums])
 
 
 def _shared_parts(
@@ -251,42 +265,39 @@ def _add_one_backward(
     _add(tasks, task, reads, writes)
 
 
-def _complete(
+def _sums(
     tasks: TaskGraph,
     pack: Pack,
     item: BackwardPack | None,
     parts: dict[tuple[int, int, Pack], int],
-) -> list[TensorRef]:
-    """Append the A tasks that this pack completes; return the gradients its U may now use."""
+) -> list[list[TensorRef]]:
+    """The gradients that are complete with this pack, each as its parts; the first is the sum."""
     complete = []
     if item is not None and item.own:
-        own = [weight_gradients(pack, r) for r in range(len(tasks.spec.shares))]
-        complete.append(_accumulate(tasks, own))
+        complete.append([weight_gradients(pack, r) for r in range(len(tasks.spec.shares))])
     for param in tasks.layers.shared:
         # A shared parameter belongs to the pack of its first layer, the last one to use it here.
         count = sum(1 for k, _, _ in parts if k == param.id)
         if param.layers[0] in pack and count:
-            tied = [shared_gradient(param.id, part) for part in range(count)]
-            complete.append(_accumulate(tasks, tied))
+            complete.append([shared_gradient(param.id, part) for part in range(count)])
     return complete
 
 
-def _accumulate(tasks: TaskGraph, parts: Sequence[TensorRef]) -> TensorRef:
-    total = parts[0]
-    for addend in parts[1:]:
+def _accumulate(tasks: TaskGraph, addends: Sequence[TensorRef]) -> None:
+    total, *others = addends
+    for addend in others:
         task = Task(TaskKind.ACCUMULATE, Pack(addend.first, addend.last), None, addend)
         _add(tasks, task, [addend, total], [total])
-    return total
 
 
-def _add_update(tasks: TaskGraph, pack: Pack, gradients: Sequence[TensorRef]) -> None:
-    graph = tasks.layers
+def _add_update(tasks: TaskGraph, task: Task, gradients: Sequence[TensorRef]) -> None:
+    graph, pack = tasks.layers, task.pack
     changed = [state(pack)]
     if any(ref.kind is TensorKind.WEIGHT_GRADIENTS for ref in gradients):
         changed.append(weights(pack))
     changed += [shared(r.first) for r in gradients if r.kind is TensorKind.SHARED_GRADIENTS]
     changed = [ref for ref in changed if ref.kind is TensorKind.STATE or ref.nbytes(graph)]
-    _add(tasks, Task(TaskKind.UPDATE, pack), [*gradients, *changed], changed)
+    _add(tasks, task, [*gradients, *changed], changed)
 
 
 def _add(

@@ -1,7 +1,7 @@
 """The tasks of one training step and what each reads and writes.
 
-A task is a pack of layers times FORWARD, BACKWARD, UPDATE or ACCUMULATE, for one microbatch. It
-names no GPU: it is bound late (PVLDB 2022, section 3.2). Edges are not declared anywhere, they
+A task is a pack of layers times FORWARD, BACKWARD, UPDATE, LATE_UPDATE or ACCUMULATE, for one
+microbatch. It names no GPU: it is bound late (PVLDB 2022, section 3.2). Edges are not declared anywhere, they
 follow from the reads and writes, in the order in which plain PyTorch would run the tasks.
 """
 
@@ -242,12 +242,13 @@ class TaskKind(Enum):
     FORWARD = "F"
     BACKWARD = "B"
     UPDATE = "U"
+    LATE_UPDATE = "L"
     ACCUMULATE = "A"
 
     __hash__ = object.__hash__
 
 
-_TASK = re.compile(r"([FBU])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")
+_TASK = re.compile(r"([FBUL])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,8 @@ class Task(_Hashed):
     ``F[4:8]@0:4`` runs the pack forward, keeping only its outputs. ``B[4:8]@0:4`` recomputes it
     from its inputs and runs it backward; where F writes and B reads ``S[4:8]@0:4``, nothing is
     recomputed. ``U[4:8]`` updates its parameters from their complete
-    gradients, on the host. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the host.
+    gradients, on the host. ``L[4:8]`` does so at the start of the step after, from the gradients
+    that a step has left. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the host.
 
     Attributes:
         samples: the microbatch, for FORWARD and BACKWARD.
@@ -300,8 +302,8 @@ class Task(_Hashed):
             return Task(TaskKind.ACCUMULATE, Pack(addend.first, addend.last), None, addend)
         samples = (int(match[4]), int(match[5])) if match[4] is not None else None
         kind = TaskKind(match[1])
-        if (samples is None) is not (kind is TaskKind.UPDATE):
-            raise PlanError(f"not a task: {text!r}. F and B name a microbatch, U does not")
+        if (samples is None) is not (kind in (TaskKind.UPDATE, TaskKind.LATE_UPDATE)):
+            raise PlanError(f"not a task: {text!r}. F and B name a microbatch, U and L do not")
         return Task(kind, Pack(int(match[2]), int(match[3])), samples)
 
 
@@ -336,6 +338,8 @@ class StepSpec:
             FORWARD saved instead of recomputing it; ``Phase.TRAIN`` with equal sizes only.
         saved_runs: of how many microbatches a replica saves that, of each of those packs, spread
             evenly; 0 for all of them. So a link, or memory, that is too small for all can be used.
+        late: BACKWARD packs that are updated at the start of the step after, each before its next
+            FORWARD; ``Phase.TRAIN`` only.
     """
 
     minibatch: int
@@ -347,6 +351,7 @@ class StepSpec:
     phase: Phase = Phase.TRAIN
     saved: tuple[Pack, ...] = ()
     saved_runs: int = 0
+    late: tuple[Pack, ...] = ()
 
     @cached_property
     def _saved(self) -> frozenset[Pack]:

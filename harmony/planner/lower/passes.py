@@ -71,7 +71,8 @@ def _write(
 
         h2d     SwapIn W of this group, unless prefetched; Alloc of its gradients
         h2d     SwapIn X that a Run needs `lookahead` Runs from now
-        h2d     SwapIn W of the next group, in the other slot
+        h2d     SwapIn W of the next group, in the other slot (where a late update makes them: Alloc
+                now, SwapIn before the first Run of that group)
         compute Run
         d2h     SwapOut, p2p Send of what it made and others need
         compute Drop of values whose last use is over
@@ -99,6 +100,7 @@ def _write(
         position = placement.position[task]
         slots[device].before(position)
         values.before(device)
+        slots[device].arrive(position)
         slots[device].prefetch(position)
         steps.run(device, task, reads[task], writes[task])
         values.after(device)

@@ -14,7 +14,7 @@ from harmony.core.layergraph import LayerGraph
 from harmony.core.units import aligned
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Slots
-from harmony.planner.ir.tasks import Task, TensorKind, TensorRef
+from harmony.planner.ir.tasks import Task, TaskKind, TensorKind, TensorRef
 from harmony.planner.lower.place import Placement, Stage
 from harmony.planner.lower.steps import StepList
 
@@ -88,6 +88,10 @@ class SlotWriter:
     so do, in slots of their own, those that the policy holds from FORWARD to BACKWARD. Gradients
     leave at the end of their group, and their slot is dropped only when it is taken again, so
     that compute does not wait for the copy.
+
+    Where the step begins with the updates that the one before has left, the first copy of new
+    weights is written as late as it can be: whoever issues it is held until the host has them, and
+    the Runs before it are to be under way by then.
     """
 
     def __init__(
@@ -117,6 +121,9 @@ class SlotWriter:
         self.free = list(range(self.weight_slots.count))
         self.here: set[TensorRef] = set()
         self.fetched = 0
+        self.runs = placement.runs[device]
+        self.written_late = _written_late(placement)
+        self.expected: list[TensorRef] = []
         self.stages = StagePool()
 
     def before(self, position: int) -> None:
@@ -128,6 +135,13 @@ class SlotWriter:
             self._fetch_up_to(self.held.index(group))
         if group.gradients:
             self._take_gradient_slot(self.grown.index(group))
+
+    def arrive(self, position: int) -> None:
+        """Write the copies that were put off, if the Run at ``position`` opens a group."""
+        if position in self.starts:
+            for ref in self.expected:
+                self.steps.swap_in(self.device, ref, source=ref)
+            self.expected.clear()
 
     def prefetch(self, position: int) -> None:
         """Write the fetches for later groups, if the Run at ``position`` opens a group."""
@@ -170,9 +184,18 @@ class SlotWriter:
         for ref in refs:
             self.steps.alloc(self.device, ref, holding.slot)
         for ref in refs:
-            self.steps.swap_in(self.device, ref, source=ref)
+            if self._is_new(ref, holding):
+                self.expected.append(ref)
+            else:
+                self.steps.swap_in(self.device, ref, source=ref)
         self.here.update(refs)
         holding.missing = [ref for ref in holding.missing if ref not in refs]
+
+    def _is_new(self, ref: TensorRef, holding: _Holding) -> bool:
+        """Whether an update at the start of the step may still be making what a copy will take."""
+        task = self.runs[self.held[holding.first].first]
+        is_first = task.kind is TaskKind.FORWARD or task.pack.last == self.graph.num_layers
+        return is_first and not self.written_late.isdisjoint(_cells(ref))
 
     def _let_go(self, number: int) -> None:
         """Drop the weights that no group after ``number`` holds on to."""
@@ -242,6 +265,19 @@ class StagePool:
             stage, count = count, count + 1
         self.slots = Slots(count, max(self.slots.nbytes, nbytes))
         return stage
+
+
+def _written_late(placement: Placement) -> frozenset[TensorRef]:
+    """Weights that are updated at the start of the step, layer by layer, since packs differ."""
+    tasks = placement.tasks
+    late = (task for task in tasks.tasks if task.kind is TaskKind.LATE_UPDATE)
+    return frozenset(cell for task in late for ref in tasks.writes[task] for cell in _cells(ref))
+
+
+def _cells(ref: TensorRef) -> list[TensorRef]:
+    if ref.kind is not TensorKind.WEIGHTS:
+        return [ref]
+    return [TensorRef(ref.kind, layer, layer + 1) for layer in range(ref.first, ref.last)]
 
 
 def _slots(wanted: int, contents: Sequence[tuple[TensorRef, ...]], graph: LayerGraph) -> Slots:

@@ -66,7 +66,7 @@ def refine(
     """
     found = list(_compare(schedule, predicted, measured))
     forward = _factors(found, TaskKind.FORWARD)
-    update = _factors(found, TaskKind.UPDATE)
+    update = _factors(found, TaskKind.UPDATE, TaskKind.LATE_UPDATE)
     backward = _backward_factors(found, costs, forward)
     links = _link_factors(found)
     table = tuple(
@@ -105,12 +105,12 @@ def _measured(
     return Measured(instruction, program, span.duration_s, typical, span.nbytes)
 
 
-def _factors(found: Iterable[Measured], kind: TaskKind) -> Factors:
-    """Factors of the layers of tasks of one kind: of all microbatches of a pack together."""
+def _factors(found: Iterable[Measured], *kinds: TaskKind) -> Factors:
+    """Factors of the layers of tasks of some kinds: of all microbatches of a pack together."""
     totals: dict[Pack, list[float]] = {}
     for item in found:
         task = item.instruction.task
-        if task is not None and task.kind is kind:
+        if task is not None and task.kind in kinds:
             total = totals.setdefault(task.pack, [0.0, 0.0])
             total[0] += item.predicted_s
             total[1] += item.measured_s
