@@ -98,6 +98,13 @@ class Harmony(Wrapper):
         updates: ``"auto"``: packs whose weights can stay on a GPU are updated there, and their
             gradients never leave it. ``"host"``: every update runs on the CPU, and after each step
             ``param.grad`` holds the gradient of every parameter.
+        overlap_updates: whether a step may leave updates to the next one, which makes each just
+            before the forward of its pack, behind the forwards in front of it; with
+            ``max_grad_norm`` that is where all of them can hide. Results are the same bits. Who
+            reads or writes a parameter, its gradient or the optimizer before that waits until they
+            are made, so nothing is ever stale; `synchronize` makes them too. While somebody holds
+            memory of a parameter (``.detach()``, an array, a state dict) each step makes its own.
+            Unseen is C++ code that is handed a parameter itself, as in ``dist.broadcast(param)``.
         replan: whether the plan may change between two steps, once the steps have shown what they
             take and another plan is predicted to be more than 5 % faster with that. It computes
             the same, bit for bit: microbatches and replicas stay what they are. Likewise a step
@@ -142,6 +149,7 @@ class Harmony(Wrapper):
         plan: Plan | str | Path | None = None,
         activations: str = "auto",
         updates: str = "auto",
+        overlap_updates: bool = False,
         replan: bool = True,
         precision: str = "fp32",
         seed: int | None = None,
@@ -176,6 +184,7 @@ class Harmony(Wrapper):
                 plan=_pinned_plan(plan),
                 activations=activations,
                 updates=updates,
+                overlap_updates=overlap_updates or options.overlap_updates,
                 replan=replan and options.replan,
                 precision=precision_of(options.precision or precision),
                 seed=drawn_seed() if seed is None else seed,
@@ -207,6 +216,7 @@ class Harmony(Wrapper):
         """
         engine = self._engine
         engine.whole.check()
+        engine.late.flush()
         copied = type(self).__new__(type(self))
         nn.Module.__init__(copied)
         memo[id(self)] = copied
@@ -311,6 +321,7 @@ class Harmony(Wrapper):
             DoesNotFitError: if the host has no memory for the second run, with the bytes.
         """
         self._engine.whole.check()
+        self._engine.late.flush()
         args, kwargs = _arguments(inputs)
         with within(self._net):
             return verify(self._engine, args, kwargs, targets)
@@ -367,6 +378,7 @@ class Harmony(Wrapper):
                     f"keep={keep}: how many checkpoints to keep, at least 1, or None"
                 )
             self._wait_for_saving()
+            engine.late.flush()
             taken, root = snapshot(engine, self._attributes, objects, extra), Path(folder)
             if async_save and (name := taken.unsaved.unseen()) is not None:
                 warn(
@@ -433,12 +445,16 @@ class Harmony(Wrapper):
         """
         engine = self._engine
         with engine.lock:
-            engine.whole.check_process()
             self._wait_for_saving()
+            engine.late.flush()
             restored = load_training(engine, Path(folder), objects, skip_damaged)
         for why in restored.skipped:
             warn(f"passed over a damaged checkpoint: {why}")
         return restored
+
+    def synchronize(self) -> None:
+        """Make the updates that the last step has left to the next one (`overlap_updates`)."""
+        self._engine.late.flush()
 
     def close(self) -> None:
         """Give back all threads, GPU memory and pinned memory of the model, at once.

@@ -161,6 +161,11 @@ def _parser() -> Parser:
     add("--plan-only", action="store_true", help="show the plan and stop before training")
     add("--plan", metavar="FILE", type=Path, help="train by this saved plan, or refuse it")
     add("--save-profile", metavar="FILE", type=Path, help="keep layers and costs, for plan")
+    add(
+        "--overlap-updates",
+        action="store_true",
+        help="make updates behind the next step's forwards, the same bits",
+    )
     add("--no-replan", action="store_true", help="keep the first plan, whatever steps take")
     add("--no-cache", action="store_true", help="measure again what earlier runs measured")
     add("--verify", action="store_true", help="compare the first step with plain PyTorch and stop")
@@ -241,6 +246,7 @@ def _options(args: argparse.Namespace) -> Options:
         ),
         cache=not args.no_cache,
         replan=not args.no_replan,
+        overlap_updates=args.overlap_updates,
         precision=args.precision,
         **_checkpoints(args),
     )

@@ -93,6 +93,8 @@ class Machine:
             they do not share (``"host"``: PCIe).
         updates_alike: whether an update on a device has the same bits as one on the host.
         updates_wait: whether no parameter is updated before all gradients are on the host.
+        updates_overlap: whether a step may leave updates to the next one, to be made behind the
+            forwards in front of their packs.
     """
 
     devices: tuple[Device, ...]
@@ -102,6 +104,7 @@ class Machine:
     peer_links: Literal["direct", "host"] = "direct"
     updates_alike: bool = True
     updates_wait: bool = False
+    updates_overlap: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -131,6 +134,7 @@ class Machine:
             data.get("peer_links", "direct"),
             data.get("updates_alike", True),
             data.get("updates_wait", False),
+            data.get("updates_overlap", False),
         )
         check_types(machine, Machine)
         _check(machine)

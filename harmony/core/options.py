@@ -102,6 +102,7 @@ class Options:
         plan: a file with the plan to train by.
         save_plan, save_profile: files that get the first plan, and the layers and their costs.
         replan: whether the plan may change between two steps.
+        overlap_updates: whether updates may run into the next step.
         precision: in which type every model computes; None: as it says itself.
         cache: whether measurements of earlier runs may be used, and kept.
         checkpoint_dir: a folder that gets the checkpoints of the script's `harmony.Run`.
@@ -132,6 +133,7 @@ class Options:
     save_profile: Path | None = None
     cache: bool = True
     replan: bool = True
+    overlap_updates: bool = False
     precision: str | None = None
     checkpoint_dir: Path | None = None
     checkpoint_every: Every | None = None

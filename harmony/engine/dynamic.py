@@ -236,8 +236,7 @@ class DynamicRunner:
         """
         optimizer, params = self._optimizer, list(self._net.parameters())
         assert optimizer is not None, "only train_step trains here"
-        if optimizer.max_norm is not None:
-            optimizer.clip(params)
+        optimizer.measure(params)
         about_to_change(params)
         begun.append("all packs")
         optimizer.update_all(params)

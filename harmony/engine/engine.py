@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, ParamSpec, TypeVar
@@ -38,6 +39,7 @@ from harmony.engine.generate import generate
 from harmony.engine.grad_alias import AliasedGradients, check_unchanged
 from harmony.engine.hooked import hooked_step
 from harmony.engine.inflight import parameters_read
+from harmony.engine.late import Late
 from harmony.engine.minibatch import (
     joined_outputs,
     load_gradients,
@@ -86,6 +88,7 @@ class Engine:
         devices: the GPUs.
         record: what the report is made of.
         whole: whether it can go on.
+        late: updates that the last step has left to the next one.
         lock: who runs it now.
         verifier: sees every forward and backward of an own loop, where one is set.
         optimizer: the full optimizer of `train_step`, once training has begun or asked for.
@@ -106,6 +109,8 @@ class Engine:
         self.lock = TracedLock()
         self._optimizer = options.make_optimizer(net)
         self.whole = Wholeness(net, self._optimizer)
+        self.late = Late(self.whole, self.lock, self._optimizer)
+        weakref.finalize(self, self.late.flush).atexit = False
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
         )
@@ -115,6 +120,7 @@ class Engine:
         watched = options.replan and options.plan is None
         self._feedback = Feedback(self.record, options.activations) if watched else None
         self.variants = VariantCache(net, self._contexts, options, self._optimizer, self.record)
+        self.variants.before_others = self.late.flush
         self._dynamic = DynamicRunner(
             net, self._contexts[0], options, self.variants, self._optimizer, self.record
         )
@@ -133,7 +139,8 @@ class Engine:
     @property
     def last_grad_norm(self) -> torch.Tensor | None:
         """Norm of all gradients of the last step, before they were clipped."""
-        return None if self._optimizer is None else self._optimizer.last_norm
+        norm = None if self._optimizer is None else self._optimizer.last_norm
+        return None if norm is None else norm.clone()  # updates that are left still want it
 
     @property
     def dynamic_size(self) -> int | None:
@@ -161,7 +168,10 @@ class Engine:
         """Run one training step."""
         self.whole.check()
         args, kwargs = self.options.precision.cast((args, kwargs))
-        call = (args, kwargs, targets)
+        with self.late.step():
+            return self._train_step((args, kwargs, targets))
+
+    def _train_step(self, call: Call) -> StepResult:
         ready: ReadyStep | None = None
         timeline: Timeline | None
         with self.whole.together() as begun:
@@ -181,12 +191,13 @@ class Engine:
             ready.variant.captured.bring_home(self.devices)
             if self._feedback is not None and not self.variants.hooked():
                 self._feedback.stepped(ready.variant, ready.planned, timeline)
-        return StepResult(loss, minibatch, count_tokens((args, kwargs)), timeline)
+        return StepResult(loss, minibatch, count_tokens(call[:2]), timeline)
 
     def _train_dynamic(
         self, call: Call, minibatch: int, reason: DynamicOnlyError | GuardError
     ) -> tuple[torch.Tensor, Timeline | None]:
         """Run what no trace stands for up to its gradients: recorded on its way, or as it is."""
+        self.late.flush()
         reason = self._goes_dynamic(CallKind.TRAIN_STEP, call, reason)
         if not reason.eager:
             try:
@@ -364,18 +375,22 @@ class Engine:
         variant = ready.variant
         prepared = self._with_slots(variant.prepared, ready.planned.plan, Phase.TRAIN)
         load_inputs(prepared, variant.graph, ready.inputs)
-        if self._aliased is not None:
-            self._aliased.take_back()
-        variant.host.forget_gradients()
+        packs = prepared.host_program.late if apply_updates else ()
+        late = self.late.take(variant.host, packs)
+        if late is None:  # else its gradients are those of the step before, and nobody has them
+            if self._aliased is not None:
+                self._aliased.take_back()
+            variant.host.forget_gradients()
         replay = self._replay_state(ready)
         loss = variant.graph.loss
         assert loss is not None
         chunks = prepared.outputs[loss].chunks()
-        job = Job(replay, ready.weights, apply_updates, look=look, begun=self.whole.begun)
+        job = Job(replay, ready.weights, apply_updates, late, look=look, begun=self.whole.begun)
         if self.options.detect_nonfinite:
             counted = [(s, chunk) for s, chunk in chunks if ready.weights.get((loss, s), 1.0)]
             job.approve = functools.partial(check_finite, counted, variant.host.params)
         timeline = variant.executor.run(prepared, job)
+        self.late.leave(variant.host, packs)
         # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
         total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
         return RanStep(total, timeline, replay)
@@ -383,6 +398,7 @@ class Engine:
     @alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
+        self.late.flush()
         args, kwargs = self.options.precision.cast((args, kwargs))
         return self._or_dynamic(self._forward, args, kwargs)
 
@@ -447,6 +463,7 @@ class Engine:
             The gradients of its inputs that require one, and of the trained parameters.
         """
         self.whole.check()
+        self.late.flush()
         self.variants.check_current(call.variant.host.generation)
         variant, host = call.variant, call.variant.host
         self.variants.activate(variant)
@@ -479,6 +496,7 @@ class Engine:
     @alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward without gradients."""
+        self.late.flush()
         args, kwargs = self.options.precision.cast((args, kwargs))
         return self._or_dynamic(self._infer, args, kwargs)
 
@@ -506,6 +524,7 @@ class Engine:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` of the module, its forwards on the first GPU."""
         self.whole.check()
+        self.late.flush()
         self.variants.activate(None)  # the forwards need the memory
         return generate(self.net, self.devices[0], self.options.precision, args, kwargs)
 
@@ -521,6 +540,7 @@ class Engine:
     @alone
     def close(self) -> None:
         """Give back threads, device memory and the arena; the module keeps all values."""
+        self.late.flush()
         self.whole.closed = True
         self._aliased = None
         self.verifier = None

@@ -35,6 +35,7 @@ class EngineOptions:
     plan: Plan | None = None
     activations: str = "auto"
     updates: str = "auto"
+    overlap_updates: bool = False
     replan: bool = True
     seed: int = 0
     precision: Precision = FP32

@@ -75,6 +75,7 @@ class VariantCache:
 
     Attributes:
         active: the variant that has the devices' memory.
+        before_others: called before other layers than those of the last step are looked at.
         kept: how batches were parted before a checkpoint that was loaded.
         arenas: of the weights and of the gradients; None before the first batch.
         generation: counts how often all captures were forgotten.
@@ -89,6 +90,7 @@ class VariantCache:
         record: ModelRecord,
     ) -> None:
         self.active: Variant | None = None
+        self.before_others: Callable[[], object] = lambda: None
         self.arenas: tuple[HostArena, HostArena] | None = None
         self.generation = 0
         self.kept: BitChoices | None = None
@@ -156,6 +158,11 @@ class VariantCache:
         if self._optimizer is not None:
             self._optimizer.check_covers(dict(self._net.named_parameters()))
 
+    def _steps_at_once(self) -> bool:
+        """Whether all parameters are updated together, so that none can be left to later."""
+        optimizer = self._optimizer
+        return optimizer is None or optimizer.together is not None or self.hooked()
+
     def settle_optimizer(self) -> None:
         """Let the optimizer be that of the parameters that there are now, from now on."""
         if self._optimizer is not None:
@@ -172,10 +179,11 @@ class VariantCache:
         if self.arenas is None:
             return
         weights, now = self.arenas[0], tensors_of(self._net)
-        difference = weights.difference(now)
-        if difference is None:
-            weights.take_in(now)
-        else:
+        with torch._C.DisableTorchFunctionSubclass():  # it asks where they are, not what they hold
+            difference = weights.difference(now)
+            if difference is None:
+                weights.take_in(now)
+        if difference is not None:
             self.forget()
             self._difference = difference
 
@@ -194,6 +202,7 @@ class VariantCache:
 
     def forget(self) -> None:
         """Forget all captures: the model is another."""
+        self.before_others()
         self.activate(None)
         self._noted = None
         self._paths.clear()
@@ -281,6 +290,7 @@ class VariantCache:
         misfit: tuple[int, int] | None,
     ) -> None:
         """Capture the path that a microbatch takes, the whole batch at first."""
+        self.before_others()
         part = call
         if misfit is not None:
             part = standing[0].captured.part_of_call(call, *misfit)
@@ -359,6 +369,7 @@ class VariantCache:
     def activate(self, variant: Variant | None) -> None:
         """Let a variant have the device memory; the others take theirs again when they run."""
         if variant is not self.active:
+            self.before_others()
             if self.active is not None:
                 self.active.release()
             self.active = variant
@@ -430,6 +441,8 @@ class VariantCache:
             machine = replace(machine, updates_wait=True)
         elif kind is CallKind.TRAIN_STEP and self._options.updates == "auto":
             machine = with_device_updates(machine, update)
+        if kind is CallKind.TRAIN_STEP and self._options.overlap_updates:
+            machine = replace(machine, updates_overlap=not self._steps_at_once())
         captured.graph = self._whole_for(captured, kind)
         host = self._host_state(captured, machine)
         graph = with_state(captured.graph, host.gradients.layout, update)

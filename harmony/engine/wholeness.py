@@ -89,7 +89,7 @@ class Wholeness:
             yield self.begun
         except BaseException as error:
             if self.begun:
-                self._tear(error)
+                self.tear(error)
             raise
 
     def check(self) -> None:
@@ -157,7 +157,8 @@ class Wholeness:
             hook.remove()
         self._awaited.clear()
 
-    def _tear(self, error: BaseException) -> None:
+    def tear(self, error: BaseException) -> None:
+        """Refuse to go on from now, as what failed has changed some of the state."""
         self._torn = text_of(error) or type(error).__name__
         if self._optimizer is None or self._awaited:
             return

@@ -243,6 +243,7 @@ def _described(
         cpu_share=share,
         updates_alike=machine.updates_alike,
         updates_wait=machine.updates_wait,
+        updates_overlap=machine.updates_overlap,
     )
 
 

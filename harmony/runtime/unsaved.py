@@ -50,6 +50,11 @@ def about_to_change(
             unsaved.about_to_change(found, check)
 
 
+def is_being_saved() -> bool:
+    """Whether a checkpoint is written while training goes on: its thread reads parameters."""
+    return bool(_open)
+
+
 class _Is(Enum):
     WAITING = auto()
     BEING_READ = auto()

@@ -44,6 +44,7 @@ def train_plain(
     microbatch: int,
     shares: int = 1,
     seed: int = 0,
+    max_norm: float | None = None,
 ) -> Run:
     """Train a copy of ``net``; with shares, add the partial sums of the shares in their order."""
     net = copy.deepcopy(net)
@@ -72,6 +73,8 @@ def train_plain(
             param.grad = None
             for part in parts:
                 param.grad = part if param.grad is None else param.grad.add_(part)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(trainable, max_norm)
         run.gradients.append(gradients_of(net))
         opt.step()
         run.losses.append(total)

@@ -367,7 +367,6 @@ class _Authors:
                 if ref.is_value:
                     made[ref.kind, ref.first].append(ref)
 
-
     def _by_layer(self, ref: TensorRef) -> Author:
         """Who wrote weights that no task has written as a whole."""
         if ref.kind is not TensorKind.WEIGHTS:

@@ -1,9 +1,10 @@
 """A model and a four-tuple to the tasks of a step: who reads and writes what, in which order.
 
 The order is the one of plain PyTorch in pack-major form (input-batch grouping): the LATE_UPDATEs
-that the step before has left, ascending; FORWARD packs ascending, each with all its microbatches; BACKWARD packs descending; after each BACKWARD pack
-the ACCUMULATEs of its gradient parts and its UPDATE (just-in-time tasks, PVLDB 15(11),
-2022). Edges are derived from the reads and writes, nothing else.
+that the step before has left, ascending; FORWARD packs ascending, each with all its microbatches;
+BACKWARD packs descending; after each BACKWARD pack the ACCUMULATEs of its gradient parts and its
+UPDATE, unless it is late (just-in-time tasks, PVLDB 15(11), 2022). Edges are derived from the
+reads and writes, nothing else.
 """
 
 from __future__ import annotations

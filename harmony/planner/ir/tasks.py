@@ -1,8 +1,9 @@
 """The tasks of one training step and what each reads and writes.
 
 A task is a pack of layers times FORWARD, BACKWARD, UPDATE, LATE_UPDATE or ACCUMULATE, for one
-microbatch. It names no GPU: it is bound late (PVLDB 2022, section 3.2). Edges are not declared anywhere, they
-follow from the reads and writes, in the order in which plain PyTorch would run the tasks.
+microbatch. It names no GPU: it is bound late (PVLDB 2022, section 3.2). Edges are not declared
+anywhere, they follow from the reads and writes, in the order in which plain PyTorch would run the
+tasks.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def _write(
 
         h2d     SwapIn W of this group, unless prefetched; Alloc of its gradients
         h2d     SwapIn X that a Run needs `lookahead` Runs from now
-        h2d     SwapIn W of the next group, in the other slot (where a late update makes them: Alloc
-                now, SwapIn before the first Run of that group)
+        h2d     SwapIn W of the next group, in the other slot (of what is updated late, Alloc only:
+                SwapIn before the first Run of that group)
         compute Run
         d2h     SwapOut, p2p Send of what it made and others need
         compute Drop of values whose last use is over

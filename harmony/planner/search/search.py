@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 from harmony.core.layergraph import LayerGraph
@@ -33,6 +34,7 @@ from harmony.planner.search.candidates import (
     sizes_that_work,
 )
 from harmony.planner.search.decisions import decide, without_choice
+from harmony.planner.search.overlap import with_late_updates
 from harmony.planner.search.packing import Budget, Packer, check_layers, suggest_memory
 from harmony.planner.search.ranking import Ranking, family, handicap
 from harmony.planner.search.trial import Fitting, TooLarge, Trial, Tried
@@ -127,7 +129,9 @@ def choose(
             f"{error}. The {minibatch} samples have to be one microbatch: {graph.whole_batch}."
             f" {REMEDY}"
         ) from None
-    return search.plan_of(best)
+    plan = search.plan_of(best)
+    leaves = machine.updates_overlap and phase is Phase.TRAIN
+    return with_late_updates(plan, best, search.trial) if leaves else plan
 
 
 def ask(
@@ -184,7 +188,7 @@ def ask(
     packer = Packer(graph, costs)
     model = None
     if like is not None:
-        model = Candidate(like.mode, like.spec, like.policy)
+        model = Candidate(like.mode, replace(like.spec, late=()), like.policy)
         counts, sizes = (len(like.spec.shares),), (like.spec.backward_size,)
     return Question(packer, machine, minibatch, phase, counts, sizes, num_packs, recompute, model)
 

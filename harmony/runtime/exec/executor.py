@@ -33,6 +33,7 @@ from harmony.runtime.exec.workers import Countdown, Worker
 from harmony.runtime.host.boundary_values import is_input, reserve_saved, reserve_values
 from harmony.runtime.host.host_program import HostProgram
 from harmony.runtime.host.host_state import HostState
+from harmony.runtime.host.late_updates import LateUpdates
 from harmony.runtime.host.pinned_memory import Place, Stash
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.finite import FirstBad
@@ -73,6 +74,7 @@ class Job:
         replay: the random states of the microbatches, started, and what layers change.
         weights: how much the scalars of each microbatch count.
         apply_updates: whether parameters are updated; if not, the gradients are all that is new.
+        late: the updates that the step before has left; the schedule makes them first.
         check: figures of a forward that ran before, or are to be compared with a backward to
             come. A schedule that has both is checked in its first run without it.
         approve: called before the first update of an optimizer that waits for all gradients;
@@ -86,6 +88,7 @@ class Job:
     replay: ReplayState
     weights: Weights
     apply_updates: bool = True
+    late: LateUpdates | None = None
     check: SelfCheck | None = None
     approve: Callable[[], None] = lambda: None
     look: FirstBad | None = None
@@ -250,13 +253,17 @@ class Executor:
             check = self.new_check(prepared.schedule)
         optimizer = self._host.optimizer
         waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
+        holds = first_time or waits or check is not None
+        leaves = job.apply_updates and bool(prepared.host_program.late)
         step = Step(
             signals,
             job.replay,
             job.weights,
-            before_updates=tuple(ends) if first_time or waits or check else (),
+            holds=holds,
+            before_updates=tuple(ends) if holds or leaves else (),
             approval=num_signals - 1,
             waits=waits,
+            late=job.late,
             apply_updates=job.apply_updates,
             approve=job.approve,
             check=check,

@@ -34,14 +34,17 @@ class HostProgram:
         self._host = host
         self._events = events
         self._kinds = kinds
+        self.late = tuple(step.task.pack for step in program if _is_late(step) and step.task)
 
     def issue(self, step: Step) -> None:
         """Run the whole program."""
-        late: list[tuple[int, Instruction]] = []
+        held: list[tuple[int, Instruction]] = []
         for index, instruction in enumerate(self._program):
             step.signals.check()
             if _is_update(instruction) and step.holds_updates:
-                late += [(index, instruction)] if step.apply_updates else []
+                held += [(index, instruction)] if step.apply_updates else []
+                continue
+            if _is_late(instruction) and not _is_left(instruction, step):
                 continue
             step.running[self.name] = str(instruction)
             if instruction.op is Op.WAIT:
@@ -56,23 +59,25 @@ class HostProgram:
         if step.check is not None:
             step.running[self.name] = "the self-check"
             step.check.compare()
-        if late and step.waits:
+        if step.apply_updates and (self.late or (held and step.waits)):
             self._gather(step)
         step.signals.issue(step.approval)
         optimizer = self._host.optimizer
-        if late and optimizer is not None and optimizer.together is not None:
+        if held and optimizer is not None and optimizer.together is not None:
             self._update_all(step)
             return
-        for index, instruction in late:
+        for index, instruction in held:
             self._timed(index, instruction, step)
 
     def _timed(self, index: int, instruction: Instruction, step: Step) -> None:
-        if _is_update(instruction):
+        if _is_update(instruction) or _is_late(instruction):
             self._may_change(instruction, step)
             step.updated.append(str(instruction.task))  # one that fails may have changed some
         start_s = step.now_s()
         step.running[self.name] = str(instruction)
-        self._run(instruction)
+        self._run(instruction, step)
+        if _is_late(instruction):
+            step.updated.remove(str(instruction.task))  # now it is of one step with the others
         lane = f"{HOST}.{instruction.stream}"
         span = Span(lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index)
         step.spans.append(span)
@@ -85,18 +90,18 @@ class HostProgram:
         about_to_change((self._host.params[name] for name in names), step.signals.check)
 
     def _gather(self, step: Step) -> None:
-        """Give all parameters their gradients, which are complete; clip them where asked to."""
+        """Give all parameters their gradients, which are complete; measure them where asked to."""
         optimizer = self._host.optimizer
         assert optimizer is not None, "a step without an optimizer has no updates"
         self._host.publish_all()
         step.running[self.name] = "the look at the gradients"
         step.approve()
         if optimizer.max_norm is not None:
-            step.running[self.name] = "the clipping of the gradients"
+            step.running[self.name] = "the norm of the gradients"
             for param in self._host.params.values():
                 if param.grad is not None:
-                    native.trace_host_access("clip", param.grad, write=True)
-            optimizer.clip(self._host.params.values())
+                    native.trace_host_access("norm", param.grad, write=False)
+            optimizer.measure(self._host.params.values())
 
     def _update_all(self, step: Step) -> None:
         """Update all parameters at once, as a loop of one's own does."""
@@ -123,9 +128,14 @@ class HostProgram:
         if awaited is not None:
             awaited.synchronize()
 
-    def _run(self, instruction: Instruction) -> None:
+    def _run(self, instruction: Instruction, step: Step) -> None:
         task = instruction.task
         assert task is not None
+        if task.kind is TaskKind.LATE_UPDATE:
+            assert step.late is not None
+            step.late.update(task.pack)
+            self._host.forget_gradients_of(task.pack)
+            return
         for ref in instruction.reads:
             if ref.is_gradient_part and ref.part == 0:
                 self._host.settle(ref)
@@ -134,6 +144,16 @@ class HostProgram:
             self._host.accumulate(task.addend)
         else:
             self._host.update(task.pack)
+
+
+def _is_late(instruction: Instruction) -> bool:
+    return instruction.task is not None and instruction.task.kind is TaskKind.LATE_UPDATE
+
+
+def _is_left(instruction: Instruction, step: Step) -> bool:
+    """Whether the step before has left this update to be made now."""
+    task = instruction.task
+    return step.late is not None and task is not None and task.pack in step.late.packs
 
 
 def _is_update(instruction: Instruction) -> bool:

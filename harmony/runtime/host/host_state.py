@@ -15,7 +15,7 @@ from harmony.planner.ir.tasks import Pack, TensorKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.host.arena import ArenaView, Piece
 from harmony.runtime.host.pinned_memory import HostBuffer, view_bytes
-from harmony.runtime.update.optimizer import PackOptimizer
+from harmony.runtime.update.optimizer import Options, PackOptimizer
 
 
 @dataclass
@@ -124,6 +124,11 @@ class HostState:
             param.grad = None
         self.gradients.arena.part()
 
+    def forget_gradients_of(self, pack: Pack) -> None:
+        """Let the parameters of a pack have no gradient: what they had was of the step before."""
+        for name in self.updated_by(pack):
+            self.params[name].grad = None
+
     def publish(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Give these parameters their gradient, or None if nothing reached them."""
         ready = []
@@ -150,15 +155,31 @@ class HostState:
 
     def update(self, pack: Pack) -> None:
         """Run U[a:b]: update the parameters of the pack from their complete gradients."""
-        names = self.updated_by(pack)
-        params = self.publish(names)
+        self._update(pack, self.publish(self.updated_by(pack)))
+
+    def update_late(self, pack: Pack, options: Options) -> None:
+        """Run L[a:b]: do what `update` does, from gradients that the step before has published.
+
+        Args:
+            options: what the groups of the optimizer held in that step.
+        """
+        params = (self.params[name] for name in self.updated_by(pack))
+        self._update(pack, [param for param in params if param.grad is not None], options)
+
+    def _update(
+        self, pack: Pack, params: list[nn.Parameter], options: Options | None = None
+    ) -> None:
+        """Take the optimizer's step for a pack: the one place where a host's update is."""
+        optimizer = self.optimizer
+        if not params or optimizer is None:
+            return
         for param in params:
             native.trace_host_access(f"U{pack}", param, write=True)
             if param.grad is not None:
-                native.trace_host_access(f"U{pack}", param.grad, write=False)
-        if params and self.optimizer is not None:
-            arena = self.weights.arena
-            arena.refresh(names, self.optimizer.update(params, arena.copies(names)))
+                clips = optimizer.max_norm is not None
+                native.trace_host_access(f"U{pack}", param.grad, write=clips)
+        names, arena = self.updated_by(pack), self.weights.arena
+        arena.refresh(names, optimizer.update(params, arena.copies(names), options))
 
 
 def _pieces_of(arena: ArenaView, ref: TensorRef, by_layer: TensorKind) -> list[Piece]:

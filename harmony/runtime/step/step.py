@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from harmony.core.timeline import Span
 from harmony.planner.ir.tasks import Samples, TensorKind
 from harmony.runtime.exec.signals import Signals
+from harmony.runtime.host.late_updates import LateUpdates
 from harmony.runtime.host.pinned_memory import Stash
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
@@ -27,10 +28,13 @@ class Step:
     Attributes:
         replay: the microbatches' random states, and what layers change.
         weights: how much the scalars of each microbatch count.
-        before_updates: events that the host waits for before its first update.
+        holds: whether updates are held back until all gradients are there.
+        before_updates: events that say so; the host waits for them where it holds updates back,
+            or leaves some to the next step.
         approval: the event by which the host says that updates may begin, where they were held
             back.
         waits: whether the optimizer wants all gradients before the first update.
+        late: the updates that the step before has left, for the schedule to make first.
         apply_updates: whether there are updates at all.
         approve: is called once all gradients are there, before they are clipped, where the
             optimizer waits for them; may raise.
@@ -46,9 +50,11 @@ class Step:
     signals: Signals
     replay: ReplayState
     weights: Weights
+    holds: bool = False
     before_updates: tuple[int, ...] = ()
     approval: int = -1
     waits: bool = False
+    late: LateUpdates | None = None
     apply_updates: bool = True
     approve: Callable[[], None] = lambda: None
     check: SelfCheck | None = None
@@ -62,7 +68,7 @@ class Step:
     @property
     def holds_updates(self) -> bool:
         """Whether updates run only after all gradients are there, or not at all."""
-        return bool(self.before_updates) or not self.apply_updates
+        return self.holds or not self.apply_updates
 
     def now_s(self) -> float:
         """Seconds since the step began."""

@@ -17,6 +17,9 @@ from harmony.runtime.update.part_step import moved, step_part
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
+Options = Sequence[Mapping[str, Any]]
+"""What the groups of an optimizer hold beside their parameters, group by group."""
+
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups as `torch.optim` takes them: ``{"params": [...], "lr": ..., ...}``."""
 
@@ -225,40 +228,66 @@ class PackOptimizer:
         how = "fused" if fused else describe(self.full)
         return f"{name} ({how})" if how else name
 
-    def clip(self, params: Iterable[nn.Parameter]) -> None:
-        """Scale all gradients as ``torch.nn.utils.clip_grad_norm_`` does, and keep their norm.
+    def measure(self, params: Iterable[nn.Parameter]) -> None:
+        """Keep the norm of all gradients, where they are clipped; each update then scales its own.
+
+        Both together are ``torch.nn.utils.clip_grad_norm_``.
 
         Args:
             params: all parameters in the order of ``module.parameters()``, which the sum over
                 their norms follows.
         """
-        assert self.max_norm is not None
-        self.last_norm = torch.nn.utils.clip_grad_norm_(list(params), self.max_norm)
+        if self.max_norm is not None:
+            gradients = [param.grad for param in params if param.grad is not None]
+            self.last_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def _clip(self, params: Iterable[nn.Parameter]) -> None:
+        """Scale the gradients of these parameters by the norm of all of them."""
+        if self.max_norm is not None and self.last_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, self.last_norm)
+
+    def options(self) -> Options:
+        """What the groups say now; schedulers may change it before an update that is left."""
+        return [
+            {
+                key: value.clone() if isinstance(value, torch.Tensor) else value
+                for key, value in group.items()
+                if key != "params"
+            }
+            for group in self.full.param_groups
+        ]
 
     def update_all(self, params: Iterable[nn.Parameter]) -> None:
         """Take the step for all parameters at once, whose gradients are complete."""
+        params = [param for param in params if param.grad is not None]
         if self.together is None:
-            self.update([param for param in params if param.grad is not None])
+            self.update(params)
         else:
+            self._clip(params)
             self.full.step()
             note_changes(self.params())
 
     def update(
-        self, params: list[nn.Parameter], working: Mapping[int, torch.Tensor] | None = None
+        self,
+        params: list[nn.Parameter],
+        working: Mapping[int, torch.Tensor] | None = None,
+        options: Options | None = None,
     ) -> set[int]:
         """Take the optimizer's step for these parameters, whose gradients are complete.
 
         Args:
             working: bf16 copies of parameters, by their identity.
+            options: of its groups, where those of now are of a later step.
 
         Returns:
             The parameters, by identity, whose copy has their new values already.
         """
+        self._clip(params)
         # Fused SGD cannot take parameters with momentum and such without in one call.
         known = [p for p in params if self.full.state.get(p)]
         new = [p for p in params if not self.full.state.get(p)]
         parts = filter(None, (known, new))
-        return set().union(*(self._update(part, working=working) for part in parts))
+        return set().union(*(self._update(part, None, working, options) for part in parts))
 
     def update_elsewhere(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Take the step for copies of parameters on a device, where their state then is, too.
@@ -280,15 +309,20 @@ class PackOptimizer:
                 if id(param) in wanted and self.full.state.get(param):
                     moved(self.full.state[param], param.device, group)
 
+    def has_stepped(self) -> None:
+        """Let LR schedulers know of a step, which their wrapper around `step` does not see."""
+        self.full._opt_called = True  # type: ignore[attr-defined]
+
     def _update(
         self,
         params: list[nn.Parameter],
         copies: list[nn.Parameter] | None = None,
         working: Mapping[int, torch.Tensor] | None = None,
+        options: Options | None = None,
     ) -> set[int]:
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
-        copied = step_part(self.full, params, copies, working)
-        self.full._opt_called = True  # type: ignore[attr-defined]  # what that wrapper would note
+        copied = step_part(self.full, params, copies, working, options)
+        self.has_stepped()
         note_changes(params)
         return copied
 
