@@ -16,6 +16,7 @@ from harmony.core.machine import Machine
 from harmony.errors import DoesNotFitError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.predict.cost import CostTable, LayerCost
+from harmony.planner.search.candidates import Candidate
 from harmony.planner.search.search import ask, choose
 from harmony.planner.search.trial import TooLarge, Trial
 
@@ -105,9 +106,8 @@ def adapted(
 def _relowered(graph: LayerGraph, costs: CostTable, machine: Machine, plan: Plan) -> Plan | None:
     """Return the same packs and policy for another graph; None if they do not fit."""
     question = ask(graph, costs, machine, plan.minibatch, phase=plan.spec.phase, like=plan)
-    assert question.like is not None
     trial = Trial(question)
-    tried = trial.tried(question.like)
+    tried = trial.tried(Candidate(plan.mode, plan.spec, plan.policy))
     if isinstance(tried, TooLarge):
         return None
     fitting = trial.verified(tried)
