@@ -8,8 +8,8 @@ A chain of linear layers is trained by AdamW with ``max_grad_norm`` on virtual G
 ``overlap_updates=True`` and once without. Kernels of a virtual GPU take ``--slowdown`` times as
 long as the CPU takes for them; the rest of that time it waits, so that the host has its cores for
 the update, as beside a real GPU. Links are throttled. Both models take turns in one process, each
-goes first every other round; a figure is the median over the rounds of the seconds of a step. Their
-parameters must be the same bits in the end.
+goes first every other round; a figure is the median over the rounds of the seconds of a step.
+Their parameters must be the same bits in the end.
 """
 
 from __future__ import annotations
