@@ -29,7 +29,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harmony
-from harmony.planner.search.overlap import NAME
+from harmony.planner.search.overlap import NAME, OWN_STEP
 from harmony.vgpu.api import virtual_gpus
 
 WAYS = ("serial", "overlapped")
@@ -98,17 +98,18 @@ def figures(
     """Return medians, their ratio, what was predicted, and whether the bits are the same."""
     median = {way: statistics.median(taken) for way, taken in seconds.items()}
     pairs = zip(*(model.parameters() for model in models.values()), strict=True)
-    plans = {way: model.plan for way, model in models.items()}
-    predicted = {way: plan.step_s for way, plan in plans.items() if plan is not None}
-    decisions = plans["overlapped"].decisions if plans["overlapped"] is not None else ()
+    plan = models["overlapped"].plan
+    assert plan is not None
+    late = next(decision for decision in plan.decisions if decision.name == NAME)
+    predicted = {"serial": float(dict(late.alternatives)[OWN_STEP]), "overlapped": plan.step_s}
     return {
         "step_s": median,
         "ratio": median["serial"] / median["overlapped"],
         "ratios": [a / b for a, b in zip(*seconds.values(), strict=True)],
         "update_s": {way: statistics.median(taken) for way, taken in updates.items()},
         "predicted_s": predicted,
-        "predicted_ratio": predicted["serial"] / predicted["overlapped"],
-        "decision": next((f"{d.chosen}: {d.why}" for d in decisions if d.name == NAME), ""),
+        "predicted_ratio": predicted["serial"] / plan.step_s,
+        "decision": f"{late.chosen}: {late.why}",
         "taken": models["overlapped"]._engine.late.num_steps,
         "same_bits": all(bool((one == other).all()) for one, other in pairs),
     }

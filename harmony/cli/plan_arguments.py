@@ -82,6 +82,8 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
             None if args.microbatch is None else count("--microbatch", args.microbatch)
         ),
         tf32=args.tf32,
+        clips=args.clip,
+        overlap_updates=args.overlap_updates,
         plan=args.plan,
         save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
         save_profile=(
@@ -138,6 +140,8 @@ def _parser() -> Parser:
     add("--save-profile", metavar="FILE", type=Path, help="keep what was counted of --model")
     add_machine(parser, "(default: the machine of the profile)")
     add("--tf32", action="store_true", help="products of fp32 may run as TF32")
+    add("--clip", action="store_true", help="updates wait for the norm of all gradients")
+    add("--overlap-updates", action="store_true", help="updates may run into the next step")
     add(
         "--minibatch", metavar="N", help="samples of a step (default: the profile's; of --model 8)"
     )

@@ -193,6 +193,7 @@ def plan_elsewhere(
         mode=mode,
         microbatch_size=microbatch_size,
         tf32=torch.get_float32_matmul_precision() != "highest",
+        overlap_updates=options.overlap_updates,
     )
     assert profile.minibatch is not None
     task = machine_and_costs(request, profile, profile.minibatch)

@@ -42,6 +42,8 @@ class PlanRequest:
         minibatch: samples of a step.
         mode, microbatch_size: as for `harmony.planner.search.search.choose`.
         tf32: whether products of fp32 may run as TF32.
+        clips: whether gradients are clipped by their norm, also where the profile does not say so.
+        overlap_updates: whether updates may run into the next step.
         plan: a saved plan to show instead of searching for one.
         save_plan, save_profile: where to keep the plan, and what was counted of the model.
         report: a file that shows the plan as well.
@@ -68,6 +70,8 @@ class PlanRequest:
     mode: str = "auto"
     microbatch_size: int | None = None
     tf32: bool = False
+    clips: bool = False
+    overlap_updates: bool = False
     plan: Path | None = None
     save_plan: Path | None = None
     save_profile: Path | None = None
@@ -125,7 +129,7 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
     gpu = _gpu_of(request, profile)
     if gpu is None:
         machine, notes = _measured_machine(request, profile)
-        machine = _with_updates(machine, profile)
+        machine = _with_updates(machine, request, profile)
         source = f"measured on {profile.device}"
         notes = (*notes, *profile.host_notes)
         return Task(profile, profile.costs, machine, minibatch, source, notes)
@@ -146,12 +150,14 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
     )
     costs, source = profile.costs_on(gpu, host.bytes_per_s, minibatch, tf32=request.tf32)
     notes = (*_notes(gpu, host, machine), *profile.host_notes)
-    return Task(profile, costs, _with_updates(machine, profile), minibatch, source, notes)
+    machine = _with_updates(machine, request, profile)
+    return Task(profile, costs, machine, minibatch, source, notes)
 
 
-def _with_updates(machine: Machine, profile: ModelProfile) -> Machine:
+def _with_updates(machine: Machine, request: PlanRequest, profile: ModelProfile) -> Machine:
     """The machine, without updates on its GPUs where they have to wait for all gradients."""
-    if not profile.clips:
+    machine = replace(machine, updates_overlap=request.overlap_updates)
+    if not (profile.clips or request.clips):
         return machine
     devices = tuple(replace(device, update_bytes_per_s=0.0) for device in machine.devices)
     return replace(machine, devices=devices, updates_wait=True)

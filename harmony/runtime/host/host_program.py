@@ -97,7 +97,7 @@ class HostProgram:
         step.running[self.name] = "the look at the gradients"
         step.approve()
         if optimizer.max_norm is not None:
-            step.running[self.name] = "the norm of the gradients"
+            step.running[self.name] = "the clipping of the gradients"
             for param in self._host.params.values():
                 if param.grad is not None:
                     native.trace_host_access("norm", param.grad, write=False)

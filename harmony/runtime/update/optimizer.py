@@ -238,6 +238,7 @@ class PackOptimizer:
                 their norms follows.
         """
         if self.max_norm is not None:
+            float(self.max_norm)  # what is no number fails here, where nothing has changed
             gradients = [param.grad for param in params if param.grad is not None]
             self.last_norm = torch.nn.utils.get_total_norm(gradients)
 
