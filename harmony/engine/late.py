@@ -65,7 +65,7 @@ class Late:
         """
         self._access.end()
         left = self._left
-        if left is not None and left.host is host and tuple(left.packs) == packs:
+        if left is not None and packs and left.host is host and tuple(left.packs) == packs:
             self.num_steps += 1
             return left
         self._make()

@@ -86,6 +86,21 @@ def same(one: harmony.Harmony, other: harmony.Harmony) -> bool:
     return len(mine) == len(others) and all(map(torch.equal, mine, others))
 
 
+def test_a_loss_that_is_not_finite_leaves_the_step_before(vgpus: VirtualGPUs) -> None:
+    model, twin = pair(microbatch_size=8, detect_nonfinite=True)
+    for each in (model, twin):
+        for step in range(2):
+            each.train_step(*vector_batch(step))
+        inputs, targets = vector_batch(2)
+        with pytest.raises(harmony.HarmonyError, match="Nothing was updated"):
+            each.train_step(inputs * float("nan"), targets)
+    assert same(model, twin)
+    for each in (model, twin):
+        each.train_step(*vector_batch(3))
+    assert is_pending(model)
+    assert same(model, twin)
+
+
 @pytest.mark.parametrize(
     ("factory", "devices", "mode", "max_norm"),
     [
