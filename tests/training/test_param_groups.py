@@ -30,7 +30,7 @@ def groups_of(params: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 def scheduled(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     """AdamW over the groups, whose learning rates fall after every step."""
-    optimizer = torch.optim.AdamW(groups_of(params), fused=True, **options)
+    optimizer = torch.optim.AdamW(groups_of(params), **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
     optimizer.register_step_post_hook(lambda *_: scheduler.step())
     return optimizer
@@ -114,7 +114,7 @@ def test_clipping_the_norm_of_all_gradients(
     norms = []
 
     def clipped(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(params, fused=True, **options)
+        optimizer = torch.optim.AdamW(params, **options)
         optimizer.register_step_pre_hook(
             lambda *_: norms.append(nn.utils.clip_grad_norm_(params, max_norm))
         )
