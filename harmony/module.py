@@ -104,7 +104,9 @@ class Harmony(Wrapper):
             reads or writes a parameter, its gradient or the optimizer before that waits until they
             are made, so nothing is ever stale; `synchronize` makes them too. While somebody holds
             memory of a parameter (``.detach()``, an array, a state dict) each step makes its own.
-            Unseen is C++ code that is handed a parameter itself, as in ``dist.broadcast(param)``.
+            Unseen are constructors that take a parameter itself as data (``torch.tensor(p)``,
+            ``as_tensor``, ``asarray``, ``Tensor``, ``new_tensor``), and ``to_dlpack(p)``, as
+            PyTorch tells no class of these: give them ``p.detach()``, or `synchronize` before.
         replan: whether the plan may change between two steps, once the steps have shown what they
             take and another plan is predicted to be more than 5 % faster with that. It computes
             the same, bit for bit: microbatches and replicas stay what they are. Likewise a step
