@@ -251,21 +251,22 @@ def _without_checkpoints() -> Iterator[None]:
         _as_it_is.running = before
 
 
-_checkpointed = checkpoint._checkpoint_without_reentrant_generator
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_IS_NAMED = hasattr(checkpoint, f"{_GENERATOR}_impl")  # torch 2.14's, which is called by names
+if _IS_NAMED:
+    _GENERATOR += "_impl"
+_checkpointed = getattr(checkpoint, _GENERATOR)
 
 
 @functools.wraps(_checkpointed)
-def _checkpointed_or_kept(
-    run: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any
-) -> Iterator[None]:
+def _checkpointed_or_kept(run: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     as_it_is = getattr(_as_it_is, "running", False)
+    preserve_rng_state = kwargs["preserve_rng_state"] if _IS_NAMED else args[0]
     with checkpointed(preserve_rng_state):
-        yield from (
-            iter((None,)) if as_it_is else _checkpointed(run, preserve_rng_state, *args, **kwargs)
-        )
+        yield from iter((None,)) if as_it_is else _checkpointed(run, *args, **kwargs)
 
 
-checkpoint._checkpoint_without_reentrant_generator = _checkpointed_or_kept  # type: ignore[assignment]
+setattr(checkpoint, _GENERATOR, _checkpointed_or_kept)
 
 
 def moved(tree: Any, device: torch.device) -> Any:
