@@ -507,7 +507,7 @@ def test_an_error_saves_the_step_before_it_if_that_is_whole(
     vgpus: VirtualGPUs,
     tmp_path: Path,
     calm: None,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What the loop had drawn and counted for the step that failed is not in the checkpoint."""
 
@@ -549,7 +549,7 @@ def test_an_error_saves_the_step_before_it_if_that_is_whole(
     torch.manual_seed(3)
     with pytest.raises((ValueError, HarmonyError), match=r"no data|has failed|before run"):
         work(fresh, tmp_path, fails=True)
-    err = capsys.readouterr().err
+    err = caplog.text
     if where == "after":
         assert "in the middle of step 2: its state is not that of a step, and is not saved" in err
         assert not tmp_path.exists() or not list(tmp_path.iterdir())
@@ -562,7 +562,7 @@ def test_an_error_saves_the_step_before_it_if_that_is_whole(
 
 
 def test_an_error_saves_nothing_that_is_saved_or_torn(
-    vgpus: VirtualGPUs, tmp_path: Path, calm: None, capsys: pytest.CaptureFixture[str]
+    vgpus: VirtualGPUs, tmp_path: Path, calm: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = small()
     with (
@@ -572,7 +572,7 @@ def test_an_error_saves_nothing_that_is_saved_or_torn(
         model.train_step(*batch(0))
         run.step()
         raise ValueError("by the way")
-    assert "ValueError" not in capsys.readouterr().err
+    assert "ValueError" not in caplog.text
     with (
         pytest.raises(ValueError, match="torn"),
         harmony.Run(model, tmp_path, every=100, save_on_error=True) as run,
@@ -582,7 +582,7 @@ def test_an_error_saves_nothing_that_is_saved_or_torn(
         run.step()
         model._engine.whole._torn = "an update failed"
         raise ValueError("torn")
-    assert "the state cannot be saved: an earlier step failed" in capsys.readouterr().err
+    assert "the state cannot be saved: an earlier step failed" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
