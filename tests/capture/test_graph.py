@@ -184,7 +184,7 @@ def test_outputs_in_the_drop_in_form() -> None:
     )
     torch.manual_seed(3)
     plain = net(x, scale=0.5)
-    rebuilt = captured.unflatten_output(found)
+    rebuilt = captured.unflatten_output(found, 4)
     assert type(rebuilt["out"]) is type(plain["out"]) and rebuilt["n"] == 4
     assert torch.equal(rebuilt["out"].hidden, plain["out"].hidden)
     assert torch.equal(rebuilt["pooled"][1][0], plain["pooled"][1][0])
@@ -195,7 +195,7 @@ def test_a_hugging_face_output_comes_back_as_one() -> None:
     net = llama().train()
     captured = capture(net, (), {"input_ids": ids(4)})
     (logits,) = captured.graph.output_ids
-    output = captured.unflatten_output({logits: torch.ones(2)})
+    output = captured.unflatten_output({logits: torch.ones(2)}, 4)
     assert type(output).__name__ == "CausalLMOutputWithPast"
     assert torch.equal(output.logits, torch.ones(2)) and output.loss is None
 
@@ -216,7 +216,7 @@ def test_inputs_and_parameters_may_be_returned() -> None:
     values = captured.flatten_inputs((x,), {})
     shell = bound_shell(net, captured)
     found = captured.run(0, graph.num_layers, shell, values, 4, wanted=graph.output_ids)
-    one, weight, out, none = captured.unflatten_output(found)
+    one, weight, out, none = captured.unflatten_output(found, 4)
     assert torch.equal(one, x) and torch.equal(weight, net.first.weight) and none is None
     assert torch.equal(out, net(x)[2])
 
