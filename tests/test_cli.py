@@ -193,6 +193,7 @@ def test_what_was_not_saved_is_said_at_the_end(run: RunScript, tmp_path: Path) -
     code, _, err = run(TRAIN, *words)
     assert code == 0
     assert err.count("harmony: nothing was saved: the script makes no harmony.Run. Add run") == 1
+    assert "harmony: nothing was saved" in run(TRAIN, "--async-save")[2]
     _, _, err = run(TRAIN)
     assert "saved" not in err
     code, _, err = run("raise ValueError('before the first step')", *words)

@@ -332,11 +332,12 @@ def _finish(command: Command, progress: Progress, code: int) -> int:
 
 def _say_what_is_kept(options: Options, progress: Progress) -> None:
     """Say what a script has not saved, though it was asked to."""
-    wanted = (options.checkpoint_dir, options.checkpoint_every, options.keep, options.resume)
+    asked = (options.checkpoint_dir, options.checkpoint_every, options.keep, options.resume)
+    wanted = options.async_save or any(option is not None for option in asked)
     if options.plan_only or options.verify:
         return
     trained = any(record.runs for record in session.records())
-    if trained and not session.keepings() and any(option is not None for option in wanted):
+    if trained and not session.keepings() and wanted:
         progress.say(
             "nothing was saved: the script makes no harmony.Run. Add run = harmony.Run(model) "
             "and, behind each step, run.step()"
