@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gc
 import time
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, ParamSpec, TypeVar
@@ -110,7 +109,6 @@ class Engine:
         self._optimizer = options.make_optimizer(net)
         self.whole = Wholeness(net, self._optimizer)
         self.late = Late(self.whole, self.lock, self._optimizer)
-        weakref.finalize(self, self.late.flush).atexit = False
         self.record = session.register(
             type(net).__name__, facts.of_model(net, self._contexts, self._optimizer)
         )
@@ -127,6 +125,11 @@ class Engine:
         self._eager = EagerRunner(
             net, self._contexts[0], options, self.variants, self._dynamic.say
         )
+
+    def __del__(self) -> None:
+        # A `weakref.finalize` would keep the module, and so whatever the module's code can see.
+        if "late" in self.__dict__:
+            self.late.give_up()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:

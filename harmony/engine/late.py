@@ -8,6 +8,7 @@ makes all of them first, so nobody ever sees anything stale.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,11 @@ class Late:
         self._whole.check_process()  # before the lock, which a thread may hold that is not here
         with held_back(), self._lock:
             self._make()
+
+    def give_up(self) -> None:
+        """Make what was left, if anything: the model goes, and its module stays."""
+        if self._left is not None and not sys.is_finalizing():
+            self.flush()
 
     def _make(self) -> None:
         self._access.end()
