@@ -47,7 +47,7 @@ def assert_trains_like(model: harmony.Harmony, eager: nn.Module, tolerance: floa
         eager,
         batches,
         optimizer=torch.optim.AdamW,
-        options={**OPTIONS, "fused": True},
+        options=OPTIONS,
         loss_fn=token_loss,
         microbatch=2,
     )

@@ -11,7 +11,7 @@ import builtins
 import dis
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from harmony.capture.guards.observe import is_machinery, is_users
 from harmony.capture.trace.isolation import user_frame
 from harmony.capture.trace.refuse import DynamicOnlyError
 
@@ -56,6 +57,23 @@ def check_hooks(net: nn.Module) -> None:
             raise DynamicOnlyError(
                 "a hook of all modules does more than compute a result", _place(hook), eager=True
             )
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[list[int]]:
+    """Number the hooks that modules have, for each kind; those of installed libraries left out.
+
+    What a library gives a module in its first forward, it gives it anew where that is missing
+    (transformers does, for the outputs that it collects).
+    """
+    held = (module.__dict__[kind] for module in modules for kind in _KINDS)
+    return [[n for n, hook in hooks.items() if not _is_librarys(hook)] for hooks in held]
+
+
+def _is_librarys(hook: Any) -> bool:
+    function = _function(hook)
+    return function is not None and not (
+        is_users(function.__code__) or is_machinery(function.__code__)
+    )
 
 
 def check_tensor_hook(name: str, args: Sequence[Any]) -> None:

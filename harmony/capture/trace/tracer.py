@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 from harmony.capture.graph.structure import flatten
 from harmony.capture.graph.trace import StepKind, Trace, without_dead_steps
 from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
+from harmony.capture.guards.module_hooks import hooks_of
 from harmony.capture.guards.outside import Outside, depends_on_batch
 from harmony.capture.replay.inputs import Batch
 from harmony.capture.replay.same_steps import Recorded, same_steps
@@ -55,7 +56,6 @@ NEEDS_VALUES = (
     UnsupportedOperatorException,
 )
 _MOST_OPENED = 100
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 _HOST = torch.device("cpu")
@@ -425,11 +425,7 @@ class OpenedModules:
             if buffer is not None
         }
         self._plain = PlainState(twin.modules.values())
-        self._hooks = self._hooks_now()
-
-    def _hooks_now(self) -> list[tuple[int, ...]]:
-        held = (module.__dict__[name] for module in self._twin.modules.values() for name in _HOOKS)
-        return [tuple(hooks) for hooks in held]
+        self._hooks = hooks_of(twin.modules.values())
 
     def record_changes(self, recorder: Recorder) -> None:
         """Record buffers that were replaced; plain attributes must be as before.
@@ -451,7 +447,9 @@ class OpenedModules:
         if moved and not recorder.once:
             recorded = (recorder.steps, recorder.values)
             raise _AttributesMovedError(moved, self._twin.modules, recorded)
-        if self._hooks_now() != self._hooks:  # on the copy: it is for the module's own run to do
+        if (
+            hooks_of(self._twin.modules.values()) != self._hooks
+        ):  # on the copy: it is for the module's own run to do
             name = type(self._twin.root).__name__
             raise DynamicOnlyError(
                 "the forward registers or removes hooks", name, eager=True, passing=True
