@@ -140,9 +140,7 @@ def run_until(words: list[str], moment: str | None, number: int) -> tuple[int, s
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     around = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A shell may have started the tests with SIGINT ignored, which is left ignored.
-    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(words, env=around, **streams, **hears) as process:
+    with subprocess.Popen(words, env=around, **streams, preexec_fn=_hear) as process:
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
@@ -152,6 +150,12 @@ def run_until(words: list[str], moment: str | None, number: int) -> tuple[int, s
         assert process.stderr is not None
         errors = process.stderr.read()
     return process.returncode, said, errors
+
+
+def _hear() -> None:
+    """Ignore no signal: who has started the tests (a shell, nohup) may have done so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def end_of(said: str) -> str:
