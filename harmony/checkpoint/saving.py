@@ -14,6 +14,7 @@ from harmony.checkpoint.store import TensorFiles, keep_last, writing
 from harmony.core.warn import warn
 from harmony.errors import NotSavedError, text_of
 from harmony.report import session
+from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import Key, Unsaved
 
 WEIGHTS, STATE, VALUES = "model", "state", "state.json"
@@ -108,15 +109,16 @@ class Saving:
         assert work is not None, "it begins once"
         snapshot = work[0]
         snapshot.unsaved.begin()
+        thread = threading.Thread(target=self._run, args=work, name="harmony-save")
         try:
-            threading.Thread(target=self._run, args=work, name="harmony-save").start()
+            with held_back():  # a signal comes before the thread runs, or once it does
+                thread.start()
+            _wait(self._may_change)
         except RuntimeError as error:
             snapshot.unsaved.end()
             self.error = NotSavedError(f"the checkpoint of step {self.step} failed: {error}")
             self._over.set()
             raise self.error from None
-        try:
-            _wait(self._may_change)
         except BaseException:  # Ctrl-C: the script may change what is not written yet
             with self._lock:
                 self._is_given_up = not self._may_change.is_set()
