@@ -63,6 +63,12 @@ class DeviceContext:
         for stream in self.streams.values():
             stream.synchronize()
 
+    def wait_for_caller(self) -> None:
+        """Wait for what the calling thread has enqueued here itself, on its current stream."""
+        stream = torch.accelerator.current_stream(self.device)
+        if not stream.query():
+            stream.synchronize()
+
     def drain(self) -> None:
         """Wait for what a failed step had issued; its further errors are ignored."""
         for stream in self.streams.values():

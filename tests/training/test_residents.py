@@ -16,9 +16,10 @@ from harmony.engine.call_kind import CallKind
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
+from tests import devices
 
 from .conftest import VirtualGPUs
-from .models import GPT, token_batch, token_loss
+from .models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from .plain import train_tokens
 from .test_plans import packs, use_plan
 
@@ -257,3 +258,31 @@ def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> N
     plan = active.plan(8, active.measured, ("auto", 2, "auto")).plan
     with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0: all gradients have to be"):
         active.prepared(plan, Phase.TRAIN)
+
+
+def test_state_that_the_script_changes_on_a_gpu_is_waited_for(vgpus: VirtualGPUs) -> None:
+    """What it has enqueued on its own stream is over before the step reads the state."""
+    params = []
+    for waits in (True, False):
+        torch.manual_seed(0)
+        model = harmony.Harmony(
+            SkipMLP(),
+            optimizer=torch.optim.AdamW,
+            loss_fn=square_loss,
+            devices=1,
+            microbatch_size=8,
+        )
+        for step in range(3):
+            model.train_step(*vector_batch(step))
+            moments = [state["exp_avg"] for state in model.optimizer.state.values()]
+            assert all(moment.device.type == devices.TYPE for moment in moments)
+            busy = torch.ones(512, 512, device=moments[0].device)
+            for _ in range(20):
+                busy = busy @ busy * 1e-3
+            for moment in moments:
+                moment.mul_(0.5)
+            if waits:
+                torch.accelerator.synchronize()
+        torch.accelerator.synchronize()  # the memory of the moments goes with the model
+        params.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *params))

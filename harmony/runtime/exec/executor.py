@@ -241,6 +241,9 @@ class Executor:
             return self._run(prepared, job)
 
     def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
+        for context, resident in zip(self.contexts, self._residents, strict=True):
+            if resident.refs:  # the script may have changed optimizer state that lies there
+                context.wait_for_caller()
         num_programs = len(prepared.programs) + 1
         num_signals = prepared.num_events + len(prepared.programs) + 1
         begin = native.new_tokens(num_programs)
