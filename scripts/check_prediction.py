@@ -175,10 +175,9 @@ def new_model(setting: Setting) -> harmony.Harmony:
 def planned_for(model: harmony.Harmony) -> tuple[Any, Any]:
     """The variant that stands for the model, and its plan with what it was made from."""
     inputs, targets = next(iter(batches(1, BATCH, CONTEXT)))
-    variant, planned, _ = model._engine.variants.find(
-        CallKind.TRAIN_STEP, ((inputs,), {}, targets)
-    )
-    return variant, planned
+    call = ((inputs,), {}, targets)
+    ready = model._engine.variants.ready(CallKind.TRAIN_STEP, call)
+    return ready.variant, ready.planned
 
 
 def plans_of(setting: Setting) -> list[Plan]:

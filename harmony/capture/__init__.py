@@ -19,7 +19,7 @@ from harmony.capture.graph.params import ParamInfo
 from harmony.capture.guards.module_hooks import check_hooks
 from harmony.capture.guards.outside import Outside
 from harmony.capture.replay.captured import Captured
-from harmony.capture.replay.inputs import Batch
+from harmony.capture.replay.inputs import Batch, form_of_leaf
 from harmony.capture.replay.replay import GuardError
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain, plain_attributes
@@ -45,6 +45,7 @@ __all__ = [
     "capture",
     "check_hooks",
     "form_of",
+    "form_of_leaf",
     "irregular_input",
     "is_plain",
     "or_eager",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture import Batch, autocast_dtype, form_of, irregular_input
+from harmony.capture import Batch, autocast_dtype, form_of, form_of_leaf, irregular_input
 from harmony.capture.guards.torch_settings import torch_settings
 from harmony.engine.call_kind import CallKind
 from harmony.errors import ConfigError
@@ -27,8 +27,8 @@ def call_key_of(
     call: Call,
     kind: CallKind,
     batch_dims: Mapping[str, int | None],
-) -> tuple[CallKey, int, str | None]:
-    """Return what identifies a call, its number of samples, and why it runs whole, as it is.
+) -> tuple[CallKey, Batch, str | None]:
+    """Return what identifies a call, its inputs, and why it runs whole, as it is.
 
     The last is None for a call that a recording can hold.
 
@@ -63,7 +63,7 @@ def call_key_of(
     state = tuple(_python_state(net))
     form = kind, str(batch.structure.spec), described, trained
     key = (*form, autocast_dtype(), torch_settings(), state)
-    return key, batch.num_samples, whole
+    return key, batch, whole
 
 
 def _describe(leaf: Any, batch_dim: int | None) -> Any:
@@ -72,8 +72,7 @@ def _describe(leaf: Any, batch_dim: int | None) -> Any:
         return (repr(leaf), id(leaf)) if compares is object.__eq__ else repr(leaf)
     if form_of(leaf) is not None:  # its shape may not be known
         return type(leaf), leaf.layout, leaf.dtype, leaf.requires_grad
-    shape = tuple(-1 if dim == batch_dim else size for dim, size in enumerate(leaf.shape))
-    return shape, leaf.dtype, leaf.requires_grad
+    return form_of_leaf(leaf, batch_dim)
 
 
 def _python_state(net: nn.Module) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from harmony.capture.loss.weights import LiveWeights, parts_asked_for
 from harmony.core.warn import warn
 from harmony.engine.call_key import Call
 from harmony.engine.call_kind import CallKind
+from harmony.engine.minibatch import detached
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import Paths, PathsKey, use_last
 from harmony.engine.planned import Measured, Planned
@@ -38,7 +39,6 @@ from harmony.planner.search.candidates import REMEDY
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.out_of_memory import with_room
-from harmony.runtime.exec.stage import Values
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.randomness import microbatch_seed
 from harmony.runtime.step.replay_state import ReplayState
@@ -132,16 +132,19 @@ class DynamicRunner:
             captured = with_room("the forward of a microbatch", [context.device], capture)
         if captured.eager is not None:
             raise DynamicOnlyError(captured.eager, type(self._net).__name__, eager=True)
-        paths = use_last(self._known, self._variants.key(kind, call)[0])
+        key, batch, _ = self._variants.key(kind, call)
+        paths = use_last(self._known, key)
         standing = (b for b in paths.variants if b.captured.guards.same())
         same = (b for b in standing if same_path(b.captured, captured))
         variant = next(same, None) or self._variants.bind(captured, kind)
         paths.use(variant)
         size = captured.num_samples  # its trace is good for no other
-        measure = partial(self._variants.measured, variant, kind, size, call, [size])
-        inputs, measured = with_room("measuring the layers", [context.device], measure)
+        inputs = captured.inputs_of(batch)
+        self._variants.activate(variant)
+        measure = partial(self._variants.measured, variant, kind, size, inputs, [size])
+        measured = with_room("measuring the layers", [context.device], measure)
         planned = self._plan(variant, size, measured)
-        weights, _ = variant.weights(detached(inputs), planned)
+        weights, _ = variant.weights(inputs, planned)
         moved, set_up = captured.moved, captured.trace.set_up
         return ReadyStep(variant, planned, inputs, weights, index, moved, set_up)
 
@@ -292,8 +295,3 @@ class ModuleState:
                 if name not in attributes:
                     del module.__dict__[name]
             module.__dict__.update(attributes)
-
-
-def detached(inputs: Values) -> Values:
-    """Return the inputs without their graph."""
-    return {value: tensor.detach() for value, tensor in inputs.items()}

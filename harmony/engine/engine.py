@@ -11,13 +11,12 @@ import gc
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from harmony.capture import DynamicOnlyError, GuardError
-from harmony.capture.loss.weights import parts_asked_for
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
 from harmony.core.warn import warn
@@ -32,7 +31,7 @@ from harmony.engine.autograd import (
 )
 from harmony.engine.call_key import Call
 from harmony.engine.call_kind import CallKind
-from harmony.engine.dynamic import DynamicRunner, detached
+from harmony.engine.dynamic import DynamicRunner
 from harmony.engine.eager import EagerRunner
 from harmony.engine.generate import generate
 from harmony.engine.grad_alias import AliasedGradients, check_unchanged
@@ -40,6 +39,7 @@ from harmony.engine.hooked import hooked_step
 from harmony.engine.inflight import parameters_read
 from harmony.engine.late import Late
 from harmony.engine.minibatch import (
+    detached,
     joined_outputs,
     load_gradients,
     load_inputs,
@@ -65,14 +65,13 @@ from harmony.report import header as facts
 from harmony.report import session
 from harmony.report.session import StepStats
 from harmony.runtime.device import DeviceContext
-from harmony.runtime.exec.executor import Job, PreparedSchedule
+from harmony.runtime.exec.executor import Job
 from harmony.runtime.exec.out_of_memory import is_undone, with_room
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.finite import FirstBad, check_finite
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.traced_lock import TracedLock
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -185,7 +184,7 @@ class Engine:
                 self._dynamic.commit(ready, step.replay, begun)
                 loss, timeline = step.loss, step.timeline
             except (DynamicOnlyError, GuardError) as reason:
-                _, minibatch = self.variants.paths(CallKind.TRAIN_STEP, call)
+                minibatch = self.variants.paths(CallKind.TRAIN_STEP, call)[1].num_samples
                 loss, timeline = self._train_dynamic(call, minibatch, reason)
                 self._dynamic.update(begun)
             self.num_steps += 1
@@ -323,33 +322,22 @@ class Engine:
         self.whole.check()
         args, kwargs = self.options.precision.cast((args, kwargs))
         call = (args, kwargs, targets)
-        find = functools.partial(self.variants.find, kind, call)
+        find = functools.partial(self.variants.ready, kind, call)
         try:
-            variant, planned, inputs = with_room("measuring the model", self.devices, find)
+            return with_room("measuring the model", self.devices, find)
         except DynamicOnlyError as reason:
             if kind is CallKind.TRAIN_STEP or reason.eager:
                 raise
             self._dynamic.notice(reason)
             self._runs_whole(call)
             return self._dynamic.ready(kind, call, self.num_steps, 0)
-        plan = planned.plan
-        weights, doubt = variant.weights(detached(inputs), planned)
-        if doubt is not None and self.options.microbatch_size is None:
-            variant.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
-            return self.ready(kind, args, kwargs, targets)
-        if doubt is not None:
-            self.record.warn(parts_asked_for(doubt, plan.minibatch, plan.spec.backward_size))
-        low, high = planned.microbatches[-1]
-        whole = self.options.microbatch_size is None
-        set_up = variant.captured.traces.set_up(plan.minibatch if whole else high - low)
-        return ReadyStep(variant, planned, inputs, weights, set_up=set_up)
 
     def _runs_whole(self, call: Call) -> None:
         """Say that a loop of the caller's own runs a batch whole where no trace stands for it."""
         asked = self.options.microbatch_size
         if asked is None or not torch.is_grad_enabled():
             return
-        _, minibatch = self.variants.paths(CallKind.OWN_LOOP, call)
+        minibatch = self.variants.paths(CallKind.OWN_LOOP, call)[1].num_samples
         if asked < minibatch:
             self._dynamic.say(
                 f"microbatch_size={asked} does not part the batches of this loop: the forward is "
@@ -376,7 +364,7 @@ class Engine:
             NonFiniteError: if that is looked for, and found.
         """
         variant = ready.variant
-        prepared = self._with_slots(variant.prepared, ready.planned.plan, Phase.TRAIN)
+        prepared = variant.prepared(ready.planned, Phase.TRAIN)
         load_inputs(prepared, variant.graph, ready.inputs)
         packs = prepared.host_program.late if apply_updates else ()
         late = self.late.take(variant.host, packs)
@@ -441,7 +429,7 @@ class Engine:
         )
         if self.verifier is not None:
             call.plain = self.verifier.before_forward(call, args, kwargs)
-        prepared = self._with_slots(variant.prepared, plan, Phase.FORWARD, in_flight)
+        prepared = variant.prepared(ready.planned, Phase.FORWARD, in_flight)
         load_inputs(prepared, variant.graph, detached(inputs))
         self.last_timeline = variant.executor.run(
             prepared, Job(replay, weights, check=check, ahead_nbytes=ready.planned.backward_nbytes)
@@ -471,8 +459,7 @@ class Engine:
         variant, host = call.variant, call.variant.host
         self.variants.activate(variant)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
-        prepare, reached = variant.prepared_backward, frozenset(given)
-        prepared = self._with_slots(prepare, call.planned, call.in_flight, reached)
+        prepared = variant.prepared_backward(call.planned, call.in_flight, frozenset(given))
         read = set(parameters_read(prepared.schedule, host.weights.layout))
         check_unchanged(call.versions, host.weights.arena, read)
         load_gradients(prepared, variant.graph, given, call.weights)
@@ -511,7 +498,7 @@ class Engine:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep
     ) -> Any:
         variant, weights = ready.variant, ready.weights
-        prepared = self._with_slots(variant.prepared_inference, ready.planned)
+        prepared = variant.prepared(ready.planned, Phase.INFER)
         load_inputs(prepared, variant.graph, detached(ready.inputs))
         replay = self._replay_state(ready, recomputed=False)
         variant.executor.run(prepared, Job(replay, weights))
@@ -530,13 +517,6 @@ class Engine:
         self.late.flush()
         self.variants.activate(None)  # the forwards need the memory
         return generate(self.net, self.devices[0], self.options.precision, args, kwargs)
-
-    def _with_slots(
-        self, prepare: Callable[P, PreparedSchedule], *args: P.args, **kwargs: P.kwargs
-    ) -> PreparedSchedule:
-        """Prepare a schedule, whose slots take device memory."""
-        run = functools.partial(prepare, *args, **kwargs)
-        return with_room("preparing the plan", self.devices, run)
 
     # State
 

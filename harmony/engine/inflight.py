@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from harmony.core.layergraph import LayerGraph
 from harmony.planner.ir.plan import Plan
@@ -12,6 +13,7 @@ from harmony.planner.ir.tasks import Phase, TensorKind
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.search.trial import checked_schedule
 from harmony.runtime.exec.executor import Executor, PreparedSchedule
+from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.step.step import HostValues
 
@@ -76,14 +78,21 @@ class InFlightPool:
     def prepare(
         self, schedule: Schedule, in_flight: InFlight, values: HostValues
     ) -> PreparedSchedule:
-        """Return a schedule ready to run on an entry's values."""
+        """Return a schedule ready to run on an entry's values.
+
+        Raises:
+            DoesNotFitError: if its slots have no room on a device.
+        """
         key = id(schedule)  # what is prepared keeps it alive
         known = in_flight.prepared.get(key)
         if known is not None:  # in the slots that there are: others would have made it forgotten
             return known
         if not self._executor.fits_slots(schedule):
             self.forget()
-        prepared = in_flight.prepared[key] = self._executor.prepare(schedule, values)
+        prepare = partial(self._executor.prepare, schedule, values)
+        devices = [context.device for context in self._executor.contexts]
+        prepared = with_room("preparing the plan", devices, prepare)
+        in_flight.prepared[key] = prepared
         return prepared
 
     def drop(self) -> None:

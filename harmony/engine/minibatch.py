@@ -24,6 +24,11 @@ def load_inputs(prepared: PreparedSchedule, graph: LayerGraph, inputs: Values) -
         stash.fill(inputs[index], graph.values[index].batch_dim, num_samples)
 
 
+def detached(inputs: Values) -> Values:
+    """Return the inputs without their graph."""
+    return {value: tensor.detach() for value, tensor in inputs.items()}
+
+
 def joined_outputs(prepared: PreparedSchedule, graph: LayerGraph, weights: Weights) -> Values:
     """Return the outputs of the whole minibatch, on the host, as new tensors.
 

@@ -14,6 +14,7 @@ from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.engine.graph_bytes import with_bytes, with_saved, with_saved_of
 from harmony.engine.inflight import InFlight, InFlightPool, Reached
+from harmony.engine.minibatch import detached
 from harmony.engine.other_lengths import (
     adapted,
     ratio_between,
@@ -205,6 +206,14 @@ class Variant:
             self._verdict = self._kin._verdict  # until it is tried, or needs not be
             self._use(Measured(graph, costs, known.machine))
 
+    def settled(self, minibatch: int) -> Planned | None:
+        """The plan for a minibatch, if nothing is left to be found out before it runs."""
+        planned = self._plans.get(minibatch)
+        if planned is None or self.measured is None:
+            return None
+        is_open = self._splitting.is_open(self.captured_graph, minibatch)
+        return None if is_open and not _is_whole(planned.plan) else planned
+
     def wants_trial(self, minibatch: int, asked: Callable[[], Asked]) -> bool:
         """Whether it is to be found out with a batch of this size whether it may be parted.
 
@@ -340,21 +349,18 @@ class Variant:
         verify(plan.schedule, self.graph, measured.costs, plan.spec.phase, tasks)
 
     def prepared(
-        self, plan: Plan, phase: Phase, in_flight: InFlight | None = None
+        self, planned: Planned, phase: Phase, in_flight: InFlight | None = None
     ) -> PreparedSchedule:
-        """Return the schedule of a phase of the plan, ready to run.
+        """Return the schedule of a phase of a plan, ready to run.
 
         Args:
             in_flight: whose values it works on; by default those of a phase that nothing follows.
         """
         if in_flight is None:
-            in_flight = self.in_flight_pool.own(phase, plan.minibatch)
-        return self.in_flight_pool.prepare(plan.schedules[phase], in_flight, in_flight.values)
-
-    def prepared_inference(self, planned: Planned) -> PreparedSchedule:
-        """Return a forward that nothing follows, with a plan's packs, ready to run."""
-        in_flight = self.in_flight_pool.own(Phase.INFER, planned.plan.minibatch)
-        return self.in_flight_pool.prepare(planned.inference, in_flight, in_flight.values)
+            in_flight = self.in_flight_pool.own(phase, planned.plan.minibatch)
+        infers = phase is Phase.INFER
+        schedule = planned.inference if infers else planned.plan.schedules[phase]
+        return self.in_flight_pool.prepare(schedule, in_flight, in_flight.values)
 
     def prepared_backward(
         self, planned: Planned, in_flight: InFlight, reached: Reached
@@ -378,6 +384,7 @@ class Variant:
 
         The second value says why their sum may not be the whole batch's; None where it is.
         """
+        inputs = detached(inputs)
         weights: dict[tuple[int, Samples], float] = {}
         doubt = None
         for every in planned.in_order.values():

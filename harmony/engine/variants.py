@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from harmony.capture import (
+    Batch,
     Captured,
     DynamicOnlyError,
     GuardError,
@@ -22,6 +23,7 @@ from harmony.capture import (
     undisturbed,
 )
 from harmony.capture.guards.torch_settings import mode_of_users
+from harmony.capture.loss.weights import parts_asked_for
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
 from harmony.core.options import current_options
@@ -39,6 +41,7 @@ from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, PathsKey, use_last
 from harmony.engine.planned import Asked, Measured, Planned
 from harmony.engine.resumed import BitChoices
+from harmony.engine.step_result import ReadyStep
 from harmony.engine.variant import Variant
 from harmony.errors import ConfigError, HarmonyError, PlanError
 from harmony.planner.ir.plan_file import check_minibatch
@@ -111,14 +114,14 @@ class VariantCache:
         for paths in self._paths.values():
             yield from paths.variants
 
-    def paths(self, kind: CallKind, call: Call) -> tuple[Paths, int]:
-        """Return what the signature of a call has led to, and its number of samples."""
+    def paths(self, kind: CallKind, call: Call) -> tuple[Paths, Batch]:
+        """Return what the signature of a call has led to, and its inputs."""
         self._take_in()
-        key, minibatch, whole = self.key(kind, call)
+        key, batch, whole = self.key(kind, call)
         found = use_last(self._paths, key)
         if whole is not None and found.dynamic is None:
-            found.dynamic = self._as_it_is(whole, minibatch)
-        return found, minibatch
+            found.dynamic = self._as_it_is(whole, batch.num_samples)
+        return found, batch
 
     def _as_it_is(self, why: str, minibatch: int) -> DynamicOnlyError:
         """Say that a batch is run in one piece, by the module's own Python."""
@@ -130,14 +133,14 @@ class VariantCache:
             )
         return DynamicOnlyError(why, type(self._net).__name__, eager=True)
 
-    def key(self, kind: CallKind, call: Call) -> tuple[PathsKey, int, str | None]:
-        """What paths are kept by, the number of samples, and why a call runs whole, as it is.
+    def key(self, kind: CallKind, call: Call) -> tuple[PathsKey, Batch, str | None]:
+        """What paths are kept by, the inputs, and why a call runs whole, as it is.
 
         A plan may be one for updates that wait, or not.
         """
         batch_dims = self._options.batch_dims_of(kind)
-        key, minibatch, whole = call_key_of(self._net, call, kind, batch_dims)
-        return (key, kind is CallKind.TRAIN_STEP and self.waits()), minibatch, whole
+        key, batch, whole = call_key_of(self._net, call, kind, batch_dims)
+        return (key, kind is CallKind.TRAIN_STEP and self.waits()), batch, whole
 
     def hooked(self) -> bool:
         """Whether a trained parameter has hooks, which want its gradient on the host."""
@@ -209,13 +212,14 @@ class VariantCache:
         self._stages.clear()
         self.generation += 1
 
-    def find(self, kind: CallKind, call: Call) -> tuple[Variant, Planned, Values]:
-        """Return a variant that stands for a call, its plan, and the tensors by value.
+    def ready(self, kind: CallKind, call: Call) -> ReadyStep:
+        """Return what runs for a call: captured, measured and planned where that is not done yet.
 
         Raises:
-            DynamicOnlyError: if there is none: the call has to be run dynamically.
+            DynamicOnlyError: if no trace stands for the call: it has to be run dynamically.
         """
-        paths, minibatch = self.paths(kind, call)
+        paths, batch = self.paths(kind, call)
+        minibatch = batch.num_samples
         _check_modes(self._net)
         if current_options().gpu is not None:
             profile = self.unmeasured(type(self._net).__name__, kind, call)
@@ -231,21 +235,47 @@ class VariantCache:
             for variant in standing:
                 if variant.captured.only_size not in (None, minibatch):
                     continue
+                inputs = variant.captured.inputs_of(batch)
+                self.activate(variant)
                 try:
-                    inputs, measured = self.measured(variant, kind, minibatch, call)
+                    planned, misfit = self._fitting(variant, kind, minibatch, inputs)
                 except GuardError as error:
                     paths.dynamic = DynamicOnlyError(OTHER_WAY, error.where)
                     raise paths.dynamic.again() from error
-                planned, misfit = self._fitting(variant, minibatch, measured, inputs)
                 if misfit is None and not paths.adds_up(variant, planned, self._options):
                     break
                 if misfit is None:
-                    planned = self.plan(variant, minibatch, planned.measured)
                     paths.use(variant)
-                    self._note(variant, planned)
-                    return variant, planned, inputs
+                    return self._with_plan(variant, planned, inputs) or self.ready(kind, call)
             self._add_path(paths, standing, kind, call, misfit)
         raise DynamicOnlyError("the microbatches of a minibatch take different paths", "?")
+
+    def _with_plan(self, variant: Variant, planned: Planned, inputs: Values) -> ReadyStep | None:
+        """Say how a batch is run by its variant's plan; None if it may not be parted like that."""
+        minibatch = planned.plan.minibatch
+        planned = variant.settled(minibatch) or self.plan(variant, minibatch, planned.measured)
+        self._note(variant, planned)
+        weights, doubt = variant.weights(inputs, planned)
+        asked = self._options.microbatch_size
+        if doubt is not None and asked is None:
+            variant.forbid_parts(f"the loss of a batch is not that of its parts: {doubt}")
+            return None
+        if doubt is not None:
+            said = parts_asked_for(doubt, minibatch, planned.plan.spec.backward_size)
+            self._record.warn(said)
+        low, high = planned.microbatches[-1]
+        set_up = variant.captured.traces.set_up(minibatch if asked is None else high - low)
+        return ReadyStep(variant, planned, inputs, weights, set_up=set_up)
+
+    def _planned(
+        self, variant: Variant, kind: CallKind, minibatch: int, inputs: Values
+    ) -> Planned:
+        """Return the plan, measured before where that is not done yet."""
+        known = variant.settled(minibatch)
+        if known is not None:
+            return known
+        measured = self.measured(variant, kind, minibatch, inputs)
+        return self.plan(variant, minibatch, measured)
 
     def _note(self, variant: Variant, planned: Planned) -> None:
         """Let the report know of the plan, where it is not that of the step before."""
@@ -260,13 +290,14 @@ class VariantCache:
         self._noted = planned
 
     def _fitting(
-        self, variant: Variant, minibatch: int, measured: Measured, inputs: Values
+        self, variant: Variant, kind: CallKind, minibatch: int, inputs: Values
     ) -> tuple[Planned, tuple[int, int] | None]:
         """Return a plan, and a microbatch that takes another path than the variant's, if any.
 
         Where only parts of the batch do, the batch is not parted.
         """
-        planned, options = self.plan(variant, minibatch, measured), self._options
+        planned = self._planned(variant, kind, minibatch, inputs)
+        options = self._options
         misfit = variant.misfit(inputs, planned, options.microbatch_size)
         whole = (0, minibatch)
         if misfit in (None, whole) or options.microbatch_size is not None:
@@ -294,7 +325,7 @@ class VariantCache:
         part = call
         if misfit is not None:
             part = standing[0].captured.part_of_call(call, *misfit)
-            if any(self._stands_for(other, part) for other in standing):
+            if any(other.captured.stands_for(part) for other in standing):
                 raise DynamicOnlyError(
                     "the microbatches of a minibatch take different paths",
                     standing[0].captured.first_guard(),
@@ -312,34 +343,20 @@ class VariantCache:
                 raise
             paths.dynamic = error.again()
 
-    def _stands_for(self, variant: Variant, call: Call) -> bool:
-        """Whether the trace of a variant is what the forward does for all samples of a call."""
-        captured = variant.captured
-        inputs = captured.flatten_inputs(*call)
-        try:
-            captured.check_guards(inputs, captured.count_samples(call))
-        except GuardError:
-            return False
-        return True
-
     def measured(
         self,
         variant: Variant,
         kind: CallKind,
         minibatch: int,
-        call: Call,
+        inputs: Values,
         sizes: Sequence[int] | None = None,
-    ) -> tuple[Values, Measured]:
-        """Let a variant have the devices, and measure it if that was not done before.
+    ) -> Measured:
+        """Measure a variant, which has the devices, if that was not done before.
 
         Args:
+            inputs: by value.
             sizes: of the microbatches to measure; chosen here by default.
-
-        Returns:
-            The inputs by value, and what was measured.
         """
-        inputs = variant.captured.flatten_inputs(*call)
-        self.activate(variant)
         if variant.measured is None:
             variant.borrow(self)
         if variant.wants_trial(minibatch, self._asked):
@@ -354,7 +371,7 @@ class VariantCache:
             with undisturbed(self._contexts[0].device):
                 measured = variant.measure(inputs, sizes, update, known)
             self._measured.keep()
-        return inputs, measured
+        return measured
 
     def capture_mode(self) -> str:
         """How the model is captured, at worst (see `harmony.Harmony.capture_mode`)."""
@@ -534,7 +551,7 @@ class VariantCache:
         Raises:
             CaptureError: if the layers cannot be known without running them.
         """
-        _, minibatch = self.paths(kind, call)
+        minibatch = self.paths(kind, call)[1].num_samples
         with only_captured():
             captured = self._capture(kind, call)
         update = self.update_cost() if kind is CallKind.TRAIN_STEP else NO_UPDATE

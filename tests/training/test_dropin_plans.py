@@ -73,7 +73,8 @@ def use_plan(
     policy: Policy,
 ) -> None:
     """Make the model run this batch by a plan of the test's own, all phases verified."""
-    variant, planned, _ = model._engine.variants.find(CallKind.OWN_LOOP, (call, {}, None))
+    ready = model._engine.variants.ready(CallKind.OWN_LOOP, (call, {}, None))
+    variant, planned = ready.variant, ready.planned
     minibatch = planned.plan.minibatch
     every = packs(cuts, variant.graph.num_layers)
     spec = StepSpec(minibatch, size, size, every, every, halves(minibatch, replicas))

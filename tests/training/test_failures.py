@@ -123,7 +123,7 @@ def test_first_step_is_all_or_nothing(vgpus: VirtualGPUs, switch: Switch) -> Non
     before = params_of(model.module)
     switch.set(-1000, 1)  # past capture and measuring
     x, y = vector_batch(0)
-    model._engine.variants.find(CallKind.TRAIN_STEP, ((x,), {}, y))
+    model._engine.variants.ready(CallKind.TRAIN_STEP, ((x,), {}, y))
     switch.set(0, 8)
     with pytest.raises(harmony.ExecutionError) as caught:
         model.train_step(x, y)

@@ -538,7 +538,7 @@ def test_the_plan_says_what_it_leaves(vgpus: VirtualGPUs) -> None:
     assert kinds == [TaskKind.LATE_UPDATE] * len(plan.spec.late)
     assert harmony.Plan.from_json(plan.to_json()).spec == plan.spec
     engine = model._engine
-    _, planned, _ = engine.variants.find(
+    planned = engine.variants.ready(
         CallKind.TRAIN_STEP, ((vector_batch(0)[0],), {}, vector_batch(0)[1])
-    )
+    ).planned
     assert replace(planned.plan.spec, late=()) != planned.plan.spec

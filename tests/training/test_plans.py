@@ -47,7 +47,8 @@ def packs(cuts: list[int], num_layers: int) -> tuple[Pack, ...]:
 def use_plan(model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy) -> StepSpec:
     """Make ``model`` train ``batch`` by a plan of the test's own, verified."""
     engine = model._engine
-    variant, planned, _ = engine.variants.find(CallKind.TRAIN_STEP, ((batch[0],), {}, batch[1]))
+    ready = engine.variants.ready(CallKind.TRAIN_STEP, ((batch[0],), {}, batch[1]))
+    variant, planned = ready.variant, ready.planned
     minibatch = planned.plan.minibatch
     spec = spec_of(variant.graph.num_layers, minibatch)
     tasks = build_tasks(variant.graph, spec)
@@ -181,10 +182,10 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     twin = copy.deepcopy(net)
     with racecheck.checked():
         model = make(twin, token_loss, num_devices, size)
-        variant, _, _ = model._engine.variants.find(
+        ready = model._engine.variants.ready(
             CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
         )
-        spec_of(variant.graph.num_layers, 8)
+        spec_of(ready.variant.graph.num_layers, 8)
         left = {name: chosen[name] for name in ("offload", "resident")}
         policy = replace(policy, hold=hold, mirror=True, **left)
         use_plan(model, token_batch(0), spec_of, policy)

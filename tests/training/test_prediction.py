@@ -38,9 +38,10 @@ def test_what_the_simulator_lets_wait_does_wait(
     )
     for step in range(2):
         model.train_step(*token_batch(step))
-    variant, planned, _ = model._engine.variants.find(
+    ready = model._engine.variants.ready(
         CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
     )
+    variant, planned = ready.variant, ready.planned
     plan, known = planned.plan, planned.measured
     work = _Work(plan.schedule, variant.graph, known.costs, known.machine)
     names = [name for name, _ in plan.schedule.all_programs()]

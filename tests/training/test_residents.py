@@ -50,7 +50,7 @@ def resident_model(
         return StepSpec(minibatch, 2, 2, last[:-1], last, ((0, minibatch),), saved=saved)
 
     call = ((token_batch(0)[0],), {}, token_batch(0)[1])
-    variant, _, _ = model._engine.variants.find(CallKind.TRAIN_STEP, call)
+    variant = model._engine.variants.ready(CallKind.TRAIN_STEP, call).variant
     stay = resident(packs([*cuts], variant.graph.num_layers))
     use_plan(model, token_batch(0), spec_of, Policy(resident=stay, mirror=True))
     return model
@@ -250,14 +250,14 @@ def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> N
     assert optimizer is not None
     active = model._engine.variants.active
     optimizer.max_norm = 1.0
-    found = model._engine.variants.find(
+    found = model._engine.variants.ready(
         CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
     )
     assert active is not None and active.measured is not None
-    assert found[0] is not active  # it is planned again
-    plan = active.plan(8, active.measured, ("auto", 2, "auto")).plan
+    assert found.variant is not active  # it is planned again
+    planned = active.plan(8, active.measured, ("auto", 2, "auto"))
     with pytest.raises(harmony.PlanError, match=r"max_grad_norm=1\.0: all gradients have to be"):
-        active.prepared(plan, Phase.TRAIN)
+        active.prepared(planned, Phase.TRAIN)
 
 
 def test_state_that_the_script_changes_on_a_gpu_is_waited_for(vgpus: VirtualGPUs) -> None:

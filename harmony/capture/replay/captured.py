@@ -24,7 +24,7 @@ from harmony.capture.graph.trace import Step, StepKind, Trace, ValueRef
 from harmony.capture.graph.trace_set import TraceSet
 from harmony.capture.loss.call import run_loss
 from harmony.capture.replay.inputs import Batch, Call
-from harmony.capture.replay.replay import Values, run_step
+from harmony.capture.replay.replay import GuardError, Values, run_step
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.tracer import Tracer
 from harmony.core.layergraph import LayerGraph
@@ -112,10 +112,6 @@ class Captured:
             for device in devices:
                 self._outside.bring_home(device)
 
-    def count_samples(self, call: Call) -> int:
-        """Return the number of samples of another batch."""
-        return self._batch.count_samples(self._batch.match(*call))
-
     def ensure(self, num_samples: int) -> None:
         """Trace the forward for microbatches of this size, unless that was done before.
 
@@ -187,7 +183,15 @@ class Captured:
         Raises:
             CaptureError: naming the argument that differs from what was captured.
         """
-        leaves = self._batch.match(args, kwargs, targets)
+        return self.inputs_of(Batch.of(args, kwargs, targets))
+
+    def inputs_of(self, batch: Batch) -> Values:
+        """Return the tensors of a whole batch, by value.
+
+        Raises:
+            CaptureError: naming the argument that differs from what was captured.
+        """
+        leaves = self._batch.match(batch)
         ids = self.traces.reference.ids
         numbered = zip(self.traces.reference.trace.inputs, leaves, strict=True)
         return {
@@ -213,6 +217,16 @@ class Captured:
     def part_of_call(self, call: Call, low: int, high: int) -> Call:
         """Return samples ``low`` to ``high - 1`` of a call."""
         return self._batch.part(*call, low, high)
+
+    def stands_for(self, call: Call) -> bool:
+        """Whether the trace is what the forward does for all samples of a call."""
+        batch = Batch.of(*call)
+        inputs = self.inputs_of(batch)
+        try:
+            self.check_guards(inputs, self._batch.count_samples(batch))
+        except GuardError:
+            return False
+        return True
 
     def first_guard(self) -> str:
         """File and line of the first decision that the forward takes by looking at the inputs."""

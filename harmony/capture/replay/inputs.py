@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Batch:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         targets: Any,
-        batch_dims: Mapping[str, int | None],
+        batch_dims: Mapping[str, int | None] = MappingProxyType({}),
         num_samples: int | None = None,
     ) -> Batch:
         """Take the inputs apart and find their batch dimensions.
@@ -52,12 +53,17 @@ class Batch:
             num_samples: how many samples there are, where these are some of the caller's: what
                 is left of a batch does not tell which of its inputs have samples.
         """
-        names, leaves, structure = _take_apart(args, kwargs, targets)
+        ordered = {key: kwargs[key] for key in sorted(kwargs)}
+        names = tuple(_names(args, ordered, targets))
+        flat, structure = flatten((tuple(args), ordered, targets))
+        leaves = tuple(flat)
         unknown = set(batch_dims).difference(names)
         if unknown:
             raise ConfigError(f"batch_dims names {sorted(unknown)}; the inputs are {names}")
         if num_samples is None:
-            num_samples = _count_samples(args, kwargs, targets, batch_dims)
+            by_name = dict(zip(names, leaves, strict=True))
+            named = ((name, by_name[name]) for name in _names(args, kwargs, targets))
+            num_samples = _count_samples(named, batch_dims)
         dims = tuple(
             batch_dims.get(name, _batch_dim(leaf, num_samples))
             for name, leaf in zip(names, leaves, strict=True)
@@ -86,9 +92,9 @@ class Batch:
             for one, two in zip(self.leaves, other.leaves, strict=True)
         )
 
-    def count_samples(self, leaves: Sequence[Any]) -> int:
-        """Return the number of samples of the leaves of another batch."""
-        pairs = zip(leaves, self.batch_dims, strict=True)
+    def count_samples(self, other: Batch) -> int:
+        """Return the number of samples of another batch with the same structure."""
+        pairs = zip(other.leaves, self.batch_dims, strict=True)
         return next((leaf.shape[dim] for leaf, dim in pairs if dim is not None), 1)
 
     def objects(self) -> list[tuple[str, Any]]:
@@ -101,7 +107,7 @@ class Batch:
 
     def part(self, args: Any, kwargs: Any, targets: Any, low: int, high: int) -> Call:
         """Return samples ``low`` to ``high - 1`` of another batch with the same structure."""
-        leaves = self.match(args, kwargs, targets)
+        leaves = self.match(Batch.of(args, kwargs, targets))
         parts = [
             leaf if dim is None else leaf.narrow(dim, low, high - low)
             for leaf, dim in zip(leaves, self.batch_dims, strict=True)
@@ -122,46 +128,38 @@ class Batch:
         ]
         return to_call(self.structure, leaves)
 
-    def match(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any
-    ) -> tuple[Any, ...]:
+    def match(self, other: Batch) -> tuple[Any, ...]:
         """Return the leaves of another batch with the same structure.
 
         Raises:
             CaptureError: naming the argument that differs from what was captured.
         """
-        names, leaves, structure = _take_apart(args, kwargs, targets)
-        if structure != self.structure:
+        if other.structure != self.structure:
             raise CaptureError(
                 f"the inputs were captured as {_listed(self.names, self.leaves)}, now they are "
-                f"{_listed(names, leaves)}: capture the model again for these"
+                f"{_listed(other.names, other.leaves)}: capture the model again for these"
             )
         sizes = {}
         for name, leaf, sample, dim in zip(
-            names, leaves, self.leaves, self.batch_dims, strict=True
+            other.names, other.leaves, self.leaves, self.batch_dims, strict=True
         ):
-            _compare(name, leaf, sample, dim)
+            if not _is_like(leaf, sample, dim):
+                then, now = _shown(sample, dim, sample), _shown(leaf, dim, sample)
+                raise CaptureError(
+                    f"{name} was {then} when the model was captured, now it is {now}: "
+                    "capture the model again for this"
+                )
             if dim is not None:
                 sizes[name] = leaf.shape[dim]
         if len(set(sizes.values())) > 1:
             raise ConfigError(f"the inputs have different numbers of samples: {sizes}")
-        return leaves
+        return other.leaves
 
 
 def to_call(structure: Structure, leaves: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Return ``(args, kwargs, targets)``."""
     args, kwargs, targets = structure.unflatten(leaves)
     return args, kwargs, targets
-
-
-def _take_apart(
-    args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any
-) -> tuple[tuple[str, ...], tuple[Any, ...], Structure]:
-    """Flatten the inputs, keyword arguments sorted by name, and name each leaf."""
-    ordered = {key: kwargs[key] for key in sorted(kwargs)}
-    names = _names(args, ordered, targets)
-    leaves, structure = flatten((tuple(args), ordered, targets))
-    return tuple(names), tuple(leaves), structure
 
 
 def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list[str]:
@@ -175,6 +173,8 @@ def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list
 
 
 def _leaf_names(name: str, group: Any) -> list[str]:
+    if isinstance(group, torch.Tensor):  # most are
+        return [name]
     leaves, structure = flatten(group)
     try:
         paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(group)[0]]
@@ -185,15 +185,9 @@ def _leaf_names(name: str, group: Any) -> list[str]:
     return [name + path for path in paths]
 
 
-def _count_samples(
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    targets: Any,
-    batch_dims: Mapping[str, int | None],
-) -> int:
-    names = _names(args, kwargs, targets)
-    leaves, _ = flatten((tuple(args), dict(kwargs), targets))
-    for name, leaf in zip(names, leaves, strict=True):
+def _count_samples(named: Iterable[tuple[str, Any]], batch_dims: Mapping[str, int | None]) -> int:
+    """Count the samples of the leaves, which come in the caller's order."""
+    for name, leaf in named:
         dim = batch_dims.get(name, 0)
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and dim is not None:
             return leaf.size(dim)
@@ -217,28 +211,30 @@ def _take(leaf: Any, dim: int | None, num_samples: int, device: torch.device, fi
     return taken.requires_grad_(leaf.requires_grad)
 
 
-def _compare(name: str, leaf: Any, sample: Any, dim: int | None) -> None:
-    """Raise unless a leaf is like the one that was captured."""
+def form_of_leaf(tensor: torch.Tensor, dim: int | None) -> tuple[tuple[int, ...], Any, bool]:
+    """Shape, dtype and whether it learns; all of an input's form but its number of samples."""
+    shape = tuple([-1 if i == dim else size for i, size in enumerate(tensor.shape)])
+    return shape, tensor.dtype, tensor.requires_grad
+
+
+def _is_like(leaf: Any, sample: Any, dim: int | None) -> bool:
+    """Whether a leaf is like the one that was captured."""
     if isinstance(sample, torch.Tensor):
-        now = _form(leaf, dim) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
-        same, then = now == _form(sample, dim), _form(sample, dim)
-    else:
-        same, now, then = leaf is sample or _equal(leaf, sample), repr(leaf), repr(sample)
-    if not same:
-        raise CaptureError(
-            f"{name} was {then} when the model was captured, now it is {now}: "
-            "capture the model again for this"
+        return isinstance(leaf, torch.Tensor) and (
+            form_of_leaf(leaf, dim) == form_of_leaf(sample, dim)
         )
+    return leaf is sample or (type(leaf) is type(sample) and bool(leaf == sample))
 
 
-def _form(tensor: torch.Tensor, dim: int | None) -> str:
-    sizes = ["batch" if i == dim else str(size) for i, size in enumerate(tensor.shape)]
-    gradient = ", requires_grad" if tensor.requires_grad else ""
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(sizes)}]{gradient}"
-
-
-def _equal(left: Any, right: Any) -> bool:
-    return type(left) is type(right) and bool(left == right)
+def _shown(leaf: Any, dim: int | None, sample: Any) -> str:
+    """A leaf in words, as what was captured is to be compared with it."""
+    if not isinstance(sample, torch.Tensor):
+        return repr(leaf)
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf).__name__
+    sizes = ["batch" if i == dim else str(size) for i, size in enumerate(leaf.shape)]
+    gradient = ", requires_grad" if leaf.requires_grad else ""
+    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(sizes)}]{gradient}"
 
 
 def _listed(names: Sequence[str], leaves: Sequence[Any]) -> str:

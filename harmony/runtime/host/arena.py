@@ -213,6 +213,9 @@ class HostArena:
             HarmonyError: for a tensor on another device, and for two in the same memory.
         """
         elsewhere = {n: t for n, t in tensors.items() if not self._is_home(n, t)}
+        if not elsewhere:
+            self.tensors.update(tensors)
+            return
         self._check_apart(tensors, elsewhere)
         shared: list[str] = []
         left: dict[str, Any] = {}
