@@ -31,7 +31,7 @@ _MEANINGS = {
     "forward": "forward",
     "backward": "backward",
     "update": "update",
-    "accumulate": "gradients added",
+    "accumulate": "gradients added, norms",
     "weights": "weights",
     "gradients": "gradients",
     "stash": "inputs of a backward",

@@ -34,7 +34,7 @@ def tasks(draw: st.DrawFn) -> Task:
     if kind is TaskKind.ACCUMULATE:
         addend = draw(refs().filter(lambda ref: ref.is_gradient_part))
         return Task(kind, Pack(addend.first, addend.last), None, addend)
-    samples = None if kind in (TaskKind.UPDATE, TaskKind.LATE_UPDATE) else draw(SAMPLES)
+    samples = draw(SAMPLES) if kind in (TaskKind.FORWARD, TaskKind.BACKWARD) else None
     return Task(kind, draw(PACKS), samples)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 import harmony
 from harmony.core.compiled import Compiled
 from harmony.runtime.update import native_step
+from harmony.runtime.update.clipping import clip_factor, norm_of, total_norm
 from harmony.runtime.update.native_step import Kernels, kernels, own_step, take_step
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import SkipMLP, square_loss, vector_batch
@@ -138,6 +139,53 @@ def test_gradients_in_bf16_count_as_they_are(form: int) -> None:
     assert all(map(same_bits, params, twins))
 
 
+@pytest.mark.parametrize("name", ["adamw, amsgrad, maximized", "sgd, nesterov, decayed", "sgd"])
+def test_gradients_are_clipped_in_the_pass_of_the_update(name: str, form: int) -> None:
+    """And left as clipped; what is in bf16, and rounded after the product, is left to torch."""
+    sizes = [1, 33, 1000]
+    ours, theirs, copies = pairs_of(*KINDS[name], sizes)
+    params, twins = (o.param_groups[0]["params"] for o in (ours, theirs))
+    for step in range(5):
+        for param, twin, values in zip(params, twins, gradients(step, sizes), strict=True):
+            param.grad, twin.grad = values.clone(), values
+        factor = clip_factor(0.1, nn.utils.clip_grad_norm_(twins, 0.1))
+        own_step(theirs)
+        if step == 0:
+            for param in params:
+                param.grad.mul_(factor)
+            own_step(ours)
+            continue
+        made = {id(param): held for param, held in zip(params, copies, strict=True)}
+        versions = [param.grad._version for param in params]
+        assert take_step(ours, made, factor) == (set(made), False)
+        ours.param_groups[0]["params"] = params
+        assert all(param.grad._version > v for param, v in zip(params, versions, strict=True))
+        for param, twin, held in zip(params, twins, copies, strict=True):
+            assert same_bits(param, twin) and same_bits(held, twin.bfloat16())
+            assert same_bits(param.grad, twin.grad)
+    params[0].grad_dtype, params[0].grad = None, torch.ones(1).bfloat16()
+    assert take_step(ours, {}, 0.5) == (set(), True)
+    assert ours.param_groups[0]["params"] == params[:1]
+
+
+@pytest.mark.parametrize("kinds", [(torch.float32,), (torch.float32, torch.float64)], ids=str)
+def test_the_norm_of_norms_is_torchs(kinds: tuple[torch.dtype, ...]) -> None:
+    sizes = [(), (1,), (7, 5), (1000,), (33, 4, 7), (300, 301)]
+    params = [nn.Parameter(torch.zeros(size)) for size in (*sizes, (5,))]
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for index, param in enumerate(params[:-1]):
+            param.grad_dtype = None
+            drawn = torch.randn(param.shape, generator=generator) * 10**step
+            param.grad = drawn.to(kinds[index % len(kinds)])
+        params[3].grad = params[3].grad * float("nan") if step == 3 else params[3].grad
+        known = {id(p): norm_of(p.grad) for p in params[1:4] if p.grad is not None}
+        found = total_norm(params, known)
+        expected = nn.utils.clip_grad_norm_(params, 1.0)
+        assert torch.equal(found, expected) or (found.isnan() and expected.isnan())
+    assert torch.equal(total_norm(params[-1:], {}), torch.tensor(0.0))
+
+
 def test_threads_change_nothing(compiled: Kernels) -> None:
     sizes, found = [3, 200_001, 70_000], []
     before = torch.get_num_threads()
@@ -236,7 +284,12 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def states_of(model: harmony.Harmony) -> list[torch.Tensor]:
     held = [model.optimizer.state[p].values() for p in model.parameters()]
-    return [*model.parameters(), *(v for values in held for v in values if v is not None)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [
+        *model.parameters(),
+        *gradients,
+        *(v for values in held for v in values if v is not None),
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -262,8 +315,8 @@ def test_the_working_copy_is_written_in_the_pass_of_the_update(
     """And is what a cast of the master would be, also after somebody has written to it."""
     made: list[int] = []
 
-    def noted(optimizer: Any, copies: Any) -> Any:
-        copied, left = take_step(optimizer, copies)
+    def noted(optimizer: Any, copies: Any, scale: float) -> Any:
+        copied, left = take_step(optimizer, copies, scale)
         made.append(len(copied))
         return copied, left
 

@@ -535,7 +535,8 @@ def test_the_plan_says_what_it_leaves(vgpus: VirtualGPUs) -> None:
     assert "updates" in decision.why
     assert any("own step" in what for what, _ in decision.alternatives)
     kinds = [step.task.kind for step in plan.schedule.host if step.task is not None]
-    assert kinds == [TaskKind.LATE_UPDATE] * len(plan.spec.late)
+    count = len(plan.spec.late)
+    assert kinds == [TaskKind.LATE_UPDATE] * count + [TaskKind.NORMS] * count
     assert harmony.Plan.from_json(plan.to_json()).spec == plan.spec
     engine = model._engine
     planned = engine.variants.ready(

@@ -15,6 +15,7 @@ _WORK = {
     TaskKind.UPDATE: "update",
     TaskKind.LATE_UPDATE: "update",
     TaskKind.ACCUMULATE: "accumulate",
+    TaskKind.NORMS: "accumulate",
 }
 
 

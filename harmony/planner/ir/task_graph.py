@@ -3,8 +3,8 @@
 The order is the one of plain PyTorch in pack-major form (input-batch grouping): the LATE_UPDATEs
 that the step before has left, ascending; FORWARD packs ascending, each with all its microbatches;
 BACKWARD packs descending; after each BACKWARD pack the ACCUMULATEs of its gradient parts and its
-UPDATE, unless it is late (just-in-time tasks, PVLDB 15(11), 2022). Edges are derived from the
-reads and writes, nothing else.
+UPDATE, or NORMS if that is late (just-in-time tasks, PVLDB 15(11), 2022). Edges are derived from
+the reads and writes, nothing else.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _parameters(graph: LayerGraph, pack: Pack) -> list[TensorRef]:
 
 
 def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:
-    """Append every B, A and U that is not late."""
+    """Append every B, A and U; N in place of a U that is late."""
     spec = tasks.spec
     by_pack = {item.pack: item for item in backward}
     parts = _shared_parts(spec, backward)
@@ -208,8 +208,11 @@ def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:
         sums = _sums(tasks, pack, item, parts)
         for addends in sums:
             _accumulate(tasks, addends)
-        if sums and spec.phase is Phase.TRAIN and pack not in spec.late:
-            _add_update(tasks, Task(TaskKind.UPDATE, pack), [addends[0] for addends in sums])
+        totals = [addends[0] for addends in sums]
+        if totals and pack in spec.late:
+            _add(tasks, Task(TaskKind.NORMS, pack), totals, [])
+        elif totals and spec.phase is Phase.TRAIN:
+            _add_update(tasks, Task(TaskKind.UPDATE, pack), totals)
 
 
 def _add_late_updates(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:

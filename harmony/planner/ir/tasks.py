@@ -1,7 +1,7 @@
 """The tasks of one training step and what each reads and writes.
 
-A task is a pack of layers times FORWARD, BACKWARD, UPDATE, LATE_UPDATE or ACCUMULATE, for one
-microbatch. It names no GPU: it is bound late (PVLDB 2022, section 3.2). Edges are not declared
+A task is a pack of layers times FORWARD, BACKWARD, UPDATE, LATE_UPDATE, NORMS or ACCUMULATE, for
+one microbatch. It names no GPU: it is bound late (PVLDB 2022, section 3.2). Edges are not declared
 anywhere, they follow from the reads and writes, in the order in which plain PyTorch would run the
 tasks.
 """
@@ -244,12 +244,13 @@ class TaskKind(Enum):
     BACKWARD = "B"
     UPDATE = "U"
     LATE_UPDATE = "L"
+    NORMS = "N"
     ACCUMULATE = "A"
 
     __hash__ = object.__hash__
 
 
-_TASK = re.compile(r"([FBUL])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")
+_TASK = re.compile(r"([FBULN])\[(\d+):(\d+)\](?:@(\d+):(\d+))?|A\((.+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,8 @@ class Task(_Hashed):
     from its inputs and runs it backward; where F writes and B reads ``S[4:8]@0:4``, nothing is
     recomputed. ``U[4:8]`` updates its parameters from their complete
     gradients, on the host. ``L[4:8]`` does so at the start of the step after, from the gradients
-    that a step has left. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the host.
+    that a step has left; ``N[4:8]``, in the step that leaves them, takes the norms of these
+    gradients, for clipping. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the host.
 
     Attributes:
         samples: the microbatch, for FORWARD and BACKWARD.
@@ -303,8 +305,8 @@ class Task(_Hashed):
             return Task(TaskKind.ACCUMULATE, Pack(addend.first, addend.last), None, addend)
         samples = (int(match[4]), int(match[5])) if match[4] is not None else None
         kind = TaskKind(match[1])
-        if (samples is None) is not (kind in (TaskKind.UPDATE, TaskKind.LATE_UPDATE)):
-            raise PlanError(f"not a task: {text!r}. F and B name a microbatch, U and L do not")
+        if (samples is not None) is not (kind in (TaskKind.FORWARD, TaskKind.BACKWARD)):
+            raise PlanError(f"not a task: {text!r}. F and B name a microbatch, others do not")
         return Task(kind, Pack(int(match[2]), int(match[3])), samples)
 
 

@@ -301,12 +301,18 @@ class _Work:
     def _on_host(self, step: Instruction) -> tuple[float, float, Path]:
         task = step.task
         assert task is not None
-        if task.addend is not None:
-            nbytes = self.nbytes(task.addend)
+        if task.addend is not None or task.kind is TaskKind.NORMS:
+            nbytes = self._added_nbytes(step)
             seconds = nbytes / self.machine.host.accumulate_bytes_per_s
             return (seconds, *self.links.accumulate_units(seconds, nbytes))
         seconds = update_s(self.costs, task.pack)
         return (seconds, *self.links.update_units(seconds, self._gradient_nbytes(step)))
+
+    def _added_nbytes(self, step: Instruction) -> int:
+        """Bytes that take as long to add; norms are one of the three passes that adding is."""
+        if step.task is not None and step.task.addend is not None:
+            return self.nbytes(step.task.addend)
+        return self._gradient_nbytes(step) // 3 if self.machine.updates_wait else 0
 
     def _work_s(self, step: Instruction) -> float:
         task = step.task

@@ -42,7 +42,9 @@ class HostProgram:
         for index, instruction in enumerate(self._program):
             step.signals.check()
             if _is_update(instruction) and step.holds_updates:
-                held += [(index, instruction)] if step.apply_updates else []
+                if step.apply_updates:
+                    self._hold(instruction)
+                    held.append((index, instruction))
                 continue
             if _is_late(instruction) and not _is_left(instruction, step):
                 continue
@@ -98,10 +100,7 @@ class HostProgram:
         step.approve()
         if optimizer.max_norm is not None:
             step.running[self.name] = "the clipping of the gradients"
-            for param in self._host.params.values():
-                if param.grad is not None:
-                    native.trace_host_access("norm", param.grad, write=False)
-            optimizer.measure(self._host.params.values())
+            self._host.measure()
 
     def _update_all(self, step: Step) -> None:
         """Update all parameters at once, as a loop of one's own does."""
@@ -128,6 +127,17 @@ class HostProgram:
         if awaited is not None:
             awaited.synchronize()
 
+    def _hold(self, update: Instruction) -> None:
+        """Do of an update what need not wait for the others' gradients."""
+        assert update.task is not None
+        self._settle(update)
+        self._host.take_norms(update.task.pack)
+
+    def _settle(self, instruction: Instruction) -> None:
+        for ref in instruction.reads:
+            if ref.is_gradient_part and ref.part == 0:
+                self._host.settle(ref)
+
     def _run(self, instruction: Instruction, step: Step) -> None:
         task = instruction.task
         assert task is not None
@@ -136,12 +146,12 @@ class HostProgram:
             step.late.update(task.pack)
             self._host.forget_gradients_of(task.pack)
             return
-        for ref in instruction.reads:
-            if ref.is_gradient_part and ref.part == 0:
-                self._host.settle(ref)
+        self._settle(instruction)
         if task.kind is TaskKind.ACCUMULATE:
             assert task.addend is not None
             self._host.accumulate(task.addend)
+        elif task.kind is TaskKind.NORMS:
+            self._host.take_norms(task.pack)
         else:
             self._host.update(task.pack)
 

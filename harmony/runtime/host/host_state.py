@@ -15,6 +15,7 @@ from harmony.planner.ir.tasks import Pack, TensorKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.host.arena import ArenaView, Piece
 from harmony.runtime.host.pinned_memory import HostBuffer, view_bytes
+from harmony.runtime.update.clipping import norm_of
 from harmony.runtime.update.optimizer import Options, PackOptimizer
 
 
@@ -44,6 +45,7 @@ class HostState:
     stages: dict[int, tuple[HostBuffer, int]] = field(default_factory=dict)
     _complete: dict[str, bool] = field(default_factory=dict)
     _settled: set[TensorRef] = field(default_factory=set)
+    _norms: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def set_stages(self, index: int, slots: Slots, device: torch.device) -> None:
         """Make room for the gradient parts of device ``index`` that are added on the host."""
@@ -65,6 +67,7 @@ class HostState:
         self.absent.clear()
         self._complete.clear()
         self._settled.clear()
+        self._norms.clear()
 
     def parameter_pieces(self, ref: TensorRef) -> list[Piece]:
         """Host bytes of W[a:b] or Tk."""
@@ -152,6 +155,25 @@ class HostState:
         own = [n for region in layout.layers[pack.first : pack.last] for n in region.places]
         begun = [s.id for s in self.graph.shared if s.layers[0] in pack]
         return own + [n for index in begun for n in layout.shared[index].places]
+
+    def take_norms(self, pack: Pack) -> None:
+        """Run N[a:b]: take the norms of a pack's gradients, which are complete, for clipping."""
+        if self.optimizer is None or self.optimizer.max_norm is None:
+            return
+        for name in self.updated_by(pack):
+            if self._complete.get(name):
+                gradient = self.gradients.views[name]
+                native.trace_host_access(f"N{pack}", gradient, write=False)
+                self._norms[id(self.params[name])] = norm_of(gradient)
+
+    def measure(self) -> None:
+        """Let the optimizer know the norm of all gradients, where it clips."""
+        optimizer, params = self.optimizer, self.params.values()
+        assert optimizer is not None, "a step without an optimizer has no updates"
+        for param in params:
+            if param.grad is not None and id(param) not in self._norms:
+                native.trace_host_access("norm", param.grad, write=False)
+        optimizer.measure(params, self._norms)
 
     def update(self, pack: Pack) -> None:
         """Run U[a:b]: update the parameters of the pack from their complete gradients."""

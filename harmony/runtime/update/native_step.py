@@ -26,7 +26,7 @@ from harmony.errors import HarmonyError
 FORMS = ("generic", "AVX2", "AVX-512")
 
 _KINDS: tuple[type, ...] = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-_NESTEROV, _HALF_GRADIENT, _COUPLED = 1, 4, 8
+_NESTEROV, _WRITES_GRADIENT, _HALF_GRADIENT, _COUPLED = 1, 2, 4, 8
 _PROBED = (1, 7, 8, 31, 67, 1000, 4099)
 """Elements of the parameters of a trial: less than a vector register, its multiples, rests."""
 
@@ -87,13 +87,14 @@ def kernels() -> Kernels | str:
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, copies: Mapping[int, torch.Tensor]
+    optimizer: torch.optim.Optimizer, copies: Mapping[int, torch.Tensor], scale: float = 1.0
 ) -> tuple[set[int], bool]:
     """Take a step for those parameters of an optimizer for which a kernel can.
 
     Args:
         optimizer: whose groups are left with the other parameters.
         copies: bf16 tensors that get the new values of fp32 parameters, by their identity.
+        scale: what gradients are multiplied by, and left as.
 
     Returns:
         The parameters whose copy has them now; and whether any parameter is left.
@@ -102,8 +103,10 @@ def take_step(
     left = False
     for group in optimizer.param_groups:
         chosen = _chosen(optimizer, group)
+        if scale != 1.0:  # in bf16 a product is rounded twice
+            chosen = [pair for pair in chosen if _is_fp32(pair[0].grad)]
         if chosen:
-            _step(type(optimizer), group, chosen, copies)
+            _step(type(optimizer), group, chosen, copies, scale)
             done = {id(param) for param, _ in chosen}
             copied |= done & copies.keys()
             group["params"] = [p for p in group["params"] if id(p) not in done]
@@ -186,6 +189,10 @@ def _flat_state(
     return state
 
 
+def _is_fp32(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype is torch.float32
+
+
 def _is_flat(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a tensor is a range of numbers in the host's memory, and of nobody's own class."""
     return (
@@ -211,6 +218,7 @@ def _step(
     group: Mapping[str, Any],
     chosen: Sequence[tuple[nn.Parameter, State]],
     copies: Mapping[int, torch.Tensor],
+    scale: float,
 ) -> None:
     found = kernels()
     assert isinstance(found, Kernels), "nobody chooses parameters without kernels"
@@ -224,11 +232,14 @@ def _step(
         addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (5 - len(tensors))
         last = (0 if copy is None else copy.data_ptr(), param.numel())
         calls[param.grad.dtype, step].extend((*addresses, *last))
-        torch.autograd.graph.increment_version([param, *state.values()])
+        written = [param.grad] if scale != 1.0 else []
+        torch.autograd.graph.increment_version([param, *state.values(), *written])
     is_adam = int(kind is not torch.optim.SGD)
     for (dtype, step), ranges in calls.items():
         rule = _adam_rule(group, step) if is_adam else _sgd_rule(group)
+        rule.scale = scale
         rule.flags |= _HALF_GRADIENT if dtype is torch.bfloat16 else 0
+        rule.flags |= _WRITES_GRADIENT if scale != 1.0 else 0
         found.library.harmony_step(
             is_adam,
             ctypes.c_void_p(ranges.buffer_info()[0]),
@@ -246,7 +257,6 @@ def _adam_rule(group: Mapping[str, Any], step: float) -> _Rule:
     decoupled = bool(group["decoupled_weight_decay"])
     return _Rule(
         flags=_COUPLED if decay != 0 and not decoupled else 0,
-        scale=1.0,
         sign=-1.0 if group["maximize"] else 1.0,
         shrink=1 - lr * decay if decay != 0 and decoupled else 1.0,
         decay=decay,
@@ -263,7 +273,6 @@ def _sgd_rule(group: Mapping[str, Any]) -> _Rule:
     coupled = _COUPLED if group["weight_decay"] != 0 else 0
     return _Rule(
         flags=coupled | (_NESTEROV if group["nesterov"] else 0),
-        scale=1.0,
         sign=-1.0 if group["maximize"] else 1.0,
         decay=group["weight_decay"],
         weight1=group["momentum"],
@@ -347,6 +356,10 @@ def _computes_the_same(index: int, *structure: tuple[str, Any]) -> bool:
                 params[0], _gradients(number), params[1], strict=True
             ):
                 param.grad, twin.grad = gradient.clone(), gradient
+            scale = (1.0, 0.3)[number % 2]
+            for twin in params[1]:
+                assert twin.grad is not None
+                twin.grad.mul_(torch.tensor(scale))
             own_step(theirs)
             if not number:  # the first one makes the state
                 own_step(ours)
@@ -354,11 +367,12 @@ def _computes_the_same(index: int, *structure: tuple[str, Any]) -> bool:
             copies = {id(p): torch.empty(p.numel(), dtype=torch.bfloat16) for p in params[0]}
             group = ours.param_groups[0]
             state = [(p, {n: ours.state[p][n] for n in _state_names(group)}) for p in params[0]]
-            _step(kind, group, state, copies)
+            _step(kind, group, state, copies, scale)
             for param, twin in zip(*params, strict=True):
                 names = _state_names(group)
                 pairs = [(ours.state[param][n], theirs.state[twin][n]) for n in names]
                 pairs += [(param, twin), (copies[id(param)], twin.bfloat16())]
+                pairs += [(param.grad, twin.grad)]
                 if not all(_same_bits(a, b) for a, b in pairs):
                     return False
     return True

@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from harmony.errors import ConfigError
 from harmony.runtime.changes import note_changes
+from harmony.runtime.update.clipping import clip_factor, total_norm
 from harmony.runtime.update.coupling import FAILS, closure_wanted, why_coupled
 from harmony.runtime.update.native_step import describe
 from harmony.runtime.update.part_step import moved, step_part
@@ -228,19 +229,26 @@ class PackOptimizer:
         how = "fused" if fused else describe(self.full)
         return f"{name} ({how})" if how else name
 
-    def measure(self, params: Iterable[nn.Parameter]) -> None:
+    def measure(
+        self, params: Iterable[nn.Parameter], known: Mapping[int, torch.Tensor] | None = None
+    ) -> None:
         """Keep the norm of all gradients, where they are clipped; each update then scales its own.
 
         Both together are ``torch.nn.utils.clip_grad_norm_``.
 
         Args:
-            params: all parameters in the order of ``module.parameters()``, which the sum over
-                their norms follows.
+            params: all parameters in the order of ``module.parameters()``.
+            known: norms of some gradients, by the identity of their parameter.
         """
         if self.max_norm is not None:
             float(self.max_norm)  # what is no number fails here, where nothing has changed
-            gradients = [param.grad for param in params if param.grad is not None]
-            self.last_norm = torch.nn.utils.get_total_norm(gradients)
+            self.last_norm = total_norm(params, known or {})
+
+    def _factor(self) -> float:
+        """What the update multiplies gradients by; 1.0 changes nothing."""
+        if self.max_norm is None or self.last_norm is None:
+            return 1.0
+        return clip_factor(self.max_norm, self.last_norm)
 
     def _clip(self, params: Iterable[nn.Parameter]) -> None:
         """Scale the gradients of these parameters by the norm of all of them."""
@@ -283,7 +291,6 @@ class PackOptimizer:
         Returns:
             The parameters, by identity, whose copy has their new values already.
         """
-        self._clip(params)
         # Fused SGD cannot take parameters with momentum and such without in one call.
         known = [p for p in params if self.full.state.get(p)]
         new = [p for p in params if not self.full.state.get(p)]
@@ -322,7 +329,7 @@ class PackOptimizer:
         options: Options | None = None,
     ) -> set[int]:
         # An LR scheduler wraps `step` on the full optimizer; the part's is the class's own.
-        copied = step_part(self.full, params, copies, working, options)
+        copied = step_part(self.full, params, copies, working, options, self._factor(), self._clip)
         self.has_stepped()
         note_changes(params)
         return copied

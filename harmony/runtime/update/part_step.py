@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ def step_part(
     copies: Sequence[nn.Parameter] | None = None,
     working: Mapping[int, torch.Tensor] | None = None,
     options: Sequence[Mapping[str, Any]] | None = None,
+    scale: float = 1.0,
+    scaled: Callable[[Iterable[nn.Parameter]], None] = lambda _: None,
 ) -> set[int]:
     """Take the step for some parameters, or for what stands for them on a device.
 
@@ -30,6 +32,8 @@ def step_part(
         copies: what stands for the parameters on a device.
         working: bf16 copies of parameters, by their identity.
         options: what the groups hold beside parameters, where that is not what they hold now.
+        scale: what gradients are multiplied by, which a kernel does in its pass.
+        scaled: multiplies the gradients of those for which none does.
 
     Returns:
         The parameters, by identity, whose copy has their new values already.
@@ -54,8 +58,9 @@ def step_part(
                 # last bits: results must not depend on where the plan updates.
                 given["foreach"] = False
             part.param_groups.append(given)
-    copied, left = take_step(part, working or {}) if copies is None else (set(), True)
+    copied, left = take_step(part, working or {}, scale) if copies is None else (set(), True)
     if left:
+        scaled([param for group in part.param_groups for param in group["params"]])
         own_step(part)
     for param in params:
         if stand_ins[id(param)] in state:
