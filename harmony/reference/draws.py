@@ -37,6 +37,14 @@ _NEW = (
 )
 
 
+def drawn_state(device: torch.device) -> torch.Tensor:
+    """Return the states of the CPU's generator and of the device's: equal if nothing was drawn."""
+    state = torch.get_rng_state()
+    if device.type == "cpu":
+        return state
+    return torch.cat([state, torch.get_device_module(device).get_rng_state(device)])
+
+
 class CannotJoinError(Exception):
     """The draws of the microbatches are none of a whole batch: what was drawn, in words."""
 
@@ -45,12 +53,14 @@ class DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what is drawn, microbatch by microbatch.
 
     Attributes:
+        device: where the microbatches run.
         drawn: per microbatch what was drawn, in order: name of the operator and values.
         odd: an operator whose draws cannot be told from what it computes; None if there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.drawn: list[list[tuple[str, torch.Tensor]]] = []
         self.odd: str | None = None
 
@@ -62,11 +72,13 @@ class DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operator, and note what it draws."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
-        name, before = func.overloadpacket.__name__, torch.get_rng_state()
+        name, before = func.overloadpacket.__name__, drawn_state(self.device)
         result = func(*args, **(kwargs or {}))
         if name in _IN_PLACE or name in _NEW:
             self.drawn[-1].append((name, result.detach().clone()))
-        elif not torch.equal(before, torch.get_rng_state()):  # attention without dropout is none
+        elif not torch.equal(
+            before, drawn_state(self.device)
+        ):  # attention without dropout is none
             self.odd = name
         return result
 

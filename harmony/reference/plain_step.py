@@ -23,7 +23,7 @@ from harmony.capture.trace.isolation import autocast_dtype, undisturbed
 from harmony.core.units import format_bytes
 from harmony.errors import DoesNotFitError
 from harmony.planner.ir.tasks import Samples
-from harmony.reference.draws import DrawPlayer, DrawRecorder
+from harmony.reference.draws import DrawPlayer, DrawRecorder, drawn_state
 from harmony.reference.outputs import LossFn, Piece, batch_dim, loss_of
 from harmony.reference.snapshot import Snapshot
 from harmony.runtime.host.limits import available_host_nbytes
@@ -267,15 +267,14 @@ class PlainStep:
 
     def _seed(self, index: int) -> None:
         seed_microbatch(self.step, index, self.seed)
-        self._seeded = HostState.now()
+        self._seeded, self._state = PythonState.now(), drawn_state(self.device)
         if isinstance(self.draws, DrawRecorder):
             self.draws.begin()
 
     def _note_draws(self) -> None:
-        start = self._seeded
-        if not PythonState(*start[1:]).same(PythonState.now()):
+        if not self._seeded.same(PythonState.now()):
             self._drew = self._drew_in_python = True
-        elif not torch.equal(start.cpu, torch.get_rng_state()):
+        elif not torch.equal(self._state, drawn_state(self.device)):
             self._drew = True
 
     def _forward(self, samples: Samples | None) -> tuple[Any, Any]:

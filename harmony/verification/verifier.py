@@ -154,7 +154,7 @@ class _Comparison:
             return self._held_against(whole, factor, "the whole batch")
         if not fixed and not whole.draws:
             return self._held_against(whole, SPLIT * factor, "the whole batch")
-        recorder = DrawRecorder() if whole.draws else None
+        recorder = DrawRecorder(reference_device(self._engine)) if whole.draws else None
         split = self._plain(found.parts, recorder)
         snapshot.restore()
         at_once: Reference | None = self._held_against(whole, SPLIT * factor, "the whole batch")

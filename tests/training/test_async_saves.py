@@ -80,7 +80,7 @@ def trained(net: nn.Module, **options: Any) -> harmony.Harmony:
         "microbatch_size": 4,
         "mode": "pp",
         "devices": 2,
-        "device_memory": "400KiB",
+        "device_memory": "440KiB",
         "seed": 5,
     }
     return harmony.Harmony(net, **{**settings, **options})
