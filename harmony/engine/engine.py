@@ -219,7 +219,7 @@ class Engine:
         with held_back() as held, held.open():
             ready = self.ready(kind, *call)
         if self.resumed is not None and ready.planned.plan.minibatch == self.resumed.minibatch:
-            self.resumed.compare(ready.planned.plan)
+            self.resumed.compare(ready.planned.plan, ready.planned.graph)
             self.resumed = None
         return ready
 

@@ -30,7 +30,7 @@ from harmony.planner.ir.plan_file import check_plan
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, Samples
 from harmony.planner.predict.cost import CostTable, LayerCost
-from harmony.planner.search.candidates import REMEDY
+from harmony.planner.search.candidates import REMEDY, Candidate
 from harmony.profiling.layer_times import KnownTimes, measure_layers
 from harmony.profiling.steady import Steady, choose_steadily
 from harmony.profiling.update_times import UpdateCost
@@ -270,24 +270,35 @@ class Variant:
         return parameters + 2 * values + sum(nbytes)
 
     def plan(
-        self, minibatch: int, measured: Measured, asked: Asked, pinned: Plan | None = None
+        self,
+        minibatch: int,
+        measured: Measured,
+        asked: Asked,
+        pinned: Plan | None = None,
+        like: Candidate | None = None,
     ) -> Planned:
         """Return the plan for a minibatch.
 
         Args:
             measured: what a new one is made from.
             pinned: the caller's own plan.
+            like: whose bits a new one computes.
         """
         planned = self._plans.get(minibatch)
         if planned is None:
             # What counts the work of a layer may run it, with the random numbers that it draws.
             with undisturbed(self.device):
-                planned = self._new_plan(minibatch, measured, asked, pinned)
+                planned = self._new_plan(minibatch, measured, asked, pinned, like)
             self._plans[minibatch] = planned
         return planned
 
     def _new_plan(
-        self, minibatch: int, measured: Measured, asked: Asked, pinned: Plan | None
+        self,
+        minibatch: int,
+        measured: Measured,
+        asked: Asked,
+        pinned: Plan | None,
+        like: Candidate | None,
     ) -> Planned:
         mode, microbatch_size, activations = asked
         if pinned is not None and pinned.minibatch == minibatch:
@@ -314,6 +325,7 @@ class Variant:
             microbatch_size=microbatch_size or "auto",
             activations=activations,
             phase=self._phase,
+            like=like,
         )
         return Planned(plan, self.graph, measured, asked)
 

@@ -45,6 +45,7 @@ from harmony.engine.step_result import ReadyStep
 from harmony.engine.variant import Variant
 from harmony.errors import ConfigError, HarmonyError, PlanError
 from harmony.planner.ir.plan_file import check_minibatch
+from harmony.planner.ir.tasks import StepSpec
 from harmony.planner.search.candidates import sizes_that_work
 from harmony.profiling.measured import Measurements
 from harmony.profiling.model_profile import ModelProfile
@@ -394,18 +395,16 @@ class VariantCache:
     def plan(self, variant: Variant, minibatch: int, measured: Measured) -> Planned:
         """Return the plan of a variant for a minibatch.
 
-        A run that is resumed goes on with the microbatches and replicas that it had, if it can.
+        A run that is resumed goes on with a plan of the same bits, if that is what is asked for,
+        and fits.
         """
-        options, kept = self._options, self.kept
-        is_open = options.mode == "auto" and (options.plan, options.microbatch_size) == (
-            None,
-            None,
-        )
-        if kept is not None and kept.minibatch == minibatch and is_open:
-            asked = kept.mode, kept.backward_size, options.activations
-            with suppress(PlanError, ConfigError):
-                return variant.plan(minibatch, measured, asked, None)
-        return variant.plan(minibatch, measured, self._asked(), options.plan)
+        asked, pinned, kept = self._asked(), self._options.plan, self.kept
+        if kept is not None and kept.minibatch == minibatch and pinned is None:
+            like = kept.like(variant.graph, variant.phase)
+            if like is not None and _answers(like.spec, asked, len(self._contexts)):
+                with suppress(PlanError, ConfigError):
+                    return variant.plan(minibatch, measured, asked, like=like)
+        return variant.plan(minibatch, measured, asked, pinned)
 
     def _asked(self) -> Asked:
         options = self._options
@@ -559,6 +558,15 @@ class VariantCache:
         return unmeasured_profile(
             name, captured, sizes, minibatch, update, kind.phase, clips=self.waits()
         )
+
+
+def _answers(spec: StepSpec, asked: Asked, num_devices: int) -> bool:
+    """Whether microbatches and replicas are those that are asked for."""
+    mode, size, _ = asked
+    most = min(num_devices, spec.minibatch)
+    counts = {"pp": (1,), "dp": (most,)}.get(mode, tuple(range(1, most + 1)))
+    sizes = {spec.forward_size, spec.backward_size}
+    return len(spec.shares) in counts and (size is None or sizes == {size})
 
 
 def _check_modes(net: nn.Module) -> None:

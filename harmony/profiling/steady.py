@@ -23,7 +23,7 @@ from harmony.errors import DoesNotFitError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.tasks import Phase
 from harmony.planner.predict.cost import CostTable
-from harmony.planner.search.candidates import Question
+from harmony.planner.search.candidates import Candidate, Question
 from harmony.planner.search.search import ask, choose
 from harmony.profiling.analytic import LayerWork, Work, WorkTable, analytic_costs
 from harmony.profiling.catalog import (
@@ -160,12 +160,14 @@ def choose_steadily(
     microbatch_size: int | str,
     activations: str,
     phase: Phase,
+    like: Candidate | None = None,
 ) -> Plan:
     """Return the fastest plan, by what was measured, of those with the bits that are chosen first.
 
     Args:
         costs: what was measured; its bytes were counted, and its sizes are those to count at.
         machine: as it was measured.
+        like: computes the bits that were chosen in an earlier run.
 
     Raises:
         DoesNotFitError: if no plan fits.
@@ -177,6 +179,8 @@ def choose_steadily(
         "phase": phase,
     }
     measured = graph, costs, machine, minibatch
+    if like is not None:
+        return choose(*measured, **asked, like=like)
     if not _leaves_bits_open(ask(*measured, **asked)):
         return choose(*measured, **asked)
     counted, described = _described(steady, captured, graph, costs, machine, minibatch)

@@ -7,6 +7,7 @@ import errno
 import json
 import random
 import shutil
+import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -450,6 +451,51 @@ def test_other_microbatches_than_before_are_said(
     with pytest.warns(UserWarning, match=r"microbatches of 2 samples .* before .* of 4.*=4"):
         other.train_step(*vectors(2))
     other.train_step(*vectors(3))  # said once: warnings are errors here
+
+
+class Tied(nn.Module):
+    """The last layer has the first one's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(12)))
+        self.layers[11].weight = self.layers[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("memory", [("16KiB", "8MiB"), ("8MiB", "16KiB")], ids=["more", "less"])
+def test_a_shared_weight_adds_up_as_before_or_it_is_said(
+    vgpus: VirtualGPUs, tmp_path: Path, memory: tuple[str, str]
+) -> None:
+    """With more memory its layers once came into one pack, which gave other bits in silence."""
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return vector_batch(step, width=16)
+
+    def make(limit: str) -> harmony.Harmony:
+        torch.manual_seed(0)
+        return trained(Tied(), loss_fn=square_loss, devices=1, device_memory=limit)
+
+    model, again = map(make, memory)
+    for step in range(3):
+        model.train_step(*batch(step))
+    model.save_checkpoint(tmp_path)
+    again.load_checkpoint(tmp_path)
+    losses = [model.train_step(*batch(step)) for step in (3, 4)]
+    assert model.plan is not None
+    if len(model.plan.spec.backward_packs) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = [again.train_step(*batch(step)) for step in (3, 4)]
+        assert found == losses
+        assert same(values(model.module), values(again.module))
+    else:  # that pack does not fit
+        with pytest.warns(UserWarning, match=r"share a weight .* the last bits may differ"):
+            again.train_step(*batch(3))
+    assert again.plan is not None
+    assert again.plan.policy != model.plan.policy or again.plan.spec != model.plan.spec
 
 
 class Remembers(nn.Module):

@@ -87,7 +87,7 @@ def choose(
     replicas: int | None = None,
     activations: str = "auto",
     phase: Phase = Phase.TRAIN,
-    like: Plan | None = None,
+    like: Plan | Candidate | None = None,
 ) -> Plan:
     """Return the fastest plan that fits; the same question always gets the same answer.
 
@@ -98,7 +98,7 @@ def choose(
         activations: ``"auto"``, or ``"recompute"`` to keep and offload none.
         phase: ``TRAIN`` for whole steps; ``FORWARD`` or ``BACKWARD`` for loops of one's own, where
             the plan then has schedules for both; ``INFER`` for inference alone.
-        like: a plan for the same minibatch, the bits of which this one computes too (see
+        like: a way to train the same minibatch, the bits of which this one computes too (see
             `harmony.planner.search.numerics`), whatever mode, microbatch_size and replicas say.
 
     Raises:
@@ -146,7 +146,7 @@ def ask(
     replicas: int | None = None,
     activations: str = "auto",
     phase: Phase = Phase.TRAIN,
-    like: Plan | None = None,
+    like: Plan | Candidate | None = None,
 ) -> Question:
     """Return what `choose` is asked, its options checked.
 
