@@ -12,9 +12,9 @@ from harmony.errors import RaceError
 from harmony.runtime import native
 from harmony.runtime.traced_lock import TracedLock
 from harmony.vgpu import access_trace
-from harmony.vgpu import race_check as racecheck
 from harmony.vgpu.access_trace import Access, Record
 from tests import devices
+from tests import race_check as racecheck
 from tests.devices import device
 
 NUM_LAYERS, NUM_SLOTS, SIZE = 5, 2, 256

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harmony.vgpu import race_check
-from tests import devices
+from tests import devices, race_check
 from tests.cuda import standin
 
 _HERE = Path(__file__).parent

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 
 VirtualGPUs = Callable[..., None]
 

@@ -18,8 +18,8 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 from tests.toys import halves
 from tests.training.models import square_loss, vector_batch
 from tests.training.plain import gradients_of

@@ -22,8 +22,8 @@ from harmony.planner.ir.schedule import Op
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import gradients_of, params_of, train_plain, train_tokens
 

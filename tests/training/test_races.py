@@ -13,8 +13,8 @@ from harmony.engine.step_result import ReadyStep
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
 from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.runtime.exec.executor import Job
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 from tests.training.models import GPT, token_batch, token_loss
 
 

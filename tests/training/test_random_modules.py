@@ -22,8 +22,8 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 
 from .models import square_loss, vector_batch
 from .plain import gradients_of

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 from tests.training.random_usage import KNOWN, WAYS, Steps, Usage, Way, usages
 
 

@@ -30,8 +30,8 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.vgpu import race_check as racecheck
 from tests import devices
+from tests import race_check as racecheck
 from tests.zoo.entry import Entry
 
 NUM_STEPS, NUM_DEVICES = 3, 2
