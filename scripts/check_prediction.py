@@ -44,7 +44,7 @@ from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
-from harmony.planner.predict.simulate import predict_s
+from harmony.planner.predict.simulate import Simulation
 from harmony.planner.search.search import choose
 
 BAR_PERCENT, CHOICE_BAR_PERCENT = 10.0, 5.0
@@ -247,7 +247,7 @@ def run(setting: Setting, plan: Plan, steps: int) -> dict[str, Any]:
     )
     variant.learn(replace(planned, plan=own))
     known = planned.measured
-    predicted_s = predict_s(plan.schedule, planned.graph, known.costs, known.machine)
+    predicted_s = Simulation(plan.schedule, planned.graph, known.costs, known.machine).step_s
     measured = []
     for inputs, targets in batches(steps, BATCH, CONTEXT):
         model.train_step(inputs, targets)

@@ -15,7 +15,7 @@ from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
 from harmony.errors import PlanError
 from harmony.planner.ir.plan import Plan
-from harmony.planner.predict.simulate import predict_s
+from harmony.planner.predict.simulate import Simulation
 from harmony.planner.search.refine import Refined, refine
 from harmony.planner.search.search import choose
 from harmony.profiling.server import usable_nbytes
@@ -83,7 +83,7 @@ class Feedback:
         )
         if found.worst * WORTHWHILE < 1 or watched.switches >= MOST_SWITCHES:
             return
-        now_s = predict_s(plan.schedule, planned.graph, found.costs, found.machine)
+        now_s = Simulation(plan.schedule, planned.graph, found.costs, found.machine).step_s
         better = better_plan(planned, found, now_s, self._activations)
         if better is None:
             return

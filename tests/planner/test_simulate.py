@@ -24,7 +24,7 @@ from harmony.planner.lower.passes import lower
 from harmony.planner.predict.bottleneck import bottleneck
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.planner.predict.links import Links
-from harmony.planner.predict.simulate import predict_s, simulate, stall_causes
+from harmony.planner.predict.simulate import Simulation, simulate, stall_causes
 from tests.strategies import layer_graphs, policies, specs
 from tests.toys import chain, packs, server, step, uniform_costs
 
@@ -335,8 +335,8 @@ def test_a_step_is_never_shorter_than_what_its_lanes_do_or_than_its_longest_chai
         spans = timeline.on(lane)
         assert timeline.step_s >= timeline.busy_s(lane) * (1 - 1e-9)
         assert all(a.end_s <= b.start_s for a, b in pairwise(spans))
-    assert timeline.step_s == predict_s(schedule, graph, table, server(num_devices))
-    chain_s = predict_s(schedule, graph, table, free_machine(num_devices))
+    assert timeline.step_s == Simulation(schedule, graph, table, server(num_devices)).step_s
+    chain_s = Simulation(schedule, graph, table, free_machine(num_devices)).step_s
     assert timeline.step_s >= chain_s * (1 - 1e-9)
 
 

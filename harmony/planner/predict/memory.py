@@ -25,7 +25,6 @@ BLOCK_NBYTES = 512
 
 
 _CHANGES = (Op.ALLOC, Op.DROP, Op.RUN)
-_PEAKS = "_device_peaks"
 
 STATE_TENSORS = 4
 """An optimizer keeps at most so many tensors a parameter: AMSGrad's three, and the step."""
@@ -87,17 +86,7 @@ class Workspace:
 
 
 def device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
-    """The most bytes in use on a device, and when; found once for each schedule."""
-    known = schedule.__dict__.setdefault(_PEAKS, {})
-    found = known.get(index)
-    if found is None or found[0] is not graph or found[1] is not workspace.costs:
-        peak = _device_peak(schedule, index, graph, workspace)
-        found = known[index] = (graph, workspace.costs, peak)
-    peak_then: Peak = found[2]
-    return peak_then
-
-
-def _device_peak(schedule: Schedule, index: int, graph: LayerGraph, workspace: Workspace) -> Peak:
+    """The most bytes in use on a device, and when."""
     slots = slots_nbytes(schedule, index, graph)
     peak = Peak(slots, -1, slots)
     for at, values, extra in device_usage(schedule, index, graph, workspace):

@@ -11,7 +11,7 @@ What copies, updates and virtual GPUs share, and how, is the machine's
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from harmony.core.layergraph import LayerGraph
@@ -27,7 +27,7 @@ from harmony.planner.predict.links import Links, Path
 from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes
 from harmony.planner.predict.stalls import stall_causes
 
-__all__ = ["predict_s", "simulate", "stall_causes"]
+__all__ = ["Simulation", "simulate", "stall_causes"]
 
 
 def simulate(
@@ -36,83 +36,78 @@ def simulate(
     costs: CostTable,
     machine: Machine,
     model: Model = "fair",
-    *,
-    labels: bool = True,
 ) -> Timeline:
-    """Return the predicted timeline of one step.
+    """Return the predicted timeline of one step (see `Simulation`)."""
+    return Simulation(schedule, graph, costs, machine, model).timeline()
 
-    Args:
-        model: how what is shared is divided; see `harmony.planner.predict.flows`.
-        labels: whether spans have one; for figures alone they need none.
 
-    Raises:
-        ScheduleError: if the schedule deadlocks.
+class Simulation:
+    """What a step does and when; its seconds are known at once, its timeline when asked for.
+
+    A search wants the seconds of many schedules, and the timeline of one.
+
+    Attributes:
+        step_s: predicted seconds of the step.
     """
-    work, times = _simulated(schedule, graph, costs, machine, model)
-    # Its activities are as many objects as the schedule has instructions: nobody asks for a
-    # second timeline soon.
-    schedule.__dict__.pop(_WORK, None)
-    kinds = span_kinds(schedule, graph)
-    programs = list(schedule.all_programs())
-    spans = []
-    for number, program, index in work.made:
-        name, steps = programs[program]
-        step = steps[index]
-        nbytes = 0 if step.ref is None else work.nbytes(step.ref)
-        spans.append(
-            Span(
-                f"{name}.{step.stream}",
-                str(step) if labels else "",
-                kinds[name][index],
-                times.starts[number],
-                times.ends[number],
-                nbytes,
-                index,
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        graph: LayerGraph,
+        costs: CostTable,
+        machine: Machine,
+        model: Model = "fair",
+    ) -> None:
+        """Simulate a schedule.
+
+        Args:
+            model: how what is shared is divided; see `harmony.planner.predict.flows`.
+
+        Raises:
+            ScheduleError: if the schedule deadlocks.
+        """
+        self._schedule, self._graph, self._costs = schedule, graph, costs
+        self._work = _Work(schedule, graph, costs, machine)
+        self._times: Times = self._work.run(model)
+        self.step_s = self._times.makespan_s
+
+    def timeline(
+        self, *, labels: bool = True, peak_nbytes: Sequence[int] | None = None
+    ) -> Timeline:
+        """Return the timeline.
+
+        Args:
+            labels: whether spans have one; for figures alone they need none.
+            peak_nbytes: of the devices, where they are known.
+        """
+        schedule, graph, times = self._schedule, self._graph, self._times
+        kinds = span_kinds(schedule, graph)
+        programs = list(schedule.all_programs())
+        spans = []
+        for number, program, index in self._work.made:
+            name, steps = programs[program]
+            step = steps[index]
+            nbytes = 0 if step.ref is None else self._work.nbytes(step.ref)
+            spans.append(
+                Span(
+                    f"{name}.{step.stream}",
+                    str(step) if labels else "",
+                    kinds[name][index],
+                    times.starts[number],
+                    times.ends[number],
+                    nbytes,
+                    index,
+                )
             )
+        if peak_nbytes is None:
+            workspace, devices = Workspace(graph, self._costs), range(schedule.num_devices)
+            peak_nbytes = [device_peak(schedule, i, graph, workspace).nbytes for i in devices]
+        return Timeline(
+            spans=spans,
+            step_s=self.step_s,
+            peak_nbytes=list(peak_nbytes),
+            host_nbytes=host_nbytes(schedule, graph),
         )
-    workspace = Workspace(graph, costs)
-    devices = range(schedule.num_devices)
-    return Timeline(
-        spans=spans,
-        step_s=times.makespan_s,
-        peak_nbytes=[device_peak(schedule, i, graph, workspace).nbytes for i in devices],
-        host_nbytes=host_nbytes(schedule, graph),
-    )
-
-
-def predict_s(
-    schedule: Schedule,
-    graph: LayerGraph,
-    costs: CostTable,
-    machine: Machine,
-    model: Model = "fair",
-) -> float:
-    """Return the predicted seconds of one step: ``simulate(...).step_s``, and nothing else.
-
-    A search asks this of many schedules, and wants the timeline of one.
-
-    Raises:
-        ScheduleError: as `simulate`.
-    """
-    found = _simulated(schedule, graph, costs, machine, model)
-    schedule.__dict__[_WORK] = (graph, costs, machine, model, found)
-    return found[1].makespan_s
-
-
-_WORK = "_simulated"
-
-
-def _simulated(
-    schedule: Schedule, graph: LayerGraph, costs: CostTable, machine: Machine, model: Model
-) -> tuple[_Work, Times]:
-    """The activities of a schedule and when they happen; the plan that is chosen asks twice."""
-    known = schedule.__dict__.get(_WORK)
-    asked = (graph, costs, machine)
-    if known is not None and all(map(operator.is_, known, asked)) and known[3] == model:
-        found: tuple[_Work, Times] = known[4]
-        return found
-    work = _Work(schedule, graph, costs, machine)
-    return work, work.run(model)
 
 
 _MAX_WAITS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
@@ -17,8 +18,22 @@ from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
 from harmony.planner.lower.passes import lower
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes, stash_nbytes
-from harmony.planner.predict.simulate import predict_s, simulate
+from harmony.planner.predict.simulate import Simulation
 from harmony.planner.search.candidates import Candidate, Question
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A phase of a candidate, with what is predicted of it.
+
+    Attributes:
+        peak_nbytes: of each device.
+    """
+
+    tasks: TaskGraph
+    schedule: Schedule
+    peak_nbytes: tuple[int, ...]
+    simulation: Simulation
 
 
 @dataclass(frozen=True)
@@ -26,13 +41,16 @@ class Tried:
     """A candidate that was lowered, fits the devices, and was simulated.
 
     Attributes:
-        lowered: tasks and schedule of the phases that make up a step.
-        total_s: seconds of a whole step.
+        lowered: the phases that make up a step.
     """
 
     candidate: Candidate
-    lowered: dict[Phase, tuple[TaskGraph, Schedule]]
-    total_s: float
+    lowered: dict[Phase, Lowered]
+
+    @cached_property
+    def total_s(self) -> float:
+        """Predicted seconds of a whole step."""
+        return sum(phase.simulation.step_s for phase in self.lowered.values())
 
 
 @dataclass(frozen=True)
@@ -63,18 +81,19 @@ class Trial:
 
     def tried(self, candidate: Candidate) -> Tried | TooLarge:
         """Lower a candidate, and simulate it if it fits."""
-        lowered, total_s, machine = {}, 0.0, self.question.machine
+        lowered, machine = {}, self.question.machine
         for phase in timed_phases(candidate.spec.phase):
-            tasks, schedule = self._lowered(candidate, phase)
-            needed = max(
+            tasks = build_tasks(self.graph, for_phase(candidate.spec, phase))
+            schedule = lower(tasks, machine, policy_for(candidate.policy, phase))
+            needed = tuple(
                 device_peak(schedule, device, self.graph, self.workspace).nbytes
                 for device in range(schedule.num_devices)
             )
-            if needed > self.question.memory_nbytes:
-                return TooLarge(needed)
-            lowered[phase] = (tasks, schedule)
-            total_s += predict_s(schedule, self.graph, self.costs, machine)
-        return Tried(candidate, lowered, total_s)
+            if max(needed) > self.question.memory_nbytes:
+                return TooLarge(max(needed))
+            simulation = Simulation(schedule, self.graph, self.costs, machine)
+            lowered[phase] = Lowered(tasks, schedule, needed, simulation)
+        return Tried(candidate, lowered)
 
     def verified(self, tried: Tried) -> Fitting:
         """Check the schedules of a candidate.
@@ -83,18 +102,13 @@ class Trial:
             DoesNotFitError: if one does not fit, or the host is too small for all of them.
         """
         phase = tried.candidate.spec.phase
-        schedules = {each: schedule for each, (_, schedule) in tried.lowered.items()}
+        schedules = {each: found.schedule for each, found in tried.lowered.items()}
         needed = self._host_nbytes(schedules, phase)
-        for each, (tasks, schedule) in tried.lowered.items():
-            verify(schedule, self.graph, self.costs, each, tasks)
-        machine = self.question.machine
-        timeline = simulate(schedules[phase], self.graph, self.costs, machine, labels=False)
+        for each, found in tried.lowered.items():
+            verify(found.schedule, self.graph, self.costs, each, found.tasks)
+        chosen = tried.lowered[phase]
+        timeline = chosen.simulation.timeline(labels=False, peak_nbytes=chosen.peak_nbytes)
         return Fitting(tried, schedules, timeline, needed)
-
-    def _lowered(self, candidate: Candidate, phase: Phase) -> tuple[TaskGraph, Schedule]:
-        tasks = build_tasks(self.graph, for_phase(candidate.spec, phase))
-        policy = policy_for(candidate.policy, phase)
-        return tasks, lower(tasks, self.question.machine, policy)
 
     def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
         """Bytes of host memory that all phases together need."""
