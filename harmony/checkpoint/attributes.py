@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from harmony.capture.graph.params import version_of
 from harmony.capture.state.python_state import is_plain
 from harmony.checkpoint.tree import encode
 from harmony.core.warn import warn
@@ -89,7 +90,7 @@ def _marks(held: Any, depth: int = _DEEPEST) -> Iterator[_Mark]:
     """Everything in an attribute that may change."""
     state = _generator_state(held)
     if isinstance(held, torch.Tensor):
-        yield _Mark(held, 0 if held.is_inference() else held._version)
+        yield _Mark(held, version_of(held))
     elif is_plain(held):
         yield _Mark(None, copy.deepcopy(held))
     elif state is not None:

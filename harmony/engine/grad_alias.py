@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from harmony.capture.graph.params import version_of
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.pinned_memory import tensor_on
@@ -101,9 +102,8 @@ def versions(arena: HostArena, names: Iterable[str]) -> dict[str, Version]:
 
 def _version_of(arena: HostArena, name: str) -> Version:
     tensor = arena.tensors[name]
-    in_place = 0 if tensor.is_inference() else tensor._version
     steps = _steps_of.get(tensor, 0)  # type: ignore[no-untyped-call]
-    return in_place, steps, arena.num_moves[name]
+    return version_of(tensor), steps, arena.num_moves[name]
 
 
 def check_unchanged(then: Mapping[str, Version], arena: HostArena, names: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from harmony.capture.graph.params import version_of
 from harmony.runtime.data_watch import DataWatch
 from harmony.runtime.host.memory_holders import shares_memory
 
@@ -51,7 +52,7 @@ class Changes:
             num_moves: how often it was found in other memory until now.
         """
         param = self.params[name]
-        version = -1 if param.is_inference() else param._version
+        version = version_of(param)
         now = version, num_moves
         # All of them are asked: what was seen now is not seen again.
         signs = (

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from harmony.capture.graph.params import version_of
 from harmony.errors import NotSavedError
 from harmony.runtime import data_watch, native
 from harmony.runtime.host.memory_holders import shares_memory
@@ -86,7 +87,7 @@ class Unit:
         return self._is in (_Is.WAITING, _Is.BEING_READ)
 
     def _now(self) -> list[int]:
-        return [-1 if t.is_inference() else t._version for t in self.tensors.values()]
+        return [version_of(tensor) for tensor in self.tensors.values()]
 
     def _check(self) -> None:
         if self._now() != self._versions:

@@ -153,3 +153,8 @@ def dense_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]
             return tuple(torch.empty(tuple(shape), device="meta").stride())
         expected *= size
     return tuple(stride)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as far as PyTorch counts; -1 if it does not."""
+    return -1 if tensor.is_inference() else int(tensor._version)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harmony.capture.graph.params import version_of
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.isolation import user_frame
 from harmony.capture.trace.kernels import draws
@@ -61,7 +62,7 @@ class CheckpointWatch:
 
     def _buffers(self) -> dict[tuple[int, str], tuple[int, int]]:
         return {
-            (id(module), name): (id(buffer), _version(buffer))
+            (id(module), name): (id(buffer), version_of(buffer))
             for module in self._modules
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -108,7 +109,3 @@ def checkpointed(preserve_rng_state: bool) -> Iterator[None]:
         return
     with watch.around(preserve_rng_state):
         yield
-
-
-def _version(buffer: Any) -> int:
-    return 0 if buffer.is_inference() else int(buffer._version)

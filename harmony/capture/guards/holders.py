@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from harmony.capture.graph.params import version_of
+
 MISSING: Any = object()
 ATOMS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), range, slice)
 ATOMS += (torch.dtype, torch.Size, torch.device, torch.layout, type(Ellipsis))
@@ -285,9 +287,8 @@ def listed(container: Any) -> list[Any]:
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    version = 0 if tensor.is_inference() else int(tensor._version)
     plain = tensor.layout is torch.strided and tensor.device.type != "meta"
-    return version, tensor.data_ptr() if plain and type(tensor) is torch.Tensor else 0
+    return version_of(tensor), tensor.data_ptr() if plain and type(tensor) is torch.Tensor else 0
 
 
 def _same_entries(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.capture.graph.params import version_of
 from harmony.capture.graph.structure import flatten
 from harmony.capture.trace.irregular import is_packed, moves
 from harmony.errors import ConfigError
@@ -122,7 +123,7 @@ class Lent:
             [there[id(leaf)][1] if id(leaf) in there else leaf for leaf in leaves]
         )
         pairs = [(x.data, y.data) if is_packed(x) else (x, y) for x, y in there.values()]
-        self._pairs = [(leaf, copy, _version(copy)) for leaf, copy in pairs]
+        self._pairs = [(leaf, copy, version_of(copy)) for leaf, copy in pairs]
         self._containers = Containers(self.call)
 
     @property
@@ -161,7 +162,7 @@ class Lent:
         for given, copy, version in self._pairs:
             if copy is given:
                 continue
-            if version is None:
+            if version < 0:
                 if not torch.equal(given, copy.to(given.device)):
                     yield given, copy
             elif copy._version != version:
@@ -172,7 +173,3 @@ def _memory(tensor: torch.Tensor) -> int:
     """Where its storage is; what has none shares none."""
     strided = tensor.layout is torch.strided and not tensor.is_nested
     return tensor.untyped_storage().data_ptr() if strided else id(tensor)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harmony.capture.graph.params import version_of
 from harmony.capture.trace.fake_kernels import FakeKernels
 
 _SEEDED = torch.Tag.nondeterministic_seeded
@@ -146,11 +147,6 @@ def _by_integers(func: Any, args: Sequence[Any]) -> bool:
     return func.overloadpacket is torch.ops.aten.index and all(
         index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
     )
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place, as far as PyTorch counts."""
-    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def changed_by(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.capture.graph.params import version_of
 from harmony.capture.graph.structure import flatten
 from harmony.capture.graph.trace import (
     Context,
@@ -30,7 +31,7 @@ from harmony.capture.state.python_state import HeldFromOutside
 from harmony.capture.state.random_state import PythonState
 from harmony.capture.trace.calls import CallHandler
 from harmony.capture.trace.isolation import autocast_dtype, held_by_variables, user_frame
-from harmony.capture.trace.kernels import KernelWatch, Noticed, changed_by, version_of
+from harmony.capture.trace.kernels import KernelWatch, Noticed, changed_by
 from harmony.capture.trace.leaf_watch import LeafMustOpenError
 from harmony.capture.trace.references import References, with_devices
 from harmony.capture.trace.refuse import (

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from harmony.capture.graph.params import dense_stride
+from harmony.capture.graph.params import dense_stride, version_of
 from harmony.core.units import aligned
 from harmony.core.warn import warn
 from harmony.errors import HarmonyError
@@ -265,7 +265,7 @@ class HostArena:
         self.num_moves[name] += 1
 
     def _copy_guest(self, name: str, tensor: torch.Tensor) -> None:
-        version = -1 if tensor.is_inference() else tensor._version
+        version = version_of(tensor)
         if version < 0 or self._guests.get(name) != (id(tensor), version):
             self.views[name].copy_(tensor)
             self._guests[name] = id(tensor), version
