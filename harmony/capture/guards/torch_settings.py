@@ -79,8 +79,10 @@ class _Functions:
         return self._last
 
     def _now(self) -> list[Any]:
-        methods = list(vars(torch.Tensor).values())
-        return [*methods, *(f for held, take in self._of for f in take(held))]
+        now = list(vars(torch.Tensor).values())
+        for held, take in self._of:
+            now += take(held)
+        return now
 
 
 def _check_replaced() -> None:

@@ -97,6 +97,7 @@ class Stage:
         self._trainable = frozenset(gradients.places)
         self._weight_slots: list[torch.Tensor] = []
         self._gradient_slots: list[torch.Tensor] = []
+        self._slot_memory: set[int] = set()
         self._bound: tuple[Pack, int] | None = None
         self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
@@ -113,6 +114,7 @@ class Stage:
         self._sink.views = {}
         self._accumulating = None
         self._weight_slots, self._gradient_slots = weights, gradients
+        self._slot_memory = {slot.untyped_storage().data_ptr() for slot in weights}
 
     def forward(
         self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], replay: ReplayState
@@ -157,8 +159,8 @@ class Stage:
 
     def _changing(self, pack: Pack) -> list[tuple[int, int]]:
         """Byte ranges of a pack's slot that hold buffers which its forward changes."""
-        changes = (self._code.changes[i] for i in pack if i in self._code.changes)
-        names = {name for change in changes for name in change.buffers}
+        changed = self._code.changes.items()
+        names = {name for layer, change in changed if layer in pack for name in change.buffers}
         if not names:
             return []
         shared = self.graph.shared_in(pack.first, pack.last)
@@ -171,7 +173,7 @@ class Stage:
 
     def _own(self, found: Values) -> Values:
         """Copies of those values that are views of a weight slot, which other packs will fill."""
-        slots = {slot.untyped_storage().data_ptr() for slot in self._weight_slots}
+        slots = self._slot_memory
         return {
             v: t.clone() if t.untyped_storage().data_ptr() in slots else t
             for v, t in found.items()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from harmony.core.timeline import Span
 from harmony.planner.ir.schedule import HOST, HOST_STREAM, Instruction, Op
-from harmony.planner.ir.tasks import TaskKind
+from harmony.planner.ir.tasks import Task, TaskKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.step.step import Step
@@ -30,32 +31,34 @@ class HostProgram:
         events: Mapping[int, torch.Event],
         kinds: Sequence[str],
     ) -> None:
-        self._program = program
         self._host = host
         self._events = events
-        self._kinds = kinds
-        self.late = tuple(step.task.pack for step in program if _is_late(step) and step.task)
+        self._prepared = [
+            _Prepared.of(index, instruction, kinds[index], host)
+            for index, instruction in enumerate(program)
+        ]
+        self.late = tuple(p.task.pack for p in self._prepared if p.task is not None and p.is_late)
 
     def issue(self, step: Step) -> None:
         """Run the whole program."""
-        held: list[tuple[int, Instruction]] = []
-        for index, instruction in enumerate(self._program):
+        held: list[_Prepared] = []
+        holds = step.holds_updates
+        for prepared in self._prepared:
             step.signals.check()
-            if _is_update(instruction) and step.holds_updates:
+            if prepared.is_update and holds:
                 if step.apply_updates:
-                    self._hold(instruction)
-                    held.append((index, instruction))
+                    self._hold(prepared)
+                    held.append(prepared)
                 continue
-            if _is_late(instruction) and not _is_left(instruction, step):
+            if prepared.is_late and not prepared.is_left_to(step):
                 continue
-            step.running[self.name] = str(instruction)
-            if instruction.op is Op.WAIT:
-                self._wait(instruction, step)
-            elif instruction.op is Op.RECORD:
-                assert instruction.event is not None
-                step.signals.issue(instruction.event)
-            elif instruction.op is Op.RUN:
-                self._timed(index, instruction, step)
+            step.running[self.name] = prepared.label
+            if prepared.task is not None:
+                self._timed(prepared, prepared.task, step)
+            elif prepared.records:
+                step.signals.issue(prepared.event)
+            else:
+                self._wait(prepared.event, step)
         for event in step.before_updates:
             step.signals.wait(event)
         if step.check is not None:
@@ -68,28 +71,24 @@ class HostProgram:
         if held and optimizer is not None and optimizer.together is not None:
             self._update_all(step)
             return
-        for index, instruction in held:
-            self._timed(index, instruction, step)
+        for prepared in held:
+            assert prepared.task is not None, "it updates"
+            self._timed(prepared, prepared.task, step)
 
-    def _timed(self, index: int, instruction: Instruction, step: Step) -> None:
-        if _is_update(instruction) or _is_late(instruction):
-            self._may_change(instruction, step)
-            step.updated.append(str(instruction.task))  # one that fails may have changed some
+    def _timed(self, prepared: _Prepared, task: Task, step: Step) -> None:
+        label, host = prepared.label, self._host
+        if prepared.is_update or prepared.is_late:
+            # A checkpoint that is written has the old values first.
+            step.running[self.name] = f"the checkpoint, before {label}"
+            about_to_change((host.params[name] for name in prepared.names), step.signals.check)
+            step.updated.append(prepared.task_label)  # one that fails may have changed some
         start_s = step.now_s()
-        step.running[self.name] = str(instruction)
-        self._run(instruction, step)
-        if _is_late(instruction):
-            step.updated.remove(str(instruction.task))  # now it is of one step with the others
-        lane = f"{HOST}.{instruction.stream}"
-        span = Span(lane, str(instruction), self._kinds[index], start_s, step.now_s(), 0, index)
+        step.running[self.name] = label
+        self._run(prepared, task, step)
+        if prepared.is_late:
+            step.updated.remove(prepared.task_label)  # now it is of one step with the others
+        span = Span(prepared.lane, label, prepared.kind, start_s, step.now_s(), 0, prepared.index)
         step.spans.append(span)
-
-    def _may_change(self, instruction: Instruction, step: Step) -> None:
-        """Let a checkpoint that is written have the old values first."""
-        assert instruction.task is not None
-        step.running[self.name] = f"the checkpoint, before {instruction}"
-        names = self._host.updated_by(instruction.task.pack)
-        about_to_change((self._host.params[name] for name in names), step.signals.check)
 
     def _gather(self, step: Step) -> None:
         """Give all parameters their gradients, which are complete; measure them where asked to."""
@@ -120,51 +119,86 @@ class HostProgram:
         lane = f"{HOST}.{HOST_STREAM}"
         step.spans.append(Span(lane, f"run {ALL_UPDATES}", "update", start_s, step.now_s(), 0, -1))
 
-    def _wait(self, instruction: Instruction, step: Step) -> None:
-        assert instruction.event is not None
-        step.signals.wait(instruction.event)
-        awaited = self._events.get(instruction.event)
+    def _wait(self, event: int, step: Step) -> None:
+        step.signals.wait(event)
+        awaited = self._events.get(event)
         if awaited is not None:
             awaited.synchronize()
 
-    def _hold(self, update: Instruction) -> None:
+    def _hold(self, update: _Prepared) -> None:
         """Do of an update what need not wait for the others' gradients."""
-        assert update.task is not None
+        assert update.task is not None, "it updates"
         self._settle(update)
-        self._host.take_norms(update.task.pack)
+        self._host.take_norms(update.task.pack, update.names)
 
-    def _settle(self, instruction: Instruction) -> None:
-        for ref in instruction.reads:
-            if ref.is_gradient_part and ref.part == 0:
-                self._host.settle(ref)
+    def _settle(self, prepared: _Prepared) -> None:
+        for ref in prepared.first_parts:
+            self._host.settle(ref)
 
-    def _run(self, instruction: Instruction, step: Step) -> None:
-        task = instruction.task
-        assert task is not None
-        if task.kind is TaskKind.LATE_UPDATE:
+    def _run(self, prepared: _Prepared, task: Task, step: Step) -> None:
+        if prepared.is_late:
             assert step.late is not None
             step.late.update(task.pack)
             self._host.forget_gradients_of(task.pack)
             return
-        self._settle(instruction)
+        self._settle(prepared)
         if task.kind is TaskKind.ACCUMULATE:
             assert task.addend is not None
             self._host.accumulate(task.addend)
         elif task.kind is TaskKind.NORMS:
-            self._host.take_norms(task.pack)
+            self._host.take_norms(task.pack, prepared.names)
         else:
-            self._host.update(task.pack)
+            self._host.update(task.pack, prepared.names)
 
 
-def _is_late(instruction: Instruction) -> bool:
-    return instruction.task is not None and instruction.task.kind is TaskKind.LATE_UPDATE
+@dataclass(frozen=True)
+class _Prepared:
+    """An instruction of the host, with what follows from it.
 
+    Attributes:
+        label, task_label: its text, and its task's.
+        event: of a Record or Wait.
+        records: whether it is a Record.
+        names: of the parameters that it updates, or takes the norms of.
+        first_parts: gradients that it reads, as far as their first part lies in the arena.
+    """
 
-def _is_left(instruction: Instruction, step: Step) -> bool:
-    """Whether the step before has left this update to be made now."""
-    task = instruction.task
-    return step.late is not None and task is not None and task.pack in step.late.packs
+    index: int
+    label: str
+    lane: str
+    kind: str
+    task: Task | None
+    task_label: str
+    event: int
+    records: bool
+    is_update: bool
+    is_late: bool
+    names: tuple[str, ...]
+    first_parts: tuple[TensorRef, ...]
 
+    @staticmethod
+    def of(index: int, instruction: Instruction, kind: str, host: HostState) -> _Prepared:
+        """Prepare an instruction."""
+        task = instruction.task
+        is_update = task is not None and task.kind is TaskKind.UPDATE
+        is_late = task is not None and task.kind is TaskKind.LATE_UPDATE
+        adds = task is None or task.kind is TaskKind.ACCUMULATE
+        return _Prepared(
+            index,
+            str(instruction),
+            f"{HOST}.{instruction.stream}",
+            kind,
+            task,
+            str(task),
+            -1 if instruction.event is None else instruction.event,
+            instruction.op is Op.RECORD,
+            is_update,
+            is_late,
+            () if adds or task is None else tuple(host.updated_by(task.pack)),
+            tuple(r for r in instruction.reads if r.is_gradient_part and r.part == 0),
+        )
 
-def _is_update(instruction: Instruction) -> bool:
-    return instruction.task is not None and instruction.task.kind is TaskKind.UPDATE
+    def is_left_to(self, step: Step) -> bool:
+        """Whether the step before has left this update to be made now."""
+        late = step.late
+        return late is not None and self.task is not None and self.task.pack in late.packs

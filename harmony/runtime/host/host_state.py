@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -156,11 +156,15 @@ class HostState:
         begun = [s.id for s in self.graph.shared if s.layers[0] in pack]
         return own + [n for index in begun for n in layout.shared[index].places]
 
-    def take_norms(self, pack: Pack) -> None:
-        """Run N[a:b]: take the norms of a pack's gradients, which are complete, for clipping."""
+    def take_norms(self, pack: Pack, names: Sequence[str]) -> None:
+        """Run N[a:b]: take the norms of a pack's gradients, which are complete, for clipping.
+
+        Args:
+            names: what `updated_by` says of the pack.
+        """
         if self.optimizer is None or self.optimizer.max_norm is None:
             return
-        for name in self.updated_by(pack):
+        for name in names:
             if self._complete.get(name):
                 gradient = self.gradients.views[name]
                 native.trace_host_access(f"N{pack}", gradient, write=False)
@@ -175,9 +179,13 @@ class HostState:
                 native.trace_host_access("norm", param.grad, write=False)
         optimizer.measure(params, self._norms)
 
-    def update(self, pack: Pack) -> None:
-        """Run U[a:b]: update the parameters of the pack from their complete gradients."""
-        self._update(pack, self.publish(self.updated_by(pack)))
+    def update(self, pack: Pack, names: Sequence[str]) -> None:
+        """Run U[a:b]: update the parameters of the pack from their complete gradients.
+
+        Args:
+            names: what `updated_by` says of the pack.
+        """
+        self._update(pack, names, self.publish(names))
 
     def update_late(self, pack: Pack, options: Options) -> None:
         """Run L[a:b]: do what `update` does, from gradients that the step before has published.
@@ -185,11 +193,16 @@ class HostState:
         Args:
             options: what the groups of the optimizer held in that step.
         """
-        params = (self.params[name] for name in self.updated_by(pack))
-        self._update(pack, [param for param in params if param.grad is not None], options)
+        names = self.updated_by(pack)
+        params = (self.params[name] for name in names)
+        self._update(pack, names, [param for param in params if param.grad is not None], options)
 
     def _update(
-        self, pack: Pack, params: list[nn.Parameter], options: Options | None = None
+        self,
+        pack: Pack,
+        names: Sequence[str],
+        params: list[nn.Parameter],
+        options: Options | None = None,
     ) -> None:
         """Take the optimizer's step for a pack: the one place where a host's update is."""
         optimizer = self.optimizer
@@ -200,7 +213,7 @@ class HostState:
             if param.grad is not None:
                 clips = optimizer.max_norm is not None
                 native.trace_host_access(f"U{pack}", param.grad, write=clips)
-        names, arena = self.updated_by(pack), self.weights.arena
+        arena = self.weights.arena
         arena.refresh(names, optimizer.update(params, arena.copies(names), options))
 
 
