@@ -25,7 +25,9 @@ from harmony.engine.bypass import Bypass, within
 from harmony.engine.engine import Engine
 from harmony.engine.facade import ShownForward, Wrapper
 from harmony.engine.options import EngineOptions
+from harmony.engine.own_loop import OwnLoop
 from harmony.engine.precision import precision_of
+from harmony.engine.train_steps import TrainSteps
 from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
@@ -134,6 +136,9 @@ class Harmony(Wrapper):
         PlanError: if the file of a plan cannot be read.
     """
 
+    _train_steps: TrainSteps
+    _own_loop: OwnLoop
+
     def __init__(
         self,
         module: nn.Module,
@@ -203,6 +208,8 @@ class Harmony(Wrapper):
         engine = Engine(module, devices, options)
         self._show(module)
         self.__dict__["_engine"] = engine
+        self.__dict__["_train_steps"] = TrainSteps(engine)
+        self.__dict__["_own_loop"] = OwnLoop(engine)
         self.__dict__["_attributes"] = Attributes(module)
         self.__dict__["_saving"] = None
         self.__dict__["_bypass"] = Bypass(
@@ -265,7 +272,7 @@ class Harmony(Wrapper):
         self._hear_of_saving()
         self._check_resumed()
         args, kwargs = _arguments(inputs)
-        return engine.train(args, kwargs, targets)
+        return self._train_steps.train(args, kwargs, targets)
 
     @ShownForward
     @_disable_dynamo  # in a compiled function, or as torch.compile(model), it just runs
@@ -275,10 +282,10 @@ class Harmony(Wrapper):
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
             self._hear_of_saving()
             self._check_resumed()
-            return self._engine.forward(args, kwargs)
+            return self._own_loop.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
         with torch.inference_mode(False), torch.no_grad():
-            return self._engine.infer(args, kwargs)
+            return self._own_loop.infer(args, kwargs)
 
     def _check_resumed(self) -> None:
         """Refuse to train from the start where the command line asks to go on.

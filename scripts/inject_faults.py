@@ -279,7 +279,7 @@ def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
     subject.load()
     if place in PREPARING:
         subject.model._engine.variants.forget()
-        subject.model._engine._dynamic.forget()
+        subject.model._engine.dynamic.forget()
     case = {"place": place, "fault": fault, "call": f"{call} {'after' if after else 'before'}"}
     generators = torch.get_rng_state()
     caught: BaseException | None = None

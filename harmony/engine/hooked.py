@@ -9,39 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from harmony.engine.call_key import Call
 from harmony.engine.call_kind import CallKind
 from harmony.engine.dynamic import ModuleState
-from harmony.engine.options import EngineOptions
+from harmony.engine.engine import Engine
 from harmony.engine.step_result import RanStep, ReadyStep
-from harmony.engine.variants import VariantCache
 from harmony.planner.ir.tasks import Samples, TaskKind
-from harmony.report.session import ModelRecord
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.update.param_hooks import GradientSums, call_hooks
 
 Run = Callable[[ReadyStep], RanStep]
 
 
-class _Steps(Protocol):
-    """The engine, as far as steps with hooks need it."""
-
-    net: nn.Module
-    record: ModelRecord
-    options: EngineOptions
-    variants: VariantCache
-
-    def ready(
-        self, kind: CallKind, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
-    ) -> ReadyStep: ...
-
-
-def hooked_step(engine: _Steps, call: Call, ready: ReadyStep, run: Run) -> RanStep:
+def hooked_step(engine: Engine, call: Call, ready: ReadyStep, run: Run) -> RanStep:
     """Run a planned step up to its gradients, with the hooks of its parameters.
 
     Args:
@@ -68,7 +51,7 @@ def hooked_step(engine: _Steps, call: Call, ready: ReadyStep, run: Run) -> RanSt
 
 
 def _in_parts(
-    engine: _Steps, call: Call, whole: ReadyStep, parts: tuple[Samples, ...], run: Run
+    engine: Engine, call: Call, whole: ReadyStep, parts: tuple[Samples, ...], run: Run
 ) -> RanStep:
     """Run forward and backward of one microbatch after the other, with the hooks of each."""
     assert engine.variants.arenas is not None and whole.variant.graph.loss is not None

@@ -27,7 +27,7 @@ from harmony.verification.verification import OTHER_DEVICE
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional arguments, keyword arguments, targets."""
 
-_COUNTERS = ("num_steps", "last_timeline", "_feedback")
+_COUNTERS = ("num_steps", "last_timeline", "feedback")
 _MACHINERY = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1)))
 
 
@@ -118,7 +118,7 @@ def untouched(engine: Engine) -> Iterator[Snapshot]:
         optimizer.bring_home(engine.net.parameters())
     counters = {name: engine.__dict__[name] for name in _COUNTERS}
     snapshot = Snapshot(engine.net, engine.options.loss_fn, engine.optimizer, optimizer)
-    engine._feedback = None
+    engine.feedback = None
     with undisturbed(engine.devices[0]):
         try:
             yield snapshot

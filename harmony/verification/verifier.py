@@ -18,6 +18,8 @@ from harmony.capture.graph.structure import flatten
 from harmony.capture.state.random_state import HostState
 from harmony.engine.call_kind import CallKind
 from harmony.engine.engine import Engine
+from harmony.engine.own_loop import OwnLoop
+from harmony.engine.train_steps import TrainSteps
 from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Samples
 from harmony.reference.draws import CannotJoinError, DrawPlayer, DrawRecorder
@@ -256,7 +258,7 @@ class _Comparison:
         if not self._steps:
             return self._loop(args, kwargs, targets)
         engine, net = self._engine, self._net
-        result = engine.train_step(args, kwargs, targets)
+        result = TrainSteps(engine).train_step(args, kwargs, targets)
         parts = parts_of(engine, result.num_samples)
         found = Found(
             loss=result.loss,
@@ -282,7 +284,7 @@ class _Comparison:
         no_gradients(engine)
         try:
             ready = engine.ready(CallKind.TRAIN_STEP, *copied(self._call))
-            engine.run_step(ready, apply_updates=False)
+            TrainSteps(engine).run_step(ready, apply_updates=False)
         except (DynamicOnlyError, GuardError):  # live, every gradient comes to the host
             return {}
         ready.variant.host.publish_all()
@@ -295,7 +297,7 @@ class _Comparison:
         state = HostState.now()
         try:
             with torch.enable_grad():
-                out = engine.forward(args, kwargs)
+                out = OwnLoop(engine).forward(args, kwargs)
                 state.restore()
                 loss = loss_of(self._options.loss_fn, out, targets)
                 torch.autograd.backward(loss)

@@ -371,7 +371,7 @@ def test_an_interrupt_in_a_live_step_changes_nothing_or_all(
             twin.train_step(*vector_batch(step))
         model.train_step(*vector_batch(0))
     before = state_of(model)
-    runner = model._engine._dynamic
+    runner = model._engine.dynamic
     publish = once(GradientSums.publish, interrupt)
     monkeypatch.setattr(GradientSums, "publish", lambda *args: publish(*args))
     with pytest.raises(KeyboardInterrupt):

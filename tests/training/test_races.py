@@ -39,7 +39,7 @@ def ready_model(mode: str, num_devices: int) -> Any:
 def run(model: Any, variant: Any, schedule: Schedule, values: Any) -> None:
     prepared = variant.executor.prepare(schedule, values)
     prepared.num_runs = 1
-    replay = model._engine._replay_state(ReadyStep(variant, variant._plans[8], {}, {}))
+    replay = model._engine.replay_state(ReadyStep(variant, variant._plans[8], {}, {}))
     spec = model.plan.spec
     replicas = range(len(spec.shares))
     every = [s for replica in replicas for s in spec.microbatches(replica, TaskKind.BACKWARD)]

@@ -13,6 +13,7 @@ from torch import nn
 
 import harmony
 from harmony.engine.call_kind import CallKind
+from harmony.engine.train_steps import TrainSteps
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
@@ -95,7 +96,7 @@ def test_tied_weights_stay_with_all_that_use_them(vgpus: VirtualGPUs) -> None:
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
     engine = model._engine
     inputs, targets = token_batch(3)
-    engine._run_gradients(engine.ready(CallKind.TRAIN_STEP, (inputs,), {}, targets))
+    TrainSteps(engine).run_gradients(engine.ready(CallKind.TRAIN_STEP, (inputs,), {}, targets))
     assert all(param.grad is not None for param in model.parameters())
 
 
@@ -133,7 +134,7 @@ def test_gradients_without_an_update_are_on_the_host(vgpus: VirtualGPUs) -> None
     model = resident_model(copy.deepcopy(net), lambda p: p[1:3])
     engine = model._engine
     inputs, targets = token_batch(0)
-    engine._run_gradients(engine.ready(CallKind.TRAIN_STEP, (inputs,), {}, targets))
+    TrainSteps(engine).run_gradients(engine.ready(CallKind.TRAIN_STEP, (inputs,), {}, targets))
     expected = plain(net, 1)
     for name, param in model.named_parameters():
         found, wanted = param.grad, expected.gradients[0][name]

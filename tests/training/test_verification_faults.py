@@ -1,6 +1,6 @@
 """What Harmony.verify must notice: faults put into Harmony's step, each of a kind that happened.
 
-A fault is put around the whole step (`Engine.train_step`, `Engine.backward`), so that nothing
+A fault is put around the whole step (`TrainSteps.train_step`, `OwnLoop.backward`), so that nothing
 depends on how Harmony works inside.
 """
 
@@ -18,6 +18,8 @@ from torch import nn
 
 import harmony
 from harmony.engine.engine import Engine
+from harmony.engine.own_loop import OwnLoop
+from harmony.engine.train_steps import TrainSteps
 from harmony.verification.verification import Verification
 from tests.training.conftest import VirtualGPUs
 from tests.training.test_verification import everything, same
@@ -161,10 +163,10 @@ STEP_FAULTS = [
 ]
 
 
-def with_fault(monkeypatch: pytest.MonkeyPatch, method: str, fault: Fault) -> None:
-    right = getattr(Engine, method)
+def with_fault(monkeypatch: pytest.MonkeyPatch, calls: type, method: str, fault: Fault) -> None:
+    right = getattr(calls, method)
     monkeypatch.setattr(
-        Engine, method, lambda engine, *args: fault(engine, lambda: right(engine, *args))
+        calls, method, lambda self, *args: fault(self._engine, lambda: right(self, *args))
     )
 
 
@@ -185,7 +187,7 @@ def test_a_fault_in_the_step_is_found(
     model = prepared(dynamic)
     if fault is weight_frozen:
         WEIGHT["kl"] = 0.3
-    with_fault(monkeypatch, "train_step", fault)
+    with_fault(monkeypatch, TrainSteps, "train_step", fault)
     before = everything(model)
     found = model.verify(*batch())
     WEIGHT["kl"] = 0.0
@@ -240,7 +242,7 @@ def test_a_fault_in_the_backward_of_the_drop_in_form_is_found(
     model = harmony.Harmony(Net(), loss_fn=F.cross_entropy, microbatch_size=8, devices=1)
     inputs, targets = batch()
     assert model.verify(inputs.requires_grad_(), targets).identical
-    with_fault(monkeypatch, "backward", scaled)
+    with_fault(monkeypatch, OwnLoop, "backward", scaled)
     found = model.verify(inputs, targets)
     assert not found.ok
     assert {"first.weight", "input 0"} <= {d.name for d in found.gradients if not d.ok}
@@ -398,7 +400,7 @@ def test_a_step_that_fails_leaves_nothing(
         run()
         raise ZeroDivisionError("on purpose")
 
-    with_fault(monkeypatch, "train_step", fails)
+    with_fault(monkeypatch, TrainSteps, "train_step", fails)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         model.verify(*batch())
     assert same(before, everything(model))

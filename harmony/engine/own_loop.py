@@ -1,0 +1,177 @@
+"""A loop of the user's own: forwards, the backwards that autograd asks for, inference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from harmony.capture import DynamicOnlyError, GuardError
+from harmony.engine.autograd import (
+    ForwardCall,
+    Gradients,
+    attach,
+    check_surroundings,
+    input_gradients,
+)
+from harmony.engine.call_kind import CallKind
+from harmony.engine.engine import Engine
+from harmony.engine.grad_alias import AliasedGradients, check_unchanged
+from harmony.engine.inflight import parameters_read
+from harmony.engine.minibatch import (
+    detached,
+    joined_outputs,
+    load_gradients,
+    load_inputs,
+    to_device_of,
+)
+from harmony.engine.step_result import ReadyStep
+from harmony.engine.variants import OTHER_WAY
+from harmony.engine.wholeness import alone
+from harmony.planner.ir.tasks import Phase
+from harmony.report.session import StepStats
+from harmony.runtime.exec.executor import Job
+
+
+class OwnLoop:
+    """The forwards and backwards of one model, whose state its engine has."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.whole, self.lock, self.devices = engine.whole, engine.lock, engine.devices
+
+    @alone
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module forward, ready for a backward."""
+        self._engine.late.flush()
+        args, kwargs = self._engine.options.precision.cast((args, kwargs))
+        return self._or_dynamic(self._forward, args, kwargs)
+
+    def _or_dynamic(
+        self, run: Callable[[Any, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a forward; dynamically if it turns out that no trace stands for it."""
+        engine = self._engine
+        for _ in range(3):
+            try:
+                return run(args, kwargs)
+            except (GuardError, DynamicOnlyError) as reason:
+                found = engine.goes_dynamic(CallKind.OWN_LOOP, (args, kwargs, None), reason)
+            if found.eager:
+                break
+        self.whole.check()
+        check_surroundings()
+        engine.options.precision.refuse(OTHER_WAY)
+        engine.runs_whole((args, kwargs, None))
+        out = engine.eager.forward(args, kwargs, engine.num_steps)
+        engine.num_steps += torch.is_grad_enabled()
+        engine.last_timeline = None
+        return out
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.whole.check()
+        check_surroundings()
+        run = functools.partial(self._run_forward, args, kwargs)
+        return self._engine.in_room(CallKind.OWN_LOOP, (args, kwargs, None), run)[1]
+
+    def _run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep) -> Any:
+        engine = self._engine
+        variant, plan = ready.variant, ready.planned.plan
+        inputs, weights = ready.inputs, ready.weights
+        replay, check = engine.replay_state(ready), variant.self_check(plan)
+        in_flight = variant.in_flight_pool.take(plan.minibatch)
+        call = ForwardCall(
+            self.backward,
+            variant,
+            ready.planned,
+            replay,
+            weights,
+            in_flight,
+            engine.num_steps,
+            check,
+        )
+        if engine.verifier is not None:
+            call.plain = engine.verifier.before_forward(call, args, kwargs)
+        prepared = variant.prepared(ready.planned, Phase.FORWARD, in_flight)
+        load_inputs(prepared, variant.graph, detached(inputs))
+        engine.last_timeline = variant.executor.run(
+            prepared, Job(replay, weights, check=check, ahead_nbytes=ready.planned.backward_nbytes)
+        )
+        joined = joined_outputs(prepared, variant.graph, weights)
+        if engine.verifier is not None:
+            call.values = {v: tensor.detach() for v, tensor in joined.items()}
+        values = attach(joined, inputs, call)
+        out = variant.captured.unflatten_output(
+            to_device_of((args, kwargs), values), plan.minibatch
+        )
+        with self.whole.together() as begun:
+            engine.dynamic.commit(ready, replay, begun)
+            engine.num_steps += 1
+        return out
+
+    @alone
+    def backward(self, call: ForwardCall, gradients: Gradients) -> Gradients:
+        """Run the backward of a forward, from the gradients of its outputs.
+
+        Returns:
+            The gradients of its inputs that require one, and of the trained parameters.
+        """
+        engine = self._engine
+        self.whole.check()
+        engine.late.flush()
+        engine.variants.check_current(call.variant.host.generation)
+        variant, host = call.variant, call.variant.host
+        engine.variants.activate(variant)
+        given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
+        prepared = variant.prepared_backward(call.planned, call.in_flight, frozenset(given))
+        read = set(parameters_read(prepared.schedule, host.weights.layout))
+        check_unchanged(call.versions, host.weights.arena, read)
+        load_gradients(prepared, variant.graph, given, call.weights)
+        if engine.aliased is None:
+            engine.aliased = AliasedGradients(host.gradients.arena, host.weights.arena.tensors)
+        engine.aliased.take_back()
+        job = Job(call.replay, call.weights, check=call.check)
+        timeline = variant.executor.run(prepared, job)
+        variant.checked(call.planned.plan)
+        pairs = zip(prepared.needs_nbytes, variant.executor.slots_nbytes(), strict=False)
+        call.planned.backward_nbytes[:] = [needed + held for needed, held in pairs]
+        engine.last_timeline = timeline
+        if engine.verifier is None:
+            seconds = timeline.step_s
+            stats = StepStats(
+                call.step, None, call.planned.plan.minibatch, None, seconds, timeline
+            )
+            engine.record.stepped(stats)
+        made = engine.aliased.hand_out(frozenset().union(*host.touched.values()))
+        if engine.verifier is not None:
+            engine.verifier.after_backward(call, given, made)
+        return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
+
+    @alone
+    def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module forward without gradients."""
+        self._engine.late.flush()
+        args, kwargs = self._engine.options.precision.cast((args, kwargs))
+        return self._or_dynamic(self._infer, args, kwargs)
+
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = functools.partial(self._run_inference, args, kwargs)
+        return self._engine.in_room(CallKind.OWN_LOOP, (args, kwargs, None), run)[1]
+
+    def _run_inference(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep
+    ) -> Any:
+        variant, weights = ready.variant, ready.weights
+        prepared = variant.prepared(ready.planned, Phase.INFER)
+        load_inputs(prepared, variant.graph, detached(ready.inputs))
+        replay = self._engine.replay_state(ready, recomputed=False)
+        variant.executor.run(prepared, Job(replay, weights))
+        values = joined_outputs(prepared, variant.graph, weights)
+        out = variant.captured.unflatten_output(
+            to_device_of((args, kwargs), values), ready.planned.plan.minibatch
+        )
+        with self.whole.together() as begun:
+            self._engine.dynamic.commit(ready, replay, begun)
+        return out

@@ -1,0 +1,167 @@
+"""Steps of `train_step`: planned as a whole, or traced as they run, with their updates."""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from harmony.capture import DynamicOnlyError, GuardError
+from harmony.core.timeline import Timeline
+from harmony.engine.call_key import Call
+from harmony.engine.call_kind import CallKind
+from harmony.engine.engine import Engine
+from harmony.engine.hooked import hooked_step
+from harmony.engine.minibatch import load_inputs, weighted_sum
+from harmony.engine.step_result import RanStep, ReadyStep, StepResult, count_tokens
+from harmony.engine.wholeness import alone
+from harmony.errors import NonFiniteError, text_of
+from harmony.planner.ir.tasks import Phase
+from harmony.report.session import StepStats
+from harmony.runtime.exec.executor import Job
+from harmony.runtime.step.finite import FirstBad, check_finite
+
+
+class TrainSteps:
+    """The training steps of one model, whose state its engine has."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.whole, self.lock, self.devices = engine.whole, engine.lock, engine.devices
+
+    @alone
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> torch.Tensor:
+        """Run one training step, record it, and return the loss."""
+        started = time.perf_counter()
+        done = self.train_step(args, kwargs, targets)
+        loss, seconds = float(done.loss), time.perf_counter() - started
+        samples, tokens = done.num_samples, done.num_tokens
+        number = self._engine.num_steps - 1
+        if done.timeline is not None:  # else there is no plan to report on
+            self._engine.record.stepped(
+                StepStats(number, loss, samples, tokens, seconds, done.timeline)
+            )
+        return done.loss
+
+    @alone
+    def train_step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+    ) -> StepResult:
+        """Run one training step."""
+        self.whole.check()
+        args, kwargs = self._engine.options.precision.cast((args, kwargs))
+        with self._engine.late.step():
+            return self._train_step((args, kwargs, targets))
+
+    def _train_step(self, call: Call) -> StepResult:
+        engine = self._engine
+        ready: ReadyStep | None = None
+        timeline: Timeline | None
+        with self.whole.together() as begun:
+            try:
+                run = functools.partial(self._planned, call, begun)
+                ready, step = engine.in_room(CallKind.TRAIN_STEP, call, run, begun)
+                minibatch = ready.planned.plan.minibatch
+                engine.dynamic.commit(ready, step.replay, begun)
+                loss, timeline = step.loss, step.timeline
+            except (DynamicOnlyError, GuardError) as reason:
+                minibatch = engine.variants.paths(CallKind.TRAIN_STEP, call)[1].num_samples
+                loss, timeline = self._train_dynamic(call, minibatch, reason)
+                engine.dynamic.update(begun)
+            engine.num_steps += 1
+            engine.last_timeline = timeline
+        if ready is not None and timeline is not None:
+            ready.variant.captured.bring_home(self.devices)
+            if engine.feedback is not None and not engine.variants.hooked():
+                engine.feedback.stepped(ready.variant, ready.planned, timeline)
+        return StepResult(loss, minibatch, count_tokens(call[:2]), timeline)
+
+    def _train_dynamic(
+        self, call: Call, minibatch: int, reason: DynamicOnlyError | GuardError
+    ) -> tuple[torch.Tensor, Timeline | None]:
+        """Run what no trace stands for up to its gradients: recorded on its way, or as it is."""
+        engine = self._engine
+        engine.late.flush()
+        reason = engine.goes_dynamic(CallKind.TRAIN_STEP, call, reason)
+        if not reason.eager:
+            try:
+                step = engine.dynamic.train(call, minibatch, engine.num_steps, self.run_gradients)
+            except DynamicOnlyError as found:
+                if not found.eager:
+                    raise
+                engine.goes_dynamic(CallKind.TRAIN_STEP, call, found)
+            else:
+                return step.loss, step.timeline
+        engine.variants.cover()
+        captured = engine.variants.recorded(CallKind.TRAIN_STEP, call)
+        return engine.eager.train(call, minibatch, engine.num_steps, captured), None
+
+    def _planned(self, call: Call, begun: list[str], ready: ReadyStep) -> RanStep:
+        """Run a planned step, with its updates; gradients go through hooks where there are any."""
+        if not self._engine.variants.hooked():
+            try:
+                return self.run_step(ready)
+            except NonFiniteError as error:
+                said = text_of(error)
+            raise self._blamed(ready, said)
+        ran = hooked_step(self._engine, call, ready, self.run_gradients)
+        self._engine.dynamic.update(begun)
+        return ran
+
+    def _blamed(self, ready: ReadyStep, said: str) -> NonFiniteError:
+        """Repeat a step that has changed nothing, and say what was not finite first."""
+        look = FirstBad(ready.variant.graph)
+        with suppress(NonFiniteError):
+            self.run_step(ready, look=look)
+        engine = self._engine
+        before = [n for n, p in engine.net.named_parameters() if not bool(p.isfinite().all())]
+        if before:
+            said += f"; {before[0]} itself is not finite, before the step"
+        return NonFiniteError(
+            f"step {engine.num_steps}: {said}: "
+            f"{look.found() or 'it is when the step is repeated'}. Nothing was updated"
+        )
+
+    def run_gradients(self, ready: ReadyStep) -> RanStep:
+        """Run a step up to its gradients, and leave them as ``grad``."""
+        ran = self.run_step(ready, apply_updates=False)
+        ready.variant.host.publish_all()
+        return ran
+
+    def run_step(
+        self, ready: ReadyStep, *, apply_updates: bool = True, look: FirstBad | None = None
+    ) -> RanStep:
+        """Run the schedule of a training step, with its updates or up to the gradients.
+
+        Args:
+            look: is shown all that is computed.
+
+        Raises:
+            NonFiniteError: if that is looked for, and found.
+        """
+        engine = self._engine
+        variant = ready.variant
+        prepared = variant.prepared(ready.planned, Phase.TRAIN)
+        load_inputs(prepared, variant.graph, ready.inputs)
+        packs = prepared.host_program.late if apply_updates else ()
+        late = engine.late.take(variant.host, packs)
+        if late is None:  # else its gradients are those of the step before, and nobody has them
+            if engine.aliased is not None:
+                engine.aliased.take_back()
+            variant.host.forget_gradients()
+        replay = engine.replay_state(ready)
+        loss = variant.graph.loss
+        assert loss is not None
+        chunks = prepared.outputs[loss].chunks()
+        job = Job(replay, ready.weights, apply_updates, late, look=look, begun=self.whole.begun)
+        if engine.options.detect_nonfinite:
+            counted = [(s, chunk) for s, chunk in chunks if ready.weights.get((loss, s), 1.0)]
+            job.approve = functools.partial(check_finite, counted, variant.host.params)
+        timeline = variant.executor.run(prepared, job)
+        engine.late.leave(variant.host, packs)
+        # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
+        total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
+        return RanStep(total, timeline, replay)
