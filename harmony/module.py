@@ -261,7 +261,7 @@ class Harmony(Wrapper):
             ExecutionError: if a task fails; says which, and what became of the parameters.
         """
         engine = self._engine
-        self._bypass.watch(engine.variants.generation)
+        self._bypass.watch(engine.factory.generation)
         if engine.options.optimizer is None:
             raise ConfigError(
                 "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW). "
@@ -278,7 +278,7 @@ class Harmony(Wrapper):
     @_disable_dynamo  # in a compiled function, or as torch.compile(model), it just runs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
-        self._bypass.watch(self._engine.variants.generation)
+        self._bypass.watch(self._engine.factory.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
             self._hear_of_saving()
             self._check_resumed()

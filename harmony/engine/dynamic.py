@@ -33,6 +33,7 @@ from harmony.engine.paths import Paths, PathsKey, use_last
 from harmony.engine.planned import Measured, Planned
 from harmony.engine.step_result import RanStep, ReadyStep
 from harmony.engine.variant import Variant
+from harmony.engine.variant_factory import VariantFactory
 from harmony.engine.variants import VariantCache
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.search.candidates import REMEDY
@@ -59,6 +60,7 @@ class DynamicRunner:
         net: nn.Module,
         context: DeviceContext,
         options: EngineOptions,
+        factory: VariantFactory,
         variants: VariantCache,
         optimizer: PackOptimizer | None,
         record: ModelRecord,
@@ -66,6 +68,7 @@ class DynamicRunner:
         self._net = net
         self._context = context
         self._options = options
+        self._factory = factory
         self._variants = variants
         self._optimizer = optimizer
         self._record = record
@@ -115,9 +118,9 @@ class DynamicRunner:
         args, kwargs, targets = call
         self._options.precision.check(self._net)
         self._variants.activate(None)  # the forward needs the memory
-        if self._generation != self._variants.generation:  # the model is another
+        if self._generation != self._factory.generation:  # the model is another
             self.forget()
-            self._generation = self._variants.generation
+            self._generation = self._factory.generation
         # Whatever is captured holds on to `begin`, so that must not hold on to the model.
         seed, context = microbatch_seed(step, index, self._options.seed), self._context
 
@@ -136,7 +139,7 @@ class DynamicRunner:
         paths = use_last(self._known, key)
         standing = (b for b in paths.variants if b.captured.guards.same())
         same = (b for b in standing if same_path(b.captured, captured))
-        variant = next(same, None) or self._variants.bind(captured, kind)
+        variant = next(same, None) or self._factory.bind(captured, kind)
         paths.use(variant)
         size = captured.num_samples  # its trace is good for no other
         inputs = captured.inputs_of(batch)
@@ -209,8 +212,8 @@ class DynamicRunner:
             total = total * scale
             for gradient in sums.sums.values():
                 gradient.mul_(scale)
-        assert self._variants.arenas is not None
-        sums.publish(self._variants.arenas[1].own)
+        assert self._factory.arenas is not None
+        sums.publish(self._factory.arenas[1].own)
         if not fixed:
             call_hooks(self._net.parameters())
         self._options.check_finite(self._net, total, minibatch)

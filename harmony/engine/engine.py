@@ -38,6 +38,7 @@ from harmony.engine.step_result import (
     ReadyStep,
     replay_state_of,
 )
+from harmony.engine.variant_factory import VariantFactory
 from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
 from harmony.errors import DoesNotFitError, ExecutionError, text_of
@@ -97,10 +98,17 @@ class Engine:
             warn(notice)
         watched = options.replan and options.plan is None
         self.feedback = Feedback(self.record, options.activations) if watched else None
-        self.variants = VariantCache(net, self._contexts, options, self._optimizer, self.record)
+        self.factory = VariantFactory(net, self._contexts, options, self._optimizer, self.record)
+        self.variants = VariantCache(net, self._contexts, options, self.factory, self.record)
         self.variants.before_others = self.late.flush
         self.dynamic = DynamicRunner(
-            net, self._contexts[0], options, self.variants, self._optimizer, self.record
+            net,
+            self._contexts[0],
+            options,
+            self.factory,
+            self.variants,
+            self._optimizer,
+            self.record,
         )
         self.eager = EagerRunner(net, self._contexts[0], options, self.variants, self.dynamic.say)
 
@@ -114,7 +122,7 @@ class Engine:
         """The full optimizer, for LR schedulers and checkpoints."""
         if self._optimizer is None:
             return None
-        self.variants.settle_optimizer()
+        self.factory.settle_optimizer()
         return self._optimizer.full
 
     @property
@@ -157,7 +165,7 @@ class Engine:
             try:
                 return ready, run(ready)
             except (ExecutionError, DoesNotFitError) as error:
-                may = self.feedback is not None and not self.variants.hooked()
+                may = self.feedback is not None and not self.factory.hooked()
                 if attempt == MOST_SHRINKS or not (may and is_undone(error, begun)):
                     raise
                 why = text_of(error.__cause__ or error)
@@ -256,7 +264,7 @@ class Engine:
         self.verifier = None
         self.dynamic.forget()
         self.variants.forget()
-        self.variants.arenas = None
+        self.factory.arenas = None
 
     def bit_choices(self) -> BitChoices | None:
         """How the last plan parts a batch, for a checkpoint; None before the first step."""

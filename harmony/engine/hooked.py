@@ -54,7 +54,7 @@ def _in_parts(
     engine: Engine, call: Call, whole: ReadyStep, parts: tuple[Samples, ...], run: Run
 ) -> RanStep:
     """Run forward and backward of one microbatch after the other, with the hooks of each."""
-    assert engine.variants.arenas is not None and whole.variant.graph.loss is not None
+    assert engine.factory.arenas is not None and whole.variant.graph.loss is not None
     sums = GradientSums(dict(engine.net.named_parameters()), hooks_each=True)
     total = torch.zeros(())
     ran: RanStep | None = None
@@ -68,6 +68,6 @@ def _in_parts(
         ran = run(replace(ready, weights=weights, first_index=index))
         total = total + ran.loss
         sums.add()
-    sums.publish(engine.variants.arenas[1].own)
+    sums.publish(engine.factory.arenas[1].own)
     assert ran is not None, "a batch has samples"
     return replace(ran, loss=total)

@@ -75,7 +75,7 @@ class TrainSteps:
             engine.last_timeline = timeline
         if ready is not None and timeline is not None:
             ready.variant.captured.bring_home(self.devices)
-            if engine.feedback is not None and not engine.variants.hooked():
+            if engine.feedback is not None and not engine.factory.hooked():
                 engine.feedback.stepped(ready.variant, ready.planned, timeline)
         return StepResult(loss, minibatch, count_tokens(call[:2]), timeline)
 
@@ -95,13 +95,13 @@ class TrainSteps:
                 engine.goes_dynamic(CallKind.TRAIN_STEP, call, found)
             else:
                 return step.loss, step.timeline
-        engine.variants.cover()
+        engine.factory.cover()
         captured = engine.variants.recorded(CallKind.TRAIN_STEP, call)
         return engine.eager.train(call, minibatch, engine.num_steps, captured), None
 
     def _planned(self, call: Call, begun: list[str], ready: ReadyStep) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
-        if not self._engine.variants.hooked():
+        if not self._engine.factory.hooked():
             try:
                 return self.run_step(ready)
             except NonFiniteError as error:

@@ -272,7 +272,7 @@ class _Comparison:
             given=tensors_of((args, kwargs, targets)),
         )
         absent = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
-        if absent and self._options.updates == "auto" and not engine.variants.waits():
+        if absent and self._options.updates == "auto" and not engine.factory.waits():
             snapshot.restore()
             found.gradients.update(self._gradients_on_host(absent))
         return found

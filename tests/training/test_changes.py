@@ -302,7 +302,7 @@ def test_conversions_that_change_nothing_do_nothing(vgpus: VirtualGPUs, inside: 
             optimizer.step()
             assert convert(module) is module
         assert_same(net, plain, f"after step {step}")
-    assert model._engine.variants.generation == 0, "the model is the same"
+    assert model._engine.factory.generation == 0, "the model is the same"
 
 
 def test_a_move_changes_the_dtype_and_nothing_else(vgpus: VirtualGPUs) -> None:

@@ -132,7 +132,7 @@ def test_gradients_are_not_copied_where_nobody_keeps_them(vgpus: VirtualGPUs) ->
         x, y = vector_batch(step)
         model.zero_grad()
         square_loss(model(x), y).backward()
-        arena = model._engine.variants.arenas[1]
+        arena = model._engine.factory.arenas[1]
         for name, param in model.named_parameters():
             assert param.grad.data_ptr() == arena.views[name].data_ptr(), name
 

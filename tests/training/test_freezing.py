@@ -176,7 +176,7 @@ def test_adapters_are_off_for_the_reference_of_a_preference_loss(vgpus: VirtualG
     assert losses[0] == losses[1]
     assert_same(net, plain, "in the end")
     base = sum(layer.base.weight.nbytes for layer in net)
-    assert model._engine.variants.arenas[1].nbytes < base, "frozen weights have no gradient memory"
+    assert model._engine.factory.arenas[1].nbytes < base, "frozen weights have no gradient memory"
 
 
 def test_alternating_sets_are_captured_once_each(vgpus: VirtualGPUs) -> None:
@@ -193,7 +193,7 @@ def test_alternating_sets_are_captured_once_each(vgpus: VirtualGPUs) -> None:
         SCHEDULES["alternating"][step](net, model.optimizer)
         model.train_step(*vector_batch(step))
     assert len(list(model._engine.variants)) == 2
-    assert len(model._engine.variants.arenas[1].buffers) == 2
+    assert len(model._engine.factory.arenas[1].buffers) == 2
 
 
 def test_what_is_in_no_group_cannot_be_unfrozen(vgpus: VirtualGPUs) -> None:

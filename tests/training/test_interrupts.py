@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.engine import variant, variants
+from harmony.engine import variant, variant_factory
 from harmony.runtime import interrupts
 from harmony.runtime.step.layer_state import LayerStates
 from harmony.runtime.update.param_hooks import GradientSums
@@ -198,8 +198,8 @@ def test_a_second_interrupt_that_comes_too_late_to_stop_anything_tears_nothing(
     issue = bound.host.update
     calls = []
 
-    def update(pack: Any) -> None:
-        issue(pack)
+    def update(pack: Any, names: Any) -> None:
+        issue(pack, names)
         calls.append(pack)
         if pack.first == 0:  # the last
             interrupt(2)
@@ -231,7 +231,11 @@ def test_an_interrupt_while_the_first_step_is_prepared_changes_nothing(
 
         return run
 
-    places = [(variants, "capture"), (variant, "measure_layers"), (variant, "choose_steadily")]
+    places = [
+        (variant_factory, "capture"),
+        (variant, "measure_layers"),
+        (variant, "choose_steadily"),
+    ]
     for module, name in places:
         for times in (2, 1):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -310,7 +314,7 @@ def test_a_watchdog_stops_the_step_with_its_own_exception(
     def bark(*_: Any) -> None:
         raise TimeoutError("too long")
 
-    def update(pack: Any) -> None:
+    def update(pack: Any, names: Any) -> None:
         os.kill(os.getpid(), signal.SIGALRM)
         while not step.signals.failure:
             pass

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
-from harmony.engine import variants
+from harmony.engine import variant_factory
 
 from .conftest import VirtualGPUs
 from .effects import model_of, train
@@ -109,7 +109,7 @@ def test_a_weight_that_grows_in_every_step_costs_no_capture(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch, writes: bool
 ) -> None:
     settings, log, captures = {"weight": 0.1}, [], []
-    known = variants.capture
+    known = variant_factory.capture
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         captures.append(1)
@@ -122,7 +122,7 @@ def test_a_weight_that_grows_in_every_step_costs_no_capture(
         log.append(len(out))
         return settings["weight"] * F.cross_entropy(out, target)
 
-    monkeypatch.setattr(variants, "capture", counted)
+    monkeypatch.setattr(variant_factory, "capture", counted)
 
     def change(index: int) -> None:
         settings["weight"] *= 2

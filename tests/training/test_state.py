@@ -119,7 +119,7 @@ def test_arena_is_exact_and_replaces_the_old_memory(vgpus: VirtualGPUs) -> None:
     before = {p.data_ptr() for p in net.parameters()}
     model = small(net)
     model.train_step(*vector_batch(0))
-    weights = model._engine.variants.arenas[0]
+    weights = model._engine.factory.arenas[0]
     assert not before & {p.data_ptr() for p in net.parameters()}
     nbytes = sum(-(-p.nbytes // 64) * 64 for p in net.parameters())
     (buffer,) = weights.buffers

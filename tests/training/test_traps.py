@@ -369,7 +369,7 @@ def test_adapters_are_trained_and_nothing_else(vgpus: VirtualGPUs) -> None:
         assert (param in model.optimizer.state) == trained, name
         assert (param.grad is not None) == trained, name
     frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-    gradients = model._engine.variants.arenas[1]
+    gradients = model._engine.factory.arenas[1]
     assert gradients.nbytes < frozen, "frozen parameters take no gradient memory"
 
 

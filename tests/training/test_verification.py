@@ -13,7 +13,7 @@ from torch import nn
 
 import harmony
 from harmony.cli import main as cli
-from harmony.engine.engine import Engine
+from harmony.engine.train_steps import TrainSteps
 from harmony.runtime.exec.stage import Stage
 from harmony.verification.verification import Verification
 from tests.training.conftest import VirtualGPUs
@@ -147,15 +147,15 @@ def test_a_difference_is_found_and_named(
     torch.manual_seed(0)
     net = SkipMLP()
     model = step_form(net, square_loss, "pp", 1)
-    run_step = Engine.run_step
+    run_step = TrainSteps.run_step
 
-    def wrong(engine: Engine, *args: Any, **kwargs: Any) -> Any:
-        step = run_step(engine, *args, **kwargs)
-        (variant,) = engine.variants
+    def wrong(steps: TrainSteps, *args: Any, **kwargs: Any) -> Any:
+        step = run_step(steps, *args, **kwargs)
+        (variant,) = model._engine.variants
         variant.host.gradients.views["layers.2.weight"][0, 0] += 1.0
         return step
 
-    monkeypatch.setattr(Engine, "run_step", wrong)
+    monkeypatch.setattr(TrainSteps, "run_step", wrong)
     found = model.verify(*vector_batch(0))
     assert not found.ok
     assert not found.identical
