@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +15,25 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from harmony.checkpoint import Attributes, Restored, Saving, load_training, snapshot, step_name
-from harmony.core.files import check_types
-from harmony.core.options import WATCHDOG, Watch, current_options
+from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
 from harmony.core.warn import warn
 from harmony.engine.autograd import needs_graph
 from harmony.engine.bypass import Bypass, within
 from harmony.engine.engine import Engine
 from harmony.engine.facade import ShownForward, Wrapper
-from harmony.engine.options import EngineOptions
+from harmony.engine.options import (
+    EngineOptions,
+    check_options,
+    check_types_of,
+    pinned_plan,
+    watch_of,
+)
 from harmony.engine.own_loop import OwnLoop
 from harmony.engine.precision import precision_of
 from harmony.engine.train_steps import TrainSteps
 from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
-from harmony.planner.ir.plan_file import load_plan
 from harmony.report.session import ModelRecord, Observer, Verified
 from harmony.report.text import print_report
 from harmony.runtime.hardware import Devices, choose_devices, memory_limit
@@ -39,8 +42,6 @@ from harmony.runtime.update.optimizer import Groups, OptimizerFactory, check_opt
 from harmony.verification.script import verify_and_stop
 from harmony.verification.verification import Verification
 from harmony.verification.verifier import verify
-
-MODES = ("auto", "pp", "dp")
 
 
 class Harmony(Wrapper):
@@ -164,8 +165,9 @@ class Harmony(Wrapper):
         watchdog: float | str | None = None,
     ) -> None:
         super().__init__()
-        _check_options(module, mode, microbatch_size, activations, updates)
-        _check_types(optimizer_kwargs, batch_dims, seed)
+        _check_module(module)
+        check_options(mode, microbatch_size, activations, updates)
+        check_types_of(optimizer_kwargs, batch_dims, seed)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         if detect_nonfinite and optimizer is None:
             raise ConfigError(
@@ -188,14 +190,14 @@ class Harmony(Wrapper):
                 device_memory_nbytes=memory_limit(device_memory),
                 host_memory_nbytes=options.host_memory_nbytes,
                 batch_dims=dict(batch_dims or {}),
-                plan=_pinned_plan(plan),
+                plan=pinned_plan(plan),
                 activations=activations,
                 updates=updates,
                 overlap_updates=overlap_updates or options.overlap_updates,
                 replan=replan and options.replan,
                 precision=precision_of(options.precision or precision),
                 seed=drawn_seed() if seed is None else seed,
-                watch=_watch(watchdog),
+                watch=watch_of(watchdog),
                 detect_nonfinite=detect_nonfinite,
             ),
         )
@@ -563,22 +565,6 @@ class Harmony(Wrapper):
         print_report([self.record])
 
 
-def _pinned_plan(plan: Plan | str | Path | None) -> Plan | None:
-    """The plan to train by; what the command line says comes before what the script says."""
-    chosen = current_options().plan or plan
-    return load_plan(Path(chosen)) if isinstance(chosen, (str, Path)) else chosen
-
-
-def _watch(watchdog: float | str | None) -> Watch | None:
-    """What is watched; what the environment says comes behind what the script says."""
-    if watchdog is not None:
-        return Watch.of(watchdog)
-    try:
-        return Watch.of(os.environ.get(WATCHDOG))
-    except ConfigError as error:
-        raise ConfigError(f"the variable {WATCHDOG}: {error}") from None
-
-
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -587,9 +573,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def _check_options(
-    module: nn.Module, mode: str, microbatch_size: int | str, activations: str, updates: str
-) -> None:
+def _check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
     if isinstance(module, Harmony):
@@ -600,24 +584,3 @@ def _check_options(
             f"{lazy[0]} has no shape yet, as its module is lazy: run the module once, on a batch, "
             "before you wrap it (with torch.no_grad(): module(inputs))"
         )
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-    if microbatch_size != "auto" and (not isinstance(microbatch_size, int) or microbatch_size < 1):
-        raise ConfigError(f"microbatch_size={microbatch_size!r}: a positive number or 'auto'")
-    if activations not in ("auto", "recompute"):
-        raise ConfigError(f"activations={activations!r}: choose 'auto' or 'recompute'")
-    if updates not in ("auto", "host"):
-        raise ConfigError(f"updates={updates!r}: choose 'auto' or 'host'")
-
-
-def _check_types(optimizer_kwargs: object, batch_dims: object, seed: object) -> None:
-    kinds: dict[str, tuple[object, Any, str]] = {
-        "optimizer_kwargs": (optimizer_kwargs, Mapping[str, Any] | None, "a dict of options"),
-        "batch_dims": (batch_dims, Mapping[str, int | None] | None, "names with dimensions"),
-        "seed": (seed, int | None, "a whole number, or None"),
-    }
-    for name, (value, kind, wanted) in kinds.items():
-        try:
-            check_types(value, kind)
-        except TypeError:
-            raise ConfigError(f"{name}={str(value)[:80]}: it is {wanted}") from None

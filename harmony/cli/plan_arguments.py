@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harmony.core.files import MOST_DIGITS, is_folder
-from harmony.core.options import PRECISIONS
+from harmony.core.options import MODES, PRECISIONS
 from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import ConfigError
 from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu
@@ -23,7 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-MODES = ("auto", "pp", "dp")
 
 _EPILOG = """\
 A model is a Hugging Face configuration, a folder that holds one, or a preset:

@@ -8,6 +8,15 @@ from pathlib import Path
 from harmony.core.units import parse_period
 from harmony.errors import ConfigError
 
+MODES = ("auto", "pp", "dp")
+"""How packs and batches are spread over the GPUs: pipeline, data parallel, or the faster."""
+
+ACTIVATIONS = ("auto", "recompute")
+"""What becomes of what a backward needs: whatever is faster, or always recomputed."""
+
+UPDATES = ("auto", "host")
+"""Where optimizers run: where packs stay on a GPU there, or all on the host."""
+
 PRECISIONS = ("fp32", "bf16")
 """What a model can compute in (see `harmony.engine.precision`)."""
 

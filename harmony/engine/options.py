@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from harmony.core.options import Watch
+from harmony.core.files import check_types
+from harmony.core.options import ACTIVATIONS, MODES, UPDATES, WATCHDOG, Watch, current_options
 from harmony.engine.call_kind import CallKind
 from harmony.engine.precision import FP32, Precision
-from harmony.errors import NonFiniteError
+from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.plan_file import load_plan
 from harmony.runtime.step.finite import check_finite
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
 
@@ -88,3 +92,55 @@ class EngineOptions:
         )
         made.looks_first = self.detect_nonfinite
         return made
+
+
+def pinned_plan(plan: Plan | str | Path | None) -> Plan | None:
+    """The plan to train by; what the command line says comes before what the script says."""
+    chosen = current_options().plan or plan
+    return load_plan(Path(chosen)) if isinstance(chosen, (str, Path)) else chosen
+
+
+def watch_of(watchdog: float | str | None) -> Watch | None:
+    """What is watched; what the environment says comes behind what the script says."""
+    if watchdog is not None:
+        return Watch.of(watchdog)
+    try:
+        return Watch.of(os.environ.get(WATCHDOG))
+    except ConfigError as error:
+        raise ConfigError(f"the variable {WATCHDOG}: {error}") from None
+
+
+def check_options(
+    mode: object, microbatch_size: object, activations: object, updates: object
+) -> None:
+    """Refuse options that make no sense, before anything is made.
+
+    Raises:
+        ConfigError: naming the option and what it can be.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+    if microbatch_size != "auto" and (not isinstance(microbatch_size, int) or microbatch_size < 1):
+        raise ConfigError(f"microbatch_size={microbatch_size!r}: a positive number or 'auto'")
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations={activations!r}: choose 'auto' or 'recompute'")
+    if updates not in UPDATES:
+        raise ConfigError(f"updates={updates!r}: choose 'auto' or 'host'")
+
+
+def check_types_of(optimizer_kwargs: object, batch_dims: object, seed: object) -> None:
+    """Refuse options of other types than they can have.
+
+    Raises:
+        ConfigError: naming the option and what it is.
+    """
+    kinds: dict[str, tuple[object, Any, str]] = {
+        "optimizer_kwargs": (optimizer_kwargs, Mapping[str, Any] | None, "a dict of options"),
+        "batch_dims": (batch_dims, Mapping[str, int | None] | None, "names with dimensions"),
+        "seed": (seed, int | None, "a whole number, or None"),
+    }
+    for name, (value, kind, wanted) in kinds.items():
+        try:
+            check_types(value, kind)
+        except TypeError:
+            raise ConfigError(f"{name}={str(value)[:80]}: it is {wanted}") from None

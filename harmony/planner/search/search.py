@@ -14,6 +14,7 @@ from typing import Literal
 
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
+from harmony.core.options import ACTIVATIONS, MODES
 from harmony.core.units import format_bytes
 from harmony.errors import ConfigError, DoesNotFitError
 from harmony.planner.ir.plan import Decision, Plan, describe_spec
@@ -158,11 +159,11 @@ def ask(
         raise ConfigError(f"a minibatch needs at least 1 sample, not {minibatch}")
     if minibatch > MOST_SAMPLES:
         raise ConfigError(f"a minibatch has at most {MOST_SAMPLES} samples, not {minibatch}")
-    if mode not in ("auto", "pp", "dp"):
+    if mode not in MODES:
         raise ConfigError(f'mode is "auto", "pp" or "dp", not {mode!r}')
     if size != "auto" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f'microbatch_size is "auto" or a positive number, not {size!r}')
-    if activations not in ("auto", "recompute"):
+    if activations not in ACTIVATIONS:
         raise ConfigError(f'activations is "auto" or "recompute", not {activations!r}')
     if num_packs is not None and not 1 <= num_packs <= graph.num_layers:
         raise ConfigError(f"num_packs is between 1 and {graph.num_layers}, not {num_packs}")
