@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.state.random_state import HostState
+from harmony.capture.state.random_state import GeneratorStates
 from harmony.checkpoint.attributes import Attributes, set_attributes
 from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
 from harmony.checkpoint.saving import STATE, VALUES, WEIGHTS, Snapshot
@@ -137,7 +137,7 @@ def load_training(
         numbers = data["num_steps"], data["seed"]
         check_types(numbers, tuple[int, int])
         choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
-        random = RandomStates(HostState(*data["random"]["host"]), data["random"]["cuda"])
+        random = RandomStates(GeneratorStates(*data["random"]["host"]), data["random"]["cuda"])
         shared, optimizer, saved = data["shared"], data["optimizer"], data["objects"]
         check_types(data["trained"], dict[str, bool])
         gradients = data.get("gradients", {})
@@ -190,7 +190,7 @@ def load_training(
 @contextmanager
 def _trying(stored: Stored) -> Iterator[None]:
     """Take back what the block does to random states; refuse those that are none."""
-    before = HostState.now()
+    before = GeneratorStates.now()
     try:
         yield
     except Exception as error:
@@ -362,14 +362,14 @@ class RandomStates:
         devices: of real GPUs.
     """
 
-    host: HostState
+    host: GeneratorStates
     devices: list[torch.Tensor]
 
     @staticmethod
     def now() -> RandomStates:
         """Read the states."""
         made = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return RandomStates(HostState.now(), torch.cuda.get_rng_state_all() if made else [])
+        return RandomStates(GeneratorStates.now(), torch.cuda.get_rng_state_all() if made else [])
 
     def restore(self) -> None:
         """Set the states."""

@@ -17,7 +17,7 @@ from harmony.planner.ir.tasks import TaskKind
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.step.layer_state import LayerStates
-from harmony.runtime.step.randomness import RandomStates, microbatch_seed
+from harmony.runtime.step.randomness import RandomStreams, microbatch_seed
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.step.step import Weights
 
@@ -92,8 +92,8 @@ def replay_state_of(
     spec = planned.plan.spec
     states = LayerStates(net, captured.changes, planned.forward_end, spec.minibatch, recomputed)
     if not planned.random_starts:
-        return ReplayState(RandomStates(frozenset()), states)
-    random = RandomStates(planned.random_starts, captured.draws_on_host)
+        return ReplayState(RandomStreams(frozenset()), states)
+    random = RandomStreams(planned.random_starts, captured.draws_on_host)
     kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
     for index, samples in enumerate(planned.in_order[kind], ready.first_index):
         seed = microbatch_seed(step, index, run_seed)

@@ -18,7 +18,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from harmony.capture import Batch
 from harmony.capture.graph.structure import flatten
 from harmony.capture.state.python_state import is_plain
-from harmony.capture.state.random_state import HostState, PythonState
+from harmony.capture.state.random_state import GeneratorStates, PythonState
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed
 from harmony.core.units import format_bytes
 from harmony.errors import DoesNotFitError
@@ -227,7 +227,7 @@ class PlainStep:
         total: Tensors = {}
         index = 0
         self._drew = self._drew_in_python = False
-        self._drawn_before = HostState.now()
+        self._drawn_before = GeneratorStates.now()
         with self._surroundings():
             for replica in self.parts or ((None,),):
                 for samples in replica:

@@ -15,7 +15,7 @@ import torch
 
 from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.graph.structure import flatten
-from harmony.capture.state.random_state import HostState
+from harmony.capture.state.random_state import GeneratorStates
 from harmony.engine.call_kind import CallKind
 from harmony.engine.engine import Engine
 from harmony.engine.own_loop import OwnLoop
@@ -294,7 +294,7 @@ class _Comparison:
     def _loop(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Found:
         engine, net = self._engine, self._net
         engine.verifier = Verifier(engine, None)
-        state = HostState.now()
+        state = GeneratorStates.now()
         try:
             with torch.enable_grad():
                 out = OwnLoop(engine).forward(args, kwargs)

@@ -9,7 +9,7 @@ import pytest
 from harmony.core.machine import Machine, Switch
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import Pack, TaskKind
-from harmony.planner.search.outline import Outline, Stage
+from harmony.planner.search.outline import Outline, StageOutline
 from harmony.planner.search.sketch import Sketch, sketch
 from tests.toys import server
 
@@ -23,13 +23,13 @@ def machine(num_devices: int = 1, **changes: float) -> Machine:
     return replace(found, devices=(device,) * num_devices)
 
 
-def stage(kind: TaskKind = TaskKind.FORWARD, **changes: object) -> Stage:
+def stage(kind: TaskKind = TaskKind.FORWARD, **changes: object) -> StageOutline:
     """Four microbatches of a second each that move nothing."""
-    found = Stage(kind, Pack(0, 1), 0, 1.0, 4, 0, 0, 0)
+    found = StageOutline(kind, Pack(0, 1), 0, 1.0, 4, 0, 0, 0)
     return replace(found, **changes)
 
 
-def estimate(server: Machine, *stages: Stage) -> Sketch:
+def estimate(server: Machine, *stages: StageOutline) -> Sketch:
     ring = 1 + max(each.seat for each in stages)
     return sketch(Outline(stages, ring, 1), server, POLICY)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 
-class HostState(NamedTuple):
+class GeneratorStates(NamedTuple):
     """Their states; NumPy's is None if the program does not use NumPy."""
 
     cpu: torch.Tensor
@@ -17,20 +17,20 @@ class HostState(NamedTuple):
     numpy: Any
 
     @staticmethod
-    def now() -> HostState:
+    def now() -> GeneratorStates:
         """Read the states."""
         numpy = sys.modules.get("numpy")
         state = None if numpy is None else numpy.random.get_state(legacy=True)
-        return HostState(torch.get_rng_state(), random.getstate(), state)
+        return GeneratorStates(torch.get_rng_state(), random.getstate(), state)
 
     @staticmethod
-    def seeded(seed: int) -> HostState:
+    def seeded(seed: int) -> GeneratorStates:
         """Return the states that seeding gives; the present ones stay."""
-        before = HostState.now()
+        before = GeneratorStates.now()
         try:
             torch.default_generator.manual_seed(seed)
             seed_python(seed)
-            return HostState.now()
+            return GeneratorStates.now()
         finally:
             before.restore()
 

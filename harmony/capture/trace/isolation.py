@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harmony.capture.state.random_state import HostState
+from harmony.capture.state.random_state import GeneratorStates
 from harmony.core.files import PACKAGE
 
 _TRACING = threading.RLock()
@@ -28,7 +28,7 @@ _HIDDEN = (
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Restore the random states of torch, the device, Python and NumPy afterwards."""
     with _TRACING:
-        before, on_device = HostState.now(), _device_random_state(device)
+        before, on_device = GeneratorStates.now(), _device_random_state(device)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from harmony.errors import ScheduleError
 from harmony.planner.check.clocks import Clocks
 from harmony.planner.check.kept import Brought
 from harmony.planner.check.occupancy import SlotTable, StageTable
-from harmony.planner.ir.issue import Place, program_name, refuse
+from harmony.planner.ir.issue import Position, program_name, refuse
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
 from harmony.planner.ir.tasks import Phase, Task, TaskKind, TensorKind, TensorRef
 
@@ -35,8 +35,8 @@ class _Memory:
     author: Author = NOTHING
     alive: bool = False
     slot: int | None = None
-    written: tuple[Access, Place] | None = None
-    read: list[tuple[Access, Place]] = field(default_factory=list)
+    written: tuple[Access, Position] | None = None
+    read: list[tuple[Access, Position]] = field(default_factory=list)
 
 
 class _Memories(dict[Cell, _Memory]):
@@ -67,14 +67,14 @@ class Contents:
         self.slots = SlotTable(schedule, graph, self._refuse)
         self.stages = StageTable(schedule, graph, self._refuse)
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
-        self.at = Place(0, 0)
+        self.at = Position(0, 0)
         self.authors = _expected_authors(schedule)
         for ref, index in self.resident.items():
             memory = self.memories[index, ref]
             memory.author = NOTHING if ref.is_gradient_part else START
             memory.alive = True
 
-    def do(self, at: Place, step: Instruction) -> None:
+    def do(self, at: Position, step: Instruction) -> None:
         """Follow one instruction."""
         self.at = at
         if step.op is Op.RUN:
@@ -318,7 +318,7 @@ class Contents:
     def _here(self) -> str:
         return f"gpu{self.at.program}"
 
-    def _at(self, place: Place) -> str:
+    def _at(self, place: Position) -> str:
         name, program = list(self.schedule.all_programs())[place.program]
         return f"{program[place.index]} of {name}, instruction {place.index}"
 

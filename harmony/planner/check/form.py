@@ -10,7 +10,7 @@ from collections.abc import Container
 
 from harmony.core.layergraph import LayerGraph
 from harmony.errors import ScheduleError
-from harmony.planner.ir.issue import Place, program_name, refuse
+from harmony.planner.ir.issue import Position, program_name, refuse
 from harmony.planner.ir.schedule import (
     DEVICE_STREAMS,
     HOST_STREAM,
@@ -49,7 +49,7 @@ def check_form(schedule: Schedule, graph: LayerGraph) -> dict[TensorRef, int]:
     resident = look.resident()
     for number, (_, program) in enumerate(schedule.all_programs()):
         for index, step in enumerate(program):
-            look.at(Place(number, index), step)
+            look.at(Position(number, index), step)
     return resident
 
 
@@ -75,7 +75,7 @@ class _Look:
                 found[ref] = index
         return found
 
-    def at(self, place: Place, step: Instruction) -> None:
+    def at(self, place: Position, step: Instruction) -> None:
         """Look at the instruction of a place."""
         on_host = place.program == self.schedule.num_devices
         what, event = step.op.value, step.op in (Op.RECORD, Op.WAIT)

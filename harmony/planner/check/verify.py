@@ -33,7 +33,7 @@ from harmony.planner.check.contents import Contents
 from harmony.planner.check.form import check_form
 from harmony.planner.check.kept import brought, left_behind
 from harmony.planner.check.peak import Peak, PeakMemory
-from harmony.planner.ir.issue import Place, excerpt, issue_order, program_name, refuse
+from harmony.planner.ir.issue import Position, excerpt, issue_order, program_name, refuse
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
 from harmony.planner.ir.tasks import Phase, Task, TaskGraph, TaskKind, state
 from harmony.planner.predict.cost import CostTable
@@ -91,15 +91,15 @@ def verify(
 
 def _check_runs(
     schedule: Schedule, programs: Sequence[Sequence[Instruction]]
-) -> dict[Task, Place]:
+) -> dict[Task, Position]:
     """Find where each task runs; each at most once, and on the side where it belongs."""
-    runs: dict[Task, Place] = {}
+    runs: dict[Task, Position] = {}
     for number, program in enumerate(programs):
         on_host = number == schedule.num_devices
         for index, step in enumerate(program):
             if step.op is not Op.RUN or step.task is None:
                 continue
-            at = Place(number, index)
+            at = Position(number, index)
             if step.task in runs:
                 raise refuse(schedule, at, f"{step.task} runs twice")
             is_host_task = step.task.kind not in (TaskKind.FORWARD, TaskKind.BACKWARD)
@@ -111,7 +111,7 @@ def _check_runs(
     return runs
 
 
-def _check_complete(schedule: Schedule, tasks: TaskGraph, runs: dict[Task, Place]) -> None:
+def _check_complete(schedule: Schedule, tasks: TaskGraph, runs: dict[Task, Position]) -> None:
     """Every task runs, and reads and writes what it should."""
     programs = [program for _, program in schedule.all_programs()]
     missing = Counter(tasks.tasks) - Counter(list(runs))
@@ -126,7 +126,7 @@ def _check_complete(schedule: Schedule, tasks: TaskGraph, runs: dict[Task, Place
 
 
 def _check_changes(
-    schedule: Schedule, graph: LayerGraph, runs: dict[Task, Place], phase: Phase
+    schedule: Schedule, graph: LayerGraph, runs: dict[Task, Position], phase: Phase
 ) -> None:
     """Buffers change on one device, in the order of the microbatches, as in plain PyTorch."""
     changing = {layer.index for layer in graph.layers if layer.changes_state}
@@ -170,7 +170,7 @@ def _overflow(schedule: Schedule, index: int, peak: Peak) -> str:
         f"slots {format_bytes(peak.fixed)}, values {format_bytes(peak.values)},"
         f" workspace {format_bytes(peak.workspace)}"
     )
-    lines = "" if peak.index < 0 else "\n" + excerpt(schedule, Place(index, peak.index))
+    lines = "" if peak.index < 0 else "\n" + excerpt(schedule, Position(index, peak.index))
     return (
         f"{program_name(schedule, index)} needs {format_bytes(peak.nbytes)} ({parts}) and has"
         f" {format_bytes(limit)}{lines}"

@@ -16,19 +16,19 @@ from harmony.planner.ir.schedule import HOST, Op, Schedule
 _CONTEXT = 3
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where an instruction stands: its program, ``num_devices`` for the host, and position."""
 
     program: int
     index: int  # type: ignore[assignment]  # tuple.index, deliberately shadowed
 
 
-def refuse(schedule: Schedule, at: Place, why: str) -> ScheduleError:
+def refuse(schedule: Schedule, at: Position, why: str) -> ScheduleError:
     """An error that shows the lines around an instruction, the wrong one marked."""
     return ScheduleError(f"{why}\n{excerpt(schedule, at)}")
 
 
-def excerpt(schedule: Schedule, at: Place) -> str:
+def excerpt(schedule: Schedule, at: Position) -> str:
     """The lines around an instruction, with ``>`` before it."""
     name, program = list(schedule.all_programs())[at.program]
     low, high = max(0, at.index - _CONTEXT), at.index + _CONTEXT + 1
@@ -39,7 +39,7 @@ def excerpt(schedule: Schedule, at: Place) -> str:
     return "\n".join(lines)
 
 
-def issue_order(schedule: Schedule) -> list[Place]:
+def issue_order(schedule: Schedule) -> list[Position]:
     """Return all instructions in an order in which the threads can issue them.
 
     Raises:
@@ -47,21 +47,21 @@ def issue_order(schedule: Schedule) -> list[Place]:
             other.
     """
     programs = [program for _, program in schedule.all_programs()]
-    recorded: dict[int, Place] = {}
+    recorded: dict[int, Position] = {}
     for number, program in enumerate(programs):
         for index, step in enumerate(program):
             if step.op is Op.RECORD and step.event is not None:
-                at = Place(number, index)
+                at = Position(number, index)
                 if step.event in recorded:
                     raise refuse(schedule, at, f"event e{step.event} is recorded twice")
                 recorded[step.event] = at
     return _issue(schedule, recorded)
 
 
-def _issue(schedule: Schedule, recorded: dict[int, Place]) -> list[Place]:
+def _issue(schedule: Schedule, recorded: dict[int, Position]) -> list[Position]:
     programs = [program for _, program in schedule.all_programs()]
     next_at = [0] * len(programs)
-    order: list[Place] = []
+    order: list[Position] = []
     issued: set[int] = set()
     # Programs that can go on; one that meets an event not yet recorded sleeps until it is.
     ready = list(range(len(programs)))[::-1]
@@ -75,17 +75,17 @@ def _issue(schedule: Schedule, recorded: dict[int, Place]) -> list[Place]:
                 if step.op is Op.WAIT and step.event not in issued:
                     if step.event not in recorded:
                         why = f"event e{step.event} is never recorded"
-                        raise refuse(schedule, Place(number, index), why)
+                        raise refuse(schedule, Position(number, index), why)
                     asleep.setdefault(step.event, []).append(number)
                     next_at[number] = index
                     break
                 if step.op is Op.RECORD:
                     issued.add(step.event)
                     ready.extend(reversed(asleep.pop(step.event, [])))
-            order.append(Place(number, index))
+            order.append(Position(number, index))
         else:
             next_at[number] = len(program)
-    stuck = [Place(n, next_at[n]) for n, p in enumerate(programs) if next_at[n] < len(p)]
+    stuck = [Position(n, next_at[n]) for n, p in enumerate(programs) if next_at[n] < len(p)]
     if stuck:
         shown = "\n".join(excerpt(schedule, at) for at in stuck)
         raise ScheduleError(f"deadlock: these programs wait for each other\n{shown}")

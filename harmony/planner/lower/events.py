@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from harmony.planner.ir.schedule import Instruction, Op
-from harmony.planner.lower.steps import HOST_PROGRAM, Step
+from harmony.planner.lower.steps import HOST_PROGRAM, PlacedInstruction
 
 Clock = list[int]
 
@@ -20,7 +20,7 @@ Clock = list[int]
 class _Orderer:
     """Walks the steps and finds for each which earlier ones it must wait for."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[PlacedInstruction]) -> None:
         self.steps = steps
         names = sorted({(step.program, step.instruction.stream) for step in steps})
         number = {name: index for index, name in enumerate(names)}
@@ -68,7 +68,7 @@ class _Orderer:
         return found
 
 
-def add_events(steps: Sequence[Step], num_devices: int) -> list[list[Instruction]]:
+def add_events(steps: Sequence[PlacedInstruction], num_devices: int) -> list[list[Instruction]]:
     """Return the programs of the devices, and of the host last, with Records and Waits."""
     waits = _Orderer(steps).waits()
     awaited = sorted({before for needed in waits for before in needed})

@@ -28,7 +28,7 @@ from harmony.core.machine import Machine
 from harmony.errors import PlanError
 from harmony.planner.ir.tasks import Pack, Task, TaskGraph, TaskKind
 
-Stage = tuple[TaskKind, Pack]
+TaskGroup = tuple[TaskKind, Pack]
 """A group of tasks that share the weights on the device: FORWARD or BACKWARD of a pack."""
 
 _EFFORT = {TaskKind.FORWARD: 1, TaskKind.BACKWARD: 3}
@@ -50,7 +50,7 @@ class Placement:
     tasks: TaskGraph
     num_devices: int
     device: dict[Task, int]
-    turn: dict[Stage, int]
+    turn: dict[TaskGroup, int]
     position: dict[Task, int]
     order: tuple[Task, ...]
     runs: tuple[tuple[Task, ...], ...]
@@ -81,7 +81,7 @@ def place(tasks: TaskGraph, machine: Machine, *, mirror: bool = False) -> Placem
         PlanError: if there are more replicas than devices.
     """
     replicas = len(tasks.spec.shares)
-    turn: dict[Stage, int] = {}
+    turn: dict[TaskGroup, int] = {}
     for task in tasks.tasks:
         if task.samples is not None:
             turn.setdefault((task.kind, task.pack), len(turn))

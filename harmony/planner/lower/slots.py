@@ -15,7 +15,7 @@ from harmony.core.units import aligned
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Slots
 from harmony.planner.ir.tasks import Task, TaskKind, TensorKind, TensorRef
-from harmony.planner.lower.place import Placement, Stage
+from harmony.planner.lower.place import Placement, TaskGroup
 from harmony.planner.lower.steps import StepList
 
 
@@ -60,7 +60,7 @@ def _groups(
         first = at + 1
 
 
-def _stage(task: Task) -> Stage:
+def _stage(task: Task) -> TaskGroup:
     return task.kind, task.pack
 
 

@@ -18,7 +18,7 @@ Cell = Hashable
 """Some memory: a tensor on a device or on the host, a staging buffer, weights of a layer."""
 
 
-class Step(NamedTuple):
+class PlacedInstruction(NamedTuple):
     """An instruction, its program and the memory that it touches, by the numbers of its cells."""
 
     program: int
@@ -31,7 +31,7 @@ class StepList:
     """The steps written so far."""
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[PlacedInstruction] = []
         self._number: dict[Cell, int] = {}
         self.stage_of: dict[TensorRef, tuple[int, int]] = {}
 
@@ -80,7 +80,9 @@ class StepList:
     def _add(
         self, program: int, step: Instruction, reads: Sequence[Cell], writes: Sequence[Cell]
     ) -> None:
-        self.steps.append(Step(program, step, self._numbers(reads), self._numbers(writes)))
+        self.steps.append(
+            PlacedInstruction(program, step, self._numbers(reads), self._numbers(writes))
+        )
 
     def _numbers(self, cells: Sequence[Cell]) -> tuple[int, ...]:
         known = self._number

@@ -16,7 +16,7 @@ from harmony.planner.ir.tasks import Pack, Phase, TaskKind
 from harmony.planner.lower.resident import can_stay
 from harmony.planner.search.candidates import Candidate, Question
 from harmony.planner.search.memory_estimate import peaks_nbytes
-from harmony.planner.search.outline import Outline, Stage
+from harmony.planner.search.outline import Outline, StageOutline
 
 ORDERS = (
     ("saved", "held"),
@@ -43,7 +43,7 @@ class _Room:
     shape: Outline
     spare: tuple[int, ...]
 
-    def forward(self, seat: int) -> list[Stage]:
+    def forward(self, seat: int) -> list[StageOutline]:
         """FORWARD stages of a device whose packs are BACKWARD packs, in order."""
         both = set(self.base.spec.backward_packs)
         return [
@@ -52,7 +52,7 @@ class _Room:
             if stage.seat == seat and stage.kind is TaskKind.FORWARD and stage.pack in both
         ]
 
-    def saved_nbytes(self, stage: Stage) -> int:
+    def saved_nbytes(self, stage: StageOutline) -> int:
         """Bytes that the activations of all microbatches of a pack take."""
         size = min(self.base.spec.forward_size, self.base.spec.shares[0][1])
         return stage.num_runs * self.question.packer.saved_nbytes(stage.pack, size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import StepSpec, TaskKind
-from harmony.planner.search.outline import Outline, Stage
+from harmony.planner.search.outline import Outline, StageOutline
 from harmony.planner.search.packing import Packer
 
 
@@ -25,7 +25,7 @@ def peaks_nbytes(
     packer: Packer, shape: Outline, spec: StepSpec, policy: Policy
 ) -> tuple[int, ...]:
     """Bytes that each device of a ring needs at most, slots and resident packs included."""
-    here: list[list[Stage]] = [[] for _ in range(shape.ring)]
+    here: list[list[StageOutline]] = [[] for _ in range(shape.ring)]
     for stage in shape.stages:
         here[stage.seat].append(stage)
     return tuple(_peak(packer, shape, spec, policy, stages) for stages in here)
@@ -43,7 +43,7 @@ def host_nbytes(packer: Packer, shape: Outline, spec: StepSpec) -> int:
 
 
 def _peak(
-    packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, here: list[Stage]
+    packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, here: list[StageOutline]
 ) -> int:
     kept, peak = 0, 0
     for stage in here:
@@ -55,7 +55,7 @@ def _peak(
     return _slots_nbytes(packer, spec, policy, here) + peak
 
 
-def _slots_nbytes(packer: Packer, spec: StepSpec, policy: Policy, here: list[Stage]) -> int:
+def _slots_nbytes(packer: Packer, spec: StepSpec, policy: Policy, here: list[StageOutline]) -> int:
     coming = [stage.slot for stage in here if stage.weights]
     held = sum(1 for stage in here if stage.holds and stage.kind is TaskKind.FORWARD)
     made = [s.gradients for s in here if s.gradients and not s.updates_here]
@@ -67,7 +67,7 @@ def _slots_nbytes(packer: Packer, spec: StepSpec, policy: Policy, here: list[Sta
 
 
 def _stage_nbytes(
-    packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, stage: Stage
+    packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, stage: StageOutline
 ) -> int:
     """Values and workspace of a stage while it runs, beyond what waits for a BACKWARD."""
     backward = stage.kind is TaskKind.BACKWARD

@@ -15,7 +15,7 @@ from harmony.planner.search.packing import Packer, PackFacts
 
 
 @dataclass(slots=True)
-class Stage:
+class StageOutline:
     """All microbatches of one pack, FORWARD or BACKWARD, in one replica.
 
     Attributes:
@@ -64,7 +64,7 @@ class Stage:
 class Outline:
     """The stages of one replica in order, and how many devices it wraps around."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageOutline, ...]
     ring: int
     replicas: int
 
@@ -122,7 +122,7 @@ class _Maker:
         self.fused = spec.backward_packs[-1].first if spec.phase is Phase.TRAIN else -1
         self.stashed = self._stashed()
 
-    def stage(self, kind: TaskKind, pack: Pack, seat: int) -> Stage:
+    def stage(self, kind: TaskKind, pack: Pack, seat: int) -> StageOutline:
         """A stage, with nothing said yet about what comes and goes."""
         backward, first = kind is TaskKind.BACKWARD, pack.first
         facts = self.packer.facts(pack, self.size[kind])
@@ -133,7 +133,7 @@ class _Maker:
         if backward:
             seconds = facts.backward_s + (count - runs) / count * facts.forward_s
         weights = facts.weights
-        stage = Stage(
+        stage = StageOutline(
             kind,
             pack,
             seat,
@@ -153,9 +153,9 @@ class _Maker:
             stage.update_s = 0.0 if resident else facts.update_s
         return stage
 
-    def connect(self, stages: list[Stage]) -> None:
+    def connect(self, stages: list[StageOutline]) -> None:
         """Say what each stage gets from the host and from the stage before, and leaves there."""
-        before: Stage | None = None
+        before: StageOutline | None = None
         for stage in stages:
             facts = self.packer.facts(stage.pack, self.size[stage.kind])
             backward, first = stage.kind is TaskKind.BACKWARD, stage.pack.first
@@ -193,7 +193,7 @@ class _Maker:
             if pack.first and pack.first != self.fused
         }
 
-    def _pass_on(self, before: Stage, stage: Stage, facts: PackFacts) -> None:
+    def _pass_on(self, before: StageOutline, stage: StageOutline, facts: PackFacts) -> None:
         """Set what goes from one stage to the next, and how."""
         turns = stage.kind is not before.kind
         forward = stage.kind is TaskKind.FORWARD
@@ -215,12 +215,12 @@ def _size(spec: StepSpec, kind: TaskKind) -> int:
     return min(size, spec.shares[0][1] - spec.shares[0][0])
 
 
-def _keep_weights(stages: list[Stage], policy: Policy, ring: int) -> None:
+def _keep_weights(stages: list[StageOutline], policy: Policy, ring: int) -> None:
     """Nothing comes in for the second of two stages on a device that share weights."""
     for seat in range(ring):
         here = [stage for stage in stages if stage.seat == seat and stage.weights]
-        pairs: list[tuple[Stage, Stage]] = []
-        earlier: dict[tuple[int, int], Stage] = {}
+        pairs: list[tuple[StageOutline, StageOutline]] = []
+        earlier: dict[tuple[int, int], StageOutline] = {}
         for before, stage in zip([None, *here], here, strict=False):
             if before is not None and before.pack == stage.pack:
                 stage.weights = 0

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from harmony.core.machine import Machine
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import TaskKind
-from harmony.planner.search.outline import Outline, Stage
+from harmony.planner.search.outline import Outline, StageOutline
 
 PASSES = 2
 """How often an estimate is made with what the one before says about shared resources."""
@@ -52,7 +52,7 @@ class _Lane:
     """
 
     rates: _Rates
-    coming: list[Stage]
+    coming: list[StageOutline]
     compute: float = 0.0
     h2d: float = 0.0
     d2h: float = 0.0
@@ -168,7 +168,7 @@ def _run(shape: Outline, machine: Machine, policy: Policy, rates: list[_Rates]) 
 
 
 def _run_stage(
-    lane: _Lane, stage: Stage, arrival: tuple[float, float], policy: Policy
+    lane: _Lane, stage: StageOutline, arrival: tuple[float, float], policy: Policy
 ) -> tuple[float, float]:
     """Run all microbatches of a stage; return when the first and the last ended."""
     rates, count = lane.rates, stage.num_runs
@@ -218,7 +218,7 @@ def _run_stage(
 
 
 def _hand_on(
-    lane: _Lane, stage: Stage, ends: tuple[float, float], *, direct: bool
+    lane: _Lane, stage: StageOutline, ends: tuple[float, float], *, direct: bool
 ) -> tuple[float, float]:
     """When what the first and the last microbatch made is where the next stage reads it."""
     rates, rest = lane.rates, stage.num_runs - 1
@@ -242,7 +242,7 @@ def _hand_on(
     return first, last
 
 
-def _finish(lane: _Lane, stage: Stage) -> float:
+def _finish(lane: _Lane, stage: StageOutline) -> float:
     """Update a pack, or send its gradients off; return when the host has what it needs."""
     moved = stage.gradients
     if stage.updates_here:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from harmony.capture.state.random_state import HostState, seed_python
+from harmony.capture.state.random_state import GeneratorStates, seed_python
 from harmony.planner.ir.tasks import Samples
 from harmony.runtime.device import DeviceContext
 
@@ -60,7 +60,7 @@ def _nothing() -> None:
     """Accept: the default check."""
 
 
-class RandomStates:
+class RandomStreams:
     """Random states of one step, by microbatch and layer.
 
     A state is written by the thread that issues the layer before, and read by the thread that
@@ -78,7 +78,7 @@ class RandomStates:
         self.keep_at = keep_at
         self.on_host = on_host
         self._states: dict[tuple[Samples, int], torch.Tensor] = {}
-        self._host_states: dict[tuple[Samples, int], HostState] = {}
+        self._host_states: dict[tuple[Samples, int], GeneratorStates] = {}
         self.check: Callable[[], None] = _nothing
         self._arrived = threading.Condition()
         self._host = threading.Lock()
@@ -88,12 +88,12 @@ class RandomStates:
         with self._arrived:
             self._states[samples, layer] = state
             if self.on_host:
-                self._host_states[samples, layer] = HostState.seeded(seed)
+                self._host_states[samples, layer] = GeneratorStates.seeded(seed)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Give the shared generators back to the program as they were."""
-        before = HostState.now() if self.on_host else None
+        before = GeneratorStates.now() if self.on_host else None
         try:
             yield
         finally:
@@ -124,7 +124,7 @@ class RandomStates:
         if layer not in self.keep_at:
             return
         state = context.random_state()
-        host = HostState.now() if self.on_host else None
+        host = GeneratorStates.now() if self.on_host else None
         with self._arrived:
             self._states[samples, layer] = state
             if host is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.capture.state.random_state import HostState
+from harmony.capture.state.random_state import GeneratorStates
 from harmony.runtime.update.native_step import own_step
 from harmony.runtime.update.part_step import step_part
 from harmony.runtime.update.python_reach import PythonReach
@@ -116,7 +116,7 @@ def _give_gradients(
 @contextmanager
 def _undisturbed(optimizer: torch.optim.Optimizer) -> Iterator[PythonReach]:
     """Give random generators, and plain values that the step's code reaches, back as they were."""
-    before = HostState.now()
+    before = GeneratorStates.now()
     reach = PythonReach(type(optimizer))
     try:
         torch.manual_seed(_SEED)
