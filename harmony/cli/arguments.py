@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from harmony.cli.plan_arguments import (
+    IN_FOLDER,
     Parser,
+    Read,
     add_machine,
     count,
-    in_folder,
-    rate,
-    report,
-    size,
+    named,
     whole,
     words_of,
 )
@@ -106,7 +105,7 @@ def parse(argv: Sequence[str]) -> Command:
         if script == "plan":
             hint = ". The command comes first: harmony-run plan --model-profile FILE ..."
         raise ConfigError(f"no such script: {script}{hint}")
-    return Command(path, tuple(rest), _options(args), **_of_command(args))
+    return _command(args, path, rest)
 
 
 def _module(name: str, rest: Sequence[str], args: argparse.Namespace) -> Command:
@@ -126,14 +125,15 @@ def _module(name: str, rest: Sequence[str], args: argparse.Namespace) -> Command
         sys.path.pop(0)
     if found is None or found.origin is None:
         raise ConfigError(f"-m {name}: no such module, or a package without __main__")
-    options = _options(args)
-    return Command(Path(found.origin), tuple(rest), options, module=name, **_of_command(args))
+    return _command(args, Path(found.origin), rest, name)
 
 
-def _of_command(args: argparse.Namespace) -> dict[str, Any]:
-    """What is not an option of the models."""
-    seed = None if args.seed is None else whole("--seed", args.seed)
-    return {"debug": args.debug, "seed": seed, "log_level": args.log_level}
+def _command(
+    args: argparse.Namespace, script: Path, rest: Sequence[str], module: str | None = None
+) -> Command:
+    _check_elsewhere(args)
+    options = Options(active=True, **named(args, Options))
+    return Command(script, tuple(rest), options, args.debug, module, args.seed, args.log_level)
 
 
 def mistyped(script_arguments: Sequence[str]) -> str | None:
@@ -154,27 +154,44 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add: Any = parser.add_argument
     add_machine(parser, "(with --plan-only: GPUs that are not there)")
     add("--precision", choices=PRECISIONS, help="compute in fp32, or in bf16 with fp32 masters")
     add("--virtual", action="store_true", help="virtual GPUs even where there are real ones")
     add("--plan-only", action="store_true", help="show the plan and stop before training")
-    add("--plan", metavar="FILE", type=Path, help="train by this saved plan, or refuse it")
-    add("--save-profile", metavar="FILE", type=Path, help="keep layers and costs, for plan")
+    add(
+        "--plan",
+        metavar="FILE",
+        action=Read,
+        convert=_plan,
+        help="train by this saved plan, or refuse it",
+    )
+    add("--save-profile", **IN_FOLDER, help="keep layers and costs, for plan")
     add(
         "--overlap-updates",
         action="store_true",
         help="make updates behind the next step's forwards, the same bits",
     )
-    add("--no-replan", action="store_true", help="keep the first plan, whatever steps take")
-    add("--no-cache", action="store_true", help="measure again what earlier runs measured")
+    no = {"action": "store_false"}
+    add("--no-replan", dest="replan", **no, help="keep the first plan, whatever steps take")
+    add("--no-cache", dest="cache", **no, help="measure again what earlier runs measured")
     add("--verify", action="store_true", help="compare the first step with plain PyTorch and stop")
-    add("--checkpoint-dir", metavar="DIR", type=Path, help="save the script's harmony.Run there")
-    add("--checkpoint-every", metavar="N|MINm", help="steps or minutes between two (default: 30m)")
-    add("--keep", metavar="K", help="checkpoints to keep (default: all)")
+    folder = {"metavar": "DIR", "action": Read, "convert": _checkpoints}
+    add("--checkpoint-dir", **folder, help="save the script's harmony.Run there")
+    period = {"metavar": "N|MINm", "action": Read, "convert": _every}
+    add("--checkpoint-every", **period, help="steps or minutes between two (default: 30m)")
+    add(
+        "--keep",
+        metavar="K",
+        action=Read,
+        convert=count,
+        help="checkpoints to keep (default: all)",
+    )
     add("--async-save", action="store_true", help="train on while a checkpoint is written")
-    add("--resume", metavar="auto|DIR", help="go on from the newest one, or from that in DIR")
-    add("--seed", metavar="N", help="of torch, Python and NumPy, before the script begins")
+    resume = {"metavar": "auto|DIR", "action": Read, "convert": _resume}
+    add("--resume", **resume, help="go on from the newest one, or from that in DIR")
+    seed = {"metavar": "N", "action": Read, "convert": whole}
+    add("--seed", **seed, help="of torch, Python and NumPy, before the script begins")
     add("--log-level", choices=LOG_LEVELS, help="show the logger harmony from this level on")
     add("--version", action="version", version=f"harmony {__version__}")
     return parser
@@ -218,65 +235,34 @@ def _split(
     return ours, script, rest
 
 
-def _options(args: argparse.Namespace) -> Options:
-    if args.plan is not None and not is_file(args.plan):
-        raise ConfigError(f"no such plan: {args.plan}")
-    rate("--link", args.link)
-    _check_elsewhere(args)
-    return Options(
-        gpus=None if args.gpus is None else count("--gpus", args.gpus),
-        gpu_memory_nbytes=size("--gpu-memory", args.gpu_memory),
-        mode=args.mode,
-        virtual=args.virtual,
-        plan_only=args.plan_only,
-        verify=args.verify,
-        report=report(args.report),
-        link=args.link,
-        host_memory_nbytes=size("--host-memory", args.host_memory),
-        active=True,
-        gpu=args.gpu,
-        host=args.host,
-        topology=args.topology,
-        explain=args.explain,
-        as_json=args.json,
-        plan=args.plan,
-        save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
-        save_profile=(
-            None if args.save_profile is None else in_folder("--save-profile", args.save_profile)
-        ),
-        cache=not args.no_cache,
-        replan=not args.no_replan,
-        overlap_updates=args.overlap_updates,
-        precision=args.precision,
-        **_checkpoints(args),
-    )
+def _plan(name: str, text: str) -> Path:
+    if not is_file(Path(text)):
+        raise ConfigError(f"no such plan: {text}")
+    return Path(text)
 
 
-def _checkpoints(args: argparse.Namespace) -> dict[str, Any]:
-    """Options about checkpoints."""
-    folder, resume = args.checkpoint_dir, args.resume
-    for name, path in (("--checkpoint-dir", folder), ("--resume", resume)):
-        if path is not None and is_file(Path(path)):
-            raise ConfigError(f"{name} {path}: that is a file, name a folder")
-    if resume not in (None, "auto") and not is_folder(Path(resume)):
-        raise ConfigError(f"--resume {resume}: there is no such folder. It takes auto, or one")
-    every = args.checkpoint_every
+def _checkpoints(name: str, text: str) -> Path:
+    if is_file(Path(text)):
+        raise ConfigError(f"{name} {text}: that is a file, name a folder")
+    return Path(text)
+
+
+def _resume(name: str, text: str) -> str:
+    if text != "auto" and not is_folder(_checkpoints(name, text)):
+        raise ConfigError(f"{name} {text}: there is no such folder. It takes auto, or one")
+    return text
+
+
+def _every(name: str, text: str) -> Every:
     try:
-        period = None if every is None else Every.of(every)
+        return Every.of(text)
     except ConfigError as error:
-        raise ConfigError(f"--checkpoint-every: {error}") from None
-    return {
-        "checkpoint_dir": folder,
-        "checkpoint_every": period,
-        "keep": None if args.keep is None else count("--keep", args.keep),
-        "resume": resume,
-        "async_save": args.async_save,
-    }
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_elsewhere(args: argparse.Namespace) -> None:
     """Refuse options that go together only to plan for GPUs that are not there."""
-    if args.json and not args.plan_only:
+    if args.as_json and not args.plan_only:
         raise ConfigError("--json shows a plan: add --plan-only (or see --report FILE.json)")
     if args.gpu is None:
         for name in ("host", "topology"):
@@ -291,7 +277,7 @@ def _check_elsewhere(args: argparse.Namespace) -> None:
     find_gpu(args.gpu)
     if args.host is not None:
         find_host(args.host)
-    if args.host_memory is None:
+    if args.host_memory_nbytes is None:
         raise ConfigError(
             "--host-memory: how much memory has the host of that machine? E.g. 256GiB"
         )

@@ -6,8 +6,10 @@ import argparse
 import difflib
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from harmony.core.files import MOST_DIGITS, is_folder
 from harmony.core.options import MODES, PRECISIONS
@@ -42,6 +44,25 @@ A script that is called "plan" is run by: harmony-run ./plan
 """
 
 
+class Read(argparse.Action):
+    """An option whose text becomes what is asked for: ``convert`` takes its name and the text."""
+
+    def __init__(self, *, convert: Callable[[str, Any], Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._convert = convert
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None
+    ) -> None:
+        """Set the attribute that is named by ``dest``."""
+        setattr(namespace, self.dest, self._convert(self.option_strings[0], values))
+
+
+def named(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """Those options that a dataclass has fields of the same name for."""
+    return {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting with a usage text."""
 
@@ -62,41 +83,8 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
     if args.config is not None:
         args = parser.parse_args([*words_of(args.config, parser), *argv])
     _check_model(args)
-    return PlanRequest(
-        model_profile=args.model_profile,
-        model=args.model,
-        tokens=None if args.tokens is None else count("--tokens", args.tokens),
-        precision=args.precision,
-        lora=None if args.lora is None else count("--lora", args.lora),
-        gpu=args.gpu,
-        gpus=None if args.gpus is None else count("--gpus", args.gpus),
-        host_memory_nbytes=size("--host-memory", args.host_memory),
-        gpu_memory_nbytes=size("--gpu-memory", args.gpu_memory),
-        host=args.host,
-        topology=args.topology,
-        link_bytes_per_s=rate("--link", args.link),
-        minibatch=None if args.minibatch is None else count("--minibatch", args.minibatch),
-        mode=args.mode,
-        microbatch_size=(
-            None if args.microbatch is None else count("--microbatch", args.microbatch)
-        ),
-        tf32=args.tf32,
-        clips=args.clip,
-        overlap_updates=args.overlap_updates,
-        plan=args.plan,
-        save_plan=None if args.save_plan is None else in_folder("--save-plan", args.save_plan),
-        save_profile=(
-            None if args.save_profile is None else in_folder("--save-profile", args.save_profile)
-        ),
-        report=report(args.report),
-        compare=tuple(args.compare),
-        as_json=args.json,
-        explain=args.explain,
-        smallest_minibatch=args.smallest_minibatch,
-        largest_model=args.largest_model,
-        list_gpus=args.list_gpus,
-        debug=args.debug,
-    )
+    args.compare, args.link_bytes_per_s = tuple(args.compare), rate(args.link)
+    return PlanRequest(**named(args, PlanRequest))
 
 
 def _check_model(args: argparse.Namespace) -> None:
@@ -109,7 +97,7 @@ def _check_model(args: argparse.Namespace) -> None:
         raise ConfigError("--model and --model-profile: name one of them")
     if args.model is not None and args.gpu is None and not args.compare:
         raise ConfigError('--gpu: which GPU? E.g. --gpu "RTX 4090"; --list-gpus shows all')
-    if args.model is not None and args.host_memory is None:
+    if args.model is not None and args.host_memory_nbytes is None:
         raise ConfigError("--host-memory: how much memory has the host? E.g. 256GiB")
     for name in ("gpu", "report", "plan", "save_plan", "explain"):
         if args.compare and getattr(args, name):
@@ -132,19 +120,33 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--model", metavar="CONFIG", help="a Hugging Face config.json, its folder, or a preset")
-    add("--tokens", metavar="N", help="of each sample of --model (default: 2048, or its most)")
+    add("--tokens", **COUNT, help="of each sample of --model (default: 2048, or its most)")
     add("--precision", choices=PRECISIONS, help="of --model (default: bf16, with fp32 masters)")
-    add("--lora", metavar="R", help="train adapters of this rank on the frozen --model")
+    add(
+        "--lora",
+        metavar="R",
+        action=Read,
+        convert=count,
+        help="train adapters of this rank on the frozen --model",
+    )
     add("--model-profile", metavar="FILE", type=Path, help="a saved model: its layers and costs")
-    add("--save-profile", metavar="FILE", type=Path, help="keep what was counted of --model")
+    add("--save-profile", **IN_FOLDER, help="keep what was counted of --model")
     add_machine(parser, "(default: the machine of the profile)")
     add("--tf32", action="store_true", help="products of fp32 may run as TF32")
-    add("--clip", action="store_true", help="updates wait for the norm of all gradients")
-    add("--overlap-updates", action="store_true", help="updates may run into the next step")
     add(
-        "--minibatch", metavar="N", help="samples of a step (default: the profile's; of --model 8)"
+        "--clip",
+        dest="clips",
+        action="store_true",
+        help="updates wait for the norm of all gradients",
     )
-    add("--microbatch", metavar="N", help="samples of a microbatch (default: the best)")
+    add("--overlap-updates", action="store_true", help="updates may run into the next step")
+    add("--minibatch", **COUNT, help="samples of a step (default: the profile's; of --model 8)")
+    add(
+        "--microbatch",
+        dest="microbatch_size",
+        **COUNT,
+        help="samples of a microbatch (default: the best)",
+    )
     add("--plan", metavar="FILE", type=Path, help="show this saved plan instead of searching")
     add("--smallest-minibatch", action="store_true", help="that hides the transfers")
     add("--largest-model", action="store_true", help="that fits, with more of the same blocks")
@@ -167,45 +169,63 @@ def add_machine(parser: argparse.ArgumentParser, default_gpu: str) -> None:
     """
     add = parser.add_argument
     add("--gpu", metavar="NAME", help=f'e.g. "RTX 4090" {default_gpu}')
-    add("--gpus", metavar="N", help="how many GPUs (default: all that are there; of --gpu 1)")
-    add("--gpu-memory", metavar="SIZE", help="bytes to use on each, e.g. 20GiB")
-    add("--host-memory", metavar="SIZE", help="host memory to use, e.g. 256GiB")
+    add("--gpus", **COUNT, help="how many GPUs (default: all that are there; of --gpu 1)")
+    add("--gpu-memory", dest="gpu_memory_nbytes", **SIZE, help="bytes to use on each, e.g. 20GiB")
+    add("--host-memory", dest="host_memory_nbytes", **SIZE, help="host memory to use, e.g. 256GiB")
     add("--host", metavar="KIND", help=f"of --gpu: {', '.join(kind.name for kind in HOSTS)}")
     add("--topology", choices=tuple(TOPOLOGIES), help="of --gpu: how the GPUs hang on the host")
-    add("--link", metavar="RATE", help="of each GPU's link to the host, e.g. 20GB/s")
+    add(
+        "--link",
+        metavar="RATE",
+        action=Read,
+        convert=checked_rate,
+        help="of each GPU's link to the host, e.g. 20GB/s",
+    )
     add("--mode", choices=MODES, default="auto", help="pipeline, data parallel, or the fastest")
-    add("--save-plan", metavar="FILE", type=Path, help="keep the plan, for --plan FILE")
-    add("--report", metavar="FILE", type=Path, help=f"also there: {', '.join(FORMS)}")
+    add("--save-plan", **IN_FOLDER, help="keep the plan, for --plan FILE")
+    add(
+        "--report",
+        metavar="FILE",
+        action=Read,
+        convert=report,
+        help=f"also there: {', '.join(FORMS)}",
+    )
     add("--explain", action="store_true", help="why everything was decided as it was")
-    add("--json", action="store_true", help="all figures of the plan as JSON")
+    add("--json", dest="as_json", action="store_true", help="all figures of the plan as JSON")
     add("--config", metavar="FILE", type=Path, help="options as TOML; those of the line win")
     add("--debug", action="store_true", help="show the traceback of an error of Harmony")
 
 
-def size(name: str, text: str | None) -> int | None:
+def size(name: str, text: str) -> int:
     """Read the bytes that an option asks for.
 
     Raises:
         ConfigError: naming the option, if it is not a size, or does not say of what.
     """
-    if text is not None and text.isdecimal() and text.strip("0"):
+    if text.isdecimal() and text.strip("0"):
         raise ConfigError(f"{name} {text}: in which unit? Write it like {text[:20]}GiB")
     try:
-        return None if text is None else parse_bytes(text)
+        return parse_bytes(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def rate(name: str, text: str | None) -> float | None:
-    """Read the bytes per second that an option asks for.
+def rate(text: str | None) -> float | None:
+    """The bytes per second of a text that `checked_rate` has seen."""
+    return None if text is None else parse_rate(text)
+
+
+def checked_rate(name: str, text: str) -> str:
+    """Return the bytes per second that an option asks for, as text.
 
     Raises:
         ConfigError: naming the option, if it is not a rate.
     """
     try:
-        return None if text is None else parse_rate(text)
+        rate(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+    return text
 
 
 def count(name: str, text: str) -> int:
@@ -219,16 +239,14 @@ def count(name: str, text: str) -> int:
     return int(text)
 
 
-def report(path: Path | None) -> Path | None:
+def report(name: str, text: str) -> Path:
     """Return the file of a report, whose ending is known and whose folder is there.
 
     Raises:
         ConfigError: if they are not.
     """
-    if path is not None:
-        form_of(path)
-        in_folder("--report", path)
-    return path
+    form_of(Path(text))
+    return in_folder(name, text)
 
 
 def whole(name: str, text: str) -> int:
@@ -276,14 +294,20 @@ def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     return words
 
 
-def in_folder(name: str, path: Path) -> Path:
+def in_folder(name: str, text: str) -> Path:
     """Return a file to write, whose folder is there.
 
     Raises:
         ConfigError: naming the option, if it is not.
     """
+    path = Path(text)
     if not is_folder(path.parent):
         raise ConfigError(f"{name} {path}: there is no folder {path.parent}")
     if is_folder(path):
         raise ConfigError(f"{name} {path}: that is a folder, name a file")
     return path
+
+
+COUNT: dict[str, Any] = {"metavar": "N", "action": Read, "convert": count}
+SIZE: dict[str, Any] = {"metavar": "SIZE", "action": Read, "convert": size}
+IN_FOLDER: dict[str, Any] = {"metavar": "FILE", "action": Read, "convert": in_folder}
