@@ -118,7 +118,9 @@ class Harmony(Wrapper):
         precision: ``"fp32"``: the model computes in the types that its parameters have.
             ``"bf16"``: it computes with copies of parameters and inputs in bf16, which are what
             streams; gradients of the microbatches add up in fp32, and the optimizer updates the
-            fp32 parameters, which stay on the host (see `harmony.engine.precision`).
+            fp32 parameters, which stay on the host (see `harmony.engine.precision`). ``"fp16"``:
+            the same in fp16, and `train_step` scales the loss by `grad_scaler`; a loop of your own
+            brings a `torch.amp.GradScaler`, as with FSDP2.
         seed: the run's seed, for `harmony.microbatch_seed`; None: one that follows from torch's
             generator now, so that `torch.manual_seed` before makes runs repeatable.
         detect_nonfinite: raise `harmony.NonFiniteError` when a loss or a gradient of `train_step`
@@ -175,6 +177,11 @@ class Harmony(Wrapper):
                 "In a loop of your own look at the loss and at param.grad"
             )
         options = current_options()
+        if detect_nonfinite and (options.precision or precision) == "fp16":
+            raise ConfigError(
+                'detect_nonfinite=True with precision="fp16": gradients that are not finite are '
+                "expected there, such a step is skipped and the loss scaled by less. Leave one out"
+            )
         chosen = choose_devices(devices, device_memory)
         self._begin(
             module,
@@ -242,6 +249,8 @@ class Harmony(Wrapper):
         copied.num_steps = self.num_steps
         if self.optimizer is not None and copied.optimizer is not None:
             copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        if self.grad_scaler is not None and copied.grad_scaler is not None:
+            copied.grad_scaler.load_state_dict(self.grad_scaler.state_dict())
         return copied
 
     # Training
@@ -520,6 +529,16 @@ class Harmony(Wrapper):
     def last_grad_norm(self) -> torch.Tensor | None:
         """Norm of all gradients of the last step before clipping; None without max_grad_norm."""
         return self._engine.last_grad_norm
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss of `train_step` with ``precision="fp16"``; else None.
+
+        It is PyTorch's: `get_scale`, and what is to be otherwise by its own methods, as
+        `set_growth_interval` or ``update(1024.0)``. A step whose gradients are not finite updates
+        nothing. Checkpoints hold its state.
+        """
+        return self._engine.grad_scaler
 
     @property
     def num_steps(self) -> int:

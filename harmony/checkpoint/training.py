@@ -74,6 +74,7 @@ def snapshot(
         "num_steps": engine.num_steps,
         "seed": engine.options.seed,
         "precision": engine.options.precision.name,
+        "grad_scaler": None if engine.grad_scaler is None else engine.grad_scaler.state_dict(),
         "choices": None if choices is None else choices.as_data(),
         "optimizer": optimizer,
         "objects": held,
@@ -166,6 +167,8 @@ def load_training(
         for name, param in engine.net.named_parameters():
             param.requires_grad_(data["trained"][name])
         load_state(engine.optimizer, engine.net, optimizer)
+        if engine.grad_scaler is not None and data.get("grad_scaler"):
+            engine.grad_scaler.load_state_dict(data["grad_scaler"])
         for name, held in objects.items():
             if is_of(held, engine.net):
                 load_state(held, engine.net, saved[name])

@@ -156,7 +156,11 @@ def _parser() -> Parser:
     )
     add: Any = parser.add_argument
     add_machine(parser, "(with --plan-only: GPUs that are not there)")
-    add("--precision", choices=PRECISIONS, help="compute in fp32, or in bf16 with fp32 masters")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="compute in fp32, or in bf16 or fp16 with fp32 masters",
+    )
     add("--virtual", action="store_true", help="virtual GPUs even where there are real ones")
     add("--plan-only", action="store_true", help="show the plan and stop before training")
     add(

@@ -17,7 +17,7 @@ ACTIVATIONS = ("auto", "recompute")
 UPDATES = ("auto", "host")
 """Where optimizers run: where packs stay on a GPU there, or all on the host."""
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 """What a model can compute in (see `harmony.engine.precision`)."""
 
 MOST = 10**18

@@ -243,6 +243,8 @@ class DynamicRunner:
         optimizer, params = self._optimizer, list(self._net.parameters())
         assert optimizer is not None, "only train_step trains here"
         optimizer.measure(params)
+        if optimizer.skips:
+            return
         about_to_change(params)
         begun.append("all packs")
         optimizer.update_all(params)

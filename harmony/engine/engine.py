@@ -50,6 +50,7 @@ from harmony.runtime.exec.out_of_memory import is_undone, with_room
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.replay_state import ReplayState
 from harmony.runtime.traced_lock import TracedLock
+from harmony.runtime.update.loss_scaling import LossScaling
 
 R = TypeVar("R")
 
@@ -130,6 +131,16 @@ class Engine:
         """Norm of all gradients of the last step, before they were clipped."""
         norm = None if self._optimizer is None else self._optimizer.last_norm
         return None if norm is None else norm.clone()  # updates that are left still want it
+
+    @property
+    def scaling(self) -> LossScaling | None:
+        """What scales the loss of `train_step`; None where nothing does."""
+        return None if self._optimizer is None else self._optimizer.scaling
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """PyTorch's object for that."""
+        return None if self.scaling is None else self.scaling.scaler
 
     @property
     def dynamic_size(self) -> int | None:

@@ -19,6 +19,7 @@ from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
 from harmony.runtime.step.finite import check_finite
+from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
 
 
@@ -91,6 +92,8 @@ class EngineOptions:
             self.max_grad_norm,
         )
         made.looks_first = self.detect_nonfinite
+        if self.precision.dtype is torch.float16:
+            made.scaling = LossScaling()
         return made
 
 

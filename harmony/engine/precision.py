@@ -3,7 +3,11 @@
 The semantics of ``"bf16"`` are those of PyTorch's FSDP2 with ``MixedPrecisionPolicy(
 param_dtype=torch.bfloat16, reduce_dtype=torch.float32)`` around the whole model: parameters and
 inputs of floating point are cast, buffers keep their type, the gradients of a microbatch come out
-in bf16 and add up in fp32, and the optimizer steps on fp32 gradients and parameters.
+in bf16 and add up in fp32, and the optimizer steps on fp32 gradients and parameters. ``"fp16"`` is
+the same with ``torch.float16``; `train_step` scales the loss as a loop with a
+`torch.amp.GradScaler` does: ``scaler.scale(loss).backward()``, ``scaler.unscale_(optimizer)``,
+clipping, ``scaler.step(optimizer)``, ``scaler.update()``. In a loop of one's own that is the
+loop's.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ class Precision:
 
 
 FP32 = Precision("fp32", None)
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision_of(name: object) -> Precision:

@@ -71,6 +71,8 @@ class TrainSteps:
                 minibatch = engine.variants.paths(CallKind.TRAIN_STEP, call)[1].num_samples
                 loss, timeline = self._train_dynamic(call, minibatch, reason)
                 engine.dynamic.update(begun)
+            if engine.scaling is not None:
+                engine.scaling.update()
             engine.num_steps += 1
             engine.last_timeline = timeline
         if ready is not None and timeline is not None:
@@ -157,11 +159,14 @@ class TrainSteps:
         assert loss is not None
         chunks = prepared.outputs[loss].chunks()
         job = Job(replay, ready.weights, apply_updates, late, look=look, begun=self.whole.begun)
+        scaling = engine.scaling
+        if scaling is not None:
+            job.loss_scale = scaling.scale()
         if engine.options.detect_nonfinite:
             counted = [(s, chunk) for s, chunk in chunks if ready.weights.get((loss, s), 1.0)]
             job.approve = functools.partial(check_finite, counted, variant.host.params)
         timeline = variant.executor.run(prepared, job)
-        engine.late.leave(variant.host, packs)
+        engine.late.leave(variant.host, () if scaling is not None and scaling.skips else packs)
         # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
         total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
         return RanStep(total, timeline, replay)

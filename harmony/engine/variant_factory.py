@@ -281,8 +281,10 @@ class VariantFactory:
         """What the optimizer costs; measured once."""
         assert self._optimizer is not None
         known = self._measured.update(self._optimizer)
-        kernel = takes_all(self._optimizer.full)  # writes the copies in the same pass
-        return known if kernel else with_copies(known, self._options.precision.dtype)
+        dtype = self._options.precision.dtype
+        if dtype is torch.bfloat16 and takes_all(self._optimizer.full):
+            return known  # the kernel writes the copies in the same pass
+        return with_copies(known, dtype)
 
     def profile_of(self, variant: Variant, minibatch: int) -> Callable[[], ModelProfile]:
         """Return what makes the profile of a variant, when somebody wants it."""

@@ -215,7 +215,7 @@ class _LayerRun:
 
         def backward() -> None:
             self._stage.begin_gradients(self._backward.pack, 0, 0)
-            self._stage.backward(self._backward, 0, inputs, above, made, nothing, 1.0)
+            self._stage.backward(self._backward, 0, inputs, above, made, nothing, (1.0, 1.0))
 
         forward_s = self._time(forward)
         both_s = self._time(backward)

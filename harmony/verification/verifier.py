@@ -60,10 +60,15 @@ def verify(
     """Run one step in both ways; nothing of the model, the optimizer or the process changes.
 
     Raises:
-        ConfigError: if there is no loss.
+        ConfigError: if there is no loss, or it is scaled.
         DoesNotFitError: if the host has no memory for the second run.
         HarmonyError: whatever Harmony's own step raises.
     """
+    if engine.grad_scaler is not None:
+        raise ConfigError(
+            'verify of a model with an optimizer and precision="fp16": the loss is scaled, which '
+            "the reference step does not do. Verify a loop of your own, or with another precision"
+        )
     return _Comparison(engine, (args, kwargs, targets)).run()
 
 

@@ -1,10 +1,11 @@
-"""References for ``precision="bf16"``: fifteen lines of plain PyTorch, and FSDP2 itself."""
+"""References for ``precision="bf16"``, ``"fp16"``: fifteen lines of PyTorch, and FSDP2 itself."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,19 @@ Forward = Callable[[nn.Module, Any], Any]
 Make = Callable[..., torch.optim.Optimizer]
 
 
-def to_bf16(held: Any) -> Any:
-    """Cast what FSDP2 casts at the root: every tensor of floating point."""
-    if isinstance(held, torch.Tensor) and held.is_floating_point():
-        return held.to(BF16)
-    return held
+def cast(net: nn.Module, inputs: Any, dtype: torch.dtype) -> Any:
+    """Run the forward with all that FSDP2 casts at the root; autograd casts gradients back."""
+
+    def to_dtype(held: Any) -> Any:
+        is_cast = isinstance(held, torch.Tensor) and held.is_floating_point()
+        return held.to(dtype) if is_cast else held
+
+    held = {name: to_dtype(param) for name, param in net.named_parameters()}
+    return torch.func.functional_call(net, held, (tree_map(to_dtype, inputs),))
 
 
-def in_bf16(net: nn.Module, inputs: Any) -> Any:
-    """Run the forward with parameters and inputs cast; autograd casts the gradients back."""
-    held = {name: to_bf16(param) for name, param in net.named_parameters()}
-    return torch.func.functional_call(net, held, (tree_map(to_bf16, inputs),))
+in_bf16: Forward = partial(cast, dtype=BF16)
+in_fp16: Forward = partial(cast, dtype=torch.float16)
 
 
 def by_fsdp(net: nn.Module, inputs: Any) -> Any:
@@ -50,9 +53,11 @@ def train(
     forward: Forward = in_bf16,
     shares: int = 1,
     clip: float | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Run:
     """Train a module in place; with shares, add the sums of the shares in their order."""
     optimizer = make(net.parameters())
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     run = Run()
     for step, (inputs, targets) in enumerate(batches):
         size, index, total = len(targets), 0, torch.zeros(())
@@ -64,7 +69,7 @@ def train(
                 torch.manual_seed(harmony.microbatch_seed(step, index))
                 index += 1
                 loss = loss_fn(forward(net, inputs[part]), targets[part])
-                (loss * (microbatch / size)).backward()
+                scaler.scale(loss * (microbatch / size)).backward()
                 total = total + loss.detach() * (microbatch / size)
             sums.append({n: p.grad for n, p in net.named_parameters()})
         for name, param in net.named_parameters():
@@ -72,10 +77,12 @@ def train(
             param.grad = parts[0] if parts else None
             for other in parts[1:]:
                 param.grad.add_(other)
+        scaler.unscale_(optimizer)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         run.gradients.append(gradients_of(net))
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         run.losses.append(total)
     run.params = params_of(net)
     return run
@@ -86,14 +93,14 @@ def train_plain(net: nn.Module, *args: Any, **options: Any) -> Run:
     return train(copy.deepcopy(net), *args, **options)
 
 
-def train_fsdp(net: nn.Module, *args: Any, **options: Any) -> Run:
+def train_fsdp(net: nn.Module, *args: Any, dtype: torch.dtype = BF16, **options: Any) -> Run:
     """Train a copy by FSDP2 on the CPU, the only rank of a gloo group."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     net = copy.deepcopy(net)
     with one_process():
         mesh = dist.init_device_mesh("cpu", (1,))
-        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         fully_shard(net, mesh=mesh, mp_policy=policy)
         run = train(net, *args, forward=by_fsdp, **options)
         run.params = {name: _whole(param) for name, param in run.params.items()}

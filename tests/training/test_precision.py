@@ -442,8 +442,8 @@ def test_it_is_verified_against_plain_pytorch_in_bf16(vgpus: VirtualGPUs) -> Non
 
 
 def test_an_unknown_precision_is_refused_with_the_ones_there_are() -> None:
-    with pytest.raises(ConfigError, match="precision='fp16': choose one of fp32, bf16"):
-        harmony.Harmony(nn.Linear(2, 2), precision="fp16")
+    with pytest.raises(ConfigError, match="precision='fp8': choose one of fp32, bf16, fp16"):
+        harmony.Harmony(nn.Linear(2, 2), precision="fp8")
 
 
 def test_the_command_line_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

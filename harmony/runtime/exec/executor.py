@@ -83,6 +83,7 @@ class Job:
         ahead_nbytes: per device, what the run behind this one takes, slots included.
         begun: the updates that the run has begun; from the first one on, parameters are of two
             steps until the run is over.
+        loss_scale: what the loss is multiplied by for the backward.
     """
 
     replay: ReplayState
@@ -94,6 +95,7 @@ class Job:
     look: FirstBad | None = None
     ahead_nbytes: Sequence[int] = ()
     begun: list[str] = field(default_factory=list)
+    loss_scale: float = 1.0
 
 
 class Executor:
@@ -271,6 +273,7 @@ class Executor:
             approve=job.approve,
             check=check,
             updated=job.begun,
+            loss_scale=job.loss_scale,
         )
         pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
         self._check_room([needed - held for needed, held in pairs])

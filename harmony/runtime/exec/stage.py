@@ -187,7 +187,7 @@ class Stage:
         output_gradients: Values,
         outputs: Iterable[int],
         replay: ReplayState,
-        loss_weight: float | None,
+        loss_starts: tuple[float, float] | None,
     ) -> tuple[Values, Values]:
         """Recompute the pack from its inputs and run it backward.
 
@@ -195,7 +195,8 @@ class Stage:
             output_gradients: gradients of the pack's outputs, and of those inputs that a later
                 pack has read too: their sum so far.
             outputs: values to return beside the gradients (the loss, in the last pack).
-            loss_weight: what the gradient of the loss starts from, where the pack makes the loss.
+            loss_starts: how much the loss counts, and what it is scaled by, where the pack makes
+                the loss.
 
         Returns:
             The outputs, and the gradient of each input that requires one.
@@ -211,8 +212,8 @@ class Stage:
         # own uses to it one by one, in the order in which plain PyTorch would.
         roots = [(leaves.get(v, found.get(v)), g) for v, g in output_gradients.items()]
         loss = self.graph.loss
-        if loss in found and loss_weight is not None:
-            roots.append((found[loss], torch.full_like(found[loss], loss_weight)))
+        if loss in found and loss_starts is not None:
+            roots.append((found[loss], _loss_gradient(found[loss], *loss_starts)))
         run_backward([(t, g) for t, g in roots if t is not None and _is_root(t)])
         return self._own({v: found[v].detach() for v in outputs}), gradients_of(leaves)
 
@@ -339,6 +340,15 @@ def _check_forms(code: Captured, found: Values, num_samples: int) -> None:
                 f"{tuple(shape)}: the forward makes something else there than where it was "
                 "recorded. Give it its type in the forward (`.float()`, `.to(dtype)`)"
             )
+
+
+def _loss_gradient(loss: torch.Tensor, weight: float, scale: float) -> torch.Tensor:
+    """The gradient of a loss whose product with both is to be made small."""
+    if scale == 1.0:
+        return torch.full_like(loss, weight)
+    # A `GradScaler` multiplies by an fp32 tensor, what comes back has the loss's type: it may be
+    # infinite in that.
+    return torch.full_like(loss, scale, dtype=torch.float32).to(loss.dtype).mul_(weight)
 
 
 def _is_root(root: Root) -> bool:

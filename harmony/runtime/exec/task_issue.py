@@ -94,7 +94,8 @@ class TaskIssuer:
             weight = None if loss is None else step.weights[loss, samples] or None
             again = [] if step.check is None else [v for v in above if v in own]
             results = [*wanted, *again]
-            made, below = stage.backward(task, slot, values, above, results, step.replay, weight)
+            starts = None if weight is None else (weight, step.loss_scale)
+            made, below = stage.backward(task, slot, values, above, results, step.replay, starts)
             if step.check is not None:
                 step.check.record(task, {v: made[v] for v in again})
             for ref in outputs:

@@ -68,7 +68,9 @@ class HostProgram:
             self._gather(step)
         step.signals.issue(step.approval)
         optimizer = self._host.optimizer
-        if held and optimizer is not None and optimizer.together is not None:
+        if not held or optimizer is None or (step.waits and optimizer.skips):
+            return
+        if optimizer.together is not None:
             self._update_all(step)
             return
         for prepared in held:
@@ -97,7 +99,7 @@ class HostProgram:
         self._host.publish_all()
         step.running[self.name] = "the look at the gradients"
         step.approve()
-        if optimizer.max_norm is not None:
+        if optimizer.max_norm is not None or optimizer.scaling is not None:
             step.running[self.name] = "the clipping of the gradients"
             self._host.measure()
 

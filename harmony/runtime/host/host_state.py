@@ -162,8 +162,9 @@ class HostState:
         Args:
             names: what `updated_by` says of the pack.
         """
-        if self.optimizer is None or self.optimizer.max_norm is None:
-            return
+        optimizer = self.optimizer
+        if optimizer is None or optimizer.max_norm is None or optimizer.scaling is not None:
+            return  # what is scaled is divided first, once all have arrived
         for name in names:
             if self._complete.get(name):
                 gradient = self.gradients.views[name]
@@ -171,12 +172,13 @@ class HostState:
                 self._norms[id(self.params[name])] = norm_of(gradient)
 
     def measure(self) -> None:
-        """Let the optimizer know the norm of all gradients, where it clips."""
+        """Let the optimizer look at all gradients."""
         optimizer, params = self.optimizer, self.params.values()
         assert optimizer is not None, "a step without an optimizer has no updates"
+        writes = optimizer.scaling is not None
         for param in params:
             if param.grad is not None and id(param) not in self._norms:
-                native.trace_host_access("norm", param.grad, write=False)
+                native.trace_host_access("norm", param.grad, write=writes)
         optimizer.measure(params, self._norms)
 
     def update(self, pack: Pack, names: Sequence[str]) -> None:

@@ -57,8 +57,9 @@ class WorkingArena(HostArena):
         self.refresh()
 
     def copies(self, names: Iterable[str]) -> dict[int, torch.Tensor]:
-        """Of these masters, the copies, by the master's identity."""
-        return {id(self.tensors[n]): self.views[n] for n in names if n in self.masters.views}
+        """Of these masters, the copies that an update may write, by the master's identity."""
+        held = {id(self.tensors[n]): self.views[n] for n in names if n in self.masters.views}
+        return {key: copy for key, copy in held.items() if copy.dtype is torch.bfloat16}
 
     def refresh(
         self, names: Iterable[str] | None = None, copied: Container[int] = frozenset()

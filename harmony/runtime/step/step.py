@@ -38,6 +38,7 @@ class Step:
         apply_updates: whether there are updates at all.
         approve: is called once all gradients are there, before they are clipped, where the
             optimizer waits for them; may raise.
+        loss_scale: what the loss is multiplied by for the backward.
         check: takes the figures of what is made twice, in the first run of a schedule.
         started_s: host clock when the step began; spans count from it.
         spans: what the host programs did; devices add theirs when the step is over.
@@ -57,6 +58,7 @@ class Step:
     late: LateUpdates | None = None
     apply_updates: bool = True
     approve: Callable[[], None] = lambda: None
+    loss_scale: float = 1.0
     check: SelfCheck | None = None
     started_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)

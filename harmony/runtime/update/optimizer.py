@@ -13,6 +13,7 @@ from harmony.errors import ConfigError
 from harmony.runtime.changes import note_changes
 from harmony.runtime.update.clipping import clip_factor, total_norm
 from harmony.runtime.update.coupling import FAILS, closure_wanted, why_coupled
+from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.native_step import describe
 from harmony.runtime.update.part_step import moved, step_part
 
@@ -114,6 +115,7 @@ class PackOptimizer:
         max_norm: to which norm all gradients together are clipped; None if they are not.
         last_norm: their norm before it was clipped, of the last step.
         looks_first: whether all gradients are to be looked at before any update.
+        scaling: of the loss; None where it is not scaled.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class PackOptimizer:
         self.max_norm = max_norm
         self.last_norm: torch.Tensor | None = None
         self.looks_first = False
+        self.scaling: LossScaling | None = None
         self._is_final = False
         self._factory, self._options = factory, options
         self._build(params, groups)
@@ -213,7 +216,14 @@ class PackOptimizer:
         """Why no pack can be updated before all gradients are there; None where one can."""
         if self.max_norm is not None:
             return f"max_grad_norm={self.max_norm}"
+        if self.scaling is not None:
+            return "a scaled loss"
         return "detect_nonfinite=True" if self.looks_first else self.together
+
+    @property
+    def skips(self) -> bool:
+        """Whether no parameter is updated in this step: its gradients were not finite."""
+        return self.scaling is not None and self.scaling.skips
 
     def params(self) -> Iterator[nn.Parameter]:
         """The parameters in its groups."""
@@ -232,17 +242,24 @@ class PackOptimizer:
     def measure(
         self, params: Iterable[nn.Parameter], known: Mapping[int, torch.Tensor] | None = None
     ) -> None:
-        """Keep the norm of all gradients, where they are clipped; each update then scales its own.
+        """Look at all gradients before the first update.
 
-        Both together are ``torch.nn.utils.clip_grad_norm_``.
+        What the loss was scaled by is divided out of them. Where they are clipped, their norm is
+        kept; each update then scales its own, and both together are
+        ``torch.nn.utils.clip_grad_norm_``.
 
         Args:
             params: all parameters in the order of ``module.parameters()``.
             known: norms of some gradients, by the identity of their parameter.
         """
+        params = list(params)
+        if self.scaling is not None:
+            self.scaling.unscale(params)
         if self.max_norm is not None:
             float(self.max_norm)  # what is no number fails here, where nothing has changed
             self.last_norm = total_norm(params, known or {})
+        if self.skips:  # what would be clipped by its update
+            self._clip(params)
 
     def _factor(self) -> float:
         """What the update multiplies gradients by; 1.0 changes nothing."""
