@@ -136,6 +136,7 @@ class EagerRunner:
                     with torch.autocast(device.type, enabled=False):  # on for the forward only
                         torch.autograd.backward(loss, torch.full_like(loss, weight))
                 total = total + loss.detach().to("cpu").reshape(()) * weight
+                dtype = loss.dtype
                 if lent.is_changed:
                     changed.append(lent)
                 del loss, part, lent
@@ -143,7 +144,7 @@ class EagerRunner:
         self._options.check_finite(self._net, total, ranges[-1][1])
         for lent in changed:
             lent.give_back()
-        return total
+        return total.to(dtype)
 
     def _part(self, call: Call, samples: Range) -> Call:
         return Batch.of(*call, self._options.batch_dims).part(*call, *samples)

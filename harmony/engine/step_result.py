@@ -45,11 +45,22 @@ class ReadyStep:
 
 @dataclass(frozen=True)
 class RanStep:
-    """A step that has run, whose changes of buffers the model does not have yet."""
+    """A step that has run, whose changes of buffers the model does not have yet.
+
+    Attributes:
+        loss: sum over the microbatches, in fp32 where their losses are narrower.
+        dtype: of these losses.
+    """
 
     loss: torch.Tensor
+    dtype: torch.dtype
     timeline: Timeline
     replay: ReplayState
+
+    @property
+    def returned(self) -> torch.Tensor:
+        """The loss in its own type, as plain PyTorch returns it."""
+        return self.loss.to(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class TrainSteps:
                 ready, step = engine.in_room(CallKind.TRAIN_STEP, call, run, begun)
                 minibatch = ready.planned.plan.minibatch
                 engine.dynamic.commit(ready, step.replay, begun)
-                loss, timeline = step.loss, step.timeline
+                loss, timeline = step.returned, step.timeline
             except (DynamicOnlyError, GuardError) as reason:
                 minibatch = engine.variants.paths(CallKind.TRAIN_STEP, call)[1].num_samples
                 loss, timeline = self._train_dynamic(call, minibatch, reason)
@@ -96,7 +96,7 @@ class TrainSteps:
                     raise
                 engine.goes_dynamic(CallKind.TRAIN_STEP, call, found)
             else:
-                return step.loss, step.timeline
+                return step.returned, step.timeline
         engine.factory.cover()
         captured = engine.variants.recorded(CallKind.TRAIN_STEP, call)
         return engine.eager.train(call, minibatch, engine.num_steps, captured), None
@@ -169,4 +169,4 @@ class TrainSteps:
         engine.late.leave(variant.host, () if scaling is not None and scaling.skips else packs)
         # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
         total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
-        return RanStep(total, timeline, replay)
+        return RanStep(total, chunks[0][1].dtype, timeline, replay)

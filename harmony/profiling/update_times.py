@@ -2,7 +2,7 @@
 
 All of it on small copies with parameters like the model's largest
 (`harmony.runtime.update.stand_ins`), so that an optimizer that wants matrices gets them. One that
-fails there is not measured at all.
+fails there is not measured at all, nor is one whose step writes to more than its copy has.
 
 What is found decides plans, and through them the last bits of a step. So it is the same whether
 the optimizer has taken steps or not: the copies are as new, and take their first steps before they
@@ -120,6 +120,8 @@ def measure_update(optimizer: PackOptimizer, context: DeviceContext | None = Non
     Args:
         context: the device to try it on as well.
     """
+    if optimizer.writes_elsewhere:
+        return _unknown(optimizer)
     device = torch.device("cpu") if context is None else context.device
     with undisturbed(device), torch.enable_grad():
         copies = _Copies(optimizer)

@@ -120,7 +120,8 @@ class PlainStep:
             torch.autograd.backward(loss if samples is None else loss * weight)
 
         result = self._run(run)
-        result.loss = sum(losses, torch.zeros((), device=self.device)).cpu()
+        total = sum(losses, torch.zeros((), device=self.device))
+        result.loss = total.to(losses[0].dtype).cpu()
         return result
 
     def by_loop(self) -> Result:

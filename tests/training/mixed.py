@@ -83,7 +83,7 @@ def train(
         run.gradients.append(gradients_of(net))
         scaler.step(optimizer)
         scaler.update()
-        run.losses.append(total)
+        run.losses.append(total.to(loss.dtype))
     run.params = params_of(net)
     return run
 

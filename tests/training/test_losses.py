@@ -425,3 +425,51 @@ def test_the_drop_in_form(vgpus: VirtualGPUs, items: bool, mode: str, num_device
     (3 * loss).backward()
     torch.testing.assert_close(evaluated, loss.detach(), rtol=TOLERANCE, atol=0.0)
     assert_near(net, 3 * loss.detach(), twin, 3 * twin(**batch).loss)
+
+
+@pytest.mark.parametrize("path", ["planned", "dynamic", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_loss_has_the_type_of_plain_pytorchs(
+    vgpus: VirtualGPUs, path: str, dtype: torch.dtype
+) -> None:
+    """The sum over microbatches is in fp32, and a loss in bf16 was returned as that."""
+    torch.manual_seed(0)
+    seen: list[int] = []
+
+    class Path(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.one(x)
+            if path == "eager":
+                seen.append(len(x))
+            if path == "dynamic" and float(torch.rand(())) < 2.0:
+                hidden = hidden * 2
+            return self.two(hidden)
+
+    net = Path().to(dtype)
+    twin = copy.deepcopy(net)
+    model = wrap(net, F.cross_entropy, microbatch_size=8)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    x, y = torch.randn(8, 8, dtype=dtype), torch.randint(0, 4, (8,))
+    for _ in range(2):
+        optimizer.zero_grad()
+        found, expected = model.train_step(x, y), F.cross_entropy(twin(x), y)
+        expected.backward()
+        optimizer.step()
+        assert found.dtype is expected.dtype is dtype
+        assert torch.equal(found, expected)
+    assert model.capture_mode == {"planned": "trace"}.get(path, path)
+
+
+def test_a_loss_of_one_element_is_a_scalar(vgpus: VirtualGPUs) -> None:
+    """It failed inside of the backward, by a KeyError; plain PyTorch takes it."""
+    net = classifier()
+    twin = copy.deepcopy(net)
+    x, y = vectors(0)
+    model = wrap(net, lambda out, t: F.cross_entropy(out, t).reshape(1))
+    loss = model.train_step(x, y)
+    assert loss.shape == ()
+    assert_near(net, loss, twin, F.cross_entropy(twin(x), y))

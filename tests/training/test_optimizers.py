@@ -26,13 +26,12 @@ def model_of(
     net: nn.Module, optimizer: Any, options: dict[str, Any] | None = None, **more: Any
 ) -> harmony.Harmony:
     """A model whose layers are in several packs."""
-    settings = {"mode": "pp", "devices": 2, "device_memory": "40KiB", **more}
+    settings = {"mode": "pp", "devices": 2, "device_memory": "40KiB", "microbatch_size": 4, **more}
     return harmony.Harmony(
         net,
         optimizer=optimizer,
         optimizer_kwargs=options,
         loss_fn=square_loss,
-        microbatch_size=4,
         **settings,
     )
 
@@ -212,6 +211,59 @@ def test_the_trial_leaves_no_trace(vgpus: VirtualGPUs) -> None:
     assert calls == own.CALLS
     assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, params, values)) and all(p.grad is None for p in params)
+
+
+class Log:
+    """Keeps what it is told, and how often."""
+
+    def __init__(self) -> None:
+        self.calls, self.lines = 0, list[int]()
+
+    def tell(self, number: int) -> None:
+        self.calls += 1
+        self.lines.append(number)
+
+
+@pytest.mark.parametrize("writes", ["average", "sum", "weight", "log"])
+def test_what_a_step_writes_elsewhere_is_written_by_steps_alone(
+    vgpus: VirtualGPUs, writes: str
+) -> None:
+    """Averages and weights that a step reaches by its closure were changed by its trials, too."""
+
+    def train(by_harmony: bool) -> list[Any]:
+        torch.manual_seed(0)
+        net, log, total = SkipMLP(), Log(), torch.zeros(())
+        average = [param.detach().clone() for param in net.parameters()]
+        first = next(net.parameters())
+
+        class Writing(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure: Any = None) -> None:
+                super().step(closure)
+                if writes == "average":
+                    for mean, param in zip(average, net.parameters(), strict=True):
+                        mean.lerp_(param, 0.1)
+                elif writes == "sum":
+                    total.add_(sum(p.grad.sum() for g in self.param_groups for p in g["params"]))
+                elif writes == "weight":
+                    first.mul_(0.9)
+                else:
+                    log.tell(len(log.lines))
+
+        batches = [vector_batch(step) for step in range(STEPS)]
+        if by_harmony:
+            model = model_of(net, Writing, {"lr": 0.1}, microbatch_size=8)
+            for batch in batches:
+                model.train_step(*batch)
+        else:
+            optimizer = Writing(net.parameters(), lr=0.1)
+            for inputs, targets in batches:
+                optimizer.zero_grad()
+                square_loss(net(inputs), targets).backward()
+                optimizer.step()
+        return [list(net.parameters()), average, total, log.calls, log.lines]
+
+    assert same(train(True), train(False))
 
 
 def test_what_looks_at_one_parameter_is_updated_behind_the_backward(vgpus: VirtualGPUs) -> None:

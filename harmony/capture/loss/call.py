@@ -57,6 +57,8 @@ def run_loss(trace: Trace, values: Values, shell: ModuleShell) -> torch.Tensor:
                 user_frame_of(error),
             ) from None
     recorded = trace.values[call.result]
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        loss = loss.reshape(recorded.shape)  # one element is as good as a scalar
     if not isinstance(loss, torch.Tensor) or (tuple(loss.shape), loss.dtype) != (
         recorded.shape,
         recorded.dtype,

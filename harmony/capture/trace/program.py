@@ -61,6 +61,6 @@ def _loss_of(out: Any) -> Any:
 
 def _scalar(loss: Any, what: str) -> torch.Tensor:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return loss
+        return loss.reshape(()) if loss.dim() else loss
     shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
     raise CaptureError(f"{what} {shape!r} where a scalar tensor was expected as the loss")

@@ -18,6 +18,7 @@ from torch import nn
 
 from harmony.capture.state.random_state import GeneratorStates
 from harmony.runtime.update.native_step import own_step
+from harmony.runtime.update.own_writes import ForeignWriteError, OwnWritesOnly
 from harmony.runtime.update.part_step import step_part
 from harmony.runtime.update.python_reach import PythonReach
 from harmony.runtime.update.stand_ins import NoStandInError, StandIn, stand_in
@@ -26,6 +27,7 @@ SCALES = (1.0, 1e3, 1e-3, 1.0)
 """Sizes of the gradients of the steps that are tried: some couple only what is large or small."""
 
 FAILS = "its step fails where it is tried"
+WRITES = "its step changes what other steps see"
 
 _SEED = 20221
 
@@ -62,12 +64,14 @@ def _found_by_trying(optimizer: torch.optim.Optimizer, reach: PythonReach) -> st
         _give_gradients(whole, number, scale)
         try:
             own_step(whole.optimizer)
+        except ForeignWriteError:
+            return WRITES
         except Exception as error:
             if scale != scale:  # it may well refuse gradients that are no numbers
                 return None
             return f"{FAILS} ({type(error).__name__}: {error})"
         if reach.changed():
-            return "its step changes what other steps see"
+            return WRITES
         expected = snapshot(whole)
         for part, packs in zip(parts, cuts, strict=True):
             try:
@@ -75,6 +79,8 @@ def _found_by_trying(optimizer: torch.optim.Optimizer, reach: PythonReach) -> st
                     # The gradients of others are not there yet, or those of the step before.
                     _give_gradients(part, number, scale, pack)
                     step_part(part.optimizer, [part.params[i] for i in pack])
+            except ForeignWriteError:
+                return WRITES
             except Exception as error:
                 return f"its step for some of them fails ({type(error).__name__}: {error})"
             different = _first_difference(expected, snapshot(part))
@@ -115,12 +121,15 @@ def _give_gradients(
 
 @contextmanager
 def _undisturbed(optimizer: torch.optim.Optimizer) -> Iterator[PythonReach]:
-    """Give random generators, and plain values that the step's code reaches, back as they were."""
+    """Give random generators, and plain values that the step's code reaches, back as they were.
+
+    Tensors that it reaches are not written to.
+    """
     before = GeneratorStates.now()
     reach = PythonReach(type(optimizer))
     try:
         torch.manual_seed(_SEED)
-        with torch.enable_grad():
+        with torch.enable_grad(), OwnWritesOnly():
             yield reach
     finally:
         reach.restore()

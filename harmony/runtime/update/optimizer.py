@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from harmony.errors import ConfigError
 from harmony.runtime.changes import note_changes
 from harmony.runtime.update.clipping import clip_factor, total_norm
-from harmony.runtime.update.coupling import FAILS, closure_wanted, why_coupled
+from harmony.runtime.update.coupling import FAILS, WRITES, closure_wanted, why_coupled
 from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.native_step import describe
 from harmony.runtime.update.part_step import moved, step_part
@@ -210,6 +210,11 @@ class PackOptimizer:
         host, once all gradients are there.
         """
         return self._coupled or _why_watched(self.full)
+
+    @property
+    def writes_elsewhere(self) -> bool:
+        """Whether a step changes more than the optimizer and its parameters, even of a copy."""
+        return self._coupled == WRITES
 
     @property
     def waits(self) -> str | None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_NO_OBJECTS = (type, ModuleType, FunctionType, torch.Tensor)
 _MANY = 10_000
 """Items of a container that is too large to be compared at every step."""
 
@@ -19,11 +22,13 @@ _MANY = 10_000
 class PythonReach:
     """Globals, closures and class attributes that the methods of a class name, and their values.
 
-    Only values that are plain, or lists, sets and dictionaries: other objects are not looked into.
+    Values that are plain, lists, sets and dictionaries, and the attributes of objects that the
+    names stand for, and of those that these hold: a module, a writer of logs.
     """
 
     def __init__(self, kind: type) -> None:
-        self._held = [place for place in _places(kind) if _is_plain(place.get())]
+        places = [place for found in _places(kind) for place in (found, *_inside(found.get()))]
+        self._held = [place for place in places if _is_plain(place.get())]
         self._before = [copy.copy(place.get()) for place in self._held]
 
     def changed(self) -> bool:
@@ -69,6 +74,16 @@ def _places(kind: type) -> Iterator[_Place]:
                 yield from _reached(function)
             elif not name.startswith("__"):
                 yield _Place(_attribute(owner, name), _attribute_setter(owner, name))
+
+
+def _inside(held: Any, depth: int = 2) -> Iterator[_Place]:
+    """The attributes of an object, and of the objects that it holds."""
+    attributes = getattr(held, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(held, _NO_OBJECTS) or not depth:
+        return
+    for name in list(attributes):
+        yield _Place(_item(attributes, name), _item_setter(attributes, name))
+        yield from _inside(attributes[name], depth - 1)
 
 
 def _function(held: Any) -> FunctionType | None:
