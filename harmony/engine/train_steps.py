@@ -167,6 +167,6 @@ class TrainSteps:
             job.approve = functools.partial(check_finite, counted, variant.host.params)
         timeline = variant.executor.run(prepared, job)
         engine.late.leave(variant.host, () if scaling is not None and scaling.skips else packs)
-        # As a loop adds up what it shows: in fp32, though the losses may be in bf16.
+        # Added up in fp32, though the losses may be narrower.
         total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
         return RanStep(total, chunks[0][1].dtype, timeline, replay)

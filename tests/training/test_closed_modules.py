@@ -425,3 +425,34 @@ def test_a_module_that_a_layer_gets_as_an_argument_is_the_one_on_the_device(
     torch.manual_seed(0)
     model = assert_same_training(HandsOver(num_norms), batches(), devices=1)
     assert len(layers_of(model)) == 4
+
+
+class Halved(nn.Linear):
+    """Adds something to its call, not to its forward."""
+
+    def __call__(self, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        found: torch.Tensor = super().__call__(inputs * 0.5, **kwargs)
+        return found * 0.5
+
+
+class Remembered(nn.Sequential):
+    """Makes its call with more than it is given; a block with layers inside."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = super().__call__(inputs.clone())
+        return found + inputs
+
+
+@pytest.mark.parametrize("kind", ["leaf", "blocks", "root"])
+def test_a_call_of_a_class_of_its_own_is_made_once(kind: str, vgpus: VirtualGPUs) -> None:
+    """What ``__call__`` added around a layer's forward was computed twice, with no word said."""
+    torch.manual_seed(0)
+    net: nn.Module
+    if kind == "leaf":
+        net = nn.Sequential(Halved(8, 16), nn.ReLU(), Halved(16, 4))
+    elif kind == "blocks":
+        blocks = [Remembered(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)]
+        net = nn.Sequential(*blocks, nn.Linear(8, 4))
+    else:
+        net = Halved(8, 4)
+    assert_same_training(net, batches())

@@ -6,9 +6,11 @@ No patches, no global state: several threads replay at once, each with its own s
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._device import _device_constructors
 
 from harmony.capture.graph.structure import flatten
@@ -58,7 +60,9 @@ def run_step(step: Step, values: Values, shell: ModuleShell) -> None:
     """
     alone = bool(step.with_graph) and not torch.is_grad_enabled()
     args, kwargs = _arguments(step, values, shell, alone)
-    target = shell.modules[step.target] if isinstance(step.target, str) else step.target
+    target = step.target
+    if isinstance(target, str):  # what a class's own ``__call__`` adds are steps by themselves
+        target = partial(nn.Module.__call__, shell.modules[target])
     before_call = [_attribute(left, shell) for left in step.left_behind]
     if step.python_random is not None:
         step.python_random.restore()
