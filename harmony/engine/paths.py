@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,7 +10,11 @@ from harmony.capture import Captured, DynamicOnlyError, same_path
 from harmony.engine.call_key import CallKey
 from harmony.engine.options import EngineOptions
 from harmony.engine.planned import Planned
+from harmony.engine.step_result import ReadyStep
 from harmony.engine.variant import Variant
+from harmony.planner.ir.tasks import Samples
+from harmony.runtime.exec.stage import Values
+from harmony.runtime.step.step import Weights
 
 K = TypeVar("K", bound=Hashable)
 
@@ -27,11 +31,31 @@ MAX_CHANGES = 2
 """Captures that follow what has changed outside; from then on such a call runs as it is."""
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What runs for a key and a number of samples, where all but the guards is known beforehand.
+
+    Attributes:
+        fixed: how much the scalars of each microbatch count; None where that depends on the batch.
+    """
+
+    variant: Variant
+    planned: Planned
+    fixed: Weights | None
+
+    def weights(self, inputs: Values) -> tuple[Weights, str | None]:
+        """Return what `Variant.weights` does."""
+        if self.fixed is not None:
+            return self.fixed, None
+        return self.variant.weights(inputs, self.planned)
+
+
 @dataclass
 class Paths:
     """What one signature has led to so far.
 
     Attributes:
+        settled: by the number of samples, what runs while nothing changes.
         variants: of each path, the one used last first.
         dynamic: why no trace stands for later runs; None while one does.
         changes: how often something outside had changed that the forward reads, less how often
@@ -40,16 +64,44 @@ class Paths:
         recorded: a recording that stands for nothing, but shows how its loss adds up.
     """
 
+    settled: dict[int, Settled] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     dynamic: DynamicOnlyError | None = None
     changes: int = 0
     other_losses: int = 0
     recorded: Captured | None = None
 
+    def next(self, minibatch: int, standing: Sequence[Variant]) -> Settled | None:
+        """Return what is settled for this number of samples, if it still is what runs.
+
+        Args:
+            standing: the variants whose guards hold.
+        """
+        found = self.settled.get(minibatch)
+        if found is None or not standing or self.variants[0] is not found.variant:
+            return None
+        same = standing[0] is found.variant and found.variant.settled(minibatch) is found.planned
+        return found if same and _change_of_loss(found.variant, found.planned) is None else None
+
+    def settle(self, found: ReadyStep, parts: Iterable[Samples]) -> None:
+        """Keep what was found for a number of samples, if no batch of it can lead to another.
+
+        Args:
+            parts: of a batch, those that have to take the path of the variant.
+        """
+        captured, planned = found.variant.captured, found.planned
+        if any(captured.looks_at_inputs(high - low) for low, high in parts):
+            return
+        is_whole = all(len(every) == 1 for every in planned.in_order.values())
+        settled = Settled(found.variant, planned, found.weights if is_whole else None)
+        self.settled[planned.plan.minibatch] = settled
+
     def use(self, variant: Variant) -> None:
         """Put a variant, known or new, first."""
         others = [other for other in self.variants if other is not variant]
         self.variants = [variant, *others][:MAX_PATHS]
+        kept = self.settled.items()
+        self.settled = {size: found for size, found in kept if found.variant in self.variants}
 
     def add(self, variant: Variant) -> None:
         """Put a new variant first.
@@ -69,10 +121,7 @@ class Paths:
         If not, the variant is forgotten, for a new one to be made. Where what the loss reads keeps
         changing, the batch is not parted any more, if the caller lets us choose.
         """
-        reads = variant.captured.loss_reads
-        if reads is None or len(planned.microbatches) < 2:
-            return True
-        changed = reads.changed()
+        changed = _change_of_loss(variant, planned)
         if changed is None:
             return True
         free = options.microbatch_size is None and options.mode != "dp" and options.plan is None
@@ -108,6 +157,12 @@ class Paths:
                     passing=True,
                 )
         return found
+
+
+def _change_of_loss(variant: Variant, planned: Planned) -> str | None:
+    """Name what the loss reads and has changed, where it is put together from microbatches'."""
+    reads = variant.captured.loss_reads
+    return None if reads is None or len(planned.microbatches) < 2 else reads.changed()
 
 
 def use_last(known: dict[K, Paths], key: K) -> Paths:

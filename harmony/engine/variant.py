@@ -340,8 +340,7 @@ class Variant:
         The batch as a whole comes first, unless a microbatch size was asked for: what it decides
         is what plain PyTorch does.
         """
-        whole = [(0, planned.plan.minibatch)] if asked is None else []
-        for samples in dict.fromkeys([*whole, *planned.microbatches]):
+        for samples in self.on_one_path(planned, asked):
             if not self.captured.looks_at_inputs(samples[1] - samples[0]):
                 continue
             try:
@@ -349,6 +348,11 @@ class Variant:
             except GuardError:
                 return samples
         return None
+
+    def on_one_path(self, planned: Planned, asked: int | None) -> Iterable[Samples]:
+        """The parts of a batch that have to take the variant's path (see `misfit`)."""
+        whole = [(0, planned.plan.minibatch)] if asked is None else []
+        return dict.fromkeys([*whole, *planned.microbatches])
 
     def _check_pinned(self, plan: Plan, measured: Measured, microbatch_size: int | None) -> None:
         why = self.graph.whole_batch

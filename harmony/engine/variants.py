@@ -39,6 +39,7 @@ from harmony.profiling.model_profile import ModelProfile
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
+from harmony.runtime.step.step import Weights
 
 OTHER_WAY = "the forward goes another way for other values"
 
@@ -67,6 +68,7 @@ class VariantCache:
         self._contexts = contexts
         self._options = options
         self._factory = factory
+        self._batch_dims = {kind: options.batch_dims_of(kind) for kind in CallKind}
         self._record = record
         self._paths: dict[PathsKey, Paths] = {}
         self._pinned_seen = False
@@ -101,7 +103,7 @@ class VariantCache:
 
         A plan may be one for updates that wait, or not.
         """
-        batch_dims = self._options.batch_dims_of(kind)
+        batch_dims = self._batch_dims[kind]
         key, batch, whole = call_key_of(self._net, call, kind, batch_dims)
         return (key, kind is CallKind.TRAIN_STEP and self._factory.waits()), batch, whole
 
@@ -146,6 +148,14 @@ class VariantCache:
                 raise paths.dynamic.again()
             misfit: tuple[int, int] | None = None
             standing = paths.standing(type(self._net).__name__)
+            settled = paths.next(minibatch, standing)
+            if settled is not None:
+                inputs = settled.variant.captured.inputs_of(batch)
+                self.activate(settled.variant)
+                self._note(settled.variant, settled.planned)
+                weights, doubt = settled.weights(inputs)
+                if doubt is None:
+                    return self._ready(settled.variant, settled.planned, inputs, weights)
             for variant in standing:
                 if variant.captured.only_size not in (None, minibatch):
                     continue
@@ -160,7 +170,12 @@ class VariantCache:
                     break
                 if misfit is None:
                     paths.use(variant)
-                    return self._with_plan(variant, planned, inputs) or self.ready(kind, call)
+                    ready = self._with_plan(variant, planned, inputs)
+                    if ready is None:
+                        return self.ready(kind, call)
+                    asked = self._options.microbatch_size
+                    paths.settle(ready, variant.on_one_path(ready.planned, asked))
+                    return ready
             self._add_path(paths, standing, kind, call, misfit)
         raise DynamicOnlyError("the microbatches of a minibatch take different paths", "?")
 
@@ -177,8 +192,14 @@ class VariantCache:
         if doubt is not None:
             said = parts_asked_for(doubt, minibatch, planned.plan.spec.backward_size)
             self._record.warn(said)
+        return self._ready(variant, planned, inputs, weights)
+
+    def _ready(
+        self, variant: Variant, planned: Planned, inputs: Values, weights: Weights
+    ) -> ReadyStep:
         low, high = planned.microbatches[-1]
-        set_up = variant.captured.traces.set_up(minibatch if asked is None else high - low)
+        whole = self._options.microbatch_size is None
+        set_up = variant.captured.traces.set_up(planned.plan.minibatch if whole else high - low)
         return ReadyStep(variant, planned, inputs, weights, set_up=set_up)
 
     def _planned(

@@ -58,10 +58,10 @@ def flatten(
     leaves: list[Any] = []
     nested = []
     for index, leaf in enumerate(outer):
-        if not _holds_tensors(leaf):
+        names = _fields(leaf)
+        if not names or not any(tensors_in(getattr(leaf, name, None)) for name in names):
             leaves.append(leaf)
             continue
-        names = _fields(leaf)
         inner_leaves, inner = flatten([getattr(leaf, name) for name in names], is_leaf)
         nested.append((index, type(leaf), names, inner))
         leaves += inner_leaves
@@ -79,10 +79,6 @@ def _fields(leaf: Any) -> tuple[str, ...]:
     if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
         return ()
     return tuple(field.name for field in dataclasses.fields(leaf))
-
-
-def _holds_tensors(leaf: Any) -> bool:
-    return any(tensors_in(getattr(leaf, name, None)) for name in _fields(leaf))
 
 
 def _rebuild(kind: type, names: tuple[str, ...], values: list[Any]) -> Any:

@@ -292,6 +292,12 @@ class Captured:
         known = layered.trace.values[layered.crossing[value]]
         return known.shape, dense_stride(known.shape, known.stride), known.dtype
 
+    def value_type(self, value: int, num_samples: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a value for a microbatch of this size."""
+        layered = self.traces.of(num_samples)
+        known = layered.trace.values[layered.crossing[value]]
+        return known.shape, known.dtype
+
     def trace_for(self, num_samples: int) -> Trace:
         """Return the trace for microbatches of this size."""
         return self.traces.of(num_samples).trace

@@ -275,8 +275,9 @@ class Executor:
             updated=job.begun,
             loss_scale=job.loss_scale,
         )
-        pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
-        self._check_room([needed - held for needed, held in pairs])
+        if job.ahead_nbytes:
+            pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
+            self._check_room([needed - held for needed, held in pairs])
         self._check_room(prepared.needs_nbytes)
         for context, stage in zip(self.contexts, self._stages, strict=True):
             context.reset_peak()

@@ -159,6 +159,8 @@ class Stage:
 
     def _changing(self, pack: Pack) -> list[tuple[int, int]]:
         """Byte ranges of a pack's slot that hold buffers which its forward changes."""
+        if not self._code.changes:
+            return []
         changed = self._code.changes.items()
         names = {name for layer, change in changed if layer in pack for name in change.buffers}
         if not names:
@@ -332,7 +334,7 @@ def _check_forms(code: Captured, found: Values, num_samples: int) -> None:
         CaptureError: naming the value and both forms.
     """
     for value, tensor in found.items():
-        shape, _, dtype = code.value_form(value, num_samples)
+        shape, dtype = code.value_type(value, num_samples)
         if tensor.dtype != dtype or tensor.shape != shape:
             raise CaptureError(
                 f"{code.graph.values[value].name} is {tensor.dtype} of shape "

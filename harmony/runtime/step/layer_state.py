@@ -77,6 +77,8 @@ class LayerStates:
 
     def enter(self, task: Task, shell: ModuleShell) -> None:
         """Give the layers of a task the state that their microbatch has to find."""
+        if not self._changes:
+            return
         for layer, change in self._in(task.pack):
             key = (layer, _samples(task))
             if self._runs_first(task):
@@ -91,6 +93,8 @@ class LayerStates:
 
     def leave(self, task: Task, shell: ModuleShell) -> None:
         """Take what the layers of a task have left."""
+        if not self._changes:
+            return
         for _, change in self._in(task.pack):
             shell.settle(change.buffers)
             if not self._runs_first(task):
