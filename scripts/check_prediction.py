@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from pretrain_gpt import batches, loss_fn, make_model
 
 import harmony
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.errors import HarmonyError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan, describe_spec

@@ -22,7 +22,7 @@ from harmony.planner.ir.tasks import TensorKind, value_gradient
 from harmony.reference.plain_step import PlainForward
 from harmony.runtime.exec.executor import PreparedSchedule
 from harmony.runtime.exec.stage import Values
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 from harmony.runtime.step.step import Weights
 

@@ -1,8 +1,9 @@
-"""The key of a call: all that decides what is computed."""
+"""The key of a call: its kind, and all else that decides what is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 from harmony.capture import Batch, autocast_dtype, form_of, form_of_leaf, irregular_input
 from harmony.capture.guards.torch_settings import torch_settings
-from harmony.engine.call_kind import CallKind
 from harmony.errors import ConfigError
+from harmony.planner.ir.tasks import Phase
 
 CallKey = tuple[Any, ...]
 """All of a call that changes what is computed, but for the number of samples."""
@@ -20,6 +21,21 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional arguments, keyword arguments, targets."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class CallKind(Enum):
+    """Who runs the loss, the backward and the optimizer."""
+
+    TRAIN_STEP = "train_step"
+    """`Harmony.train_step`: all of them are Harmony's."""
+
+    OWN_LOOP = "own loop"
+    """The module is called, with or without gradients; the rest is the user's own loop."""
+
+    @property
+    def phase(self) -> Phase:
+        """What is planned for such a call."""
+        return Phase.TRAIN if self is CallKind.TRAIN_STEP else Phase.BACKWARD
 
 
 def call_key_of(

@@ -25,8 +25,7 @@ from harmony.capture import (
 )
 from harmony.capture.loss.weights import LiveWeights, parts_asked_for
 from harmony.core.warn import warn
-from harmony.engine.call_key import Call
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind
 from harmony.engine.minibatch import detached
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import Paths, PathsKey, use_last
@@ -42,7 +41,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.randomness import microbatch_seed
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.unsaved import about_to_change
 from harmony.runtime.update.optimizer import PackOptimizer
 from harmony.runtime.update.param_hooks import GradientSums, call_hooks

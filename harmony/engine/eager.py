@@ -30,8 +30,7 @@ from harmony.capture.loss.weights import LossWeigher, parts_asked_for
 from harmony.capture.state.caller_arguments import Lent, place_of
 from harmony.capture.trace.program import Program
 from harmony.core.units import format_bytes
-from harmony.engine.call_key import Call
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind
 from harmony.engine.options import EngineOptions
 from harmony.engine.variants import VariantCache
 from harmony.errors import DoesNotFitError

@@ -24,8 +24,7 @@ from harmony.engine.autograd import (
     ForwardObserver,
     hooks_of_others_off,
 )
-from harmony.engine.call_key import Call
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind
 from harmony.engine.dynamic import DynamicRunner
 from harmony.engine.eager import EagerRunner
 from harmony.engine.generate import generate
@@ -48,7 +47,7 @@ from harmony.report import session
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.out_of_memory import is_undone, with_room
 from harmony.runtime.interrupts import held_back
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.traced_lock import TracedLock
 from harmony.runtime.update.loss_scaling import LossScaling
 

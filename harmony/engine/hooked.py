@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from harmony.engine.call_key import Call
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind
 from harmony.engine.dynamic import ModuleState
 from harmony.engine.engine import Engine
 from harmony.engine.step_result import RanStep, ReadyStep

@@ -13,7 +13,7 @@ from torch import nn
 
 from harmony.core.files import check_types
 from harmony.core.options import ACTIVATIONS, MODES, UPDATES, WATCHDOG, Watch, current_options
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.engine.precision import FP32, Precision
 from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.plan import Plan

@@ -16,7 +16,7 @@ from harmony.engine.autograd import (
     check_surroundings,
     input_gradients,
 )
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.engine.engine import Engine
 from harmony.engine.grad_alias import AliasedGradients, check_unchanged
 from harmony.engine.inflight import parameters_read

@@ -18,7 +18,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.step.layer_state import LayerStates
 from harmony.runtime.step.randomness import RandomStreams, microbatch_seed
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.step import Weights
 
 

@@ -11,8 +11,7 @@ import torch
 
 from harmony.capture import DynamicOnlyError, GuardError
 from harmony.core.timeline import Timeline
-from harmony.engine.call_key import Call
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind
 from harmony.engine.engine import Engine
 from harmony.engine.hooked import hooked_step
 from harmony.engine.minibatch import load_inputs, weighted_sum

@@ -20,8 +20,7 @@ from harmony.capture import (
 )
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
-from harmony.engine.call_key import Call
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind
 from harmony.engine.grad_alias import check_plain
 from harmony.engine.graph_bytes import with_state
 from harmony.engine.offline_plan import (

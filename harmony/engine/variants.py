@@ -22,8 +22,7 @@ from harmony.capture import (
 from harmony.capture.guards.torch_settings import mode_of_users
 from harmony.capture.loss.weights import parts_asked_for
 from harmony.core.options import current_options
-from harmony.engine.call_key import Call, call_key_of
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import Call, CallKind, call_key_of
 from harmony.engine.offline_plan import plan_elsewhere
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import MAX_CHANGES, MAX_PATHS, Paths, PathsKey, use_last

@@ -26,7 +26,7 @@ from harmony.runtime import interrupts, native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.stage import Stage, Values
 from harmony.runtime.host.arena import ArenaView
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 
 
 @dataclass

@@ -14,7 +14,7 @@ from harmony.capture import DynamicOnlyError
 from harmony.capture.graph.structure import flatten
 from harmony.capture.trace.isolation import undisturbed
 from harmony.core.units import format_bytes
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.engine.engine import Engine
 from harmony.errors import DoesNotFitError
 from harmony.planner.ir.tasks import Samples, TaskKind

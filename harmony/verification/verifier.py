@@ -16,7 +16,7 @@ import torch
 from harmony.capture import DynamicOnlyError, GuardError
 from harmony.capture.graph.structure import flatten
 from harmony.capture.state.random_state import GeneratorStates
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.engine.engine import Engine
 from harmony.engine.own_loop import OwnLoop
 from harmony.engine.train_steps import TrainSteps

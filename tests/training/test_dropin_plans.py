@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import harmony
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import build_tasks

@@ -15,7 +15,7 @@ from torch import nn
 
 import harmony
 from harmony.capture.replay import captured
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import StepSpec
 from harmony.runtime.step import layer_state as layerstate

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import harmony
 from harmony.engine import late
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import Pack, StepSpec, TaskKind
 from harmony.planner.search import overlap

@@ -15,7 +15,7 @@ from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 
 import harmony
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import harmony
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.planner.predict.simulate import _Work
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, token_batch, token_loss

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.engine.call_kind import CallKind
+from harmony.engine.call_key import CallKind
 from harmony.engine.train_steps import TrainSteps
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op

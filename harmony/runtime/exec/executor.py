@@ -37,7 +37,7 @@ from harmony.runtime.host.late_updates import LateUpdates
 from harmony.runtime.host.pinned_memory import Place, Stash
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.finite import FirstBad
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 from harmony.runtime.step.step import HostValues, Step, Weights
 from harmony.runtime.update.optimizer import PackOptimizer
@@ -239,13 +239,13 @@ class Executor:
         Raises:
             ExecutionError: if a task fails; names the task.
         """
+        for context, resident in zip(self.contexts, self._residents, strict=True):
+            if resident.refs:  # the script may have changed optimizer state that lies there
+                context.wait_for_caller()
         with job.replay.random.borrowed():
             return self._run(prepared, job)
 
     def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
-        for context, resident in zip(self.contexts, self._residents, strict=True):
-            if resident.refs:  # the script may have changed optimizer state that lies there
-                context.wait_for_caller()
         num_programs = len(prepared.programs) + 1
         num_signals = prepared.num_events + len(prepared.programs) + 1
         begin = native.new_tokens(num_programs)

@@ -16,8 +16,7 @@ from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of,
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.pinned_memory import view_bytes
 from harmony.runtime.step.finite import FirstBad
-from harmony.runtime.step.kernel_choice import as_recomputed
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState, as_recomputed
 
 Values = dict[int, torch.Tensor]
 """Tensors by the id of their value."""

@@ -11,7 +11,7 @@ from harmony.planner.ir.tasks import Samples, TensorKind
 from harmony.runtime.exec.signals import Signals
 from harmony.runtime.host.late_updates import LateUpdates
 from harmony.runtime.host.pinned_memory import Stash
-from harmony.runtime.step.replay_state import ReplayState
+from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 
 HostValues = dict[tuple[TensorKind, int], Stash]

@@ -1,14 +1,31 @@
-"""Keeps PyTorch from choosing other kernels for a forward than for its recompute."""
+"""What makes a recompute give what the forward gave: random numbers, buffers, the same kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from harmony.errors import ExecutionError
+from harmony.runtime.step.layer_state import LayerStates
+from harmony.runtime.step.randomness import RandomStreams
+
+
+@dataclass(frozen=True)
+class ReplayState:
+    """Random states, and what layers change, of one forward and its backward."""
+
+    random: RandomStreams
+    states: LayerStates
+
+    @staticmethod
+    def nothing() -> ReplayState:
+        """Return a replay of nothing, for runs that nothing depends on."""
+        return ReplayState(RandomStreams(frozenset()), LayerStates(nn.Module(), {}, 0, 0, False))
 
 
 @contextmanager
