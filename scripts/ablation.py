@@ -27,8 +27,9 @@ from harmony.errors import DoesNotFitError
 from harmony.planner.ir.policy import LEAN, Policy
 from harmony.planner.search import candidates, keeping, ranking, search
 from harmony.planner.search.candidates import Candidate
-from harmony.profiling.original_format import read_profile, to_layers
+from harmony.profiling.original_format import to_layers
 from research.original.machine import machine_of
+from research.original.profile import read_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("bert_large", "gpt2_xl")

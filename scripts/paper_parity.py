@@ -18,8 +18,8 @@ import sys
 from dataclasses import asdict, dataclass
 
 from harmony.errors import PlanError
-from harmony.profiling.original_format import PaperProfile
 from research.original.estimator import estimate_events, estimate_s
+from research.original.profile import PaperProfile
 from research.original.tables import Profiles, ScheduleRow, read_schedules
 from research.original.traffic import closed_forms, peak_nbytes
 

@@ -34,9 +34,10 @@ from harmony.errors import PlanError
 from harmony.planner.ir.tasks import Pack
 from harmony.planner.predict.lower_bound import lower_bound
 from harmony.planner.search.search import choose
-from harmony.profiling.original_format import PaperProfile, to_layers
+from harmony.profiling.original_format import to_layers
 from research.original.estimator import estimate_s
 from research.original.machine import machine_of
+from research.original.profile import PaperProfile
 from research.original.search import search
 from research.original.tables import CaseRow, Profiles, read_cases
 

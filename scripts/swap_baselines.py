@@ -34,10 +34,11 @@ from harmony.core.machine import Device, Host, Machine, Switch
 from harmony.errors import DoesNotFitError, HarmonyError, PlanError
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.search.search import choose
-from harmony.profiling.original_format import read_profile, to_layers
+from harmony.profiling.original_format import to_layers
 from research.baselines.baselines import SWAPS, Outcome, fastest
 from research.baselines.swapping import swap_step
 from research.baselines.zero3 import zero3_step
+from research.original.profile import read_profile
 
 GIB = 2**30
 CASES = ("gpt2_xl:64", "gpt2_10b:32")

@@ -26,14 +26,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
-from harmony.core.files import parse_json, read_text
 from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
 from harmony.errors import PlanError
 from harmony.planner.predict.cost import CostTable, LayerCost
@@ -44,25 +42,7 @@ _PER_LAYER = ("W", "B", "K", "X_per_sample", "upd_cpu_s")
 
 
 @dataclass(frozen=True)
-class Sized:
-    """A profile at one microbatch size; entry ``l`` of a column sums the layers before ``l``.
-
-    Attributes:
-        num_samples: the microbatch size.
-        forward_s: seconds of the forward.
-        backward_s: seconds of the backward, the recompute not included.
-        forward_nbytes, backward_nbytes: peak bytes of the layers run alone, as measured.
-    """
-
-    num_samples: int
-    forward_s: tuple[float, ...]
-    backward_s: tuple[float, ...]
-    forward_nbytes: tuple[float, ...]
-    backward_nbytes: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class PaperProfile:
+class OriginalProfile:
     """One model's profile.
 
     Attributes:
@@ -81,33 +61,11 @@ class PaperProfile:
     input_nbytes: tuple[int, ...]
     update_s: tuple[float, ...]
     columns: Mapping[Column, Mapping[int, tuple[float, ...]]]
-    _sized: dict[int, Sized] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_layers(self) -> int:
         """How many layers the model has."""
         return len(self.weight_nbytes)
-
-    @cached_property
-    def moved_nbytes(self) -> tuple[int, ...]:
-        """Per place, bytes of weights and buffers of all layers before it."""
-        pairs = zip(self.weight_nbytes, self.buffer_nbytes, strict=True)
-        return (0, *accumulate(w + b for w, b in pairs))
-
-    @cached_property
-    def updated_s(self) -> tuple[float, ...]:
-        """Per place, seconds of the updates of all layers before it."""
-        return (0.0, *accumulate(self.update_s))
-
-    @cached_property
-    def entered_nbytes(self) -> tuple[int, ...]:
-        """Per place, bytes for a sample of the inputs of all layers before it."""
-        return (0, *accumulate(self.input_nbytes))
-
-    @cached_property
-    def max_forward_size(self) -> int:
-        """The largest microbatch whose forward was measured."""
-        return min(max(self.columns[name]) for name in ("time_s_FWD", "mem_bytes_FWD"))
 
     @cached_property
     def max_backward_size(self) -> int:
@@ -135,49 +93,13 @@ class PaperProfile:
         pairs = zip(measured[low], measured[high], strict=True)
         return tuple(a + (b - a) * share for a, b in pairs)
 
-    def sized(self, num_samples: int, *, backward: bool = True) -> Sized:
-        """The profile at a microbatch size; without its backward if only FORWARD uses the size.
 
-        Raises:
-            PlanError: if the size is outside of those that were measured.
-        """
-        key = num_samples if backward else -num_samples
-        if key not in self._sized:
-            forward = self.column("time_s_FWD", num_samples)
-            sums = [forward, (), self.column("mem_bytes_FWD", num_samples), ()]
-            if backward:
-                both = self.column("time_s_BWD", num_samples)
-                sums[1] = tuple(b - f for f, b in zip(forward, both, strict=True))
-                sums[3] = self.column("mem_bytes_BWD", num_samples)
-            self._sized[key] = Sized(num_samples, *((0.0, *accumulate(column)) for column in sums))
-        return self._sized[key]
-
-
-def read_profile(path: str | Path) -> PaperProfile:
-    """Read a profile.
-
-    Raises:
-        PlanError: if the file is missing, is not JSON, or lacks a column, or if a column has
-            another number of layers than `R` or a number that is negative or not finite.
-    """
-    path = Path(path)
-    try:
-        data = parse_json(read_text(path))
-    except FileNotFoundError:
-        raise PlanError(f"no profile {path}. Name a folder that has it") from None
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{path} is not a profile: {error}") from None
-    try:
-        return parse_profile(data)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
-
-
-def parse_profile(data: Any) -> PaperProfile:
+def parse_profile(data: Any) -> OriginalProfile:
     """Return the profile that decoded JSON describes.
 
     Raises:
-        PlanError: like `read_profile`.
+        PlanError: if it lacks a column, or if a column has another number of layers than `R` or a
+            number that is negative or not finite.
     """
     if not isinstance(data, dict):
         raise PlanError(f"a profile is a JSON object, not {type(data).__name__}")
@@ -190,7 +112,7 @@ def parse_profile(data: Any) -> PaperProfile:
     per_layer = {name: _numbers(data[name], num_layers, name) for name in _PER_LAYER}
     columns = {name: _sizes(data[name], num_layers, name) for name in COLUMNS}
     whole = {name: tuple(int(v) for v in per_layer[name]) for name in _PER_LAYER[:-1]}
-    return PaperProfile(
+    return OriginalProfile(
         str(data["model"]),
         whole["W"],
         whole["B"],
@@ -223,7 +145,7 @@ def _numbers(data: Any, num_layers: int, name: str) -> tuple[float, ...]:
     return tuple(data)
 
 
-def to_layers(profile: PaperProfile) -> tuple[LayerGraph, CostTable]:
+def to_layers(profile: OriginalProfile) -> tuple[LayerGraph, CostTable]:
     """Return the model as a chain of layers for our planner, and what they cost.
 
     Sizes of microbatches between those measured are interpolated linearly. Beyond them, bytes
@@ -244,7 +166,7 @@ def to_layers(profile: PaperProfile) -> tuple[LayerGraph, CostTable]:
     return LayerGraph(layers, tuple(values), loss=num_layers), CostTable(tuple(costs))
 
 
-def _layer(profile: PaperProfile, index: int, saved: int) -> Layer:
+def _layer(profile: OriginalProfile, index: int, saved: int) -> Layer:
     weights, buffers = profile.weight_nbytes[index], profile.buffer_nbytes[index]
     entered, leaves = profile.input_nbytes[index], _left_per_sample(profile, index)
     return Layer(
@@ -261,19 +183,19 @@ def _layer(profile: PaperProfile, index: int, saved: int) -> Layer:
     )
 
 
-def _left_per_sample(profile: PaperProfile, index: int) -> int:
+def _left_per_sample(profile: OriginalProfile, index: int) -> int:
     """Bytes of a layer's output for a sample; the loss has next to none."""
     following = profile.input_nbytes[index + 1 :]
     return following[0] if following else 0
 
 
-def _kept_nbytes(profile: PaperProfile, index: int, size: int) -> float:
+def _kept_nbytes(profile: OriginalProfile, index: int, size: int) -> float:
     """Bytes of a layer's weights, buffers, input and output."""
     per_sample = profile.input_nbytes[index] + _left_per_sample(profile, index)
     return profile.weight_nbytes[index] + profile.buffer_nbytes[index] + size * per_sample
 
 
-def _saved_per_sample(profile: PaperProfile, index: int) -> int:
+def _saved_per_sample(profile: OriginalProfile, index: int) -> int:
     """The most bytes that a layer can save for its backward, for a sample."""
     peaks = profile.columns["mem_bytes_BWD"]
     bounds = [
@@ -283,7 +205,7 @@ def _saved_per_sample(profile: PaperProfile, index: int) -> int:
     return max(0, ceil(min(bounds)))
 
 
-def _costs(profile: PaperProfile, index: int) -> dict[int, LayerCost]:
+def _costs(profile: OriginalProfile, index: int) -> dict[int, LayerCost]:
     """What a layer costs at the sizes measured, and at twice the largest, see `to_layers`."""
     last = profile.max_backward_size
     first = max(min(profile.columns[name]) for name in COLUMNS)
@@ -296,7 +218,7 @@ def _costs(profile: PaperProfile, index: int) -> dict[int, LayerCost]:
     return found
 
 
-def _cost(profile: PaperProfile, index: int, size: int, saved_per_sample: int) -> LayerCost:
+def _cost(profile: OriginalProfile, index: int, size: int, saved_per_sample: int) -> LayerCost:
     forward_s, backward_s, forward, backward = (
         profile.column(name, size)[index] for name in COLUMNS
     )

@@ -22,8 +22,9 @@ from harmony.planner.predict.cost import CostTable
 from harmony.planner.search import candidates, keeping, ranking, search
 from harmony.planner.search.candidates import Candidate
 from harmony.planner.search.ranking import handicap
-from harmony.profiling.original_format import read_profile, to_layers
+from harmony.profiling.original_format import to_layers
 from research.original.machine import machine_of
+from research.original.profile import read_profile
 
 PROFILES = Path(__file__).parents[1] / "data" / "reference" / "profiles"
 CASES = [

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from harmony.errors import PlanError
-from harmony.profiling.original_format import parse_profile, read_profile, to_layers
+from harmony.profiling.original_format import to_layers
+from research.original.profile import parse_profile, read_profile
 from research.original.tables import read_cases, read_schedules
 
 ROOT = Path(__file__).parents[2]

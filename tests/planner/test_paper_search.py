@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from harmony.errors import DoesNotFitError, PlanError
 from harmony.planner.ir.tasks import Pack
 from harmony.planner.search.search import choose
-from harmony.profiling.original_format import PaperProfile, parse_profile, to_layers
+from harmony.profiling.original_format import to_layers
 from research.original.estimator import estimate_s
 from research.original.four_tuple import FourTuple, Mode
 from research.original.improve import neighbour, neighbours
 from research.original.machine import machine_of
+from research.original.profile import PaperProfile, parse_profile
 from research.original.search import search
 from research.original.tables import CaseRow, Profiles, read_cases
 from research.original.traffic import peak_nbytes

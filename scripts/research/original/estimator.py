@@ -21,8 +21,8 @@ from typing import Generic, Protocol, TypeVar
 
 from harmony.planner.ir.tasks import TaskKind
 from harmony.planner.predict.flows import Activities, Resource, Times
-from harmony.profiling.original_format import PaperProfile
 from research.original.four_tuple import FourTuple, PackTask, covering
+from research.original.profile import PaperProfile
 from research.original.traffic import Traffic
 
 Lane = tuple[int, str]

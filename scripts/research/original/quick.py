@@ -14,9 +14,9 @@ from itertools import accumulate, pairwise
 
 from harmony.errors import PlanError
 from harmony.planner.ir.tasks import TaskKind
-from harmony.profiling.original_format import PaperProfile
 from research.original.estimator import Server
 from research.original.four_tuple import Mode
+from research.original.profile import PaperProfile
 from research.original.ranges import Weight
 
 Cuts = Sequence[int]

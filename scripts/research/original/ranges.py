@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from harmony.planner.ir.tasks import Pack, TaskKind
-from harmony.profiling.original_format import PaperProfile
+from research.original.profile import PaperProfile
 from research.original.traffic import backward_nbytes, forward_nbytes
 
 Weight = Callable[[int, int], float]

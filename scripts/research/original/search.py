@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from harmony.core.units import format_bytes
 from harmony.errors import DoesNotFitError
 from harmony.planner.ir.tasks import Pack, TaskKind
-from harmony.profiling.original_format import PaperProfile
 from research.original.estimator import SERVER, Server, estimate_s
 from research.original.four_tuple import FourTuple, Mode
 from research.original.improve import Budget, Improver, Pair
+from research.original.profile import PaperProfile
 from research.original.quick import Question, Quick
 from research.original.ranges import Balanced, Ranges, least_sum, walk_back
 from research.original.traffic import peak_nbytes

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from harmony.core.files import read_text
 from harmony.errors import PlanError
 from harmony.planner.ir.tasks import Pack
-from harmony.profiling.original_format import PaperProfile, read_profile
 from research.original.four_tuple import FourTuple, Mode
+from research.original.profile import PaperProfile, read_profile
 from research.original.traffic import Traffic
 
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harmony.planner.ir.tasks import Pack, TaskKind
-from harmony.profiling.original_format import PaperProfile
 from research.original.four_tuple import FourTuple
+from research.original.profile import PaperProfile
 
 
 @dataclass(frozen=True)
