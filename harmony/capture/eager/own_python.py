@@ -78,8 +78,12 @@ class OnDevice(TorchFunctionMode):
         super().__init__()
         self._device = device
         self._thread = threading.get_ident()
-        self._kernels = KernelWatch(fake=False)
         self._lent: dict[int, tuple[StorageWeakRef, torch.Tensor, int]] = {}
+
+    @functools.cached_property
+    def _kernels(self) -> KernelWatch:
+        """Made when a call mixes tensors; most losses mix none."""
+        return KernelWatch(fake=False)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
