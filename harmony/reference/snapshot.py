@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.capture.guards.observe import is_users
+
 _UNTOUCHED = (
     type,
     types.ModuleType,
@@ -27,14 +29,16 @@ class Snapshot:
     """Everything that can be reached from some objects, as it is now.
 
     Tensors, containers and attributes are put back in place, so whoever holds one of these
-    objects sees what it held. Of functions, these are their closures, defaults, and the globals
-    that their own code names; what functions reach that they call is not seen.
+    objects sees what it held. Of functions, and of the methods of the program's own classes,
+    these are their closures, defaults, and the globals that their code names, so also what other
+    functions of the program reach that they call.
     """
 
     def __init__(self, *roots: Any) -> None:
         """Keep a copy of every value; tensors are copied to the host."""
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}
+        self._classes: set[type] = set()
         for root in roots:
             self._keep(root, _DEPTH)
 
@@ -76,9 +80,31 @@ class Snapshot:
             self._keep(default, depth - 1)
         named = function.__globals__
         for name in function.__code__.co_names:
-            if name in named and not isinstance(named[name], (*_UNTOUCHED, types.FunctionType)):
-                self._undo.append(partial(named.__setitem__, name, named[name]))
-                self._keep(named[name], depth - 1)
+            held = named.get(name, _UNTOUCHED)
+            if isinstance(held, types.FunctionType):
+                if is_users(held.__code__):
+                    self._keep(held, depth - 1)
+            elif name in named and not isinstance(held, _UNTOUCHED):
+                self._undo.append(partial(named.__setitem__, name, held))
+                self._keep(held, depth - 1)
+            elif isinstance(held, type):
+                self._keep_class(held, depth - 1)
+
+    def _keep_class(self, kind: type, depth: int) -> None:
+        """Note what a class of the program holds itself, and what its methods reach."""
+        if kind in self._classes:
+            return
+        self._classes.add(kind)
+        for owner in kind.__mro__:
+            functions = {n: f for n, held in vars(owner).items() if (f := _function(held))}
+            if not any(is_users(f.__code__) for f in functions.values()):
+                continue
+            for name, held in list(vars(owner).items()):
+                if name in functions:
+                    self._keep(functions[name], depth)
+                elif not name.startswith("__") and not hasattr(held, "__get__"):
+                    self._undo.append(_class_attribute(owner, name, held))
+                    self._keep(held, depth - 1)
 
     def _contents(self, held: Any) -> Iterable[Any] | None:
         """What an object holds, after its present contents were noted; None for a plain value."""
@@ -103,6 +129,7 @@ class Snapshot:
         attributes = getattr(held, "__dict__", None)
         if not isinstance(attributes, dict) or type(held).__module__.startswith("harmony"):
             return None
+        self._keep_class(type(held), _DEPTH if isinstance(held, nn.Module) else _DEPTH // 2)
         self._note(held, lambda: None)
         self._note(attributes, _dictionary(attributes))
         return list(attributes.values())
@@ -110,6 +137,22 @@ class Snapshot:
     def _note(self, held: Any, undo: Callable[[], None]) -> None:
         self._seen[id(held)] = held  # as long as it lives, nothing else has its id
         self._undo.append(undo)
+
+
+def _function(held: Any) -> types.FunctionType | None:
+    """The function behind a method, a property and decorators."""
+    held = getattr(held, "__func__", None) or getattr(held, "fget", None) or held
+    while hasattr(held, "__wrapped__"):
+        held = held.__wrapped__
+    return held if isinstance(held, types.FunctionType) else None
+
+
+def _class_attribute(owner: type, name: str, held: Any) -> Callable[[], None]:
+    def undo() -> None:
+        if vars(owner).get(name) is not held:
+            setattr(owner, name, held)
+
+    return undo
 
 
 def _dictionary(held: dict[Any, Any]) -> Callable[[], None]:

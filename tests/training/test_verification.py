@@ -239,3 +239,63 @@ def test_harmony_run_verify(
     assert ("DIFFERENT" in out) is wrong
     assert "4 microbatches" in out
     assert "stopped before training" in err
+
+
+class Books:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[int] = []
+        self.count = 0
+
+
+CALLED = [0]
+TOTAL = torch.zeros(())
+BOOKS = Books()
+turns = 0
+
+
+def keep_books(number: int) -> None:
+    """What a forward reaches only through a function that it calls."""
+    global turns
+    turns += 1
+    BOOKS.lines.append(number)
+    BOOKS.count += 1
+
+
+class Writing(nn.Module):
+    """Its forward writes to globals, to its class, and through a function and a property."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 5)
+
+    @property
+    def turn(self) -> int:
+        CALLED.append(len(CALLED))
+        return CALLED[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CALLED[0] += 1
+        Writing.calls += 1
+        TOTAL.add_(1)
+        keep_books(len(x) + self.turn)
+        out: torch.Tensor = self.inner(x)
+        return out
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_what_the_forward_writes_outside_is_put_back(steps: bool, vgpus: VirtualGPUs) -> None:
+    """Globals, attributes of classes, and what functions reach that the forward calls."""
+
+    def written() -> list[Any]:
+        return [list(CALLED), Writing.calls, float(TOTAL), turns, list(BOOKS.lines), BOOKS.count]
+
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD} if steps else {}
+    model = harmony.Harmony(Writing(), loss_fn=F.cross_entropy, devices=1, **options)
+    before = written()
+    found = model.verify(torch.randn(4, 8), torch.randint(0, 5, (4,)))
+    assert found.ok, found.summary()
+    assert written() == before
