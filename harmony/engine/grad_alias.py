@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from harmony.capture.graph.params import version_of
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.pinned_memory import tensor_on
+from harmony.runtime.update.optimizer import check_takes_dense
 
 
 class AliasedGradients:
@@ -93,6 +97,7 @@ def watch(params: Iterable[nn.Parameter]) -> None:
             _steps_of[param] = 0
     if not _hooks:
         _hooks.append(register_optimizer_step_post_hook(_count_step))
+        _hooks.append(register_optimizer_step_pre_hook(_check_step))
 
 
 def versions(arena: HostArena, names: Iterable[str]) -> dict[str, Version]:
@@ -142,6 +147,13 @@ def check_plain(net: nn.Module) -> None:
                 "(torch.func.functional_call). Copy values into the parameter (param.copy_(...) "
                 "under no_grad, load_state_dict) and call the model"
             )
+
+
+def _check_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if isinstance(optimizer, torch.optim.SparseAdam) and any(
+        param in _steps_of for group in optimizer.param_groups for param in group["params"]
+    ):
+        check_takes_dense(optimizer)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -91,3 +91,17 @@ def test_the_drop_in_form_says_that_gradients_are_dense(vgpus: VirtualGPUs) -> N
 def test_an_optimizer_that_wants_sparse_gradients_is_refused_by_name(vgpus: VirtualGPUs) -> None:
     with pytest.raises(harmony.ConfigError, match="SparseAdam wants sparse gradients"):
         harmony.Harmony(Words("module"), optimizer=torch.optim.SparseAdam, devices=1)
+
+
+def test_it_is_refused_by_name_in_a_loop_of_ones_own_too(vgpus: VirtualGPUs) -> None:
+    """Before its step, which raised PyTorch's error; parameters of others it may take."""
+    net, other = Words("module"), nn.Embedding(5, 2, sparse=True)
+    with pytest.warns(UserWarning, match="sparse=True"):
+        model = harmony.Harmony(net, microbatch_size=4, devices=1)
+    optimizer = torch.optim.SparseAdam([net.words.weight])
+    ids, targets = batch(0)
+    F.cross_entropy(model(ids), targets).backward()
+    with pytest.raises(harmony.ConfigError, match="SparseAdam wants sparse gradients"):
+        optimizer.step()
+    other(torch.tensor([1])).sum().backward()
+    torch.optim.SparseAdam(other.parameters()).step()

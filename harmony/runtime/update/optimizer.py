@@ -372,10 +372,19 @@ def _check_steps(optimizer: Any) -> None:
             "Use a first-order optimizer such as torch.optim.AdamW, or call it in a loop of your "
             "own around Harmony(module)"
         )
+    check_takes_dense(optimizer)
+
+
+def check_takes_dense(optimizer: Any) -> None:
+    """Refuse an optimizer of sparse gradients.
+
+    Raises:
+        ConfigError: naming the class.
+    """
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise ConfigError(
-            f"{name} wants sparse gradients; Harmony's are dense, with the same sums. Use "
-            "torch.optim.Adam, or another optimizer"
+            f"{type(optimizer).__name__} wants sparse gradients; Harmony's are dense, with the "
+            "same sums. Use torch.optim.Adam, or another optimizer"
         )
 
 
