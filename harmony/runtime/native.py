@@ -98,6 +98,11 @@ def cached_nbytes(device: torch.device) -> int:
     return int(reserved) - int(torch.accelerator.memory_allocated(device))
 
 
+def owned_nbytes(device: torch.device) -> int:
+    """Bytes without a tensor in them that no other process can take."""
+    return memory_info(device)[0] if is_virtual(device) else cached_nbytes(device)
+
+
 def is_lost(device: torch.device) -> bool:
     """Whether a device does not even do a trivial thing any more, as after a kernel's assert."""
     if is_virtual(device):

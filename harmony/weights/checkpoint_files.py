@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.autograd.graph import increment_version
 
 from harmony.core.files import DAMAGED, check_types, is_file, is_folder, parse_json, read_json
 from harmony.errors import ConfigError, HarmonyError
@@ -167,7 +168,7 @@ def _entry(path: Path, name: str, known: Mapping[str, Any], start: int, end: int
             now = _identity(path)
         if now != seen:
             raise ConfigError(f"{path} has been changed since it was opened")
-        with _reading(origin), path.open("rb") as file:
+        with _reading(origin), path.open("rb", buffering=0) as file:
             file.seek(start + low)
             _read_into(file, target, dtype)
 
@@ -196,13 +197,24 @@ def _read_into(file: BinaryIO, target: torch.Tensor, dtype: torch.dtype) -> None
         target.copy_(whole)
         return
     flat = target.detach().view(-1)
+    direct = flat.dtype is dtype and flat.device.type == "cpu"
     step = _CHUNK_NBYTES // dtype.itemsize
     for low in range(0, flat.numel(), step):
         part = flat[low : low + step]
-        data = bytearray(part.numel() * dtype.itemsize)
-        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        read = part if direct else torch.empty(part.numel(), dtype=dtype)
+        _read_whole(file, read.view(torch.uint8).numpy().data)
+        if not direct:
+            part.copy_(read)
+    if direct and not target.is_inference():
+        increment_version(target)  # as `copy_` does: copies of it elsewhere are no longer its own
+
+
+def _read_whole(file: BinaryIO, into: memoryview) -> None:
+    while len(into):
+        count = file.readinto(into)  # type: ignore[attr-defined]
+        if not count:
             raise ValueError("the file ends inside the tensor")
-        part.copy_(torch.frombuffer(data, dtype=dtype))
+        into = into[count:]
 
 
 # torch.save

@@ -231,7 +231,8 @@ class Executor:
         """Run one step and wait until all of it is done.
 
         The first run of a schedule keeps all updates back until every backward has succeeded: what
-        fails (memory, shapes) mostly fails there, and then no parameter has changed.
+        fails (memory, shapes) mostly fails there, and then no parameter has changed. So does one
+        whose memory is not this process's yet, as others may take it meanwhile.
 
         Ctrl-C lets the step end first, so that all parameters belong to the same step; a second
         one stops it, and says which parameters are of the step after.
@@ -258,7 +259,7 @@ class Executor:
             check = self.new_check(prepared.schedule)
         optimizer = self._host.optimizer
         waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
-        holds = first_time or waits or check is not None
+        holds = first_time or waits or check is not None or not self._owns_room(prepared)
         leaves = job.apply_updates and bool(prepared.host_program.late)
         step = Step(
             signals,
@@ -305,6 +306,11 @@ class Executor:
             self._raise_failure(prepared, step)
         prepared.num_runs += 1
         return self._timeline(prepared, step)
+
+    def _owns_room(self, prepared: PreparedSchedule) -> bool:
+        """Whether nobody else can take what the last run needed: all but the first have it."""
+        pairs = zip(self.contexts, prepared.needs_nbytes, strict=False)
+        return all(context.owned_nbytes() >= needed for context, needed in pairs)
 
     def _check_room(self, needs_nbytes: Sequence[int]) -> None:
         """Refuse to begin where others have taken the memory that an earlier run needed."""
