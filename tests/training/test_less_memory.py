@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Stage
+from harmony.runtime.host.host_state import HostState
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, square_loss, token_batch, token_loss
 
@@ -116,6 +119,54 @@ def test_what_runs_out_late_is_undone_and_too_often_is_an_error(
         else:
             losses.append(model.train_step(x, x))
         results.append([*losses, model.train_step(x, x), *state(model)])
+    assert all(map(torch.equal, *results))
+
+
+def test_updates_wait_while_others_may_take_what_a_step_needs(
+    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a step that runs out of memory in its last backward is undone, too."""
+    order: list[str] = []
+    last, backward, update = [0], Stage.backward, HostState.update
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        order.append("backward")
+        found = backward(*args, **kwargs)
+        if order.count("backward") == last[0]:
+            last[0] = 0
+            raise torch.OutOfMemoryError("others have taken it")
+        return found
+
+    def updated(*args: Any) -> None:
+        order.append("update")
+        update(*args)
+
+    monkeypatch.setattr(Stage, "backward", called)
+    monkeypatch.setattr(HostState, "update", updated)
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1)
+    results, num_backwards = [], 0
+    for disturbed in (False, True):
+        torch.manual_seed(1)
+        options = {"device_memory": "500KiB", "updates": "host", "activations": "recompute"}
+        model = trained(copy.deepcopy(net), **options)
+        losses = []
+        for step in range(4):
+            order.clear()
+            if step == 2 and disturbed:
+                if devices.TYPE == "vgpu":  # of whose memory no other process takes any
+                    monkeypatch.setattr(DeviceContext, "owned_nbytes", lambda _: 0)
+                torch.accelerator.empty_cache()
+                last[0] = num_backwards
+                with pytest.warns(harmony.HarmonyWarning, match="others have taken it"):
+                    losses.append(model.train_step(*token_batch(step)))
+                assert order.count("backward") == 2 * num_backwards
+                assert "update" not in order[: 2 * num_backwards]
+            else:
+                losses.append(model.train_step(*token_batch(step)))
+                num_backwards = order.count("backward")
+        results.append([*losses, *state(model)])
+        model.close()
     assert all(map(torch.equal, *results))
 
 
