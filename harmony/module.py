@@ -123,11 +123,12 @@ class Harmony(Wrapper):
             brings a `torch.amp.GradScaler`, as with FSDP2.
         seed: the run's seed, for `harmony.microbatch_seed`; None: one that follows from torch's
             generator now, so that `torch.manual_seed` before makes runs repeatable.
-        detect_nonfinite: raise `harmony.NonFiniteError` when a loss or a gradient of `train_step`
-            is infinite or NaN, before anything is updated, and name the operation, its line, the
-            layer and the samples that it comes from. Updates wait for the whole backward then, run
-            on the host, and all gradients are read once more; only a step in which something is
-            found runs a second time, to find out where.
+        detect_nonfinite: raise `harmony.NonFiniteError` when a loss or a gradient is infinite or
+            NaN, before anything is updated, and name the operation, its line, the layer and the
+            samples that it comes from. In `train_step` updates wait for the whole backward then,
+            and run on the host; in a loop of your own ``backward()`` raises, and adds no gradient
+            to any. All gradients are read once more; only a step in which something is found runs
+            a second time, to find out where.
         watchdog: seconds (or ``"10m"``) after which a step in which nothing has moved is reported:
             at which instruction every thread and stream is, and the schedule's lines around it.
             Then it goes on waiting or, with ``"10m,end"``, the process ends with exit code 124.
@@ -171,11 +172,6 @@ class Harmony(Wrapper):
         check_options(mode, microbatch_size, activations, updates)
         check_types_of(optimizer_kwargs, batch_dims, seed)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
-        if detect_nonfinite and optimizer is None:
-            raise ConfigError(
-                "detect_nonfinite=True without an optimizer: it looks at the steps of train_step. "
-                "In a loop of your own look at the loss and at param.grad"
-            )
         options = current_options()
         if detect_nonfinite and (options.precision or precision) == "fp16":
             raise ConfigError(

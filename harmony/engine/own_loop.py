@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ from harmony.engine.minibatch import (
 from harmony.engine.step_result import ReadyStep
 from harmony.engine.variants import OTHER_WAY
 from harmony.engine.wholeness import alone
+from harmony.errors import NonFiniteError
 from harmony.planner.ir.tasks import Phase
 from harmony.report.session import StepStats
-from harmony.runtime.exec.executor import Job
+from harmony.runtime.exec.executor import Job, PreparedSchedule
+from harmony.runtime.step.finite import FirstBad, first_not_finite
 
 
 class OwnLoop:
@@ -65,6 +67,11 @@ class OwnLoop:
         check_surroundings()
         engine.options.precision.refuse(OTHER_WAY)
         engine.runs_whole((args, kwargs, None))
+        if engine.options.detect_nonfinite and torch.is_grad_enabled():
+            engine.dynamic.say(
+                "detect_nonfinite does not look at this loop: the model is run as it is, and its "
+                "backward is autograd's. torch.autograd.set_detect_anomaly(True) helps here"
+            )
         out = engine.eager.forward(args, kwargs, engine.num_steps)
         engine.num_steps += torch.is_grad_enabled()
         engine.last_timeline = None
@@ -134,6 +141,8 @@ class OwnLoop:
         engine.aliased.take_back()
         job = Job(call.replay, call.weights, check=call.check)
         timeline = variant.executor.run(prepared, job)
+        if engine.options.detect_nonfinite:
+            _check_finite(call, prepared, given)
         variant.checked(call.planned.plan)
         pairs = zip(prepared.needs_nbytes, variant.executor.slots_nbytes(), strict=False)
         call.planned.backward_nbytes[:] = [needed + held for needed, held in pairs]
@@ -175,3 +184,35 @@ class OwnLoop:
         with self.whole.together() as begun:
             self._engine.dynamic.commit(ready, replay, begun)
         return out
+
+
+def _check_finite(
+    call: ForwardCall, prepared: PreparedSchedule, given: Mapping[int, torch.Tensor]
+) -> None:
+    """Refuse gradients that are not finite before anybody has them; find out where they began.
+
+    Raises:
+        NonFiniteError: naming the operation.
+    """
+    host = call.variant.host
+    touched = frozenset().union(*host.touched.values())
+    made = {n: host.gradients.views[n] for n in host.params if n in touched}
+    to_inputs = zip(call.inputs, input_gradients(prepared, call), strict=True)
+    made |= {f"input {v}": gradient for v, gradient in to_inputs if gradient is not None}
+    came = first_not_finite({str(v): gradient.cpu() for v, gradient in given.items()})
+    found = first_not_finite(made)
+    if came is None and found is None:
+        return
+    look = FirstBad(call.variant.graph)
+    call.variant.executor.run(prepared, Job(call.replay, call.weights, look=look))
+    said = "the gradient of an output" if came is not None else f"the gradient of {found}"
+    if came is None or look.in_forward:
+        why = look.found() or "it is when the backward is repeated"
+    else:
+        why = (
+            "the outputs are, so it is made outside of the model, where "
+            "torch.autograd.set_detect_anomaly(True) finds the operation"
+        )
+    raise NonFiniteError(
+        f"forward {call.step}: {said} is not finite: {why}. No gradient was added to any"
+    )

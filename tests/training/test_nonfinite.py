@@ -144,6 +144,70 @@ def test_a_step_that_is_not_planned_as_a_whole_is_refused_as_well(
     assert by == "hooked" or model.capture_mode == by
 
 
-def test_it_needs_train_step() -> None:
-    with pytest.raises(harmony.ConfigError, match=r"look at the loss and at param\.grad"):
-        harmony.Harmony(Net(), detect_nonfinite=True)
+def own_loop(**options: object) -> tuple[harmony.Harmony, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = harmony.Harmony(Net(), devices=2, microbatch_size=2, mode="pp", seed=3, **options)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "loss", "text"),
+    [
+        (
+            -1.0,
+            1.0,
+            "mean",
+            r"output is not finite: made first by log \(.*{here}:\d\d\), in layer",
+        ),
+        (1.0, 0.0, "mean", r"gradient of .* is not finite: made first by the backward of sqrt"),
+        (1.0, 1.0, "root", r"the outputs are, so it is made outside of the model"),
+    ],
+    ids=["forward", "backward", "outside"],
+)
+def test_a_backward_of_ones_own_loop_names_it_and_adds_no_gradient(
+    low: float, high: float, loss: str, text: str, vgpus: VirtualGPUs
+) -> None:
+    model, optimizer = own_loop(detect_nonfinite=True)
+    model(*inputs(1.0, 1.0)).square().mean().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    out = model(*inputs(low, high))
+    made = out.square().mean() if loss == "mean" else (out - out.detach()).abs().sqrt().mean()
+    with pytest.raises(harmony.NonFiniteError, match=text.format(here=HERE)):
+        made.backward()
+    assert all(map(torch.equal, before, (p.grad for p in model.parameters())))
+    optimizer.step()
+    model(*inputs(1.0, 1.0)).square().mean().backward()
+
+
+def test_a_loop_of_ones_own_in_which_all_is_finite_computes_the_same(vgpus: VirtualGPUs) -> None:
+    results = []
+    for looks in (False, True):
+        model, optimizer = own_loop(detect_nonfinite=looks)
+        for _ in range(3):
+            x, low, high = inputs(1.0, 1.0)
+            x.requires_grad_()
+            optimizer.zero_grad()
+            square_loss(model(x, low, high), torch.zeros(4, 8)).backward()
+            optimizer.step()
+        results.append([*(p.detach().clone() for p in model.parameters()), x.grad])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_loop_that_nothing_looks_at_is_said(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    model = harmony.Harmony(Wanders("eager"), devices=1, detect_nonfinite=True)
+    with pytest.warns(harmony.HarmonyWarning, match="detect_nonfinite does not look at this"):
+        model(torch.randn(8, 8)).sum().backward()
+    assert model.capture_mode == "eager"
+
+
+def test_an_input_that_is_not_finite_is_named_in_a_dynamic_loop_too(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    model = harmony.Harmony(Wanders("dynamic"), devices=1, detect_nonfinite=True)
+    for step in range(4):  # it goes both ways, which no recording stands for
+        model(torch.randn(8, 8) + step).sum().backward()
+    bad = torch.randn(8, 8)
+    bad[5] = math.nan
+    with pytest.raises(harmony.NonFiniteError, match=r"the input args\[0\] is not finite itself"):
+        model(bad).sum().backward()
+    assert model.capture_mode == "dynamic"

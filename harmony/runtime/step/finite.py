@@ -20,6 +20,9 @@ from harmony.errors import NonFiniteError
 from harmony.planner.ir.tasks import Samples, Task
 from harmony.runtime import native
 
+_FORWARD, _INPUT, _BACKWARD = range(3)
+"""Where something was found, in the order of what explains most."""
+
 
 def check_finite(
     losses: Iterable[tuple[Samples, torch.Tensor]], params: Mapping[str, torch.Tensor]
@@ -32,13 +35,20 @@ def check_finite(
     for (low, high), loss in losses:
         if not bool(loss.isfinite().all()):
             raise NonFiniteError(f"the loss of samples {low}:{high} is {loss.tolist()}")
-    for name, param in params.items():
-        if param.grad is None:
-            continue
-        native.trace_host_access("detect_nonfinite", param.grad, write=False)
+    gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
+    found = first_not_finite(gradients)
+    if found is not None:
+        raise NonFiniteError(f"the gradient of {found} is not finite")
+
+
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor on the host that is not finite; None if all are."""
+    for name, tensor in tensors.items():
+        native.trace_host_access("detect_nonfinite", tensor, write=False)
         # One sum is a look at all; that of large finite numbers may be infinite, too.
-        if not _sum_is_finite(param.grad) and not bool(param.grad.isfinite().all()):
-            raise NonFiniteError(f"the gradient of {name} is not finite")
+        if not _sum_is_finite(tensor) and not bool(tensor.isfinite().all()):
+            return name
+    return None
 
 
 class FirstBad:
@@ -54,6 +64,11 @@ class FirstBad:
         """Return what looks at the run of a task."""
         assert task.samples is not None, "only tasks with a microbatch compute"
         return RunLook(self._note, self._graph, task.samples)
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a value is not finite, and not only gradients."""
+        return any(kind < _BACKWARD for (kind, _, _), _ in self._notes)
 
     def found(self) -> str | None:
         """Say what made the first value, or else the first gradient, that is not finite."""
@@ -79,6 +94,11 @@ class RunLook:
     def begin(self, values: Mapping[int, torch.Tensor]) -> None:
         """Look at what the pack reads."""
         self._bad = {number for number, tensor in values.items() if _is_bad(tensor)}
+        for number in sorted(self._bad.intersection(self._graph.input_ids)):
+            low, high = self._samples
+            name = self._graph.values[number].name
+            said = f"the input {name} is not finite itself, in samples {low}:{high}"
+            self._note(_INPUT, self._samples, said)
 
     def after(self, layer: int, step: Step, made: Mapping[int, torch.Tensor]) -> None:
         """Look at what an operation has made, and have its backward looked at."""
@@ -91,7 +111,7 @@ class RunLook:
                 if not got_bad:
                     low, high = self._samples
                     said = f"made first by {text}, in the forward of samples {low}:{high}"
-                    self._note(0, self._samples, said)
+                    self._note(_FORWARD, self._samples, said)
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_hook(self._look_at_backward(text))
 
@@ -104,7 +124,7 @@ class RunLook:
                 said = f"made first by the backward of {text}"
             else:
                 return
-            self._note(1, self._samples, f"{said}, of samples {low}:{high}")
+            self._note(_BACKWARD, self._samples, f"{said}, of samples {low}:{high}")
 
         return look
 
