@@ -277,9 +277,9 @@ class Engine:
         self.factory.arenas = None
 
     def bit_choices(self) -> BitChoices | None:
-        """How the last plan parts a batch, for a checkpoint; None before the first step."""
-        plan = self.record.plan
-        return self.resumed if plan is None else BitChoices.of(plan)
+        """What of the last plan decides bits, for a checkpoint; None before the first step."""
+        plan, graph = self.record.plan, self.record.graph
+        return self.resumed if plan is None or graph is None else BitChoices.of(plan, graph)
 
     def two_packs_nbytes(self, nbytes: Mapping[str, int]) -> int:
         """Bytes of the two largest packs, where these are the bytes of each parameter."""

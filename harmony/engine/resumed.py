@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from harmony.core.files import check_types
@@ -25,8 +26,9 @@ class BitChoices:
         forward_size, backward_size: samples of a microbatch.
         shares: the samples of each replica, as ranges.
         mode: of the plan.
-        packs: BACKWARD packs, as ranges of layers: where a weight is shared, how its gradient is
-            added up depends on them. Empty in a file that is older than this.
+        packs: BACKWARD packs, as ranges of layers, as far as the bits depend on them: joined but
+            for those between which a weight is shared, whose gradient is added up pack by pack.
+            Empty in a file that is older than this.
         updated: those that were updated on a GPU, where that rounds otherwise than on the host.
     """
 
@@ -39,16 +41,17 @@ class BitChoices:
     updated: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     @staticmethod
-    def of(plan: Plan) -> BitChoices:
-        """Those of a plan."""
+    def of(plan: Plan, graph: LayerGraph) -> BitChoices:
+        """Those of a plan for a graph."""
         spec, alike = plan.spec, plan.machine.updates_alike
+        packs = _joined(spec.backward_packs, graph) if alike else spec.backward_packs
         return BitChoices(
             spec.minibatch,
             spec.forward_size,
             spec.backward_size,
             spec.shares,
             plan.mode,
-            _bounds(spec.backward_packs),
+            _bounds(packs),
             () if alike else _bounds(plan.policy.resident),
         )
 
@@ -84,7 +87,7 @@ class BitChoices:
 
     def compare(self, plan: Plan, graph: LayerGraph) -> None:
         """Warn if a plan for a batch of this size computes other bits."""
-        now, like = BitChoices.of(plan), self.like(graph, plan.spec.phase)
+        now, like = BitChoices.of(plan, graph), self.like(graph, plan.spec.phase)
         said = [] if now._parts() == self._parts() else [f"with {now}; before it was {self}"]
         if like is not None and not said:
             alike = plan.machine.updates_alike
@@ -111,6 +114,18 @@ def _differences(now: Numerics, before: Numerics) -> Iterator[str]:
         yield "with other layers in a pack with those that share a weight with them"
     if now.updated != before.updated:
         yield "with other layers updated on GPUs, where the optimizer rounds otherwise"
+
+
+def _joined(packs: tuple[Pack, ...], graph: LayerGraph) -> tuple[Pack, ...]:
+    """Join packs as long as the layers that share a weight are in one pack, or not, as before."""
+    pairs = [pair for shared in graph.shared for pair in pairwise(shared.layers)]
+    cuts: list[int] = []
+    for pack in packs[:-1]:
+        parted = [low < pack.last <= high for low, high in pairs]
+        done = [any(low < cut <= high for cut in cuts) for low, high in pairs]
+        if any(now and not before for now, before in zip(parted, done, strict=True)):
+            cuts.append(pack.last)
+    return tuple(Pack(low, high) for low, high in pairwise((0, *cuts, packs[-1].last)))
 
 
 def _bounds(packs: tuple[Pack, ...]) -> tuple[tuple[int, int], ...]:

@@ -176,6 +176,12 @@ class ModelRecord:
         return self._current.plan if self._current else None
 
     @property
+    def graph(self) -> LayerGraph | None:
+        """The layers that the plan in use was made from."""
+        held = None if self._current is None else self._current.layers
+        return None if held is None else held[0]
+
+    @property
     def schedule(self) -> Schedule | None:
         """The schedule in use."""
         return self._current.plan.schedule if self._current else None

@@ -9,7 +9,9 @@ import random
 import shutil
 import warnings
 from collections import Counter, OrderedDict
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,9 @@ import harmony
 from harmony.checkpoint import store
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import parse_json
+from harmony.engine.resumed import _joined
 from harmony.errors import ConfigError, HarmonyError, NotSavedError
+from harmony.planner.ir.tasks import Pack
 from harmony.weights.checkpoint_files import open_checkpoint
 from tests import devices
 from tests.training.conftest import VirtualGPUs
@@ -496,6 +500,24 @@ def test_a_shared_weight_adds_up_as_before_or_it_is_said(
             again.train_step(*batch(3))
     assert again.plan is not None
     assert again.plan.policy != model.plan.policy or again.plan.spec != model.plan.spec
+
+
+@given(st.data())
+def test_packs_are_joined_where_no_shared_weight_tells(data: st.DataObject) -> None:
+    num_layers = data.draw(st.integers(1, 10))
+    layers = st.integers(0, num_layers - 1)
+    cuts = sorted(data.draw(st.sets(layers)) - {0})
+    packs = tuple(Pack(*pair) for pair in pairwise((0, *cuts, num_layers)))
+    uses = data.draw(st.lists(st.sets(layers, min_size=1), max_size=3))
+    graph: Any = SimpleNamespace(shared=[SimpleNamespace(layers=tuple(sorted(u))) for u in uses])
+
+    def together(packs: tuple[Pack, ...]) -> list[list[list[int]]]:
+        return [[[u for u in sorted(use) if u in p] for p in packs if use & {*p}] for use in uses]
+
+    joined = _joined(packs, graph)
+    assert together(joined) == together(packs)
+    assert (joined[0].first, joined[-1].last) == (0, num_layers)
+    assert len(joined) <= 1 + sum(len(use) - 1 for use in uses)
 
 
 class Remembers(nn.Module):

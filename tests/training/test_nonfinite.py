@@ -39,7 +39,8 @@ def inputs(low: float, high: float) -> tuple[torch.Tensor, ...]:
 
 
 def state(model: harmony.Harmony) -> list[torch.Tensor]:
-    values = [v for held in model.optimizer.state.values() for v in held.values()]
+    held = [model.optimizer.state[p] for p in model.parameters()]  # the order in it is a plan's
+    values = [v for state in held for v in state.values()]
     return [t.cpu().clone() for t in (*model.parameters(), *values, torch.get_rng_state())]
 
 
