@@ -34,8 +34,10 @@ def trained(net: nn.Module, **options: Any) -> harmony.Harmony:
 
 
 def state(model: harmony.Harmony) -> list[torch.Tensor]:
-    held = model.optimizer.state.values() if model.optimizer is not None else ()
-    values = [v.cpu() for values in held for v in values.values()]
+    params = (
+        model.parameters() if model.optimizer is not None else ()
+    )  # the order in it is a plan's
+    values = [v.cpu() for param in params for v in model.optimizer.state[param].values()]
     return [t.clone() for t in (*model.state_dict().values(), *values, torch.get_rng_state())]
 
 
