@@ -10,6 +10,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harmony.capture.replay.kept_types import keep_fp32
     from harmony.checkpoint.run import Run
     from harmony.core.version import __version__
     from harmony.errors import (
@@ -42,6 +43,7 @@ _HOMES = {
     "ModelRecord": "harmony.report.session",
     "Observer": "harmony.report.session",
     "StepStats": "harmony.report.session",
+    "keep_fp32": "harmony.capture.replay.kept_types",
     "load_pretrained": "harmony.weights.pretrained",
     "materialise": "harmony.weights.meta_init",
     "meta_init": "harmony.weights.meta_init",
@@ -86,6 +88,7 @@ __all__ = [
     "StepStats",
     "VirtualGPUError",
     "__version__",
+    "keep_fp32",
     "load_pretrained",
     "materialise",
     "meta_init",

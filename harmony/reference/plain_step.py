@@ -17,6 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from harmony.capture import Batch
 from harmony.capture.graph.structure import flatten
+from harmony.capture.replay.kept_types import names_kept
 from harmony.capture.state.python_state import is_plain
 from harmony.capture.state.random_state import GeneratorStates, PythonState
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed
@@ -284,7 +285,9 @@ class PlainStep:
             return self.net(*args, **kwargs), targets
         leaves, structure = flatten((args, kwargs))
         args, kwargs = structure.unflatten(map(self._cast, leaves))
-        held = {n: self._cast(p.to(self.device)) for n, p in self.net.named_parameters()}
+        kept, pairs = names_kept(self.net), self.net.named_parameters()
+        held = {n: p.to(self.device) for n, p in pairs}
+        held = {n: p if n in kept else self._cast(p) for n, p in held.items()}
         if self.device.type != "cpu":
             held |= {n: b.to(self.device) for n, b in self.net.named_buffers()}
         out = torch.func.functional_call(self.net, held, args, kwargs)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import harmony
+from harmony.capture.replay.kept_types import names_kept
 
 from .plain import Run, gradients_of, params_of
 
@@ -30,7 +31,8 @@ def cast(net: nn.Module, inputs: Any, dtype: torch.dtype) -> Any:
         is_cast = isinstance(held, torch.Tensor) and held.is_floating_point()
         return held.to(dtype) if is_cast else held
 
-    held = {name: to_dtype(param) for name, param in net.named_parameters()}
+    kept = names_kept(net)
+    held = {n: p if n in kept else to_dtype(p) for n, p in net.named_parameters()}
     return torch.func.functional_call(net, held, (tree_map(to_dtype, inputs),))
 
 
@@ -93,13 +95,26 @@ def train_plain(net: nn.Module, *args: Any, **options: Any) -> Run:
     return train(copy.deepcopy(net), *args, **options)
 
 
-def train_fsdp(net: nn.Module, *args: Any, dtype: torch.dtype = BF16, **options: Any) -> Run:
-    """Train a copy by FSDP2 on the CPU, the only rank of a gloo group."""
+def train_fsdp(
+    net: nn.Module,
+    *args: Any,
+    dtype: torch.dtype = BF16,
+    fp32: tuple[type[nn.Module], ...] = (),
+    **options: Any,
+) -> Run:
+    """Train a copy by FSDP2 on the CPU, the only rank of a gloo group.
+
+    Args:
+        fp32: kinds of modules with a policy of their own: in fp32, with results in ``dtype``.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     net = copy.deepcopy(net)
     with one_process():
         mesh = dist.init_device_mesh("cpu", (1,))
+        own = MixedPrecisionPolicy(torch.float32, torch.float32, output_dtype=dtype)
+        for module in [m for m in net.modules() if isinstance(m, fp32)]:
+            fully_shard(module, mesh=mesh, mp_policy=own)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         fully_shard(net, mesh=mesh, mp_policy=policy)
         run = train(net, *args, forward=by_fsdp, **options)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
+from harmony.capture.replay.kept_types import names_kept
 from harmony.core import options
 from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Pack
@@ -591,3 +592,66 @@ def assert_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+# Modules that keep fp32
+
+
+def kept(net: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+    for module in [m for m in net.modules() if isinstance(m, kinds)]:
+        assert harmony.keep_fp32(module, output_dtype=BF16) is module
+    return net
+
+
+@MAKERS
+@pytest.mark.parametrize(("mode", "num_devices"), [("pp", 2), ("dp", 2)])
+def test_norms_in_fp32_are_those_of_a_policy_of_their_own(
+    vgpus: VirtualGPUs, make: Any, mode: str, num_devices: int
+) -> None:
+    plain = seeded(Small)
+    net = kept(copy.deepcopy(plain), nn.LayerNorm)
+    shares = num_devices if mode == "dp" else 1
+    expected = train_plain(net, tokens(), make, token_loss, microbatch=2, shares=shares)
+    model = wrapped(net, make, mode=mode, devices=num_devices)
+    found = train_steps(model, tokens())
+    assert_same(found, expected)
+    assert model.capture_mode == "trace"
+    sharded = {"fp32": (nn.LayerNorm,)}
+    if mode == "pp":
+        theirs = train_fsdp(plain, tokens(), make, token_loss, microbatch=2, **sharded)
+        assert_same(found, theirs)
+    alone = train_plain(plain, tokens(), make, token_loss, microbatch=2, shares=shares)
+    assert any(not torch.equal(found.params[n], p) for n, p in alone.params.items())
+
+
+def test_kept_modules_are_kept_in_a_loop_in_inference_and_in_fp32(vgpus: VirtualGPUs) -> None:
+    net = kept(seeded(lambda: Small(dropout=0.0)), nn.LayerNorm)
+    batches = tokens()
+    expected = train_plain(net, batches, AdamW, token_loss, microbatch=8)
+    assert_same(train_by_loop(net, batches, AdamW, microbatch_size=8), expected)
+    with torch.no_grad():
+        model = in_a_loop(copy.deepcopy(net))
+        assert torch.equal(model(batches[0][0]), in_bf16(copy.deepcopy(net), batches[0][0]))
+    assert wrapped(net).verify(*batches[0]).identical
+    names = {n for n, _ in net.named_parameters() if "norm" in n}
+    assert names_kept(net) == names and names
+
+
+def test_any_module_can_be_kept(vgpus: VirtualGPUs) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(24, 24)
+            self.kept = harmony.keep_fp32(nn.Linear(24, 24), output_dtype=BF16)
+            self.last = nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.last(torch.tanh(self.kept(self.first(x))))
+            return found
+
+    net = seeded(Between)
+    batches = [vector_batch(step) for step in range(3)]
+    expected = train_plain(net, batches, SGD, square_loss, microbatch=4)
+    model = wrapped(net, SGD, loss_fn=square_loss, microbatch_size=4)
+    assert_same(train_steps(model, batches), expected)
+    assert all(p.dtype is torch.float32 for p in model.parameters())

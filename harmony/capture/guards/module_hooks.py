@@ -103,14 +103,15 @@ def _only_computes(hook: Any) -> bool:
         return True
     if function is None:
         return False
-    if _is_torchs(function):
+    if _is_known(function):
         return True
     computing = all(map(_is_computing, _nested(function.__code__)))
-    return computing and all(_is_torchs(held) for held in _brought(hook) if callable(held))
+    return computing and all(_is_known(held) for held in _brought(hook) if callable(held))
 
 
-def _is_torchs(held: Any) -> bool:
-    return (getattr(held, "__module__", None) or "").split(".")[0] == "torch"
+def _is_known(held: Any) -> bool:
+    """Whether it is PyTorch's, or of `harmony.keep_fp32`."""
+    return (getattr(held, "__module__", None) or "").split(".")[0] in ("torch", "harmony")
 
 
 def _brought(hook: Any) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony.capture.replay.kept_types import names_kept
 from harmony.errors import CaptureError
 
 _DEEPEST = 4
@@ -40,7 +41,8 @@ class ModuleShell:
         """Copy ``module``.
 
         Args:
-            param_dtype: what parameters of floating point are in the copy; None: what they are.
+            param_dtype: what parameters of floating point are in the copy, but for those of
+                modules that keep theirs (`keep_fp32`); None: what they are.
         """
         self.device = device
         memo, placeholders = _placeholders(module, device, param_dtype)
@@ -114,8 +116,10 @@ def _placeholders(
     """Return what replaces each tensor when the module is copied, by id and by name."""
     memo: dict[int, Any] = {}
     by_name: dict[str, torch.Tensor] = {}
+    kept = names_kept(module)
     for name, param in module.named_parameters():
-        memo[id(param)] = by_name[name] = _on_meta(param, param_dtype)
+        dtype = None if name in kept else param_dtype
+        memo[id(param)] = by_name[name] = _on_meta(param, dtype)
     for name, buffer in module.named_buffers():
         # They are small, and functional code may compute with them before anything is bound.
         memo[id(buffer)] = by_name[name] = buffer.detach().clone()
