@@ -111,9 +111,17 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
     late: tuple[Pack, ...] = ()
     if phase is Phase.TRAIN and draw(st.booleans()):
         late = tuple(pack for pack in backward if draw(st.booleans()))
-    return StepSpec(
-        minibatch, size * factor, size, forward, backward, shares, phase, saved, late=late
-    )
+    rounds = 1
+    one_by_one = phase is Phase.TRAIN and replicas == 1 and factor == 1 and bool(forward)
+    if one_by_one and not graph.orders_microbatches():
+        rounds = draw(st.sampled_from(numbers_of_rounds(-(-minibatch // size))))
+    made = (minibatch, size * factor, size, forward, backward, shares, phase, saved)
+    return StepSpec(*made, late=late, rounds=rounds)
+
+
+def numbers_of_rounds(microbatches: int) -> list[int]:
+    """Into how many equal rounds, but for the last, some microbatches can be parted."""
+    return sorted({-(-microbatches // each) for each in range(1, microbatches + 1)})
 
 
 @st.composite

@@ -214,7 +214,7 @@ class _LayerRun:
         made = [v for v in wanted if v == graph.loss]
 
         def backward() -> None:
-            self._stage.begin_gradients(self._backward.pack, 0, 0)
+            self._stage.gather(self._backward.pack, 0, 0, begins=True)
             self._stage.backward(self._backward, 0, inputs, above, made, nothing, (1.0, 1.0))
 
         forward_s = self._time(forward)

@@ -249,7 +249,8 @@ def _keeps(plan: Plan) -> str:
     if spec.saved:
         places = [f"{_packs(on_gpu)} on the GPUs"] if on_gpu else []
         places += [f"{_packs(on_host)} on the host"] if on_host else []
-        some = f" ({spec.saved_runs} microbatches of each)" if spec.saved_runs else ""
+        each = "of each" if spec.rounds == 1 else "a round of each"
+        some = f" ({spec.saved_runs} microbatches {each})" if spec.saved_runs else ""
         parts.append(f"activations of {' and '.join(places)}{some}")
     if policy.hold:
         parts.append(f"weights of up to {_packs(policy.hold)} a GPU until the backward")
@@ -275,6 +276,7 @@ def _microbatches(run: PlanRun) -> str:
         sizes[kind] = f"{len(batches)} microbatch{plural} of {samples}"
     forward, backward = sizes.values()
     each = " on each GPU" if len(spec.shares) > 1 else ""
+    each += f" in {spec.rounds} rounds" if spec.rounds > 1 else ""
     if forward == backward:
         return forward + each
     return f"{forward} forward, {backward} backward{each}"

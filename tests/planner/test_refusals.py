@@ -75,6 +75,15 @@ def changing() -> tuple[Schedule, TaskGraph]:
     return one_gpu(replace(graph, layers=layers), step(4, 2, packs(2), packs(2, 4)))
 
 
+def rounds() -> tuple[Schedule, TaskGraph]:
+    spec = replace(step(4, 1, packs(2, 4), packs(2, 4, 6)), rounds=2)
+    return one_gpu(chain(6), spec, Policy(boundary="swap"))
+
+
+def unequal() -> tuple[Schedule, TaskGraph]:
+    return one_gpu(chain(4), step(3, 2, packs(2), packs(2, 4)), Policy(boundary="swap"))
+
+
 ALLOC, RECORD = "  compute Alloc W[2:4] slot 1\n", "  update  Record e91\n"
 SEND = "d2h     SwapOut X4@0:2\n"
 LAST = "  compute Drop dW[0:2]%0\n"
@@ -128,6 +137,34 @@ CASES: dict[str, Case] = {
         one_gpu,
         change("SwapOut dW[2:4]%0", "SwapOut dW[2:4]%0 stage 0"),
         "go to a stage",
+    ),
+    "a value over another one": (
+        rounds,
+        change("SwapOut X2@2:3 over X2@0:1", "SwapOut X2@2:3 over X4@0:1"),
+        "only a value lies over another one of its kind",
+    ),
+    "a value over one that is not there yet": (
+        rounds,
+        change("SwapOut X2@2:3 over X2@0:1", "SwapOut X2@2:3 over X2@3:4"),
+        "X2@2:3 cannot take the memory of X2@3:4 on the host",
+    ),
+    "a value over a smaller one": (
+        unequal,
+        both(
+            change("  d2h     SwapOut X4@0:2\n", ""),
+            change("SwapOut X4@2:3\n", "SwapOut X4@2:3\n  d2h     SwapOut X4@0:2 over X4@2:3\n"),
+        ),
+        "X4@0:2 is larger than X4@2:3, whose memory it takes",
+    ),
+    "a value over one that is still to be read": (
+        rounds,
+        change("SwapOut X2@1:2\n", "SwapOut X2@1:2 over X2@0:1\n"),
+        "nothing on the host holds X2@0:1",
+    ),
+    "gradients that do not come back": (
+        rounds,
+        change("  h2d     SwapIn dW[2:4]%0\n", ""),
+        r"dW\[2:4\]%0 has memory on gpu0, but nothing is in it yet",
     ),
     # what runs
     "a task twice": (one_gpu, change(U2, U2 + U2), r"U\[2:4\] runs twice"),

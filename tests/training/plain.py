@@ -90,6 +90,7 @@ def train_tokens(
     *,
     microbatch: int = 2,
     shares: int = 1,
+    max_norm: float | None = None,
 ) -> Run:
     """The reference for a `GPT` on its token batches, from step 0 on."""
     return train_plain(
@@ -100,6 +101,7 @@ def train_tokens(
         loss_fn=token_loss,
         microbatch=microbatch,
         shares=shares,
+        max_norm=max_norm,
     )
 
 

@@ -331,7 +331,7 @@ def test_a_step_that_fails_leaves_the_step_before(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a GPU burns")
 
-    for name in ("_run", "begin_gradients"):  # of a forward, and of a backward
+    for name in ("_run", "gather"):  # of a forward, and of a backward
         with monkeypatch.context() as patch:
             patch.setattr(Stage, name, fail)
             with pytest.raises(harmony.HarmonyError, match="a GPU burns"):

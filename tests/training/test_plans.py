@@ -24,6 +24,7 @@ from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
 from tests import devices
 from tests import race_check as racecheck
+from tests.strategies import numbers_of_rounds
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import gradients_of, params_of, train_plain, train_tokens
 
@@ -139,6 +140,7 @@ def test_gpt_bit_for_bit(
     hold=st.integers(0, 3),
     stays=st.lists(st.booleans(), min_size=8, max_size=8),
     saved_runs=st.integers(0, 4),
+    part=st.integers(0, 3),
 )
 def test_nothing_changes_with_what_a_forward_leaves_behind(
     cuts: list[int],
@@ -150,8 +152,9 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     hold: int,
     stays: list[bool],
     saved_runs: int,
+    part: int,
 ) -> None:
-    """Activations kept, offloaded or recomputed; weights held or resident; rings of GPUs."""
+    """Activations kept, offloaded or recomputed, weights held or resident, rings and rounds."""
     torch.set_num_threads(1)
     gc.collect()  # what an earlier example left would count in the peak
     devices.provide(count=4, memory="64MiB")
@@ -168,6 +171,9 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
         chosen["resident"] = resident if shares == 1 else ()
         saved = (*chosen["keep"], *chosen["offload"])
         ranges = [(minibatch * i // shares, minibatch * (i + 1) // shares) for i in range(shares)]
+        microbatches = -(-(minibatch // shares) // size)
+        several = numbers_of_rounds(microbatches) if shares == 1 and last[:-1] else [1]
+        rounds = several[part % len(several)]
         return StepSpec(
             minibatch,
             size,
@@ -176,7 +182,8 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
             last,
             tuple(ranges),
             saved=saved,
-            saved_runs=min(saved_runs, -(-(minibatch // shares) // size)) if saved else 0,
+            saved_runs=min(saved_runs, -(-microbatches // rounds)) if saved else 0,
+            rounds=rounds,
         )
 
     twin = copy.deepcopy(net)

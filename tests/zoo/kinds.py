@@ -494,7 +494,7 @@ class Scripted(nn.Module):
 
 
 class Reversal(torch.autograd.Function):
-    """TracedLock the gradient round."""
+    """Turn the gradient round."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

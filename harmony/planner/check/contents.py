@@ -67,6 +67,7 @@ class Contents:
         self.slots = SlotTable(schedule, graph, self._refuse)
         self.stages = StageTable(schedule, graph, self._refuse)
         self.copies: dict[tuple[TensorKind, int], list[TensorRef]] = defaultdict(list)
+        self.moved: dict[TensorRef, TensorRef] = {}
         self.at = Position(0, 0)
         self.authors = _expected_authors(schedule)
         for ref, index in self.resident.items():
@@ -89,7 +90,7 @@ class Contents:
         elif step.op is Op.SWAP_IN:
             self._swap_in(ref)
         elif step.op is Op.SWAP_OUT:
-            self._swap_out(ref, step.slot)
+            self._swap_out(ref, step.slot, step.over)
         elif step.peer is not None:
             self._send(ref, step.peer)
 
@@ -113,7 +114,7 @@ class Contents:
                 # Anybody may read parameters on the host once the step is over.
                 asked_for = self._on_host(ref)
             elif self._is_asked_for(ref, kept, phase):
-                asked_for = [self.memories["host", ref]]
+                asked_for = [self.memories["host", self.moved.get(ref, ref)]]
             if any(memory.author != author for memory in asked_for):
                 raise ScheduleError(f"{ref}, made by {author}, never reaches the host")
             for stale in self._stale(ref, author):
@@ -166,7 +167,7 @@ class Contents:
         self._touch(memory, write=True)
         memory.author = self._read_host(ref)
 
-    def _swap_out(self, ref: TensorRef, stage: int | None) -> None:
+    def _swap_out(self, ref: TensorRef, stage: int | None, over: TensorRef | None) -> None:
         is_resident = self.resident.get(ref) == self.at.program
         if not (ref.is_value or ref.is_gradient_part or is_resident):
             raise self._refuse("weights change on the host only, unless they are resident")
@@ -176,15 +177,29 @@ class Contents:
                 self._touch(memory, write=True)
                 memory.author = author
             return
-        cell: Cell = ("host", ref)
+        cell: Cell = ("host", self.moved.get(ref, ref))
         if stage is not None:
             self.stages.enter(self.at.program, ref, stage)
             cell = ("stage", self.at.program, stage)
+        elif over is not None:
+            cell = self._take_over(ref, over)
         elif ref not in self.copies[ref.kind, ref.first]:
             self.copies[ref.kind, ref.first].append(ref)
         memory = self.memories[cell]
         self._touch(memory, write=True)
         memory.author = author
+
+    def _take_over(self, ref: TensorRef, old: TensorRef) -> Cell:
+        """Let a value have the host memory of another one, which nobody can read from then on."""
+        copies = self.copies[old.kind, old.first]
+        if old not in copies or ref in self.copies[ref.kind, ref.first]:
+            raise self._refuse(f"{ref} cannot take the memory of {old} on the host")
+        if ref.nbytes(self.graph) > old.nbytes(self.graph):
+            raise self._refuse(f"{ref} is larger than {old}, whose memory it takes")
+        self.moved[ref] = self.moved.get(old, old)
+        copies.remove(old)
+        self.copies[ref.kind, ref.first].append(ref)
+        return ("host", self.moved[ref])
 
     def _send(self, ref: TensorRef, peer: int) -> None:
         author = self._read_by_device(ref)
@@ -267,7 +282,7 @@ class Contents:
             copy = self._host_copy(ref)
             if copy is None:
                 raise self._refuse(f"nothing on the host holds {ref}")
-            return [("host", copy)]
+            return [("host", self.moved.get(copy, copy))]
         return [("host", ref)]
 
     def _host_copy(self, ref: TensorRef) -> TensorRef | None:

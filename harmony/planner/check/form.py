@@ -89,6 +89,8 @@ class _Look:
             raise refuse(self.schedule, place, f"there is no {unknown} in this step")
         if step.op is Op.SEND and not self._is_other_device(step.peer, place.program):
             raise refuse(self.schedule, place, "a Send needs another device")
+        if step.over is not None and not self._can_lie_over(step):
+            raise refuse(self.schedule, place, "only a value lies over another one of its kind")
         if step.ref is None:
             return
         if step.op is Op.ALLOC and step.ref.is_value != (step.slot is None):
@@ -98,6 +100,16 @@ class _Look:
         if step.op is Op.SWAP_OUT and staged != (step.slot is not None):
             why = "parts of a gradient but part 0, and only those, go to a stage"
             raise refuse(self.schedule, place, why)
+
+    def _can_lie_over(self, step: Instruction) -> bool:
+        ref, over = step.ref, step.over
+        if step.op is not Op.SWAP_OUT or ref is None or over is None or not self._exists(over):
+            return False
+        return ref.is_value and (ref.kind, ref.first, ref.last) == (
+            over.kind,
+            over.first,
+            over.last,
+        )
 
     def _is_other_device(self, peer: int | None, number: int) -> bool:
         return peer is not None and 0 <= peer < self.schedule.num_devices and peer != number

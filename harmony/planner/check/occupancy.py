@@ -64,7 +64,7 @@ class StageTable:
         nbytes = aligned(ref.nbytes(self.graph))
         if not _has_room(limits, stage, nbytes):
             raise self.refuse(f"{nbytes} bytes in stage {stage} of {limits}")
-        if (device, stage) in self.held:
+        if self.held.get((device, stage), ref) != ref:
             raise self.refuse(f"stage {stage} holds {self.held[device, stage]}, not yet added")
         self.held[device, stage] = ref
 

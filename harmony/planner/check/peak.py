@@ -74,12 +74,13 @@ class PeakMemory:
         return top
 
     def stash_nbytes(self) -> int:
-        """Bytes of host memory that values take; each has its place until the step ends."""
+        """Bytes of host memory that values take; one that takes another's has none of its own."""
         out: dict[TensorRef, int] = {}
         for program in self.schedule.programs:
             for step in program:
                 if step.op is Op.SWAP_OUT and step.ref is not None and step.ref.is_value:
-                    out[step.ref] = step.ref.nbytes(self.graph)
+                    own = step.ref.nbytes(self.graph) if step.over is None else 0
+                    out.setdefault(step.ref, own)
         return sum(out.values())
 
     def _fixed(self, index: int) -> int:

@@ -117,6 +117,7 @@ class Plan:
                 "saved": _bounds(spec.saved),
                 "saved_runs": spec.saved_runs,
                 "late": _bounds(spec.late),
+                "rounds": spec.rounds,
             },
             "policy": {
                 **asdict(self.policy),
@@ -178,6 +179,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
             _packs(spec["saved"]),
             spec.get("saved_runs", 0),
             _packs(spec.get("late", ())),
+            spec.get("rounds", 1),
         ),
         policy=Policy(
             **{
@@ -210,7 +212,7 @@ def _check(plan: Plan) -> None:
     """
     spec, num_devices = plan.spec, plan.machine.num_devices
     forward, backward = spec.forward_packs, spec.backward_packs
-    amounts = (plan.step_s, plan.host_nbytes, plan.bound_s, spec.saved_runs)
+    amounts = (plan.step_s, plan.host_nbytes, plan.bound_s, spec.saved_runs, spec.rounds)
     for value in (*amounts, *plan.peak_nbytes, *plan.traffic.values()):
         amount(value)
     if spec.phase not in plan.schedules:
@@ -224,6 +226,8 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"shares of {spec.minibatch} samples: {spec.shares}")
     if min(spec.forward_size, spec.backward_size) < 1:
         raise ValueError(f"microbatches of {spec.forward_size} and {spec.backward_size}")
+    if not 1 <= spec.rounds <= spec.minibatch or (spec.rounds > 1 and len(spec.shares) > 1):
+        raise ValueError(f"{spec.rounds} rounds of {spec.minibatch} samples")
     for packs in (forward, backward):
         if not _follow([(p.first, p.last) for p in packs], packs[-1].last if packs else 0):
             raise ValueError(f"packs {_bounds(packs)[:4]}")
@@ -263,6 +267,8 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
     if spec.backward_size != spec.forward_size:
         backward = spec.num_microbatches(0, TaskKind.BACKWARD)
         sizes += f" forward, {backward} x {spec.backward_size} backward"
+    if spec.rounds > 1:
+        sizes += f" in {spec.rounds} rounds"
     packs = f"{len(spec.forward_packs)} FORWARD and {len(spec.backward_packs)} BACKWARD packs"
     return (
         f"{mode}, microbatches {sizes}, {packs}, {_kept(spec, policy)}"
@@ -273,7 +279,7 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
 
 
 def _kept(spec: StepSpec, policy: Policy) -> str:
-    runs = spec.num_microbatches(0, TaskKind.FORWARD)
+    runs = spec.runs_of_round(0)
     some = f" of {spec.saved_runs}/{runs} microbatches" if spec.saved and spec.saved_runs else ""
     counts = (
         (len(spec.saved) - len(policy.offload), f"keep activations{some}"),

@@ -11,7 +11,8 @@ one stream. A stream runs its instructions in order; different streams are order
                                  a task on the compute stream (or, on the host, on update); its
                                  outputs get their memory as it runs
     SwapOut dW[4:8]%0            device -> host, on d2h; "stage 2" lands in staging buffer 2
-                                 instead of in the gradient arena
+                                 instead of in the gradient arena, "over X4@0:8" in the memory of a
+                                 value that nobody reads on the host any more
     Send X8@0:4 gpu1             device -> device, on p2p of the sender
     Drop X8@0:4                  gives the memory back, in the order of the compute stream
     Record e7 / Wait e7          an event; each is recorded once a step
@@ -79,6 +80,7 @@ class Instruction(NamedTuple):
             the staging buffer it lands in, or None for the gradient arena.
         peer: the receiving device of a Send.
         event: of a Record or Wait.
+        over: of a SwapOut, the value on the host that this one takes the memory of.
     """
 
     stream: str
@@ -90,6 +92,7 @@ class Instruction(NamedTuple):
     slot: int | None = None
     peer: int | None = None
     event: int | None = None
+    over: TensorRef | None = None
 
     def __str__(self) -> str:
         if self.op is Op.RUN:
@@ -101,6 +104,8 @@ class Instruction(NamedTuple):
         tail = "" if self.peer is None else f" gpu{self.peer}"
         if self.slot is not None:
             tail = f" {'stage' if self.op is Op.SWAP_OUT else 'slot'} {self.slot}"
+        if self.over is not None:
+            tail = f" over {self.over}"
         return f"{self.op.value} {self.ref}{tail}"
 
 
@@ -201,7 +206,9 @@ _DEVICE = re.compile(
 )
 _RUN = re.compile(r"Run (\S+) \((.*?)\) ->\s*(.*)")
 _EVENT = re.compile(r"(Record|Wait) e(\d+)")
-_MOVE = re.compile(r"(Alloc|SwapIn|SwapOut|Send|Drop) (\S+)(?: (slot|stage) (\d+)| gpu(\d+))?")
+_MOVE = re.compile(
+    r"(Alloc|SwapIn|SwapOut|Send|Drop) (\S+)(?: (?:slot|stage) (\d+)| gpu(\d+)| over (\S+))?"
+)
 
 
 class _Parser:
@@ -263,8 +270,9 @@ def parse_instruction(line: str) -> Instruction:
     if match := _EVENT.fullmatch(rest):
         return Instruction(stream, Op(match[1]), event=int(match[2]))
     if match := _MOVE.fullmatch(rest):
-        slot = int(match[4]) if match[4] else None
-        peer = int(match[5]) if match[5] else None
+        slot = int(match[3]) if match[3] else None
+        peer = int(match[4]) if match[4] else None
+        over = TensorRef.parse(match[5]) if match[5] else None
         ref = TensorRef.parse(match[2])
-        return Instruction(stream, Op(match[1]), ref=ref, slot=slot, peer=peer)
+        return Instruction(stream, Op(match[1]), ref=ref, slot=slot, peer=peer, over=over)
     raise PlanError(f"not an instruction: {rest!r}")

@@ -34,6 +34,7 @@ def check_spec(graph: LayerGraph, spec: StepSpec) -> None:
             " microbatch, which has to happen in order. Use mode='pp'"
         )
     _check_sizes(graph, spec)
+    _check_rounds(graph, spec)
     _check_saved(graph, spec)
     if not {*spec.late} <= {*spec.backward_packs}:
         raise PlanError(f"late={spec.late}: only BACKWARD packs are updated late")
@@ -53,13 +54,38 @@ def _check_cover(what: str, ranges: Sequence[tuple[int, int]], end: int) -> None
         raise PlanError(f"the {what} end at {at}, they must end at {end}")
 
 
+def _check_rounds(graph: LayerGraph, spec: StepSpec) -> None:
+    if spec.rounds == 1:
+        return
+    count = spec.num_microbatches(0, TaskKind.FORWARD)
+    if not 1 <= spec.rounds <= count or -(-count // -(-count // spec.rounds)) != spec.rounds:
+        raise PlanError(f"{count} microbatches do not make {spec.rounds} rounds")
+    equal = spec.forward_size == spec.backward_size
+    if (
+        spec.phase is not Phase.TRAIN
+        or len(spec.shares) > 1
+        or not equal
+        or not spec.forward_packs
+    ):
+        raise PlanError(
+            f"{spec.rounds} rounds: only a training step of one replica with FORWARD packs and "
+            "equal FORWARD and BACKWARD microbatches has several. Use rounds=1"
+        )
+    if graph.orders_microbatches():
+        names = [layer.name for layer in graph.layers if layer.changes_state]
+        raise PlanError(
+            f"{spec.rounds} rounds, but {names[0]} changes its buffers from microbatch to "
+            "microbatch. Use rounds=1"
+        )
+
+
 def _check_saved(graph: LayerGraph, spec: StepSpec) -> None:
     if not spec.saved:
         return
-    most = min(spec.num_microbatches(r, TaskKind.FORWARD) for r in range(len(spec.shares)))
+    most = min(spec.runs_of_round(r) for r in range(len(spec.shares)))
     if not 0 <= spec.saved_runs <= most:
         raise PlanError(
-            f"saved_runs is between 0 (all) and {most}, the microbatches of a replica, not"
+            f"saved_runs is between 0 (all) and {most}, the microbatches of a round, not"
             f" {spec.saved_runs}"
         )
     if spec.phase is not Phase.TRAIN or spec.forward_size != spec.backward_size:

@@ -3,8 +3,9 @@
 The order is the one of plain PyTorch in pack-major form (input-batch grouping): the LATE_UPDATEs
 that the step before has left, ascending; FORWARD packs ascending, each with all its microbatches;
 BACKWARD packs descending; after each BACKWARD pack the ACCUMULATEs of its gradient parts and its
-UPDATE, or NORMS if that is late (just-in-time tasks, PVLDB 15(11), 2022). Edges are derived from
-the reads and writes, nothing else.
+UPDATE, or NORMS if that is late (just-in-time tasks, PVLDB 15(11), 2022). Of several rounds each
+has FORWARD and BACKWARD packs, with its own microbatches. Edges are derived from the
+reads and writes, nothing else.
 """
 
 from __future__ import annotations
@@ -73,12 +74,13 @@ def build_tasks(graph: LayerGraph, spec: StepSpec) -> TaskGraph:
     backward = backward_packs(graph, spec)
     if spec.phase is Phase.TRAIN and spec.late:
         _add_late_updates(tasks, backward)
-    if spec.phase is not Phase.BACKWARD:
-        needed = _needed_later(graph, spec, backward)
-        for pack in spec.forward_packs:
-            _add_forward(tasks, pack, needed)
-    if spec.phase in (Phase.TRAIN, Phase.BACKWARD):
-        _add_backward(tasks, backward)
+    for number in range(spec.rounds):
+        if spec.phase is not Phase.BACKWARD:
+            needed = _needed_later(graph, spec, backward)
+            for pack in spec.forward_packs:
+                _add_forward(tasks, pack, needed, number)
+        if spec.phase in (Phase.TRAIN, Phase.BACKWARD):
+            _add_backward(tasks, backward, number)
     tasks.graph = _edges(tasks)
     return tasks
 
@@ -168,11 +170,11 @@ def _needed_later(
     return frozenset(read.union(graph.output_ids))
 
 
-def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int]) -> None:
-    """Append F[pack] of all replicas and microbatches."""
+def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int], number: int) -> None:
+    """Append F[pack] of all replicas and the microbatches of a round."""
     graph = tasks.layers
     made = [v for i in pack for v in graph.layers[i].outputs if v in needed]
-    for task, samples in _microbatches(tasks, TaskKind.FORWARD, pack):
+    for task, samples in _microbatches(tasks, TaskKind.FORWARD, pack, number):
         inputs = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
         outputs = [value(v, samples) for v in sorted(made)]
         if tasks.spec.saves(pack, tasks.replica_of[task], samples):
@@ -180,9 +182,14 @@ def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int]) -> None:
         _add(tasks, task, [*_parameters(graph, pack), *inputs], outputs)
 
 
-def _microbatches(tasks: TaskGraph, kind: TaskKind, pack: Pack) -> Iterator[tuple[Task, Samples]]:
-    for replica in range(len(tasks.spec.shares)):
-        for samples in tasks.spec.microbatches(replica, kind):
+def _microbatches(
+    tasks: TaskGraph, kind: TaskKind, pack: Pack, number: int
+) -> Iterator[tuple[Task, Samples]]:
+    spec = tasks.spec
+    for replica in range(len(spec.shares)):
+        every = spec.microbatches(replica, kind)
+        count = len(every) if spec.rounds == 1 else spec.runs_of_round(replica)
+        for samples in every[number * count : (number + 1) * count]:
             task = Task(kind, pack, samples)
             tasks.replica_of[task] = replica
             yield task, samples
@@ -195,17 +202,18 @@ def _parameters(graph: LayerGraph, pack: Pack) -> list[TensorRef]:
     return [own, *used] if own.nbytes(graph) else used
 
 
-def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:
-    """Append every B, A and U; N in place of a U that is late."""
+def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack], number: int) -> None:
+    """Append every B of a round; behind those of the last one A and U, or N where U is late."""
     spec = tasks.spec
     by_pack = {item.pack: item for item in backward}
     parts = _shared_parts(spec, backward)
     for pack in reversed(spec.backward_packs):
         item = by_pack.get(pack)
         if item is not None:
-            for task, samples in _microbatches(tasks, TaskKind.BACKWARD, pack):
+            for task, samples in _microbatches(tasks, TaskKind.BACKWARD, pack, number):
                 _add_one_backward(tasks, item, task, samples, parts)
-        sums = _sums(tasks, pack, item, parts)
+        is_last = number == spec.rounds - 1
+        sums = _sums(tasks, pack, item, parts) if is_last else []
         for addends in sums:
             _accumulate(tasks, addends)
         totals = [addends[0] for addends in sums]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property, lru_cache
 
@@ -343,6 +343,10 @@ class StepSpec:
             evenly; 0 for all of them. So a link, or memory, that is too small for all can be used.
         late: BACKWARD packs that are updated at the start of the step after, each before its next
             FORWARD; ``Phase.TRAIN`` only.
+        rounds: into how many groups of consecutive microbatches a step is parted. Each group runs
+            FORWARD and BACKWARD before the next one begins, so that only the activations of one
+            are held at a time; weights move once a round, and gradients grow from round to round.
+            One share with equal sizes only, ``Phase.TRAIN``.
     """
 
     minibatch: int
@@ -355,6 +359,7 @@ class StepSpec:
     saved: tuple[Pack, ...] = ()
     saved_runs: int = 0
     late: tuple[Pack, ...] = ()
+    rounds: int = 1
 
     @cached_property
     def _saved(self) -> frozenset[Pack]:
@@ -364,10 +369,27 @@ class StepSpec:
         """Whether the BACKWARD of a pack uses what its FORWARD of a microbatch saved."""
         if pack not in self._saved:
             return False
-        low, high = self.shares[replica]
-        count = -(-(high - low) // self.forward_size)
-        index, wanted = (samples[0] - low) // self.forward_size, self.saved_runs or count
+        low, count = self.shares[replica][0], self.runs_of_round(replica)
+        index = (samples[0] - low) // self.forward_size % count
+        wanted = self.saved_runs or count
         return (index + 1) * wanted // count > index * wanted // count
+
+    def runs_of_round(self, replica: int) -> int:
+        """Microbatches of a replica in each round; the last round may have fewer."""
+        return -(-self.num_microbatches(replica, TaskKind.FORWARD) // self.rounds)
+
+    def a_round_before(self, samples: Samples) -> Samples | None:
+        """The microbatch that has this one's place in the round before; None in the first."""
+        back = self.runs_of_round(0) * self.forward_size
+        low = samples[0] - back
+        return None if self.rounds == 1 or low < 0 else (low, low + self.forward_size)
+
+    def first_rounds(self, number: int) -> StepSpec:
+        """The four-tuple of a step that is the first rounds of this one."""
+        if self.rounds <= number:
+            return self
+        samples = number * self.runs_of_round(0) * self.forward_size
+        return replace(self, minibatch=samples, shares=((0, samples),), rounds=number)
 
     def microbatches(self, replica: int, kind: TaskKind) -> tuple[Samples, ...]:
         """Microbatches of a replica in order, for FORWARD or BACKWARD tasks."""

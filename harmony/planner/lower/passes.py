@@ -37,7 +37,10 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
     """
     policy = policy or Policy()
     placement = place(tasks, machine, mirror=policy.mirror)
-    steps = StepList()
+    spec = tasks.spec
+    # Where the devices of a ring take turns, one may still read what another one would write over.
+    alone = spec.rounds > 1 and placement.num_devices == 1
+    steps = StepList(spec if alone else None, tasks.layers.output_ids)
     resident = find_resident(placement, policy)
     slots = [
         SlotWriter(steps, placement, d, policy, resident.refs_on(d))

@@ -7,14 +7,16 @@ arrive meanwhile.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from harmony.core.layergraph import LayerGraph
 from harmony.core.units import aligned
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Slots
-from harmony.planner.ir.tasks import Task, TaskKind, TensorKind, TensorRef
+from harmony.planner.ir.tasks import Samples, Task, TaskKind, TensorKind, TensorRef
 from harmony.planner.lower.place import Placement, TaskGroup
 from harmony.planner.lower.steps import StepList
 
@@ -27,12 +29,14 @@ class Group:
         first, last: positions of its first and last Run on the device.
         weights: ``W`` and ``T`` tensors that must be there.
         gradients: ``dW`` and ``dT`` parts that it makes.
+        grown: those of them that an earlier group of the step has begun.
     """
 
     first: int
     last: int
     weights: tuple[TensorRef, ...]
     gradients: tuple[TensorRef, ...]
+    grown: tuple[TensorRef, ...] = ()
 
 
 def group_runs(
@@ -49,13 +53,16 @@ def _groups(
     for at, task in enumerate(runs):
         if at + 1 < len(runs) and _stage(runs[at + 1]) == _stage(task):
             continue
+        begun = tasks.reads[runs[first]]
+        gradients = tuple(
+            r for r in tasks.writes[task] if r.is_gradient_part and r not in resident
+        )
         yield Group(
             first,
             at,
             weights=tuple(r for r in tasks.reads[task] if r.is_parameter and r not in resident),
-            gradients=tuple(
-                r for r in tasks.writes[task] if r.is_gradient_part and r not in resident
-            ),
+            gradients=gradients,
+            grown=tuple(r for r in gradients if r in begun),
         )
         first = at + 1
 
@@ -87,7 +94,8 @@ class SlotWriter:
     are free slots: with two, those of the next group. Weights that the next group needs too stay;
     so do, in slots of their own, those that the policy holds from FORWARD to BACKWARD. Gradients
     leave at the end of their group, and their slot is dropped only when it is taken again, so
-    that compute does not wait for the copy.
+    that compute does not wait for the copy. Those that an earlier round has begun come back: with
+    a second slot in the middle of the group before, when what was in the slot has left.
 
     Where the step begins with the updates that the one before has left, the first copy of new
     weights is written as late as it can be: whoever issues it is held until the host has them, and
@@ -110,18 +118,20 @@ class SlotWriter:
         self.starts = {group.first: group for group in groups}
         self.ends = {group.last: group for group in groups}
         self.held = [group for group in groups if group.weights]
-        self.grown = [group for group in groups if group.gradients]
-        self.holdings, held = _holdings(self.held, policy.hold)
+        self.making = [group for group in groups if group.gradients]
+        self.taken = 0
+        self.runs = placement.runs[device]
+        self.holdings, held = _holdings(self.held, policy.hold, self.runs)
         self.weight_slots = _slots(
             policy.weight_slots + held, [h.weights for h in self.holdings], graph
         )
-        self.gradient_slots = _slots(
-            policy.gradient_slots, [g.gradients for g in self.grown], graph
-        )
+        # One of a pack's own in each round, but never two at once.
+        made = list(dict.fromkeys(group.gradients for group in self.making))
+        self.gradient_slots = _slots(policy.gradient_slots, made, graph)
         self.free = list(range(self.weight_slots.count))
         self.here: set[TensorRef] = set()
         self.fetched = 0
-        self.runs = placement.runs[device]
+        self.middles = {(a.first + a.last + 1) // 2: b for a, b in pairwise(groups) if b.grown}
         self.written_late = _written_late(placement)
         self.expected: list[TensorRef] = []
         self.stages = StagePool()
@@ -129,12 +139,14 @@ class SlotWriter:
     def before(self, position: int) -> None:
         """Write what the Run at ``position`` needs, if it opens a group."""
         group = self.starts.get(position)
-        if group is None:
-            return
-        if group.weights:
-            self._fetch_up_to(self.held.index(group))
-        if group.gradients:
-            self._take_gradient_slot(self.grown.index(group))
+        if group is not None:
+            if group.weights:
+                self._fetch_up_to(self.held.index(group))
+            if group.gradients:
+                self._take_gradient_slot(self.making.index(group))
+        coming = self.middles.get(position)
+        if coming is not None and self.gradient_slots.count > 1:
+            self._take_gradient_slot(self.making.index(coming))
 
     def arrive(self, position: int) -> None:
         """Write the copies that were put off, if the Run at ``position`` opens a group."""
@@ -155,14 +167,22 @@ class SlotWriter:
         if group is None:
             return
         for ref in group.gradients:
-            stage = self.stages.take(aligned(ref.nbytes(self.graph))) if ref.part else None
-            self.steps.swap_out(self.device, ref, stage)
+            self.steps.swap_out(self.device, ref, self._stage(ref, ref in group.grown))
         if group.weights:
             self._let_go(self.held.index(group))
 
+    def _stage(self, ref: TensorRef, goes_on: bool) -> int | None:
+        """The staging buffer of a part of a gradient: the one that it has, if it goes on."""
+        if not ref.part:
+            return None
+        return self.steps.stage_of[ref][1] if goes_on else self.stages.take(self._nbytes(ref))
+
+    def _nbytes(self, ref: TensorRef) -> int:
+        return aligned(ref.nbytes(self.graph))
+
     def finish(self) -> None:
         """Write the drops of the gradients that are still there."""
-        for group in self.grown[max(0, len(self.grown) - self.gradient_slots.count) :]:
+        for group in self.making[max(0, len(self.making) - self.gradient_slots.count) :]:
             self._drop_gradients(group)
 
     def _fetch_up_to(self, number: int) -> None:
@@ -209,23 +229,30 @@ class SlotWriter:
             self._fetch_missing(holding)
 
     def _take_gradient_slot(self, number: int) -> None:
-        count = self.gradient_slots.count
+        if number < self.taken:
+            return
+        self.taken, count = number + 1, self.gradient_slots.count
         if number >= count:
-            self._drop_gradients(self.grown[number - count])
-        for ref in self.grown[number].gradients:
+            self._drop_gradients(self.making[number - count])
+        for ref in self.making[number].gradients:
             self.steps.alloc(self.device, ref, number % count)
+        for ref in self.making[number].grown:
+            self.steps.swap_in(self.device, ref, source=ref)
 
     def _drop_gradients(self, group: Group) -> None:
         for ref in group.gradients:
             self.steps.drop(self.device, ref)
 
 
-def _holdings(held: Sequence[Group], hold: int) -> tuple[list[_Holding], int]:
+def _holdings(
+    held: Sequence[Group], hold: int, runs: Sequence[Task]
+) -> tuple[list[_Holding], int]:
     """Merge neighbours that share weights, such as the last F and the first B of a device.
 
     Returns:
-        The holdings by their first group, and how many last beyond other groups' turns: of the
-        packs with a FORWARD and a BACKWARD here the last ``hold``. Their wait is the shortest.
+        The holdings by their first group, and how many at once last beyond other groups' turns: of
+        the packs with a FORWARD and a BACKWARD here the last ``hold`` of each round. Their wait is
+        the shortest.
     """
     holdings: list[_Holding] = []
     for number, group in enumerate(held):
@@ -233,20 +260,27 @@ def _holdings(held: Sequence[Group], hold: int) -> tuple[list[_Holding], int]:
             holdings[-1].last = number
         else:
             holdings.append(_Holding(group.weights, number, number))
-    first: dict[tuple[TensorRef, ...], _Holding] = {}
-    pairs: list[tuple[_Holding, _Holding]] = []
+    latest: dict[tuple[TensorRef, ...], _Holding] = {}
+    pairs: dict[Samples | None, list[tuple[_Holding, _Holding]]] = defaultdict(list)
     for holding in holdings:
-        earlier = first.setdefault(holding.weights, holding)
+        first = runs[held[holding.first].first]
+        earlier = latest.get(holding.weights)
         # A shared parameter is wanted by other packs meanwhile, in another slot.
-        if earlier is not holding and not any(
-            ref.kind is TensorKind.SHARED for ref in holding.weights
+        if (
+            earlier is not None
+            and first.kind is TaskKind.BACKWARD
+            and not any(ref.kind is TensorKind.SHARED for ref in holding.weights)
         ):
-            pairs.append((earlier, holding))
-    pairs.sort(key=lambda pair: -pair[0].first)
-    for earlier, later in pairs[:hold]:
-        earlier.last = later.last
-        holdings.remove(later)
-    return holdings, len(pairs[:hold])
+            pairs[first.samples].append((earlier, holding))
+        latest[holding.weights] = holding
+    most = 0
+    for of_round in pairs.values():
+        of_round.sort(key=lambda pair: -pair[0].first)
+        most = max(most, len(of_round[:hold]))
+        for earlier, later in of_round[:hold]:
+            earlier.last = later.last
+            holdings.remove(later)
+    return holdings, most
 
 
 class StagePool:

@@ -7,11 +7,12 @@ enforced without knowing what the instructions are for.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from harmony.planner.ir.schedule import HOST_STREAM, Instruction, Op
-from harmony.planner.ir.tasks import Task, TensorKind, TensorRef
+from harmony.planner.ir.tasks import StepSpec, Task, TensorKind, TensorRef
 
 HOST_PROGRAM = -1
 Cell = Hashable
@@ -30,8 +31,16 @@ class PlacedInstruction(NamedTuple):
 class StepList:
     """The steps written so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, reused: StepSpec | None = None, kept: Collection[int] = ()) -> None:
+        """Begin an empty list.
+
+        Args:
+            reused: a four-tuple whose rounds use the same host memory for values; None for none.
+            kept: ids of the values of which the host is to have all in the end.
+        """
         self.steps: list[PlacedInstruction] = []
+        self._reused, self._kept = reused, kept
+        self._memory_of: dict[TensorRef, TensorRef] = {}
         self._number: dict[Cell, int] = {}
         self.stage_of: dict[TensorRef, tuple[int, int]] = {}
 
@@ -53,7 +62,11 @@ class StepList:
         """Copy ``ref`` to the host; a part of a gradient to a staging buffer."""
         if stage is not None:
             self.stage_of[ref] = (device, stage)
-        step = Instruction("d2h", Op.SWAP_OUT, ref=ref, slot=stage)
+        over = None
+        if ref.is_value and ref not in self._memory_of:
+            over = self._over(ref)
+            self._memory_of[ref] = ref if over is None else self._memory_of[over]
+        step = Instruction("d2h", Op.SWAP_OUT, ref=ref, slot=stage, over=over)
         self._add(device, step, [(device, ref)], self._host_cells(ref))
 
     def send(self, device: int, ref: TensorRef, peer: int) -> None:
@@ -95,4 +108,12 @@ class StepList:
             return [(ref.kind, layer) for layer in range(ref.first, ref.last)]
         if ref.part:
             return [("stage", *self.stage_of[ref])]
-        return [("host", ref)]
+        return [("host", self._memory_of.get(ref, ref))]
+
+    def _over(self, ref: TensorRef) -> TensorRef | None:
+        """The value of the round before in whose memory on the host this one can lie."""
+        if self._reused is None or ref.samples is None or ref.first in self._kept:
+            return None
+        samples = self._reused.a_round_before(ref.samples)
+        before = None if samples is None else replace(ref, samples=samples)
+        return before if before in self._memory_of else None

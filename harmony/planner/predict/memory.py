@@ -151,14 +151,16 @@ def _blocks(nbytes: int) -> int:
 
 
 def stash_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
-    """Bytes of host memory for values and gradients of values; each lives until the step ends."""
-    out = {
-        step.ref
-        for program in schedule.programs
-        for step in program
-        if step.op is Op.SWAP_OUT and step.ref is not None and step.ref.is_value
-    }
-    return sum(ref.nbytes(graph) for ref in out)
+    """Bytes of host memory for values and gradients of values.
+
+    Each lives until the step ends, or until a later round writes over it.
+    """
+    out: dict[TensorRef, TensorRef | None] = {}
+    for program in schedule.programs:
+        for step in program:
+            if step.op is Op.SWAP_OUT and step.ref is not None and step.ref.is_value:
+                out.setdefault(step.ref, step.over)
+    return sum(ref.nbytes(graph) for ref, over in out.items() if over is None)
 
 
 def arena_nbytes(graph: LayerGraph) -> int:

@@ -286,6 +286,21 @@ def coinciding(
         yield Candidate(where.mode, _spec(question, where, size, packs[:-1], packs), mirrored)
 
 
+def in_rounds(question: Question, base: Candidate, runs: Iterable[int]) -> Iterator[Candidate]:
+    """Yield a candidate in rounds of about so many microbatches, where it may have several.
+
+    What waits on the host in one round can lie where that of the round before lay if no other
+    device may still read it, so a candidate has the only device.
+    """
+    spec, graph = base.spec, question.packer.graph
+    alone = question.machine.num_devices == 1 and question.phase is Phase.TRAIN
+    if not alone or not spec.forward_packs or graph.orders_microbatches():
+        return
+    count = spec.num_microbatches(0, TaskKind.FORWARD)
+    for rounds in sorted({-(-count // each) for each in runs if each < count}):
+        yield replace(base, spec=replace(spec, rounds=rounds))
+
+
 def _ladder(fewest: int, ring: int, most: int) -> Iterator[int]:
     """Numbers of packs: the same whatever the memory, as long as they fit, and the fewest."""
     even = -(-fewest // ring) * ring

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from harmony.core.units import format_seconds
 from harmony.planner.ir.plan import Decision
-from harmony.planner.ir.tasks import TaskKind
 from harmony.planner.search.candidates import Candidate
 
 MAX_ALTERNATIVES = 6
@@ -127,6 +126,11 @@ def _sizes(candidate: Candidate) -> str:
     return f"microbatches of {spec.forward_size} forward and {spec.backward_size} backward"
 
 
+def _rounds(candidate: Candidate) -> str:
+    spec = candidate.spec
+    return "one" if spec.rounds == 1 else f"{spec.rounds} of {spec.runs_of_round(0)} microbatches"
+
+
 def _packs(candidate: Candidate) -> str:
     spec = candidate.spec
     counts = (len(spec.forward_packs), len(spec.backward_packs))
@@ -155,7 +159,7 @@ def _activations(candidate: Candidate) -> str:
     parts = [("kept", kept), ("offloaded", len(offload)), ("recomputed", again)]
     found = [f"{what} in {count} packs" for what, count in parts if count > 0]
     if spec.saved and spec.saved_runs:
-        runs = spec.num_microbatches(0, TaskKind.FORWARD)
+        runs = spec.runs_of_round(0)
         found.append(f"of {spec.saved_runs} of {runs} microbatches")
     return ", ".join(found) or "used at once"
 
@@ -185,6 +189,7 @@ def _placement(candidate: Candidate) -> str:
 _ASPECTS: dict[str, Callable[[Candidate], str]] = {
     "replicas": _replicas,
     "microbatch size": _sizes,
+    "rounds": _rounds,
     "packs": _packs,
     "prefetch": _prefetch,
     "boundary values": _boundary,

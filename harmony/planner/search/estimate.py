@@ -6,7 +6,7 @@ from harmony.planner.ir.tasks import Phase
 from harmony.planner.search.candidates import Candidate, Layout, Question, finest, microbatch_sizes
 from harmony.planner.search.memory_estimate import host_nbytes, peaks_nbytes
 from harmony.planner.search.outline import Outline, outline
-from harmony.planner.search.sketch import sketch
+from harmony.planner.search.sketch import step_s
 from harmony.planner.search.trial import for_phase, policy_for, timed_phases
 
 TIGHT = 1.06
@@ -24,8 +24,9 @@ class Estimator:
         """Seconds of a whole step."""
         total = 0.0
         for phase in timed_phases(candidate.spec.phase):
-            policy = policy_for(candidate.policy, phase)
-            total += sketch(self.shape(candidate, phase), self.question.machine, policy).step_s
+            policy, shape = policy_for(candidate.policy, phase), self.shape(candidate, phase)
+            rounds = for_phase(candidate.spec, phase).rounds
+            total += step_s(shape, self.question.machine, policy, rounds)
         return max(total, 1e-9)
 
     def peak_nbytes(self, candidate: Candidate) -> int:
@@ -33,7 +34,7 @@ class Estimator:
         most, spec = 0, candidate.spec
         for phase in timed_phases(spec.phase):
             shape, policy = self.shape(candidate, phase), policy_for(candidate.policy, phase)
-            sized = for_phase(spec, phase)
+            sized = for_phase(spec, phase).first_rounds(1)
             most = max(most, *peaks_nbytes(self.question.packer, shape, sized, policy))
         return most
 
@@ -58,10 +59,10 @@ class Estimator:
         return host_nbytes(self.question.packer, self.shape(candidate), candidate.spec)
 
     def shape(self, candidate: Candidate, phase: Phase | None = None) -> Outline:
-        """The outline of a phase of a candidate; what is asked for again soon is remembered."""
+        """The outline of a round of a candidate; what is asked for again soon is remembered."""
         phase = phase or candidate.spec.phase
         if self._last is None or self._last[0] is not candidate or self._last[1] is not phase:
-            spec = for_phase(candidate.spec, phase)
+            spec = for_phase(candidate.spec, phase).first_rounds(1)
             policy = policy_for(candidate.policy, phase)
             shape = outline(self.question.packer, self.question.machine, spec, policy)
             self._last = (candidate, phase, shape)

@@ -109,8 +109,8 @@ def offloading(question: Question, found: Candidate, *, few: bool = False) -> It
                 spec=replace(spec, saved=saved),
                 policy=replace(found.policy, offload=offload),
             )
-    runs = spec.num_microbatches(0, TaskKind.FORWARD)
-    least = min(spec.num_microbatches(r, TaskKind.FORWARD) for r in range(len(spec.shares)))
+    runs = spec.runs_of_round(0)
+    least = min(spec.runs_of_round(r) for r in range(len(spec.shares)))
     if not spec.saved and left:
         parts = PARTS[1::2] if few else PARTS
         for some in sorted({round(part * runs) for part in parts} & set(range(1, least))):

@@ -16,7 +16,7 @@ from harmony.planner.search.packing import Packer, PackFacts
 
 @dataclass(slots=True)
 class StageOutline:
-    """All microbatches of one pack, FORWARD or BACKWARD, in one replica.
+    """All microbatches of one pack in a round, FORWARD or BACKWARD, in one replica.
 
     Attributes:
         seat: the device in the ring of its replica.

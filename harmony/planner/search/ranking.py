@@ -23,6 +23,7 @@ from harmony.planner.search.candidates import (
     Question,
     coinciding,
     finest,
+    in_rounds,
     layout,
     packed,
     policies,
@@ -44,6 +45,9 @@ KEEPING = (
     replace(LEAN, boundary="keep"),
 )
 """Policies of candidates that keep something, with less and less room for what moves."""
+
+RUNS_OF_ROUND = (4, 8, 16, 32, 64)
+"""Microbatches of a round that are tried where a step may have several."""
 
 REFINED = 2
 """How many pairs of replicas and size get the finer choices."""
@@ -244,7 +248,8 @@ class Ranking:
         bare_s = best_s
         if self.question.phase is Phase.TRAIN:
             for base in coinciding(self.question, where, size, POLICIES[0]):
-                best_s = min(best_s, self._keep(base, self._memory(), few=True))
+                for each in (base, *in_rounds(self.question, base, RUNS_OF_ROUND[1::2])):
+                    best_s = min(best_s, self._keep(each, self._memory(), few=True))
         return bare_s, best_s
 
     def _refine_bare(self, where: Layout, size: int) -> None:
@@ -258,7 +263,8 @@ class Ranking:
         counts = self._good_counts(where, size)
         for policy in KEEPING:
             for base in coinciding(self.question, where, size, policy, counts):
-                self._keep(base, self._memory())
+                for each in (base, *in_rounds(self.question, base, RUNS_OF_ROUND)):
+                    self._keep(each, self._memory())
 
     def _good_counts(self, where: Layout, size: int) -> set[int]:
         """Numbers of packs around the best that a layout and size was tried with."""
@@ -325,7 +331,7 @@ def handicap(candidate: Candidate) -> float:
 def _twins(candidate: Candidate) -> tuple[int, ...]:
     """What candidates have in common that mostly fit together, or do not."""
     spec, policy = candidate.spec, candidate.policy
-    counts = len(spec.shares), spec.backward_size, len(spec.backward_packs)
+    counts = len(spec.shares), spec.backward_size, len(spec.backward_packs), spec.rounds
     return (*counts, policy.weight_slots)
 
 
@@ -340,4 +346,5 @@ def family(candidate: Candidate) -> tuple[bool, ...]:
         bool(policy.resident),
         handicap(candidate) == 1.0,
         policy.mirror,
+        spec.rounds > 1,
     )

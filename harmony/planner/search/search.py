@@ -38,7 +38,7 @@ from harmony.planner.search.decisions import decide, without_choice
 from harmony.planner.search.overlap import with_late_updates
 from harmony.planner.search.packing import Budget, Packer, check_layers, suggest_memory
 from harmony.planner.search.ranking import Ranking, family, handicap
-from harmony.planner.search.trial import Fitting, TooLarge, Trial, Tried
+from harmony.planner.search.trial import Fitting, TooLarge, Trial, Tried, tried_runs
 
 __all__ = ["Plan", "Policy", "choose"]
 
@@ -53,6 +53,10 @@ MAX_REFUSED = 12
 
 RUNS_LOWERED = 7000
 """How many Runs all that is lowered and fits has, about; it bounds the time of a search."""
+
+LONG_S = 30.0
+MOST_RUNS_LOWERED = 28_000
+"""Where a step takes longer than that, so many more Runs, up to this, are worth the time."""
 
 SURPRISED = 3
 """How many times as many they may have while something is estimated to be clearly faster."""
@@ -305,7 +309,7 @@ class _Search:
             return "it hardly fits"
         if self.alike[family(candidate)] >= MAX_ALIKE:
             return f"{MAX_ALIKE} plans like it were simulated and are not faster"
-        if candidate.num_runs > RUNS_LOWERED // 2:
+        if tried_runs(candidate) > RUNS_LOWERED // 2:
             return f"working out its {candidate.num_runs} tasks would take too long"
         return "the estimate is not more exact than that"
 
@@ -330,13 +334,13 @@ class _Search:
                 continue
             # An estimate that turned out far too low must not be what the search ends with.
             more = SURPRISED if step_s < WORTHWHILE * best_s else 1
-            if found and lowered + candidate.num_runs > more * RUNS_LOWERED:
+            if found and lowered + tried_runs(candidate) > more * _budget(best_s):
                 continue
             tried = self._simulated(candidate)
             if tried is None:
                 refused += 1
                 continue
-            lowered += candidate.num_runs
+            lowered += tried_runs(candidate)
             alike[family(candidate)] += 1
             found.append(tried)
             best_s = min(best_s, _counted_s(tried))
@@ -423,6 +427,11 @@ class _Search:
                 f" {size}; {limit}. Leave num_packs out, or use more"
             )
         return DoesNotFitError(f"no plan fits: {limit}. {remedy} more GPU memory")
+
+
+def _budget(step_s: float) -> float:
+    """How many Runs may be lowered in all, where the best step so far takes so many seconds."""
+    return min(MOST_RUNS_LOWERED, RUNS_LOWERED * max(1.0, step_s / LONG_S))
 
 
 def _counted_s(tried: Tried) -> float:

@@ -12,7 +12,7 @@ for a share of the step slows the others down by that share.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harmony.core.machine import Machine
 from harmony.planner.ir.policy import Policy
@@ -76,11 +76,13 @@ class Sketch:
     """What a step is estimated to take.
 
     Attributes:
+        compute_s: when the last device has computed all; copies and updates may go on.
         busy_s: per device of a ring the seconds that it computes, and its h2d and d2h links copy.
         host_s: seconds that updates and accumulations take on the host.
     """
 
     step_s: float
+    compute_s: float
     busy_s: tuple[tuple[float, float, float], ...]
     host_s: float
 
@@ -94,6 +96,30 @@ def sketch(shape: Outline, machine: Machine, policy: Policy) -> Sketch:
             rates = [_contended(machine, shape, found, seat) for seat in range(shape.ring)]
             found = _run(shape, machine, policy, rates)
     return found
+
+
+def step_s(shape: Outline, machine: Machine, policy: Policy, rounds: int) -> float:
+    """Estimate the seconds of a step whose rounds are given in outline, each the same.
+
+    In all but the last one gradients are left on the host without an update; in all but the first
+    they come back, as weights do. The one after begins where the compute of the one before ends.
+    """
+    if rounds == 1:
+        return sketch(shape, machine, policy).step_s
+    grown = replace(shape, stages=tuple(map(_grown, shape.stages)))
+    middle = replace(shape, stages=tuple(map(_without_update, grown.stages)))
+    body_s = sketch(middle, machine, policy).compute_s
+    return (rounds - 1) * body_s + sketch(grown, machine, policy).step_s
+
+
+def _grown(stage: StageOutline) -> StageOutline:
+    coming = 0 if stage.updates_here else stage.gradients
+    return replace(stage, weights=stage.weights + coming)
+
+
+def _without_update(stage: StageOutline) -> StageOutline:
+    left = 0 if stage.updates_here else stage.gradients
+    return replace(stage, gradients=left, update_s=0.0, updates_here=False)
 
 
 def _rates(machine: Machine, seat: int) -> _Rates:
@@ -164,7 +190,8 @@ def _run(shape: Outline, machine: Machine, policy: Policy, rates: list[_Rates]) 
                 worked_s += work_s
     over = max(host_s, *(max(lane.compute, lane.d2h, lane.p2p) for lane in lanes))
     busy = tuple((lane.busy[0], lane.busy[1], lane.busy[2]) for lane in lanes)
-    return Sketch(over + late_s, busy, worked_s + late_s)
+    compute_s = max(lane.compute for lane in lanes)
+    return Sketch(over + late_s, compute_s, busy, worked_s + late_s)
 
 
 def _run_stage(

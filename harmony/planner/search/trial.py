@@ -21,6 +21,9 @@ from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes, 
 from harmony.planner.predict.simulate import Simulation
 from harmony.planner.search.candidates import Candidate, Question
 
+FEW_ROUNDS = 3
+"""So many rounds of a step are lowered to find out what one of more of them takes."""
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -41,16 +44,18 @@ class Tried:
     """A candidate that was lowered, fits the devices, and was simulated.
 
     Attributes:
-        lowered: the phases that make up a step.
+        lowered: the phases that make up a step; empty where only some of its many rounds were.
+        summed_s: then, seconds of a whole step, from those of some rounds.
     """
 
     candidate: Candidate
     lowered: dict[Phase, Lowered]
+    summed_s: float = 0.0
 
     @cached_property
     def total_s(self) -> float:
         """Predicted seconds of a whole step."""
-        return sum(phase.simulation.step_s for phase in self.lowered.values())
+        return self.summed_s + sum(phase.simulation.step_s for phase in self.lowered.values())
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,23 @@ class Trial:
         self.workspace = Workspace(self.graph, self.costs)
 
     def tried(self, candidate: Candidate) -> Tried | TooLarge:
-        """Lower a candidate, and simulate it if it fits."""
+        """Lower a candidate, and simulate it if it fits.
+
+        Of one with many rounds only the first few: from then on each takes as long as the one
+        before, and the same memory.
+        """
+        times, spec = [], candidate.spec
+        if tried_runs(candidate) == candidate.num_runs:
+            return self._whole(candidate)
+        for rounds in (FEW_ROUNDS - 1, FEW_ROUNDS):
+            found = self._whole(replace(candidate, spec=spec.first_rounds(rounds)))
+            if isinstance(found, TooLarge):
+                return found
+            times.append(found.total_s)
+        more_s = (spec.rounds - FEW_ROUNDS) * (times[1] - times[0])
+        return Tried(candidate, {}, times[1] + more_s)
+
+    def _whole(self, candidate: Candidate) -> Tried | TooLarge:
         lowered, machine = {}, self.question.machine
         for phase in timed_phases(candidate.spec.phase):
             tasks = build_tasks(self.graph, for_phase(candidate.spec, phase))
@@ -101,6 +122,11 @@ class Trial:
         Raises:
             DoesNotFitError: if one does not fit, or the host is too small for all of them.
         """
+        if not tried.lowered:
+            whole = self._whole(tried.candidate)
+            if isinstance(whole, TooLarge):  # no round takes more than those that were tried
+                raise DoesNotFitError(f"needs {format_bytes(whole.nbytes)} on a GPU")
+            tried = whole
         phase = tried.candidate.spec.phase
         schedules = {each: found.schedule for each, found in tried.lowered.items()}
         needed = self._host_nbytes(schedules, phase)
@@ -127,6 +153,12 @@ class Trial:
         return needed
 
 
+def tried_runs(candidate: Candidate) -> int:
+    """FORWARD and BACKWARD tasks that are lowered to find out what a candidate takes."""
+    some, rounds = FEW_ROUNDS - 1 + FEW_ROUNDS, candidate.spec.rounds
+    return candidate.num_runs * some // rounds if rounds > some else candidate.num_runs
+
+
 def timed_phases(phase: Phase) -> tuple[Phase, ...]:
     """The phases that make up a step: an own loop runs its two one after the other.
 
@@ -147,7 +179,7 @@ def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
     packs = (*spec.forward_packs, spec.backward_packs[-1])
     size = min(spec.forward_size, spec.backward_size)
     return replace(
-        spec, phase=phase, forward_packs=packs, forward_size=size, saved=(), saved_runs=0
+        spec, phase=phase, forward_packs=packs, forward_size=size, saved=(), saved_runs=0, rounds=1
     )
 
 

@@ -89,6 +89,7 @@ class DeviceProgram:
         self._around = around
         self._env = around.envs[index]
         self._saved: SavedForwards = {}
+        self._staged: dict[TensorRef, int] = {}
         self._tasks = TaskIssuer(stage, self._env, around.host, self._saved)
         self._residents = around.residents[index]
         self._slot_of = self._residents.slots(spec)
@@ -258,12 +259,16 @@ class DeviceProgram:
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
             return lambda _: _copy(env[ref], chunk)
-        pieces = self._around.host.parameter_pieces(ref)
-        low, _ = self._in_slot(at, ref, self._around.host.weights.layout)
-        slot, stage = self._slot_of[ref], self._stage
+        host, stage, grows = self._around.host, self._stage, ref.is_gradient_part
+        low, high = self._in_slot(at, ref, (host.gradients if grows else host.weights).layout)
+        slot, into = self._slot_of[ref], stage.gradient_range if grows else stage.weight_range
+        if ref in self._staged:
+            staged = host.stage_bytes(self._index, self._staged[ref], high - low)
+            pieces = [Piece(0, staged)] if high > low else []
+        else:
+            pieces = host.gradient_pieces(ref) if grows else host.parameter_pieces(ref)
         pairs = [
-            (stage.weight_range(slot, low + p.offset, low + p.offset + p.data.numel()), p.data)
-            for p in pieces
+            (into(slot, low + p.offset, low + p.offset + p.data.numel()), p.data) for p in pieces
         ]
 
         def issue(_: Step) -> None:
@@ -286,6 +291,7 @@ class DeviceProgram:
         pieces = host.gradient_pieces(ref)
         staged = torch.empty(0)
         if instruction.slot is not None:
+            self._staged[ref] = instruction.slot
             staged = host.stage_bytes(self._index, instruction.slot, high - low)
             pieces = [Piece(0, staged)] if high > low else []
         pairs = [

@@ -11,8 +11,9 @@ from harmony.planner.ir.tasks import Pack, TaskKind, TensorRef
 def packs_of(program: Sequence[Instruction]) -> list[Pack | None]:
     """Per instruction that moves parameters or gradients, the pack that it moves them for.
 
-    Parameters come in for the next task that reads them, gradients go out for the last one that
-    wrote them. It matters for shared parameters: where they lie in a slot depends on the pack.
+    Parameters, and gradients that an earlier round has begun, come in for the next task that reads
+    them, gradients go out for the last one that wrote them. It matters for shared parameters:
+    where they lie in a slot depends on the pack.
     """
     packs: list[Pack | None] = [None] * len(program)
     writer: dict[TensorRef, Pack] = {}
@@ -24,7 +25,8 @@ def packs_of(program: Sequence[Instruction]) -> list[Pack | None]:
     reader: dict[TensorRef, Pack] = {}
     for at, step in reversed(list(enumerate(program))):
         if step.task is not None:
-            reader.update({ref: step.task.pack for ref in step.reads if ref.is_parameter})
+            moved = (ref for ref in step.reads if ref.is_parameter or ref.is_gradient_part)
+            reader.update(dict.fromkeys(moved, step.task.pack))
         elif step.op is Op.SWAP_IN and step.ref in reader:
             packs[at] = reader[step.ref]
     return packs

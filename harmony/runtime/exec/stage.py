@@ -71,8 +71,8 @@ class Stage:
     place in a gradient slot, in the order of the microbatches.
 
     Attributes:
-        touched_by: per pack, the parameters that got a gradient since ``begin_gradients``; the
-            others keep none, as in plain PyTorch.
+        touched_by: per pack, the parameters that got a gradient in this step; the others keep
+            none, as in plain PyTorch.
         look: is shown all that is computed.
     """
 
@@ -102,6 +102,7 @@ class Stage:
         self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._sink = GradientSink()
         self._accumulating: tuple[Pack, int] | None = None
+        self._gathering: tuple[Pack, int] | None = None
         self.touched_by: dict[Pack, set[str]] = {}
         self.look: FirstBad | None = None
 
@@ -111,7 +112,7 @@ class Stage:
         self._tensors.clear()
         self._gradient_views.clear()
         self._sink.views = {}
-        self._accumulating = None
+        self._accumulating = self._gathering = None
         self._weight_slots, self._gradient_slots = weights, gradients
         self._slot_memory = {slot.untyped_storage().data_ptr() for slot in weights}
 
@@ -218,11 +219,20 @@ class Stage:
         run_backward([(t, g) for t, g in roots if t is not None and _is_root(t)])
         return self._own({v: found[v].detach() for v in outputs}), gradients_of(leaves)
 
-    def begin_gradients(self, pack: Pack, weight_slot: int, slot: int) -> None:
-        """Let the coming microbatches of the pack accumulate in a gradient slot."""
+    def gather(self, pack: Pack, weight_slot: int, slot: int, begins: bool) -> None:
+        """Let the coming microbatch of the pack add to its gradients in a gradient slot.
+
+        Args:
+            begins: whether it is the first of the step; otherwise the slot has the sum so far.
+        """
+        if begins:
+            self.touched_by[pack] = set()
+        elif self._gathering == (pack, slot):
+            return
+        self._gathering, self._accumulating = (pack, slot), None
         self._bind(pack, weight_slot)
         self._sink.views = self._views_of_gradients(pack, slot)
-        self._sink.touched = self.touched_by[pack] = set()
+        self._sink.touched = self.touched_by[pack]
         self._accumulate_in(pack, weight_slot)
 
     def _accumulate_in(self, pack: Pack, weight_slot: int) -> None:

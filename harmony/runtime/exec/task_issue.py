@@ -73,7 +73,7 @@ class TaskIssuer:
         task, env, stage = instruction.task, self.env, self.stage
         assert task is not None and task.samples is not None
         samples = task.samples
-        is_first = not any(ref.is_gradient_part for ref in instruction.reads)
+        begins = not any(ref.is_gradient_part for ref in instruction.reads)
         reads = [ref for ref in instruction.reads if ref.is_value]
         inputs = [ref for ref in reads if ref.kind is TensorKind.VALUE]
         incoming = [ref for ref in reads if ref.kind is TensorKind.VALUE_GRADIENT]
@@ -86,8 +86,7 @@ class TaskIssuer:
         absent = self.host.absent
 
         def issue(step: Step) -> None:
-            if is_first:
-                stage.begin_gradients(task.pack, slot, gradient_slot)
+            stage.gather(task.pack, slot, gradient_slot, begins)
             values = {ref.first: env[ref] for ref in inputs}
             came = [ref for ref in incoming if ref in env and ref not in absent]
             above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
@@ -110,15 +109,14 @@ class TaskIssuer:
         """Prepare the backward of a pack whose forward was kept: nothing is recomputed."""
         task, env, stage = instruction.task, self.env, self.stage
         assert task is not None
-        is_first = not any(ref.is_gradient_part for ref in instruction.reads)
+        begins = not any(ref.is_gradient_part for ref in instruction.reads)
         incoming = [ref for ref in instruction.reads if ref.kind is TensorKind.VALUE_GRADIENT]
         outgoing = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE_GRADIENT]
         absent = self.host.absent
 
         def issue(step: Step) -> None:
             found = self.saved[kept]
-            if is_first:
-                stage.begin_gradients(task.pack, found.slot, gradient_slot)
+            stage.gather(task.pack, found.slot, gradient_slot, begins)
             came = [ref for ref in incoming if ref in env and ref not in absent]
             above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
             below = stage.backward_saved(task.pack, slot, found, above)

@@ -27,33 +27,38 @@ def reserve_values(
         place_of: form of a value for a number of samples.
         device: for which the memory is pinned.
     """
-    found: dict[tuple[TensorKind, int], set[Samples]] = {}
+    found: dict[tuple[TensorKind, int], dict[Samples, Samples | None]] = {}
     for program in schedule.programs:
         for step in program:
             ref = step.ref
             if step.op in (Op.SWAP_OUT, Op.SWAP_IN) and ref is not None and _is_value(ref):
                 assert ref.samples is not None
                 if step.op is Op.SWAP_OUT or _from_caller(graph, ref):
-                    found.setdefault((ref.kind, ref.first), set()).add(ref.samples)
+                    over = None if step.over is None else step.over.samples
+                    found.setdefault((ref.kind, ref.first), {}).setdefault(ref.samples, over)
     for (kind, index), chunks in found.items():
         if (kind, index) in values:
             continue
         value = graph.values[index]
         places = {s: place_of(index, s[1] - s[0]) for s in sorted(chunks)}
         stash = values[kind, index] = Stash(device)
-        stash.reserve(places, value.batch_dim, f"value {value.name}")
+        stash.reserve(places, value.batch_dim, f"value {value.name}", chunks)
 
 
 def reserve_saved(
     schedule: Schedule, graph: LayerGraph, device: torch.device
 ) -> dict[TensorRef, HostBuffer]:
     """Make room on the host for what forwards save and send there."""
-    return {
-        step.ref: saved_buffer(step.ref, step.ref.nbytes(graph), device)
-        for program in schedule.programs
-        for step in program
-        if step.op is Op.SWAP_OUT and step.ref is not None and step.ref.kind is TensorKind.SAVED
-    }
+    found: dict[TensorRef, HostBuffer] = {}
+    for program in schedule.programs:
+        for step in program:
+            ref = step.ref
+            if step.op is Op.SWAP_OUT and ref is not None and ref.kind is TensorKind.SAVED:
+                if step.over is not None:
+                    found[ref] = found[step.over]
+                else:
+                    found[ref] = saved_buffer(ref, ref.nbytes(graph), device)
+    return found
 
 
 def saved_buffer(ref: TensorRef, nbytes: int, device: torch.device) -> HostBuffer:

@@ -135,16 +135,28 @@ class Stash:
         self._chunks: dict[Samples, torch.Tensor] = {}
         self._dims: dict[Samples, int | None] = {}
 
-    def reserve(self, chunks: Mapping[Samples, Place], batch_dim: int | None, name: str) -> None:
-        """Make room for these microbatches in one pinned buffer."""
-        total = sum(aligned(place.nbytes) for place in chunks.values())
-        buffer = HostBuffer(total, self._device, f"the host copy of {name}")
+    def reserve(
+        self,
+        chunks: Mapping[Samples, Place],
+        batch_dim: int | None,
+        name: str,
+        over: Mapping[Samples, Samples | None],
+    ) -> None:
+        """Make room for these microbatches in one pinned buffer.
+
+        Args:
+            over: of a microbatch, an earlier one whose room it takes; None where it has its own.
+        """
+        own = (place.nbytes for samples, place in chunks.items() if over.get(samples) is None)
+        buffer = HostBuffer(sum(map(aligned, own)), self._device, f"the host copy of {name}")
         self._buffers.append(buffer)
-        offset = 0
+        offset, starts = 0, dict[Samples, int]()
         for samples, place in chunks.items():
-            self._chunks[samples] = buffer.view(offset, place)
+            earlier = over.get(samples)
+            start = starts[samples] = offset if earlier is None else starts[earlier]
+            self._chunks[samples] = buffer.view(start, place)
             self._dims[samples] = batch_dim
-            offset += aligned(place.nbytes)
+            offset += aligned(place.nbytes) if earlier is None else 0
 
     def fill(
         self, whole: torch.Tensor, batch_dim: int | None, num_samples: int, groups: int = 1

@@ -164,7 +164,7 @@ def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 
 class _Texts:
-    """TracedLock values into what can be compared, whatever copy they are of."""
+    """Turns values into what can be compared, whatever copy they are of."""
 
     def __init__(self, names: dict[int, str]) -> None:
         self._names = names
