@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import harmony
 from harmony.errors import ConfigError
@@ -18,6 +19,7 @@ from tests import devices
 from .conftest import VirtualGPUs
 from .models import square_loss, vector_batch
 from .plain import SGD, gradients_of, train_vectors
+from .side_by_side import assert_same_training
 
 WIDTH = 24
 
@@ -255,3 +257,71 @@ def test_a_parameter_that_the_forward_changes_is_changed_once(vgpus: VirtualGPUs
         assert torch.equal(model.train_step(x, y), loss.detach())
     assert all(map(torch.equal, net.parameters(), plain.parameters()))
     assert model.capture_mode == "eager"
+
+
+class Scaled(nn.Module):
+    """Computes with a buffer, and changes it afterwards in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 4)
+        self.register_buffer("scale", torch.full((16,), 2.0))
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("variance", torch.ones(16))
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        if self.how == "statistics":  # PyTorch's kernel moves them without a new version
+            given = F.batch_norm(hidden, self.mean, self.variance)
+            hidden = self.second(given.tanh())
+            return self.last(F.batch_norm(hidden, self.mean, self.variance, training=True))
+        hidden = hidden * self.scale
+        if self.how == "replaced":
+            self.scale = self.scale * 0.9 + hidden.detach().abs().mean(0) * 0.1
+        else:
+            self.scale.data.mul_(0.9)
+        return self.last((self.second(hidden) / self.scale).tanh())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("activations", ["auto", "recompute"])
+@pytest.mark.parametrize("how", ["statistics", "replaced", "data"])
+def test_what_is_saved_of_a_buffer_is_what_plain_pytorch_saves(
+    how: str, activations: str, inside: bool, vgpus: VirtualGPUs
+) -> None:
+    """A buffer that is replaced keeps its values for the backward; one that is written to behind
+    its version has the new ones there. Kept activations had the old ones, and a replacement
+    failed in the backward."""
+    torch.manual_seed(0)
+    net: nn.Module = Scaled(how)
+    net = nn.Sequential(net, nn.Identity()) if inside else net
+    batches = [((torch.randn(8, 8),), torch.randint(0, 4, (8,))) for _ in range(3)]
+    assert_same_training(net, batches, activations=activations, devices=1)
+
+
+@pytest.mark.parametrize("trains", [1, 3])
+def test_statistics_that_two_norms_share_are_what_each_found(
+    trains: int, vgpus: VirtualGPUs
+) -> None:
+    """One in train mode moves them, one in eval mode computes with them: the recompute of the
+    forward began with the moved ones."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+    )
+    one, two = net[1], net[3]
+    one.running_mean, one.running_var = two.running_mean, two.running_var
+    net[4 - trains].eval()
+    twin = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=1)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.1) for n in (model, twin)]
+    for _ in range(3):
+        x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
+        for run, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(run(x), y).backward()
+            optimizer.step()
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(net.state_dict()[name], tensor), name

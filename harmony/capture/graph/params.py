@@ -78,10 +78,21 @@ def describe_buffers(module: nn.Module) -> list[ParamInfo]:
 
 
 def running_statistics(module: nn.Module) -> Iterator[str]:
-    """Names of the buffers that torch's norms keep up to date in train mode, but do not use."""
+    """Names of the buffers that torch's norms keep up to date in train mode, but do not use.
+
+    Those that another module has too are left out: a norm in eval mode computes with them.
+    """
+    kept: dict[int, list[str]] = {}
+    used: set[int] = set()
     for name, inner in module.named_modules():
-        if isinstance(inner, _NormBase) and type(inner).__module__.startswith("torch.nn."):
-            yield from (f"{name}.{key}".lstrip(".") for key in inner._buffers)
+        norm = isinstance(inner, _NormBase) and type(inner).__module__.startswith("torch.nn.")
+        for key, buffer in inner._buffers.items():
+            kept.setdefault(id(buffer), []).append(f"{name}.{key}".lstrip("."))
+            if not (norm and inner.training):
+                used.add(id(buffer))
+    for held, names in kept.items():
+        if held not in used:
+            yield from names
 
 
 def assign(

@@ -24,6 +24,7 @@ from harmony.capture.graph.trace import (
     Step,
     StepKind,
     ValueRef,
+    assign_buffer,
 )
 from harmony.capture.replay.shell import ModuleShell
 from harmony.errors import CaptureError
@@ -66,6 +67,9 @@ def run_step(step: Step, values: Values, shell: ModuleShell) -> None:
     before_call = [_attribute(left, shell) for left in step.left_behind]
     if step.python_random is not None:
         step.python_random.restore()
+    if target is assign_buffer:
+        shell.put(step.changes[0], args[1])
+        return
     context = step.context
     if alone:
         with surroundings(context, shell.device), torch.enable_grad():

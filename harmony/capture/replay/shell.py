@@ -62,6 +62,7 @@ class ModuleShell:
         self._placeholders = placeholders
         self._slots = _find_slots(self.root, placeholders)
         self._bound = dict(placeholders)
+        self._lent: dict[str, torch.Tensor] = {}
         scripted = _scripted_slots(self.root, module)
         for name, slots in scripted.items():
             self._slots[name] += slots
@@ -83,16 +84,32 @@ class ModuleShell:
         """Put the placeholders back."""
         self.bind({name: self._placeholders[name] for name in names})
 
+    def lend(self, names: Iterable[str]) -> None:
+        """Put copies in the place of buffers, until they are settled.
+
+        So what autograd saves of them is what plain PyTorch has there: the tensor of this run,
+        with what is written to it later, and not what is put in its place.
+        """
+        for name in names:
+            self._lent[name] = self._bound[name]
+            self.bind({name: self._bound[name].clone()})
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in the place of a buffer, as an assignment does, until it is settled."""
+        for container, key in self._slots[name]:
+            container[key] = tensor.detach()
+
     def settle(self, names: Iterable[str]) -> None:
         """Copy what was put in the place of buffers into the buffers, and put those back."""
         for name in names:
-            bound = self._bound[name]
+            found = bound = self._bound[name]
             for container, key in self._slots[name]:
-                held = container[key]
-                if held is not bound:
-                    with torch.no_grad():
-                        bound.copy_(held)
-                    container[key] = bound
+                found = found if container[key] is bound else container[key]
+            home = self._lent.pop(name, bound)
+            if found is not home:
+                with torch.no_grad():
+                    home.copy_(found)
+                self.bind({name: home})
 
     def tensor(self, name: str) -> torch.Tensor:
         """What is bound for a parameter or buffer now."""

@@ -25,6 +25,7 @@ from harmony.capture.graph.trace import (
     StepKind,
     TraceValue,
     ValueRef,
+    assign_buffer,
 )
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import HeldFromOutside
@@ -137,7 +138,7 @@ class Recorder(CallHandler):
         leaves, structure = flatten(((buffer, new), {}))
         references = self._references.of_all(leaves, f"the buffer {name}")
         step = Step(
-            StepKind.FUNCTION, "copy_", torch.Tensor.copy_, references, structure, Context(False)
+            StepKind.FUNCTION, "copy_", assign_buffer, references, structure, Context(False)
         )
         step.state = step.changes = (name,)
         step.outputs = (None,)  # the buffer itself

@@ -152,14 +152,11 @@ class SavedForward:
         self._inputs: dict[int, _InMemory] = {}
 
     @contextmanager
-    def saving(
-        self, weights: torch.Tensor | None, changing: Sequence[tuple[int, int]] = ()
-    ) -> Iterator[None]:
+    def saving(self, weights: torch.Tensor | None) -> Iterator[None]:
         """Take what autograd saves meanwhile.
 
         Args:
             weights: the pack's weight slot; None if it has no parameters.
-            changing: ranges of bytes of the slot that the forwards of other microbatches change.
         """
         start = None if weights is None else weights.untyped_storage().data_ptr()
         memory = self.memory
@@ -169,9 +166,6 @@ class SavedForward:
                 return tensor.detach()
             if tensor.untyped_storage().data_ptr() != start:
                 return memory.hold(tensor)
-            at = tensor.data_ptr() - start
-            if any(low <= at < high for low, high in changing):
-                return memory.hold(tensor.detach().clone())
             return _place_of(tensor)
 
         with torch.enable_grad(), saved_tensors_hooks(pack, memory.unpack):

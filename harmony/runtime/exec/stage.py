@@ -136,7 +136,7 @@ class Stage:
         self._bind(task.pack, slot)
         leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
         kept = SavedForward(slot, self.context.device)
-        with kept.saving(self._slot(slot), self._changing(task.pack)):
+        with kept.saving(self._slot(slot)):
             found = self._run(task, dict(leaves), wanted, replay)
         kept.finish(leaves, found)
         return self._own({v: tensor.detach() for v, tensor in found.items()}), kept
@@ -156,19 +156,6 @@ class Stage:
         with kept.reading(self._slot(slot)):
             run_backward(pairs)
         return gradients_of(kept.leaves)
-
-    def _changing(self, pack: Pack) -> list[tuple[int, int]]:
-        """Byte ranges of a pack's slot that hold buffers which its forward changes."""
-        if not self._code.changes:
-            return []
-        changed = self._code.changes.items()
-        names = {name for layer, change in changed if layer in pack for name in change.buffers}
-        if not names:
-            return []
-        shared = self.graph.shared_in(pack.first, pack.last)
-        places = self._weights.in_slot(pack.first, pack.last, shared)
-        found = (places[name] for name in names if name in places)
-        return [(offset, offset + place.nbytes) for offset, place in found]
 
     def _slot(self, slot: int) -> torch.Tensor | None:
         return self._weight_slots[slot] if slot >= 0 else None

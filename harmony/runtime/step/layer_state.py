@@ -85,11 +85,13 @@ class LayerStates:
                 _set_attributes(shell, {a: self._running[a] for a in change.attributes})
                 if task.kind is TaskKind.FORWARD and self.recomputed:
                     self._snapshots[key] = self._snapshot(change, shell)
-                continue
-            found = self._snapshots[key]
-            _set_attributes(shell, found.attributes)
-            for name, kept in found.buffers.items():
-                shell.tensor(name).copy_(kept, non_blocking=True)
+            else:
+                found = self._snapshots[key]
+                _set_attributes(shell, found.attributes)
+                for name, kept in found.buffers.items():
+                    shell.tensor(name).copy_(kept, non_blocking=True)
+            if change.feeds_outputs:  # others nobody's backward reads
+                shell.lend(change.buffers)
 
     def leave(self, task: Task, shell: ModuleShell) -> None:
         """Take what the layers of a task have left."""
