@@ -86,11 +86,13 @@ def test_the_run_is_the_plain_one_and_resumes(
     assert trained(model, tmp_path / "harmony", precision) == expected
     assert model.num_steps == 8 and model.capture_mode == "trace"
     saved = tmp_path / "harmony" / "epoch=0.ckpt"
+    sides = [(saved, classifier()), (saved, wrapped(classifier(), num_gpus))]
+    sides.append((tmp_path / "plain" / "epoch=0.ckpt", wrapped(classifier(), num_gpus)))
     found = [
-        trained(net, tmp_path / f"resumed-{n}", precision, saved)
-        for n, net in enumerate((classifier(), wrapped(classifier(), num_gpus)))
+        trained(net, tmp_path / f"resumed-{n}", precision, file)
+        for n, (file, net) in enumerate(sides)
     ]
-    assert found[0] == found[1] and found[0][2] == ["batch"] * 4 + ["end"]
+    assert found[0] == found[1] == found[2] and found[0][2] == ["batch"] * 4 + ["end"]
 
 
 @pytest.mark.parametrize("num_gpus", NUM_GPUS)

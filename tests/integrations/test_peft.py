@@ -69,3 +69,28 @@ def test_an_adapter_trains_as_in_the_plain_model(
     assert torch.equal(model.eval().generate(**options), again.eval().generate(**options))
     merged = model.merge_and_unload().state_dict()
     assert digest(merged) == digest(again.merge_and_unload().state_dict())
+
+
+def test_an_adapter_of_plain_pytorch_goes_on_here_and_the_other_way_round(
+    vgpus: VirtualGPUs, tmp_path: Path
+) -> None:
+    """Only the adapter is in the files; the base comes from where it was."""
+    base = tmp_path / "base"
+    first = {
+        "plain": peft.get_peft_model(saved_language_model(base), lora()),
+        "harmony": ORDERS["outside"](saved_language_model(base), 2, lora()),
+    }
+    for side, model in first.items():
+        trained(model, tmp_path / side)
+        model.save_pretrained(tmp_path / f"{side} adapter")
+
+    def going_on(side: str, saved_by: str) -> str:
+        net = AutoModelForCausalLM.from_pretrained(base)
+        folder = tmp_path / f"{saved_by} adapter"
+        model = peft.PeftModel.from_pretrained(net, folder, is_trainable=True)
+        model = model if side == "plain" else wrapped(model, 2)
+        return trained(model, tmp_path / f"{saved_by} {side}")
+
+    expected = going_on("plain", "plain")
+    assert going_on("harmony", "plain") == expected
+    assert going_on("plain", "harmony") == expected
