@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_seconds
+from harmony.core.warn import warn
 from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
 from harmony.errors import PlanError
@@ -21,6 +22,7 @@ from harmony.planner.search.search import choose
 from harmony.profiling.server import usable_nbytes
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.memory_bound import is_held
 
 WARM_UP = 1
 """Steps that are not looked at: the first allocates, and holds its updates back."""
@@ -36,6 +38,9 @@ MOST_SHRINKS = 3
 
 LESS = 0.95
 """Of what is free, since what others take may grow: each time that it was not enough."""
+
+WITHOUT_GAPS = 0.9
+"""Of what a plan's tensors take, for the next: with the gaps between them it was too much."""
 
 MOST_SWITCHES = 2
 """How often the plan for a minibatch is changed; figures that still differ then are noise."""
@@ -60,14 +65,24 @@ class Feedback:
         # Of a capture that is forgotten nothing is left here.
         self._watched: WeakKeyDictionary[Variant, dict[int, _Watched]] = WeakKeyDictionary()
 
-    def stepped(self, variant: Variant, planned: Planned, timeline: Timeline) -> None:
-        """Note a step; after a few, plan again with what they took."""
+    def stepped(
+        self, variant: Variant, planned: Planned, timeline: Timeline, excess: str = ""
+    ) -> None:
+        """Note a step; after a few, plan again with what they took.
+
+        Args:
+            excess: in what the step broke the limit of device memory.
+        """
         plan = planned.plan
         known = self._watched.setdefault(variant, {})
         watched = known.get(plan.minibatch)
         if watched is None or watched.plan is not plan:
             switches = 0 if watched is None else watched.switches
             watched = known[plan.minibatch] = _Watched(plan, switches)
+        if excess and watched.switches < MOST_SHRINKS:
+            watched.switches += 1
+            self._shrink(variant, planned, excess)
+            return
         watched.num_steps += 1
         if not WARM_UP < watched.num_steps <= WARM_UP + NUM_STEPS:
             return
@@ -75,6 +90,16 @@ class Feedback:
         if len(watched.timelines) == NUM_STEPS:
             self._reconsider(variant, planned, watched)
             watched.timelines.clear()
+
+    def _shrink(self, variant: Variant, planned: Planned, excess: str) -> None:
+        """Go on with a plan that leaves more room for gaps, if there is one."""
+        try:
+            smaller = _planned_for(planned, _without_gaps(planned), self._activations)
+        except PlanError as error:
+            warn(f"{excess}. The plan stays, as there is none for less: {error}")
+            return
+        variant.learn(smaller)
+        self._record.facts["plan changed"] = f"{excess}: planned again with more room for gaps"
 
     def _reconsider(self, variant: Variant, planned: Planned, watched: _Watched) -> None:
         plan, known = planned.plan, planned.measured
@@ -138,16 +163,27 @@ def shrunk(
         DoesNotFitError: if no plan that computes the same fits.
     """
     known = planned.measured
+    usable = [int(usable_nbytes(context, limit_nbytes) * LESS**attempt) for context in contexts]
+    before = [device.memory_nbytes for device in known.machine.devices]
+    room = [min(pair) for pair in zip(usable, before, strict=True)]
+    if is_held(contexts[0].device, limit_nbytes) and room == before:  # gaps have taken it
+        room = _without_gaps(planned)
+    return _planned_for(planned, room, activations)
+
+
+def _without_gaps(planned: Planned) -> list[int]:
+    """Bytes of each device for a plan whose tensors leave more room for the gaps between them."""
+    most = int(max(planned.plan.peak_nbytes) * WITHOUT_GAPS)
+    return [min(most, d.memory_nbytes) for d in planned.measured.machine.devices]
+
+
+def _planned_for(planned: Planned, room: Sequence[int], activations: str) -> Planned:
+    known, plan = planned.measured, planned.plan
     devices = tuple(
-        replace(
-            device,
-            memory_nbytes=min(
-                device.memory_nbytes, int(usable_nbytes(context, limit_nbytes) * LESS**attempt)
-            ),
-        )
-        for device, context in zip(known.machine.devices, contexts, strict=True)
+        replace(device, memory_nbytes=nbytes)
+        for device, nbytes in zip(known.machine.devices, room, strict=True)
     )
-    machine, plan = replace(known.machine, devices=devices), planned.plan
+    machine = replace(known.machine, devices=devices)
     other = choose(
         planned.graph,
         known.costs,

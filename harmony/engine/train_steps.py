@@ -77,7 +77,8 @@ class TrainSteps:
         if ready is not None and timeline is not None:
             ready.variant.captured.bring_home(self.devices)
             if engine.feedback is not None and not engine.factory.hooked():
-                engine.feedback.stepped(ready.variant, ready.planned, timeline)
+                excess = ready.variant.prepared(ready.planned, Phase.TRAIN).excess
+                engine.feedback.stepped(ready.variant, ready.planned, timeline, excess)
         return StepResult(loss, minibatch, count_tokens(call[:2]), timeline)
 
     def _train_dynamic(
@@ -158,6 +159,7 @@ class TrainSteps:
         assert loss is not None
         chunks = prepared.outputs[loss].chunks()
         job = Job(replay, ready.weights, apply_updates, late, look=look, begun=self.whole.begun)
+        job.limit_nbytes = engine.options.device_memory_nbytes
         scaling = engine.scaling
         if scaling is not None:
             job.loss_scale = scaling.scale()

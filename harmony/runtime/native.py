@@ -103,6 +103,28 @@ def owned_nbytes(device: torch.device) -> int:
     return memory_info(device)[0] if is_virtual(device) else cached_nbytes(device)
 
 
+def bound_reserved(device: torch.device, nbytes: int) -> float:
+    """Let PyTorch's allocator reserve at most so many bytes of a real GPU.
+
+    Returns:
+        What `unbound_reserved` needs to let it take what it did.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction(min(before, nbytes / total), device)
+    return before
+
+
+def unbound_reserved(device: torch.device, before: float) -> None:
+    """Undo `bound_reserved`."""
+    torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def peak_reserved_nbytes(device: torch.device) -> int:
+    """Bytes that PyTorch's allocator has held at most since the peaks were reset."""
+    return int(torch.accelerator.max_memory_reserved(device))
+
+
 def is_lost(device: torch.device) -> bool:
     """Whether a device does not even do a trivial thing any more, as after a kernel's assert."""
     if is_virtual(device):

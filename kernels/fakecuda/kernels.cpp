@@ -103,10 +103,13 @@ void submit(int device, const std::string& what, const Accesses& accesses,
   auto* kernel = new Kernel{what, std::move(run), at::GradMode::is_enabled()};
   int error = fakecuda_enqueue(current_stream_handle(device), run_kernel, kernel, what.c_str(),
                                accesses);
-  if (!error) return;
-  cudaGetLastError();  // PyTorch's own check of a launch takes the error, too
-  delete kernel;
-  TORCH_CHECK(false, "CUDA error: the launch of ", what, " failed with error ", error);
+  // As PyTorch does behind each launch: an error that an earlier call has left is found here, too.
+  int left = cudaGetLastError();
+  if (error) {
+    delete kernel;
+    TORCH_CHECK(false, "CUDA error: the launch of ", what, " failed with error ", error);
+  }
+  TORCH_CHECK(!left, "CUDA error: ", left, ", left behind by a call before the launch of ", what);
 }
 
 void wait_for_current_stream(int device) { fakecuda_wait(current_stream_handle(device)); }

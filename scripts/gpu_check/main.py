@@ -117,7 +117,8 @@ def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 def run_step(step: Step, args: argparse.Namespace) -> dict[str, Any]:
     """Run a step in a process of its own, and end it when its time is over."""
     figures, log = args.out / f"{step.name}.jsonl", args.out / f"{step.name}.log"
-    figures.unlink(missing_ok=True)
+    if figures.is_file():
+        figures.unlink()
     words = [sys.executable, str(ROOT / "scripts" / "gpu-check"), "--child", step.name]
     words += ["--out", str(args.out), *(["--small"] if args.small else [])]
     start_s = time.monotonic()
@@ -131,7 +132,7 @@ def run_step(step: Step, args: argparse.Namespace) -> dict[str, Any]:
             code = None
         finally:
             _end(process)
-    lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
+    lines = figures.read_text(encoding="utf-8").splitlines() if figures.is_file() else []
     found = [json.loads(line) for line in lines]
     skipped = next((f["skipped"] for f in found if "skipped" in f), None)
     state = "timed out" if code is None else "FAILED" if code else "skipped" if skipped else "ok"

@@ -24,6 +24,7 @@ from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.device_program import DeviceProgram, Surroundings
 from harmony.runtime.exec.event_issue import Events
+from harmony.runtime.exec.memory_bound import BOUND_RUNS, MemoryBound, is_held
 from harmony.runtime.exec.residents import Residents
 from harmony.runtime.exec.signals import Signals, Stopped
 from harmony.runtime.exec.stage import Stage
@@ -53,6 +54,7 @@ class PreparedSchedule:
         inputs: host copies that the caller fills before a step, per value.
         outputs: host copies that hold the model's outputs, per value, after a step.
         needs_nbytes: per device, what the last run took beyond what was there before it.
+        excess: how its last run broke the limit of device memory, if that was looked at; else "".
     """
 
     schedule: Schedule
@@ -64,6 +66,7 @@ class PreparedSchedule:
     num_events: int
     num_runs: int = 0
     needs_nbytes: list[int] = field(default_factory=list)
+    excess: str = ""
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Job:
         begun: the updates that the run has begun; from the first one on, parameters are of two
             steps until the run is over.
         loss_scale: what the loss is multiplied by for the backward.
+        limit_nbytes: of each device's memory, to be held in the first two runs of a schedule.
     """
 
     replay: ReplayState
@@ -96,6 +100,7 @@ class Job:
     ahead_nbytes: Sequence[int] = ()
     begun: list[str] = field(default_factory=list)
     loss_scale: float = 1.0
+    limit_nbytes: int | None = None
 
 
 class Executor:
@@ -208,6 +213,7 @@ class Executor:
             device = self.contexts[index].device
             self.contexts[index].enter()
             self.contexts[index].use("compute")
+            torch.accelerator.empty_cache()  # else slots lie for good in the gaps of other memory
             resident = self._reserve_residents(index, spec.resident)
             slots = [
                 [torch.empty(s.nbytes, dtype=torch.uint8, device=device) for _ in range(s.count)]
@@ -240,13 +246,31 @@ class Executor:
         Raises:
             ExecutionError: if a task fails; names the task.
         """
-        for context, resident in zip(self.contexts, self._residents, strict=True):
-            if resident.refs:  # the script may have changed optimizer state that lies there
-                context.wait_for_caller()
-        with job.replay.random.borrowed():
-            return self._run(prepared, job)
+        self._wait_for_caller()
+        bound, limit = None, job.limit_nbytes
+        held = is_held(self.contexts[0].device, limit)
+        if limit is not None and prepared.num_runs < BOUND_RUNS and held:
+            bound = MemoryBound(self.contexts, self._held_nbytes(), limit)
+        try:
+            with job.replay.random.borrowed():
+                timeline = self._run(prepared, job, bound)
+        finally:
+            if bound is not None:
+                bound.lift()
+        prepared.excess = "" if bound is None else bound.excess()
+        return timeline
 
-    def _run(self, prepared: PreparedSchedule, job: Job) -> Timeline:
+    def _held_nbytes(self) -> list[int]:
+        """Bytes on each device that are this executor's between two runs."""
+        optimizer, slots = self._host.optimizer, self.slots_nbytes()
+        if optimizer is None:
+            return slots
+        return [
+            nbytes + optimizer.state_nbytes(context.device)
+            for nbytes, context in zip(slots, self.contexts, strict=True)
+        ]
+
+    def _run(self, prepared: PreparedSchedule, job: Job, bound: MemoryBound | None) -> Timeline:
         num_programs = len(prepared.programs) + 1
         num_signals = prepared.num_events + len(prepared.programs) + 1
         begin = native.new_tokens(num_programs)
@@ -259,7 +283,8 @@ class Executor:
             check = self.new_check(prepared.schedule)
         optimizer = self._host.optimizer
         waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
-        holds = first_time or waits or check is not None or not self._owns_room(prepared)
+        holds = first_time or waits or check is not None or bound is not None
+        holds = holds or not self._owns_room(prepared)
         leaves = job.apply_updates and bool(prepared.host_program.late)
         step = Step(
             signals,
@@ -273,6 +298,7 @@ class Executor:
             apply_updates=job.apply_updates,
             approve=job.approve,
             check=check,
+            approved=partial(bound.approve, compact=first_time) if bound else lambda: None,
             updated=job.begun,
             loss_scale=job.loss_scale,
         )
@@ -311,6 +337,20 @@ class Executor:
         """Whether nobody else can take what the last run needed: all but the first have it."""
         pairs = zip(self.contexts, prepared.needs_nbytes, strict=False)
         return all(context.owned_nbytes() >= needed for context, needed in pairs)
+
+    def _wait_for_caller(self) -> None:
+        """Wait for what the script itself has enqueued where it may change optimizer state."""
+        for context, resident in zip(self.contexts, self._residents, strict=True):
+            if not resident.refs:
+                continue
+            try:
+                context.wait_for_caller()
+            except RuntimeError as error:
+                where, after = f"what runs on {context.device}", "No parameter was changed"
+                if native.is_lost(context.device):
+                    raise native.device_lost(where, error, after) from error
+                said = f"{where} failed. {type(error).__name__}: {text_of(error)}. {after}"
+                raise ExecutionError(said, where) from error
 
     def _check_room(self, needs_nbytes: Sequence[int]) -> None:
         """Refuse to begin where others have taken the memory that an earlier run needed."""

@@ -66,6 +66,7 @@ class HostProgram:
             step.check.compare()
         if step.apply_updates and (self.late or (held and step.waits)):
             self._gather(step)
+        step.approved()
         step.signals.issue(step.approval)
         optimizer = self._host.optimizer
         if not held or optimizer is None or (step.waits and optimizer.skips):

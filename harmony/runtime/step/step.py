@@ -40,6 +40,7 @@ class Step:
             optimizer waits for them; may raise.
         loss_scale: what the loss is multiplied by for the backward.
         check: takes the figures of what is made twice, in the first run of a schedule.
+        approved: is called before the first update where they were held back.
         started_s: host clock when the step began; spans count from it.
         spans: what the host programs did; devices add theirs when the step is over.
         running: per program, the text of the instruction that it issues now, for errors.
@@ -60,6 +61,7 @@ class Step:
     approve: Callable[[], None] = lambda: None
     loss_scale: float = 1.0
     check: SelfCheck | None = None
+    approved: Callable[[], None] = lambda: None
     started_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
     running: dict[str, str] = field(default_factory=dict)

@@ -339,6 +339,11 @@ class PackOptimizer:
                 if id(param) in wanted and self.full.state.get(param):
                     moved(self.full.state[param], param.device, group)
 
+    def state_nbytes(self, device: torch.device) -> int:
+        """Bytes of the state that lies on a device."""
+        tensors = (value for state in self.full.state.values() for value in state.values())
+        return sum(t.nbytes for t in tensors if torch.is_tensor(t) and t.device == device)
+
     def has_stepped(self) -> None:
         """Let LR schedulers know of a step, which their wrapper around `step` does not see."""
         self.full._opt_called = True  # type: ignore[attr-defined]
