@@ -110,6 +110,19 @@ def test_another_method_of_tensors_is_refused(
     train(model, net, vectors(1), F.cross_entropy, way)
 
 
+@pytest.mark.parametrize("way", ["step", "loop"])
+def test_kept_parametrizations_are_refused(vgpus: VirtualGPUs, way: str) -> None:
+    net = Net()
+    nn.utils.parametrizations.weight_norm(net.first)
+    twin = copy.deepcopy(net)
+    model = model_of(net, way, F.cross_entropy)
+    with nn.utils.parametrize.cached(), pytest.raises(harmony.ConfigError, match="outside of it"):
+        train(model, net, vectors(1), F.cross_entropy, way)
+    found = train(model, net, vectors(1), F.cross_entropy, way)
+    expected = train(twin, twin, vectors(1), F.cross_entropy, "plain")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def toggled(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> Any:
     @contextmanager
     def change() -> Iterator[None]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -116,7 +117,16 @@ _FUNCTIONS = _Functions()
 
 
 def torch_settings() -> Hashable:
-    """Return what decides how PyTorch computes, beside a call's own arguments."""
+    """Return what decides how PyTorch computes, beside a call's own arguments.
+
+    Raises:
+        ConfigError: inside of `parametrize.cached`, or where functions were replaced.
+    """
+    if parametrize._cache_enabled:
+        raise ConfigError(
+            "torch.nn.utils.parametrize.cached() is on: it would keep the parameters of one pack and "
+            "microbatch for the next. Call the Harmony model outside of it"
+        )
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     devices = tuple(str(mode.device) for mode in modes if isinstance(mode, DeviceContext))
     return tuple([getter() for getter in _GETTERS]), _FUNCTIONS.number(), devices
