@@ -124,8 +124,8 @@ def torch_settings() -> Hashable:
     """
     if parametrize._cache_enabled:
         raise ConfigError(
-            "torch.nn.utils.parametrize.cached() is on: it would keep the parameters of one pack and "
-            "microbatch for the next. Call the Harmony model outside of it"
+            "torch.nn.utils.parametrize.cached() is on: it would keep the parameters of one pack "
+            "and microbatch for the next. Call the Harmony model outside of it"
         )
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     devices = tuple(str(mode.device) for mode in modes if isinstance(mode, DeviceContext))
