@@ -14,7 +14,7 @@ from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Device, Host, Machine, Switch
 from harmony.core.timeline import Span, Timeline
 from harmony.errors import ScheduleError
-from harmony.planner.ir.issue import Place, issue_order
+from harmony.planner.ir.issue import Position, issue_order
 from harmony.planner.ir.kinds import span_kind, span_kinds
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op, Schedule
@@ -319,7 +319,7 @@ def test_without_costs_nothing_takes_time_and_the_order_is_one_that_threads_can_
     where = {name: index for index, (name, _) in enumerate(schedule.all_programs())}
     issued = iter(issue_order(schedule))
     for span in timeline.spans:  # each of them, in this order, among all that is issued
-        at = Place(where[span.lane.split(".")[0]], span.index)
+        at = Position(where[span.lane.split(".")[0]], span.index)
         assert at in issued
 
 
