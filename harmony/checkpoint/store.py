@@ -60,17 +60,13 @@ class _File:
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0)
-        self._digest, self._nbytes, self._sent = hashlib.sha256(), 0, 0
+        self._digest, self._nbytes = hashlib.sha256(), 0
         self.close = self._file.close
 
     def add(self, part: bytes | memoryview) -> None:
         self._digest.update(part)
         _write_all(self._file, part)
         self._nbytes += len(part)
-        if self._nbytes - self._sent >= _CHUNK_NBYTES:
-            # Its way to the disk begins now, not with the fsync: what follows is hashed meanwhile.
-            _advise(self._file, self._sent, self._nbytes - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self._nbytes
 
     def finish(self) -> dict[str, Any]:
         os.fsync(self._file.fileno())
@@ -174,12 +170,6 @@ def _write_all(file: BinaryIO, part: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _advise(file: BinaryIO, at: int, nbytes: int, advice: int) -> None:
-    """Tell the system what comes of a range of a file; some file systems do not hear of it."""
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(file.fileno(), at, nbytes, advice)
-
-
 def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, without a copy if they lie in a row on the host."""
     row = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -269,8 +259,7 @@ class Stored:
         try:
             with path.open("rb", buffering=0) as file:
                 while count := file.readinto(part):
-                    nbytes += count  # the next part comes from the disk while this one is hashed
-                    _advise(file, nbytes, _CHUNK_NBYTES, os.POSIX_FADV_WILLNEED)
+                    nbytes += count
                     digest.update(part[:count])
         except OSError as error:
             raise ConfigError(f"{path}: it cannot be read ({error})") from None

@@ -95,7 +95,8 @@ def _measure(folder: Path) -> tuple[float, float]:
             written += file.write(chunk)
         os.fsync(file.fileno())
         wrote_s = time.perf_counter() - begun
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):  # not everywhere
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         begun = time.perf_counter()
         while file.read(_CHUNK_NBYTES) and time.perf_counter() - begun < SAMPLE_S:
