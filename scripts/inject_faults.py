@@ -39,7 +39,7 @@ FORMS = ("step", "device", "dropin", "dynamic")
 CASE_S = 90
 
 PREPARING = {
-    "capture": "harmony.engine.variants:capture",
+    "capture": "harmony.engine.variant_factory:capture",
     "costs": "harmony.engine.variant:Variant._measure",
     "measuring": "harmony.profiling.layer_times:_LayerRun.measure",
     "planning": "harmony.engine.variant:choose_steadily",
@@ -47,7 +47,6 @@ PREPARING = {
     "prepare": "harmony.runtime.exec.device_program:DeviceProgram._prepare",
 }
 RUNNING = {
-    "inputs": "harmony.engine.engine:load_inputs",
     "submit": "harmony.runtime.exec.workers:Worker.submit",
     "forward": "harmony.runtime.exec.stage:Stage.forward",
     "forward saving": "harmony.runtime.exec.stage:Stage.forward_saving",
@@ -63,7 +62,8 @@ RUNNING = {
     "user's layer": f"{__name__}:Layer.inside",
 }
 BEHIND = {
-    "loss": "harmony.engine.engine:weighted_sum",
+    "inputs": "harmony.engine.train_steps:load_inputs",
+    "loss": "harmony.engine.train_steps:weighted_sum",
     "commit": "harmony.runtime.step.layer_state:LayerStates.commit",
     "set": "harmony.runtime.step.layer_state:_set",
     "record": "harmony.report.session:ModelRecord.stepped",
@@ -74,9 +74,10 @@ UPDATES = {
     "user's optimizer": f"{__name__}:Own.inside",
 }
 DROPIN = {
-    "outputs": "harmony.engine.engine:joined_outputs",
-    "attach": "harmony.engine.engine:attach",
-    "output gradients": "harmony.engine.engine:load_gradients",
+    "inputs": "harmony.engine.own_loop:load_inputs",
+    "outputs": "harmony.engine.own_loop:joined_outputs",
+    "attach": "harmony.engine.own_loop:attach",
+    "output gradients": "harmony.engine.own_loop:load_gradients",
     "hand out": "harmony.engine.grad_alias:AliasedGradients.hand_out",
     "take back": "harmony.engine.grad_alias:AliasedGradients.take_back",
 }
