@@ -462,15 +462,15 @@ def test_ctrl_c_twice_in_a_step_stops_it_and_what_was_whole_is_saved(
     ):
         model.train_step(*batch(0))
         run.step()
-        submit = model._engine.variants
+        variants = model._engine.variants
+        ready = variants.ready
 
         def twice(*args: Any, **kwargs: Any) -> Any:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            return find(*args, **kwargs)
+            return ready(*args, **kwargs)
 
-        find = submit.find
-        monkeypatch.setattr(submit, "find", twice)
+        monkeypatch.setattr(variants, "ready", twice)
         model.train_step(*batch(1))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
