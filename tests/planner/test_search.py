@@ -16,16 +16,16 @@ from harmony.errors import ConfigError, DoesNotFitError, PlanError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.policy import Policy
-from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.schedule import Op, Schedule
 from harmony.planner.ir.task_graph import build_tasks
-from harmony.planner.ir.tasks import Phase, TaskKind
+from harmony.planner.ir.tasks import Phase, TaskKind, weights
 from harmony.planner.lower.passes import lower
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.planner.predict.memory import Workspace, device_peak
 from harmony.planner.predict.simulate import simulate
 from harmony.planner.search.search import choose
 from harmony.planner.search.trial import for_phase, inference_schedule
-from tests.toys import MIB, chain, server, uniform_costs
+from tests.toys import MIB, chain, packs, server, step, uniform_costs
 
 MODEL = chain(12, weight=2 * MIB, per_sample=64 * 1024)
 COSTS = uniform_costs(MODEL)
@@ -68,6 +68,45 @@ def test_more_memory_is_never_slower() -> None:
     ]
     # The search is bounded, so allow it a percent.
     assert all(later <= earlier * 1.01 for earlier, later in pairwise(steps))
+
+
+def test_a_larger_minibatch_is_not_slower_for_each_sample_where_rounds_hide() -> None:
+    """The activations of few microbatches fit, those of many do only round by round."""
+    graph = saving(MODEL, 512 * 1024)
+    machine = server(1, memory=64 * MIB, rate=3e8)
+    plans = [choose(graph, COSTS, machine, n, microbatch_size=1) for n in (8, 16, 32, 64)]
+    assert [plan.spec.rounds for plan in plans] == [1, 2, 4, 8]
+    each = [plan.step_s / plan.minibatch for plan in plans]
+    assert each == sorted(each, reverse=True)
+    longest = lowered_alone(graph, plans[-1], rounds=1)
+    assert plans[-1].step_s < 0.99 * min(longest, 8 * plans[0].step_s)
+
+
+def lowered_alone(graph: LayerGraph, plan: Plan, rounds: int) -> float:
+    """Predicted seconds of a plan in so many rounds that recomputes what has no room then."""
+    spec = replace(plan.spec, rounds=rounds, saved=(), saved_runs=0)
+    tasks = build_tasks(graph, spec)
+    policy = replace(plan.policy, offload=(), hold=0)
+    schedule = lower(tasks, plan.machine, policy)
+    verify(schedule, graph, COSTS, Phase.TRAIN, tasks)
+    return simulate(schedule, graph, COSTS, plan.machine).step_s
+
+
+@pytest.mark.parametrize("hold", range(5))
+@pytest.mark.parametrize("rounds", [2, 3, 6])
+def test_weights_are_held_within_rounds_and_across_them(rounds: int, hold: int) -> None:
+    tasks = build_tasks(
+        MODEL, replace(step(6, 1, packs(3, 6, 9), packs(3, 6, 9, 12)), rounds=rounds)
+    )
+    schedule = lower(tasks, server(1, memory=512 * MIB), Policy(hold=hold))
+    verify(schedule, MODEL, COSTS, Phase.TRAIN, tasks)
+    come = [s.ref for s in schedule.programs[0] if s.op is Op.SWAP_IN and s.ref in FIRST_THREE]
+    # Pack 0, which ends a round and begins the next one, comes once for both.
+    several = 2 * 3 * rounds - (rounds - 1)
+    assert len(come) == several - rounds * min(hold, 3)
+
+
+FIRST_THREE = [weights(pack) for pack in packs(3, 6, 9)]
 
 
 def test_the_same_question_gets_the_same_plan() -> None:

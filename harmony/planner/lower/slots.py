@@ -273,14 +273,15 @@ def _holdings(
         ):
             pairs[first.samples].append((earlier, holding))
         latest[holding.weights] = holding
-    most = 0
+    most, part_of = 0, dict[_Holding, _Holding]()
     for of_round in pairs.values():
         of_round.sort(key=lambda pair: -pair[0].first)
         most = max(most, len(of_round[:hold]))
         for earlier, later in of_round[:hold]:
-            earlier.last = later.last
-            holdings.remove(later)
-    return holdings, most
+            whole = part_of.get(earlier, earlier)  # one that has lasted since the round before
+            whole.last = later.last
+            part_of[later] = whole
+    return [holding for holding in holdings if holding not in part_of], most
 
 
 class StagePool:
