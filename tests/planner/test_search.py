@@ -92,6 +92,9 @@ def lowered_alone(graph: LayerGraph, plan: Plan, rounds: int) -> float:
     return simulate(schedule, graph, COSTS, plan.machine).step_s
 
 
+FIRST_THREE = [weights(pack) for pack in packs(3, 6, 9)]
+
+
 @pytest.mark.parametrize("hold", range(5))
 @pytest.mark.parametrize("rounds", [2, 3, 6])
 def test_weights_are_held_within_rounds_and_across_them(rounds: int, hold: int) -> None:
@@ -104,9 +107,6 @@ def test_weights_are_held_within_rounds_and_across_them(rounds: int, hold: int) 
     # Pack 0, which ends a round and begins the next one, comes once for both.
     several = 2 * 3 * rounds - (rounds - 1)
     assert len(come) == several - rounds * min(hold, 3)
-
-
-FIRST_THREE = [weights(pack) for pack in packs(3, 6, 9)]
 
 
 def test_the_same_question_gets_the_same_plan() -> None:

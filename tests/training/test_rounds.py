@@ -17,7 +17,7 @@ from tests import devices
 from tests import race_check as racecheck
 from tests.training.models import GPT, token_batch, token_loss
 from tests.training.plain import train_tokens
-from tests.training.test_plans import packs, use_plan
+from tests.training.test_plans import SGD, make, packs, use_plan
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
@@ -80,20 +80,13 @@ def offloading(rounds: int, saved_runs: int = 0) -> Schedule:
     devices.provide(count=1, memory="64MiB")
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
-    model = harmony.Harmony(
-        copy.deepcopy(net),
-        optimizer=torch.optim.SGD,
-        optimizer_kwargs={"lr": 0.1},
-        loss_fn=token_loss,
-        microbatch_size=2,
-        devices=1,
-    )
+    model = make(copy.deepcopy(net), token_loss, 1, 2)
     cut = tuple(Pack(*pair) for pair in ((0, 1), (1, 2), (2, 4)))
     policy = Policy(boundary="swap", offload=cut)
     with racecheck.checked():
         use_plan(model, token_batch(0), in_rounds(rounds, saved_runs=saved_runs), policy)
         losses = [model.train_step(*token_batch(step)) for step in range(2)]
-    expected = train_tokens(net, 2, torch.optim.SGD, {"lr": 0.1})
+    expected = train_tokens(net, 2, torch.optim.SGD, SGD)
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
     assert model.plan is not None
@@ -127,14 +120,7 @@ def test_tied_weights_have_the_bits_of_one_round(rounds: int) -> None:
     for number in (1, rounds):
         devices.provide(count=1, memory="64MiB")
         torch.manual_seed(0)
-        model = harmony.Harmony(
-            GPT(dropout=0.1, tied=True),
-            optimizer=torch.optim.SGD,
-            optimizer_kwargs={"lr": 0.1},
-            loss_fn=token_loss,
-            microbatch_size=2,
-            devices=1,
-        )
+        model = make(GPT(dropout=0.1, tied=True), token_loss, 1, 2)
         with racecheck.checked():
             use_plan(model, token_batch(0), in_rounds(number), Policy())
             losses = [model.train_step(*token_batch(step)) for step in range(2)]
@@ -158,14 +144,7 @@ def test_tied_weights_have_the_bits_of_one_round(rounds: int) -> None:
 )
 def test_what_cannot_be_parted_is_refused(spec: dict[str, object], words: str) -> None:
     devices.provide(count=2, memory="64MiB")
-    model = harmony.Harmony(
-        GPT(dropout=0.0),
-        optimizer=torch.optim.SGD,
-        optimizer_kwargs={"lr": 0.1},
-        loss_fn=token_loss,
-        microbatch_size=2,
-        devices=2,
-    )
+    model = make(GPT(dropout=0.0), token_loss, 2, 2)
     with pytest.raises(harmony.PlanError, match=words):
         use_plan(
             model,
