@@ -13,9 +13,9 @@ from torch._C import _functorch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from harmony.engine.grad_alias import Version, versions, watch
 from harmony.engine.inflight import InFlight, gradients_left
 from harmony.engine.planned import Planned
+from harmony.engine.read_again import ReadAgain, watch
 from harmony.engine.variant import Variant
 from harmony.errors import HarmonyError
 from harmony.planner.ir.tasks import TensorKind, value_gradient
@@ -43,7 +43,7 @@ class ForwardCall:
         outputs: ids of the values that the forward returned.
         inputs: ids of the model's inputs that require a gradient.
         params: names of the trained parameters.
-        versions: of all parameters when the forward ran, and of the buffers that it left alone.
+        read_again: the parameters when the forward ran, and the buffers that it left alone.
     """
 
     run_backward: Callable[[ForwardCall, Gradients], Gradients]
@@ -59,7 +59,7 @@ class ForwardCall:
     outputs: tuple[int, ...] = ()
     inputs: tuple[int, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)
-    versions: Mapping[str, Version] = field(init=False)
+    read_again: ReadAgain = field(init=False)
 
     def __post_init__(self) -> None:
         weakref.finalize(self, self.in_flight.free).atexit = False
@@ -69,8 +69,7 @@ class ForwardCall:
         self.params = tuple(host.gradients.layout.places)
         watch(host.params.values())
         changed = {n for c in self.variant.captured.changes.values() for n in c.buffers}
-        arena = host.weights.arena
-        self.versions = versions(arena, [name for name in arena.tensors if name not in changed])
+        self.read_again = ReadAgain(host.weights.arena, changed)
 
 
 class ForwardObserver(Protocol):

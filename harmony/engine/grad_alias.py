@@ -1,4 +1,4 @@
-"""Gradients that alias the host arena, and the watch over parameters in it."""
+"""Gradients that alias the host arena."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from harmony.capture.graph.params import version_of
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.pinned_memory import tensor_on
-from harmony.runtime.update.optimizer import check_takes_dense
 
 
 class AliasedGradients:
@@ -79,61 +72,6 @@ class AliasedGradients:
         return self._arena.covers(tensor.data_ptr())
 
 
-Version = tuple[int, int, int]
-"""How often a tensor was changed: by in-place operations, by optimizers, by a new value's move
-into the arena."""
-
-_steps_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_hooks: list[Any] = []
-
-
-def watch(params: Iterable[nn.Parameter]) -> None:
-    """Count the optimizer steps that change these parameters from now on.
-
-    Fused optimizers do not count as in-place operations: autograd itself does not see them.
-    """
-    for param in params:
-        if param not in _steps_of:
-            _steps_of[param] = 0
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_count_step))
-        _hooks.append(register_optimizer_step_pre_hook(_check_step))
-
-
-def versions(arena: HostArena, names: Iterable[str]) -> dict[str, Version]:
-    """Return the versions of some of the watched parameters, and of buffers."""
-    return {name: _version_of(arena, name) for name in names}
-
-
-def _version_of(arena: HostArena, name: str) -> Version:
-    tensor = arena.tensors[name]
-    steps = _steps_of.get(tensor, 0)  # type: ignore[no-untyped-call]
-    return version_of(tensor), steps, arena.num_moves[name]
-
-
-def check_unchanged(then: Mapping[str, Version], arena: HostArena, names: Iterable[str]) -> None:
-    """Refuse a backward that would recompute with other weights than its forward had.
-
-    Args:
-        then: versions when the forward ran; of ``names``, those that are not in it may change.
-
-    Raises:
-        HarmonyError: naming the tensors that changed; plain PyTorch refuses it too.
-    """
-    names = [name for name in names if name in then]
-    now = versions(arena, names)
-    changed = [name for name in names if now[name] != then[name]]
-    if not changed:
-        return
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    what = "parameter" if isinstance(arena.tensors[changed[0]], nn.Parameter) else "buffer"
-    raise HarmonyError(
-        f"backward() after {what} {changed[0]}{more} had been changed (by optimizer.step(), "
-        "load_state_dict() or an in-place operation) since its forward: the gradients would "
-        "belong to neither. Call backward() before the parameters change, or run the forward again"
-    )
-
-
 def check_plain(net: nn.Module) -> None:
     """Refuse tensors that stand in for parameters (`torch.func.functional_call`).
 
@@ -147,17 +85,3 @@ def check_plain(net: nn.Module) -> None:
                 "(torch.func.functional_call). Copy values into the parameter (param.copy_(...) "
                 "under no_grad, load_state_dict) and call the model"
             )
-
-
-def _check_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if isinstance(optimizer, torch.optim.SparseAdam) and any(
-        param in _steps_of for group in optimizer.param_groups for param in group["params"]
-    ):
-        check_takes_dense(optimizer)
-
-
-def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None and param in _steps_of:
-                _steps_of[param] += 1

@@ -18,7 +18,7 @@ from harmony.engine.autograd import (
 )
 from harmony.engine.call_key import CallKind
 from harmony.engine.engine import Engine
-from harmony.engine.grad_alias import AliasedGradients, check_unchanged
+from harmony.engine.grad_alias import AliasedGradients
 from harmony.engine.inflight import parameters_read
 from harmony.engine.minibatch import (
     detached,
@@ -133,8 +133,7 @@ class OwnLoop:
         engine.variants.activate(variant)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
         prepared = variant.prepared_backward(call.planned, call.in_flight, frozenset(given))
-        read = set(parameters_read(prepared.schedule, host.weights.layout))
-        check_unchanged(call.versions, host.weights.arena, read)
+        call.read_again.check(parameters_read(prepared.schedule, host.weights.layout))
         load_gradients(prepared, variant.graph, given, call.weights)
         if engine.aliased is None:
             engine.aliased = AliasedGradients(host.gradients.arena, host.weights.arena.tensors)

@@ -2,7 +2,9 @@
 
 PyTorch counts the in-place operations on a tensor, but what is written through ``param.data``
 counts for the tensor that ``.data`` made, not for the parameter. So while weights live elsewhere,
-`torch.nn.Parameter` has a ``data`` property that does what PyTorch's does and takes a note.
+`torch.nn.Parameter` has a ``data`` property that does what PyTorch's does and takes a note. What
+``param.detach()`` returns counts for the parameter, until it becomes an array: who cannot go by
+that is told of ``detach()`` as well.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import torch
 from torch import nn
 
 _PLAIN = torch.Tensor.data  # the descriptor that all tensors share
-_lock = threading.Lock()  # of the property: it is there while anybody watches
+_lock = threading.Lock()  # of what Parameter has: it is there while anybody watches
 _watches: weakref.WeakSet[Listener] = weakref.WeakSet()
+_of_detached: weakref.WeakSet[Listener] = weakref.WeakSet()
 _MANY = 64
 
 
@@ -27,11 +30,16 @@ class Listener(Protocol):
     def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None: ...
 
 
-def listen(listener: Listener) -> None:
-    """Let something hear for as long as it lives."""
+def listen(listener: Listener, *, detached: bool = False) -> None:
+    """Let something hear for as long as it lives; of ``detach()`` as well, if wanted."""
     with _lock:
         _watches.add(listener)
-        nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
+        if "data" not in nn.Parameter.__dict__:
+            nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
+        if detached:
+            _of_detached.add(listener)
+            if "detach" not in nn.Parameter.__dict__:
+                nn.Parameter.detach = _detach  # type: ignore[assignment]
 
 
 class DataWatch:
@@ -80,9 +88,22 @@ def _set(param: torch.Tensor, value: torch.Tensor) -> None:
     _PLAIN.__set__(param, value)  # type: ignore[attr-defined]
 
 
+def _detach(param: torch.Tensor) -> torch.Tensor:
+    for watch in list(_of_detached):
+        watch._note(param, None)
+    _leave_class()
+    return torch.Tensor.detach(param)
+
+
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
     for watch in list(_watches):
         watch._note(param, alias)
+    _leave_class()
+
+
+def _leave_class() -> None:
+    """Let the class be as PyTorch made it where nobody watches any more."""
     with _lock:
-        if not _watches and "data" in nn.Parameter.__dict__:
-            del nn.Parameter.data  # nobody watches any more: the class is as PyTorch made it
+        for name, watches in (("data", _watches), ("detach", _of_detached)):
+            if not watches and name in nn.Parameter.__dict__:
+                delattr(nn.Parameter, name)
