@@ -171,8 +171,15 @@ class HostArena:
         """Say how these are not the tensors that live here; None if they are.
 
         Buffers may be other objects, and all may have been given other memory, as long as the
-        form is the same.
+        form is the same. Where there is a difference, memory here that somebody still has, who
+        may put it back (a module that changed places with another), is theirs from now on.
         """
+        found = self._difference(tensors)
+        if found is not None:
+            self.tensors.update({n: t for n, t in tensors.items() if n in self.tensors})
+        return found
+
+    def _difference(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
         if tensors.keys() != self.tensors.keys():
             name = min(tensors.keys() ^ self.tensors.keys())
             return f"{name} was {'added' if name in tensors else 'deleted'}"
