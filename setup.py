@@ -70,6 +70,7 @@ setup(
         "hf": ["accelerate", "transformers"],
         "lightning": ["lightning"],
         "tensorboard": ["tensorboard"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["coverage", "mypy", "pre-commit", "ruff", "types-networkx", "types-psutil"],
     },
     entry_points={"console_scripts": ["harmony-run = harmony.cli.main:main"]},

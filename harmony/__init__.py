@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         ExecutionError,
         HarmonyError,
         HarmonyWarning,
+        NonFiniteError,
+        NotSavedError,
         PlanError,
         RaceError,
         RecomputeError,

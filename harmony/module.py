@@ -37,6 +37,7 @@ from harmony.planner.ir.plan import Plan
 from harmony.report.session import ModelRecord, Observer, Verified
 from harmony.report.text import print_report
 from harmony.runtime.hardware import Devices, choose_devices, memory_limit
+from harmony.runtime.processes import check_alone
 from harmony.runtime.step.randomness import drawn_seed
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, check_optimizer_options
 from harmony.verification.script import verify_and_stop
@@ -136,7 +137,7 @@ class Harmony(Wrapper):
             has to be longer than the longest instruction, as an update of a large pack.
 
     Raises:
-        ConfigError: for an option that makes no sense.
+        ConfigError: for an option that makes no sense, or in one of several processes.
         PlanError: if the file of a plan cannot be read.
     """
 
@@ -168,6 +169,7 @@ class Harmony(Wrapper):
         watchdog: float | str | None = None,
     ) -> None:
         super().__init__()
+        check_alone()
         _check_module(module)
         check_options(mode, microbatch_size, activations, updates)
         check_types_of(optimizer_kwargs, batch_dims, seed)
@@ -277,7 +279,7 @@ class Harmony(Wrapper):
         if current_options().verify:
             raise Verified(self.verify(inputs, targets))
         self._hear_of_saving()
-        self._check_resumed()
+        self._check_run()
         args, kwargs = _arguments(inputs)
         return self._train_steps.train(args, kwargs, targets)
 
@@ -288,18 +290,20 @@ class Harmony(Wrapper):
         self._bypass.watch(self._engine.factory.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
             self._hear_of_saving()
-            self._check_resumed()
+            self._check_run()
             return self._own_loop.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
         with torch.inference_mode(False), torch.no_grad():
             return self._own_loop.infer(args, kwargs)
 
-    def _check_resumed(self) -> None:
-        """Refuse to train from the start where the command line asks to go on.
+    def _check_run(self) -> None:
+        """Refuse to train from the start where the command line asks to go on, or in parts.
 
         Raises:
-            ConfigError: if no `harmony.Run` has looked for a checkpoint of this model.
+            ConfigError: if no `harmony.Run` has looked for a checkpoint of this model, or several
+                processes are to train it.
         """
+        check_alone()
         wanted = current_options().resume
         if wanted is not None and not self.record.resumed:
             raise ConfigError(
@@ -323,8 +327,9 @@ class Harmony(Wrapper):
         happens once more for each run.
 
         Args:
-            inputs, targets: as for `train_step`. A loop of one's own needs a loss as well:
-                ``loss_fn`` and targets, or a module that returns its loss.
+            inputs: as for `train_step`.
+            targets: as for `train_step`. A loop of one's own needs a loss as well: ``loss_fn`` and
+                targets, or a module that returns its loss.
 
         Returns:
             The differences; ``.ok`` says whether all are within the tolerance (in single

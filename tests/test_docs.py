@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import harmony
+import harmony.integrations
+
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").rglob("*.md")]
+DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted(
+    path
+    for folder in ("docs", "examples", "harmony", "kernels")
+    for path in (ROOT / folder).rglob("*.md")
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)]*)?\)")
 COMMAND = re.compile(r"^\$? *(\./)?((?:scripts|\.ci)/[\w.-]+)", re.MULTILINE)
@@ -54,3 +61,42 @@ def test_every_script_says_what_it_is() -> None:
             lines = path.read_text(encoding="utf-8").splitlines()
             about = lines[1] if lines[0].startswith("#!") else lines[0]
             assert about.startswith(('"""', "# ")), f"{path.name} has no first line of purpose"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    names = {f"harmony.{name}" for name in harmony.__all__ if name != "__version__"}
+    names |= {f"harmony.integrations.{name}" for name in harmony.integrations.__all__}
+    assert sorted(found) == sorted(names)
+    for name in found:
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", _typed()), f"{name} is not for tools"
+
+
+def _typed() -> str:
+    """What type checkers and the reference see of the public names: imports that never run."""
+    homes = ("harmony/__init__.py", "harmony/integrations/__init__.py")
+    texts = [(ROOT / home).read_text(encoding="utf-8") for home in homes]
+    return "".join(re.findall(r"if TYPE_CHECKING:\n((?:    .*\n|\n)+)", "".join(texts)))
+
+
+def _said() -> Iterator[str]:
+    """Every text in the code, with ... for what is filled in."""
+    for path in sorted((ROOT / "harmony").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "..." for v in node.values]
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_that_are_explained_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(explained) > 30
+    said = list(_said())
+    for message in explained:
+        parts = [part.strip() for part in message.split("...")]
+        pattern = re.compile(".*".join(map(re.escape, filter(None, parts))), re.DOTALL)
+        assert any(map(pattern.search, said)), f"nothing says: {message}"

@@ -6,9 +6,14 @@ Nothing of these libraries is imported before its class is asked for.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harmony.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harmony.integrations.strategy import HarmonyStrategy
+    from harmony.integrations.tensorboard import TensorBoardObserver
+    from harmony.integrations.trainer import HarmonyTrainer
 
 _HOMES = {
     "HarmonyStrategy": ("harmony.integrations.strategy", "lightning", "lightning"),
@@ -17,7 +22,7 @@ _HOMES = {
 }
 """Class: its module, what it needs, and the extra that installs it."""
 
-__all__ = sorted(_HOMES)
+__all__ = ["HarmonyStrategy", "HarmonyTrainer", "TensorBoardObserver"]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ class HarmonyTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     Args:
         model: the module, or a Harmony model.
-        args, and all others by name: as for `transformers.Trainer`.
+        args: as for `transformers.Trainer`, and so are all others by name.
         harmony_options: options of `Harmony` for a module that is not wrapped yet;
             ``microbatch_size`` is the batch size unless it is given.
     """

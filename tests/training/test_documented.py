@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -18,14 +19,37 @@ from harmony.cli import main as cli
 from tests.training.conftest import VirtualGPUs
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:<!-- file: (\S+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-HOW_TO = (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", HOW_TO, re.DOTALL | re.MULTILINE))
+PAGES = ("index", "how-to", "how-to-models", "coming-from", "checkpoints", "precision")
+"""Pages whose sections run by themselves; `getting-started` is followed from top to bottom, and
+`integrations` is run by tests/integrations."""
+
 LLAMA = (
     '{"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,'
     ' "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}'
 )
-"""In the place of the preset, whose 7 billion parameters take long to count."""
+"""In the place of the presets, whose billions of parameters take long to count."""
+
+SCRIPT = """
+import torch
+import harmony
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+loss_fn = torch.nn.functional.cross_entropy
+model = harmony.Harmony(net, optimizer=torch.optim.SGD, loss_fn=loss_fn)
+with harmony.Run(model) as run:
+    for step in range(run.resume(), 2):
+        model.train_step(torch.randn(4, 8), torch.arange(4) % 2)
+        run.step()
+"""
+
+
+def sections(page: str) -> dict[str, str]:
+    """The text below each heading of the second level; that above them has no name."""
+    found = re.split(r"^## (.+?)\n", (DOCS / f"{page}.md").read_text(encoding="utf-8"), flags=re.M)
+    return {"": found[0], **dict(zip(found[1::2], found[2::2], strict=True))}
 
 
 def blocks(text: str) -> Iterator[tuple[str, str, str]]:
@@ -37,6 +61,21 @@ def commands(text: str) -> Iterator[list[str]]:
     for _, language, said in blocks(text):
         if language == "console":
             yield from (shlex.split(line)[2:] for line in said.splitlines() if line[:2] == "$ ")
+
+
+SECTIONS = [
+    (page, title)
+    for page in PAGES
+    for title, text in sections(page).items()
+    if "```python" in text
+]
+COMMANDS = [
+    (path.stem, words)
+    for path in sorted(DOCS.glob("*.md"))
+    if path.stem != "getting-started"
+    for words in commands(path.read_text(encoding="utf-8"))
+    if "--config" not in words
+]
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -51,12 +90,18 @@ def write_files(text: str, folder: Path) -> None:
             (folder / name).write_text(said)
 
 
+def test_pages_with_code_are_among_those_that_run() -> None:
+    elsewhere = {"getting-started", "integrations"}
+    found = {path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text()}
+    assert found - elsewhere - set(PAGES) <= {"virtual-gpu"}, "whose block is a session's"
+
+
 def test_the_first_page_can_be_followed(
     vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    page = (DOCS / "getting-started.md").read_text(encoding="utf-8")
     write_files(page, tmp_path)
     vgpus(count=2)
     names: dict[str, Any] = {}
@@ -76,15 +121,12 @@ def test_the_first_page_can_be_followed(
     assert (tmp_path / "plan.html").exists()
 
 
-@pytest.mark.parametrize("title", [name for name in SECTIONS if "```python" in SECTIONS[name]])
-def test_what_a_section_says_runs(
-    vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str
-) -> None:
-    vgpus(count=2, memory="16MiB")
-    monkeypatch.chdir(tmp_path)
+def given_names(text: str, folder: Path) -> dict[str, Any]:
+    """What the blocks of a section may use without having made it."""
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(24, 16), torch.arange(24) % 4)
     names: dict[str, Any] = {
+        "dataset": data,
         "harmony": harmony,
         "loader": torch.utils.data.DataLoader(data, 8),
         "loss_fn": torch.nn.functional.cross_entropy,
@@ -93,18 +135,57 @@ def test_what_a_section_says_runs(
         ),
         "torch": torch,
     }
-    for _, language, said in blocks(SECTIONS[title]):
-        if language == "python":
-            exec(compile(said, f"how-to.md: {title}", "exec"), names)
-    trained = 0 if title == "Compare with plain PyTorch" else 3
-    assert names["model"].num_steps == trained
+    for library in ("transformers", "peft", "diffusers"):
+        if f"{library}." in text:
+            names[library] = pytest.importorskip(library)
+    if "token_batches" in text:
+        from tests.integrations.common import saved_language_model, texts
+
+        saved_language_model(folder / "checkpoint")
+        rows = torch.stack([row["input_ids"] for row in texts(6)])
+        names["folder"] = str(folder / "checkpoint")
+        names["token_batches"] = [
+            {"input_ids": part, "labels": part.clone()} for part in rows.split(2)
+        ]
+    return names
+
+
+@pytest.mark.parametrize(("page", "title"), SECTIONS)
+def test_what_a_section_says_runs(
+    vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, title: str
+) -> None:
+    vgpus(count=2, memory="16MiB")
+    monkeypatch.chdir(tmp_path)
+    text = sections(page)[title]
+    names = given_names(text, tmp_path)
+    code = [said for _, language, said in blocks(text) if language == "python"]
+    for said in code:
+        exec(compile(said, f"{page}.md: {title}", "exec"), names)
+    if title != "Compare with plain PyTorch" and "model" in names:
+        trains = any(word in said for said in code for word in ("train_step", ".backward("))
+        assert (names["model"].num_steps > 0) == trains, "Harmony has run it"
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: " ".join(value[:3]))
+def test_what_a_page_types_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, words: list[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "config.json").write_text(LLAMA)
+    model = words.index("--model") + 1 if "--model" in words else None
+    words = ["config.json" if at == model else word for at, word in enumerate(words)]
+    words = ["16" if at and words[at - 1] == "--tokens" else word for at, word in enumerate(words)]
+    with contextlib.suppress(SystemExit):
+        assert cli.main(words) in ((0, 1) if words[0] == "doctor" else (0,))
 
 
 def test_options_in_a_file_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_set_up_gpus", lambda options, progress: None)
     monkeypatch.setattr(sys, "path", ["replaced", *sys.path])
     monkeypatch.chdir(tmp_path)
-    text = SECTIONS["Keep options in a file"]
+    text = sections("how-to")["Keep options in a file"]
     write_files(text, tmp_path)
     package = tmp_path / "package"
     package.mkdir()

@@ -39,7 +39,9 @@ def seed_microbatch(step: int, index: int, seed: int = 0) -> None:
             (loss_fn(net(x), y) * len(x) / len(batch)).backward()
 
     Args:
-        step, index, seed: as for `microbatch_seed`; ``seed`` is the model's `Harmony.seed`.
+        step: as for `microbatch_seed`.
+        index: as for `microbatch_seed`.
+        seed: the model's `Harmony.seed`.
     """
     torch.manual_seed(microbatch_seed(step, index, seed))
     seed_python(microbatch_seed(step, index, seed))
