@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from harmony.engine.inflight import InFlight, gradients_left
 from harmony.engine.planned import Planned
-from harmony.engine.read_again import ReadAgain, watch
+from harmony.engine.read_again import ReadAgain
 from harmony.engine.variant import Variant
 from harmony.errors import HarmonyError
 from harmony.planner.ir.tasks import TensorKind, value_gradient
@@ -67,7 +67,6 @@ class ForwardCall:
         values = (graph.values[v] for v in graph.input_ids)
         self.inputs = tuple(v.id for v in values if v.requires_grad and v.consumers)
         self.params = tuple(host.gradients.layout.places)
-        watch(host.params.values())
         changed = {n for c in self.variant.captured.changes.values() for n in c.buffers}
         self.read_again = ReadAgain(host.weights.arena, changed)
 

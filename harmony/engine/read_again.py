@@ -10,54 +10,24 @@ backward; and of buffers, which are small.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harmony.capture.graph.params import version_of
 from harmony.errors import HarmonyError
 from harmony.runtime import data_watch
+from harmony.runtime.changes import hear_steps
 from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.memory_holders import shares_memory
 from harmony.runtime.update.optimizer import check_takes_dense
 
-Version = tuple[int, int, int]
-"""How often a tensor was changed: by in-place operations, by optimizers, by a new value's move
-into the arena."""
-
-_steps_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_hooks: list[Any] = []
-
-
-def watch(params: Iterable[nn.Parameter]) -> None:
-    """Count the optimizer steps that change these parameters from now on.
-
-    Fused optimizers do not count as in-place operations: autograd itself does not see them.
-    """
-    for param in params:
-        if param not in _steps_of:
-            _steps_of[param] = 0
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_count_step))
-        _hooks.append(register_optimizer_step_pre_hook(_check_step))
-
-
-def versions(arena: HostArena, names: Iterable[str]) -> dict[str, Version]:
-    """Return the versions of some of the watched parameters, and of buffers."""
-    return {name: _version_of(arena, name) for name in names}
-
-
-def _version_of(arena: HostArena, name: str) -> Version:
-    tensor = arena.tensors[name]
-    steps = _steps_of.get(tensor, 0)  # type: ignore[no-untyped-call]
-    return version_of(tensor), steps, arena.num_moves[name]
+Version = tuple[int, int]
+"""How often a tensor was changed: in place, and by a new value's move into the arena."""
 
 
 class ReadAgain:
@@ -71,12 +41,17 @@ class ReadAgain:
         """
         names = [name for name in arena.tensors if name not in written]
         self._arena = arena  # not the tensors: who else holds one, others go by
-        self._versions = versions(arena, names)
+        self._versions = {name: self._version(name) for name in names}
+        self._stepped: set[int] = set()
         self._values = {
             name: fingerprint(arena.tensors[name]) for name in names if _is_open(arena, name)
         }
         self._names: dict[int, str] | None = None
         data_watch.listen(self, detached=True)
+        hear_steps(self)  # fused ones are no operations in place: autograd does not see them
+        _trained.add(arena)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_check_step))
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse a backward that would read other values of these than its forward did.
@@ -85,8 +60,7 @@ class ReadAgain:
             HarmonyError: naming the tensors that changed.
         """
         names = [name for name in names if name in self._versions]
-        now = versions(self._arena, names)
-        changed = [name for name in names if now[name] != self._versions[name]]
+        changed = [name for name in names if self._has_changed(name)]
         how = "by optimizer.step(), load_state_dict() or an in-place operation"
         if not changed:
             changed = [name for name in names if not self._has_values(name)]
@@ -102,6 +76,17 @@ class ReadAgain:
             "forward: the gradients would belong to neither. Call backward() before the "
             f"{what}s change, or run the forward again"
         )
+
+    def note_stepped(self, params: Iterable[torch.Tensor]) -> None:
+        """Note which of these an optimizer has changed: those that have a gradient."""
+        self._stepped.update(id(param) for param in params if param.grad is not None)
+
+    def _version(self, name: str) -> Version:
+        return version_of(self._arena.tensors[name]), self._arena.num_moves[name]
+
+    def _has_changed(self, name: str) -> bool:
+        known, now = self._versions[name], self._version(name)
+        return known != now or id(self._arena.tensors[name]) in self._stepped
 
     def _has_values(self, name: str) -> bool:
         known = self._values.get(name)
@@ -141,15 +126,12 @@ _ROW = 1024
 _ROWS_AT_LEAST = 8
 
 
+_trained: weakref.WeakSet[HostArena] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
 def _check_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if isinstance(optimizer, torch.optim.SparseAdam) and any(
-        param in _steps_of for group in optimizer.param_groups for param in group["params"]
-    ):
-        check_takes_dense(optimizer)
-
-
-def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None and param in _steps_of:
-                _steps_of[param] += 1
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        ours = {id(tensor) for arena in list(_trained) for tensor in arena.tensors.values()}
+        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            check_takes_dense(optimizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,8 +19,23 @@ from harmony.capture.graph.params import version_of
 from harmony.runtime.data_watch import DataWatch
 from harmony.runtime.host.memory_holders import shares_memory
 
-_listeners: weakref.WeakSet[Changes] = weakref.WeakSet()
+
+class StepListener(Protocol):
+    """Hears of every optimizer's step."""
+
+    def note_stepped(self, params: Iterable[torch.Tensor]) -> None:
+        """These parameters have just been changed, or may have been."""
+
+
+_listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
 _hooks: list[Any] = []
+
+
+def hear_steps(listener: StepListener) -> None:
+    """Let something hear of optimizers' steps, fused ones too, for as long as it lives."""
+    _listeners.add(listener)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
 class Changes:
@@ -36,9 +51,7 @@ class Changes:
         self._data = DataWatch(p for p in params.values() if isinstance(p, nn.Parameter))
         self._seen: dict[str, tuple[int, int]] = {}
         self._stepped: set[int] = set()
-        _listeners.add(self)
-        if not _hooks:
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+        hear_steps(self)
 
     def of(self, params: Mapping[str, torch.Tensor]) -> bool:
         """Whether these are the parameters."""
@@ -65,14 +78,18 @@ class Changes:
         self._stepped.discard(id(param))
         return any(signs)
 
+    def note_stepped(self, params: Iterable[torch.Tensor]) -> None:
+        """Take these for changed."""
+        self._stepped.update(map(id, params))
+
 
 def note_changes(params: Iterable[torch.Tensor]) -> None:
     """Note that an optimizer has just changed these parameters, or may have."""
     if not _listeners:
         return
-    stepped = [id(param) for param in params]
+    stepped = list(params)
     for listener in list(_listeners):
-        listener._stepped.update(stepped)
+        listener.note_stepped(stepped)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -6,6 +6,7 @@ be written over by another that comes into its place.
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 
 import harmony
-from tests.training.changing import FORMS, Change, same_with_changes
+from tests.training.changing import FORMS, Change, assert_same, same_with_changes
 from tests.training.conftest import VirtualGPUs
-from tests.training.models import vector_batch
+from tests.training.models import square_loss, vector_batch
 
 WIDTH = 24
 
@@ -87,6 +88,30 @@ def test_what_changes_places_keeps_its_values(
     vgpus: VirtualGPUs, form: str, changes: dict[int, Change]
 ) -> None:
     same_with_changes(Net(), changes, form)
+
+
+def test_swapped_tensors(vgpus: VirtualGPUs) -> None:
+    """`torch.utils.swap_tensors` takes none that somebody has a weak reference to."""
+
+    def train(net: nn.Module, module: nn.Module) -> list[float]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        losses = []
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = square_loss(module(vector_batch(step)[0]), vector_batch(step)[1])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            del loss
+            if step == 1:
+                torch.utils.swap_tensors(net.blocks[0][0].weight, net.blocks[1][0].weight)
+        return losses
+
+    plain = Net()
+    net = copy.deepcopy(plain)
+    model = harmony.Harmony(net, devices=1, microbatch_size=len(vector_batch(0)[0]))
+    assert train(net, model) == train(plain, plain)
+    assert_same(net, plain, "at the end")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
