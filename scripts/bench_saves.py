@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What checkpoints cost: none, one that is waited for, one that is written while training goes on.
 
-    scripts/bench_saves.py [--folder DIR] [--rounds 5] [--every 20] [--json]
+    scripts/bench_saves.py [--folder DIR] [--rounds 5] [--every 20] [--nbytes 1GiB] [--json]
 
 A GPT trains on one virtual GPU whose memory is a quarter of the training state. Rounds of
 `every` steps without a checkpoint, with one that is waited for, and with one that is not take
@@ -9,9 +9,13 @@ turns; the figures are the medians over the rounds of the ratios of their throug
 without. The disk's own rate (as many bytes, written in a row and made durable, in the same
 round) says what could be had. Counted on the threads that do it, however busy the machine is
 with other things: the processor's time of a save (what training waits for before it goes on,
-copies of packs, the thread that writes), as a part of that of the steps between two saves. Exits
-1 if training keeps less than 98 % of its throughput, or if copies have taken more than two
-packs.
+copies of packs, the thread that writes), as a part of that of the steps between two saves.
+
+Then a larger model is saved, waited for, and loaded into a new one; in the same round as many
+bytes are written in a row and made durable, and read in a row, all of it past the cache. The
+figures are the medians of the ratios. Exits 1 if training keeps less than 98 % of its throughput,
+if copies have taken more than two packs, or if a save or a load comes to less than 80 % of the
+disk's own rate.
 """
 
 from __future__ import annotations
@@ -35,10 +39,10 @@ from pretrain_gpt import Batch, batches, loss_fn, make_model
 import harmony
 import harmony.module as saved_by
 from harmony.checkpoint.saving import Snapshot
-from harmony.core.units import format_bytes
+from harmony.core.units import format_bytes, parse_bytes
 from harmony.runtime.unsaved import Unsaved
 
-BAR = 0.98
+BAR, RATE_BAR = 0.98, 0.8
 WIDTH, DEPTH, HEADS, CONTEXT = 384, 6, 6, 128
 BATCH, MICROBATCH = 8, 2
 WAYS = ("none", "waited for", "meanwhile")
@@ -96,8 +100,12 @@ def main() -> int:
                 copied.append(model.saving.copied_nbytes)
                 saving.append(SAVING_S[0])
                 waited.append(model.saving.waited_s)
-                disk.append(write_rate(root))
+                sizes = [p.stat().st_size for p in root.rglob("*.safetensors")]
+                disk.append(write_rate(root, sum(sizes)))
     figures = summary(model, rates, work, saving, copied, waited, disk)
+    model.close()
+    figures |= disk_rates(args.folder, args.nbytes, args.rounds)
+    figures["passed"] &= min(figures["save"], figures["load"]) >= RATE_BAR
     if args.json:
         print(json.dumps(figures, indent=2))
     else:
@@ -118,18 +126,81 @@ def steps_per_s(model: harmony.Harmony, data: list[Batch], root: Path, way: str)
     return rate
 
 
-def write_rate(root: Path) -> float:
-    """Bytes per second that the disk takes, as a checkpoint's: in a row, then made durable."""
-    sizes = [p.stat().st_size for p in root.rglob("*.safetensors")]
+def write_rate(root: Path, nbytes: int) -> float:
+    """Bytes per second that the disk takes: in a row, then made durable."""
     block, file = os.urandom(1 << 24), root / "rate"
     started = time.perf_counter()
     with file.open("wb", buffering=0) as out:
-        for low in range(0, sum(sizes), len(block)):
-            out.write(block[: sum(sizes) - low])
+        for low in range(0, nbytes, len(block)):
+            out.write(block[: nbytes - low])
         os.fsync(out.fileno())
-    rate = sum(sizes) / (time.perf_counter() - started)
+    rate = nbytes / (time.perf_counter() - started)
     file.unlink()
     return rate
+
+
+def disk_rates(folder: Path | None, nbytes: int, rounds: int) -> dict[str, Any]:
+    """Save and load so many bytes beside the disk's own rate; medians over the rounds."""
+    width, every = 1024, {"write": [], "save": [], "read": [], "load": []}  # type: ignore[var-annotated]
+
+    def made() -> harmony.Harmony:
+        layers = [torch.nn.Linear(width, width) for _ in range(max(1, nbytes // (12 * width**2)))]
+        return harmony.Harmony(
+            torch.nn.Sequential(*layers),
+            optimizer=torch.optim.AdamW,
+            loss_fn=torch.nn.functional.mse_loss,
+            updates="host",
+            device_memory="64MiB",
+            devices=1,
+        )
+
+    harmony.virtual_gpus(count=1, memory="64MiB", num_threads=1)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        root, model = Path(name), made()
+        model.train_step(torch.ones(2, width), torch.zeros(2, width))
+        for _ in range(rounds):
+            every["write"].append(write_rate(root, nbytes))
+            began_s = time.perf_counter()
+            found = model.save_checkpoint(root, keep=1)
+            wrote_s = time.perf_counter() - began_s
+            size = sum(path.stat().st_size for path in found.iterdir())
+            every["save"].append(size / wrote_s)
+            forget(found)
+            every["read"].append(read_rate(found))
+            forget(found)
+            other = made()
+            began_s = time.perf_counter()
+            other.load_checkpoint(found)
+            every["load"].append(size / (time.perf_counter() - began_s))
+            other.close()
+        model.close()
+    ratios = {
+        way: [a / b for a, b in zip(every[way], every[own], strict=True)]
+        for way, own in (("save", "write"), ("load", "read"))
+    }
+    return {
+        "rates": every,
+        "rate_ratios": ratios,
+        "rates_nbytes": size,
+        **{way: statistics.median(found) for way, found in ratios.items()},
+    }
+
+
+def forget(folder: Path) -> None:
+    """Have the system forget what it keeps of the files in memory."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_rate(folder: Path) -> float:
+    """Bytes per second that come from the disk, file by file, in a row."""
+    block, total, began_s = bytearray(1 << 24), 0, time.perf_counter()
+    for path in sorted(folder.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                total += count
+    return total / (time.perf_counter() - began_s)
 
 
 def summary(
@@ -179,8 +250,17 @@ def show(figures: dict[str, Any], every: int) -> None:
     print(
         f"meanwhile training has waited {figures['waited_s']:.3f} s for the disk, and saving has "
         f"taken {figures['processor']:.4f} of the processor's time of the steps; copies took "
-        f"{format_bytes(copied)}, two packs are {format_bytes(packs)}; the bars are {BAR} and two "
-        f"packs: {'held' if figures['passed'] else 'MISSED'}"
+        f"{format_bytes(copied)}, two packs are {format_bytes(packs)}"
+    )
+    for way, own in (("save", "write"), ("load", "read")):
+        found, low = figures["rate_ratios"][way], int(statistics.median(figures["rates"][own]))
+        print(
+            f"a {way} of {format_bytes(figures['rates_nbytes'])}: {figures[way]:.2f} of the "
+            f"disk's rate of {format_bytes(low)}/s (rounds: {min(found):.2f} to {max(found):.2f})"
+        )
+    print(
+        f"the bars are {BAR}, two packs and {RATE_BAR}: "
+        f"{'held' if figures['passed'] else 'MISSED'}"
     )
 
 
@@ -190,6 +270,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
+    parser.add_argument("--nbytes", type=parse_bytes, default="1GiB", help="of the larger model")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser.parse_args()
 

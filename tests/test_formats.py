@@ -1,13 +1,14 @@
-"""Files of the first version of each format are read, with the values that were written.
+"""Files of every version of each format are read, with the values that were written.
 
-`tests/data/formats` was written by ``python -m tests.test_formats`` when version 1 was made. It is
-never written again: a version 2 gets a folder of its own beside it.
+`tests/data/formats/vN` was written by ``python -m tests.test_formats FOLDER`` when version N of a
+format was made, and holds the files of those formats that changed. It is never written again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 import harmony
 from harmony.checkpoint import store
 from harmony.core.files import check_types
+from harmony.errors import ConfigError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir import plan_file
 from harmony.planner.ir.plan_file import check_plan, load_plan
@@ -28,7 +30,8 @@ from harmony.profiling import model_profile
 from harmony.profiling.model_profile import load_profile
 from tests.training.conftest import VirtualGPUs, vgpus  # noqa: F401 - a fixture
 
-DATA = Path(__file__).parent / "data" / "formats" / "v1"
+FORMATS = Path(__file__).parent / "data" / "formats"
+DATA = FORMATS / "v1"
 
 
 class Net(nn.Module):
@@ -120,19 +123,24 @@ def write(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
+@pytest.mark.parametrize("version", store.READS)
 @pytest.mark.parametrize("own", [False, True], ids=["step", "loop"])
-def test_a_checkpoint_of_version_1_is_read(
+def test_a_checkpoint_of_each_version_is_read(
     own: bool,
+    version: int,
     vgpus: VirtualGPUs,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     name = "loop" if own else "step"
-    shutil.copytree(DATA / name, tmp_path / name)
+    data = FORMATS / f"v{version}"
+    (manifest,) = (data / name).rglob("manifest.json")
+    assert json.loads(manifest.read_text())["version"] == version
+    shutil.copytree(data / name, tmp_path / name)
     model, optimizer, scheduler = make(own)
     run = harmony.Run(model, tmp_path / name, **objects_of(own, optimizer, scheduler))
     assert run.resume() == 2
     got = json.loads(json.dumps(found(model, optimizer, scheduler, run)))
-    expected = json.loads((DATA / "expected.json").read_text())[name]
+    expected = json.loads((data / "expected.json").read_text())[name]
     assert bool(expected["gradients"]) is own
     assert got == expected
     x, y = batch(2)
@@ -152,14 +160,34 @@ def test_a_plan_and_a_profile_of_version_1_are_read() -> None:
     assert plan_file.load_plan(DATA / "plan.json").to_json() == plan.to_json()
 
 
-def test_what_is_written_now_is_of_the_version_that_is_kept_here() -> None:
-    """Whoever makes a version 2 keeps files of it too, and goes on reading those of version 1."""
-    assert (store.VERSION, plan_file.VERSION, model_profile.VERSION) == (1, 1, 1)
+def test_what_is_written_now_is_of_a_version_that_is_kept_here() -> None:
+    """Whoever makes another version keeps files of it too, and goes on reading the older ones."""
+    assert (store.VERSION, plan_file.VERSION, model_profile.VERSION) == (2, 1, 1)
+    assert tuple(range(1, store.VERSION + 1)) == store.READS
     for path in (DATA / "plan.json", DATA / "profile.json"):
         assert json.loads(path.read_text())["version"] == 1
-    for manifest in DATA.rglob("manifest.json"):
-        assert json.loads(manifest.read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("version", store.READS)
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json"])
+def test_a_damaged_file_of_each_version_is_refused(
+    name: str,
+    version: int,
+    vgpus: VirtualGPUs,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "step-00000002"
+    shutil.copytree(FORMATS / f"v{version}" / "step" / folder.name, folder)
+    model, _, scheduler = make(False)
+    before = {n: v.clone() for n, v in model.module.state_dict().items()}
+    whole = (folder / name).read_bytes()
+    for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:], whole + b"\n"):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(ConfigError, match=name):
+            model.load_checkpoint(folder, scheduler=scheduler)
+        assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
+    (folder / name).write_bytes(whole)
 
 
 if __name__ == "__main__":
-    write(DATA)
+    write(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
 """Folders of checkpoints: written whole or not at all, and checked before anything is read.
 
 A checkpoint is a folder ``step-N`` with safetensors files, JSON and, written last, a manifest that
-has the size and the SHA-256 of each file. It is written under another name, made durable, and only
-then renamed: what was there before stays until the new one is whole.
+has the size and the checksums of each file. It is written under another name, made durable, and
+only then renamed: what was there before stays until the new one is whole.
 """
 
 from __future__ import annotations
@@ -16,23 +16,32 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from harmony.core.files import DAMAGED, check_types, parse_json, read_text
+from harmony.checkpoint.checksums import (
+    CHUNK_NBYTES,
+    Beside,
+    Checksums,
+    FileSums,
+    Place,
+    read_files,
+)
+from harmony.core.files import DAMAGED, MOST_NBYTES, check_types, parse_json, read_text
 from harmony.errors import ConfigError, NotSavedError
 from harmony.weights.checkpoint_files import DTYPES, StoredTensor, open_checkpoint
 
-FORMAT, VERSION = "harmony checkpoint", 1
+FORMAT, VERSION = "harmony checkpoint", 2
+READS = (1, VERSION)
+"""Versions that are read. The first had one SHA-256 a file in the place of checksums of chunks."""
+
 MANIFEST = "manifest.json"
 SHARD_NBYTES = 4 << 30
 _CHUNK_NBYTES = 1 << 24
-_READERS = 4
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEP = re.compile(r"step-(\d{1,18})")
 _PART = re.compile(r"\.step-\d+\.[0-9a-f]{16}\.part")
@@ -55,23 +64,21 @@ def check_writable(root: Path) -> None:
 
 
 class _File:
-    """A new file whose size and checksum are known once it is on the disk."""
+    """A new file whose size and checksums are known once it is on the disk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beside: Beside) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0)
-        self._digest, self._nbytes = hashlib.sha256(), 0
+        self._sums, self._beside = Checksums(), beside
         self.close = self._file.close
 
     def add(self, part: bytes | memoryview) -> None:
-        self._digest.update(part)
-        _write_all(self._file, part)
-        self._nbytes += len(part)
+        self._beside.add(self._sums, part, lambda: _write_all(self._file, part))
 
     def finish(self) -> dict[str, Any]:
         os.fsync(self._file.fileno())
         self.close()
-        return {"nbytes": self._nbytes, "sha256": self._digest.hexdigest()}
+        return {"nbytes": self._sums.nbytes, "crc32": self._sums.finish()}
 
 
 class Writer:
@@ -81,11 +88,13 @@ class Writer:
         """Write into ``folder``; what an error leaves open is closed with ``open_files``."""
         self._folder = folder
         self._open_files = open_files
+        self._beside = Beside()
+        open_files.callback(self._beside.close)
         self.files: dict[str, dict[str, Any]] = {}
 
     def open(self, name: str) -> _File:
         """Begin a file."""
-        file = _File(self._folder / name)
+        file = _File(self._folder / name, self._beside)
         self._open_files.callback(file.close)
         return file
 
@@ -193,7 +202,8 @@ def writing(root: Path, step: int) -> Iterator[Writer]:
         with contextlib.ExitStack() as open_files:
             writer = Writer(part, open_files)
             yield writer
-            manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": writer.files}
+            manifest = {"format": FORMAT, "version": VERSION, "step": step}
+            manifest |= {"chunk_nbytes": CHUNK_NBYTES, "files": writer.files}
             writer.json(MANIFEST, {**manifest, "sha256": _digest(manifest)})
         _sync(part)
         _take_place(part, root / step_name(step))
@@ -235,38 +245,27 @@ class Stored:
     Attributes:
         folder: of this checkpoint.
         step: steps trained.
-        files: size and checksum of each file.
+        files: size and checksums of each file.
     """
 
     folder: Path
     step: int
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileSums]
 
-    def check(self) -> None:
-        """Read every file once and compare it with the manifest.
+    def read(self, places: Mapping[str, Sequence[Place]]) -> None:
+        """Read every file once, compare it with the manifest, and put tensors in place.
+
+        Args:
+            places: where what goes, by file (`places_of`).
 
         Raises:
             ConfigError: naming the file that is missing, cut off or changed.
         """
-        with ThreadPoolExecutor(_READERS) as pool:  # a core hashes less than a fast disk reads
-            for _ in pool.map(self._check_file, self.files):
-                pass
+        read_files(self.folder, self.files, places)
 
-    def _check_file(self, name: str) -> None:
-        path, known = self.folder / name, self.files[name]
-        part = memoryview(bytearray(_CHUNK_NBYTES))
-        digest, nbytes = hashlib.sha256(), 0
-        try:
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(part):
-                    nbytes += count
-                    digest.update(part[:count])
-        except OSError as error:
-            raise ConfigError(f"{path}: it cannot be read ({error})") from None
-        if nbytes != known["nbytes"]:
-            raise ConfigError(f"{path} has {nbytes} bytes instead of {known['nbytes']}")
-        if digest.hexdigest() != known["sha256"]:
-            raise ConfigError(f"{path} is damaged: its checksum is another")
+    def read_again(self, places: Mapping[str, Sequence[Place]]) -> None:
+        """Read files of a checkpoint that is known to be whole, and compare them once more."""
+        read_files(self.folder, {name: self.files[name] for name in places}, places)
 
     def tensors(self, stem: str) -> dict[str, StoredTensor]:
         """The tensors of the files of this stem, by name."""
@@ -274,14 +273,38 @@ class Stored:
         file = next((name for name in names if name in self.files), None)
         if file is None:
             raise ConfigError(f"{self.folder}: it has no {names[0]}")
-        return open_checkpoint(self.folder / file)
+        found = open_checkpoint(self.folder / file)
+        for tensor in found.values():
+            if tensor.place[0].parent != self.folder or tensor.place[0].name not in self.files:
+                raise ConfigError(f"{self.folder / file} names files that {MANIFEST} does not")
+        return found
 
     def json(self, name: str) -> Any:
-        """What a JSON file holds."""
+        """What a JSON file holds; it is compared with the manifest first.
+
+        Raises:
+            ConfigError: if there is none, or it is damaged.
+        """
+        if name not in self.files:
+            raise ConfigError(f"{self.folder}: it has no {name}")
+        size = min(self.files[name].nbytes, MOST_NBYTES)
+        text = torch.empty(size, dtype=torch.uint8)
+        self.read_again({name: [(0, text)]})
         try:
-            return parse_json(read_text(self.folder / name))
-        except (OSError, *DAMAGED) as error:
+            return parse_json(text.numpy().tobytes().decode())
+        except DAMAGED as error:
             raise ConfigError(f"{self.folder / name}: it cannot be read ({error})") from None
+
+
+def places_of(
+    stored: Mapping[str, StoredTensor], targets: Mapping[str, torch.Tensor]
+) -> dict[str, list[Place]]:
+    """Where in which file the tensors for these targets are."""
+    found: dict[str, list[Place]] = {}
+    for name, target in targets.items():
+        path, offset = stored[name].place
+        found.setdefault(path.name, []).append((offset, target))
+    return found
 
 
 def read_manifest(folder: Path) -> Stored:
@@ -296,10 +319,10 @@ def read_manifest(folder: Path) -> Stored:
         digest = manifest.pop("sha256", None)
         if manifest.get("format") != FORMAT:
             raise ValueError("it is not one of Harmony's")
-        if manifest.get("version") != VERSION:
+        if manifest.get("version") not in READS:
             raise ValueError(
                 f"it is of version {str(manifest.get('version'))[:20]}, this Harmony reads "
-                f"version {VERSION}"
+                f"versions up to {VERSION}"
             )
         if digest != _digest(manifest):
             raise ValueError("it is damaged: its checksum is another")
@@ -307,11 +330,14 @@ def read_manifest(folder: Path) -> Stored:
         check_types(manifest["files"], dict[str, dict[str, Any]])
         if any(Path(name).name != name for name in manifest["files"]):
             raise ValueError("it names files outside of its folder")
+        if manifest.get("chunk_nbytes", CHUNK_NBYTES) != CHUNK_NBYTES:
+            raise ValueError(f"its checksums are not of chunks of {CHUNK_NBYTES} bytes")
+        files = {name: FileSums.of_data(known) for name, known in manifest["files"].items()}
     except FileNotFoundError:
         raise ConfigError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (OSError, *DAMAGED) as error:
         raise ConfigError(f"{path}: {error}") from None
-    return Stored(folder, manifest["step"], manifest["files"])
+    return Stored(folder, manifest["step"], files)
 
 
 def found_in(root: Path) -> list[Path]:

@@ -15,15 +15,16 @@ from harmony.capture.state.random_state import GeneratorStates
 from harmony.checkpoint.attributes import Attributes, set_attributes
 from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
 from harmony.checkpoint.saving import STATE, VALUES, WEIGHTS, Snapshot
-from harmony.checkpoint.store import Stored, found_in, read_manifest
+from harmony.checkpoint.store import Stored, found_in, places_of, read_manifest
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import DAMAGED, check_types
+from harmony.core.units import format_bytes
 from harmony.core.version import __version__
 from harmony.core.warn import warn
 from harmony.engine.engine import Engine
 from harmony.engine.precision import FP32
 from harmony.engine.resumed import BitChoices
-from harmony.errors import ConfigError, HarmonyError
+from harmony.errors import ConfigError, DoesNotFitError, HarmonyError
 from harmony.runtime.host.limits import available_host_nbytes
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import Key, Unit, Unsaved
@@ -125,16 +126,10 @@ def load_training(
     Raises:
         ConfigError, HarmonyError: as `Harmony.load_checkpoint`.
     """
-    stored, values, skipped = _newest(root, skip_damaged)
-    tensors, weights = stored.tensors(STATE), stored.tensors(WEIGHTS)
-
-    def tensor(name: str) -> torch.Tensor:
-        made = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
-        tensors[name].fill(made)
-        return made
-
+    read, skipped = _newest(root, skip_damaged)
+    stored, weights = read.stored, read.weights
     try:
-        data = {name: decode(value, tensor) for name, value in values.items()}
+        data = {n: decode(v, read.state.__getitem__) for n, v in read.values.items()}
         numbers = data["num_steps"], data["seed"]
         check_types(numbers, tuple[int, int])
         choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
@@ -148,7 +143,7 @@ def load_training(
     except DAMAGED as error:
         raise ConfigError(f"{stored.folder / VALUES}: it cannot be read ({error!r})") from None
     _check_objects(stored, objects, saved)
-    targets = _targets(engine.net, stored, weights, shared)
+    targets = places_of(weights, _targets(engine.net, stored, weights, shared))
     check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
     for name, held in objects.items():
         if is_of(held, engine.net):
@@ -157,9 +152,8 @@ def load_training(
         random.restore()
     with held_back(), engine.whole.together() as begun, _setting(stored):
         begun.append("the state of a checkpoint")
-        for name, target in targets:
-            with torch.no_grad():
-                weights[name].fill(target.detach())
+        with torch.no_grad():
+            stored.read_again(targets)  # mostly from memory, where the system has kept it
         if data["module"]:
             engine.net.load_state_dict(data["module"], strict=False)
         set_attributes(engine.net, data["attributes"], data["generators"])
@@ -218,19 +212,30 @@ def _setting(stored: Stored) -> Iterator[None]:
         ) from error
 
 
-def _newest(root: Path, skip_damaged: bool) -> tuple[Stored, dict[str, Any], tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint all of which is whole.
+
+    Attributes:
+        values: what is no tensor, as JSON.
+        state: tensors that go to no tensor of the module.
+        weights: the module's, which are still to be filled in.
+    """
+
+    stored: Stored
+    values: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    weights: dict[str, StoredTensor]
+
+
+def _newest(root: Path, skip_damaged: bool) -> tuple[_Read, tuple[str, ...]]:
     folders = found_in(root)
     if not folders:
         raise ConfigError(f"there are no checkpoints in {root}: no folder step-N")
     skipped: list[str] = []
     for number, folder in enumerate(folders):
         try:
-            stored = read_manifest(folder)
-            stored.check()
-            values = stored.json(VALUES)
-            if not isinstance(values, dict):
-                raise ConfigError(f"{folder / VALUES}: it is no JSON object")
-            return stored, values, tuple(skipped)
+            return _read(folder), tuple(skipped)
         except ConfigError as error:
             skipped.append(str(error))
             older = folders[number + 1 :]
@@ -238,6 +243,30 @@ def _newest(root: Path, skip_damaged: bool) -> tuple[Stored, dict[str, Any], tup
                 hint = f". The one before is {older[0]}" if older else ""
                 raise ConfigError(f"{error}{hint}") from None
     raise ConfigError(f"no checkpoint in {root} is whole. {skipped[0]}")
+
+
+def _read(folder: Path) -> _Read:
+    """Read all files of a checkpoint once; the module's weights are compared only.
+
+    Raises:
+        ConfigError: naming what is damaged.
+        DoesNotFitError: if the host has no memory for the optimizer's state.
+    """
+    stored = read_manifest(folder)
+    values = stored.json(VALUES)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{folder / VALUES}: it is no JSON object")
+    known, weights = stored.tensors(STATE), stored.tensors(WEIGHTS)
+    wanted, free = sum(t.nbytes for t in known.values()), available_host_nbytes()
+    if wanted > free:
+        raise DoesNotFitError(
+            f"{folder}: {format_bytes(wanted)} of optimizer state and other tensors are to be "
+            f"read, and the host has {format_bytes(free)} free (cgroup limit included). Give "
+            "memory back, or load it in a process of its own"
+        )
+    state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in known.items()}
+    stored.read(places_of(known, state))
+    return _Read(stored, values, state, weights)
 
 
 # The module
@@ -262,7 +291,7 @@ def _weights(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str], d
 
 def _targets(
     net: nn.Module, stored: Stored, weights: Mapping[str, StoredTensor], shared: Mapping[str, str]
-) -> list[tuple[str, torch.Tensor]]:
+) -> dict[str, torch.Tensor]:
     """Which tensor each stored one goes to.
 
     Raises:
@@ -286,7 +315,7 @@ def _targets(
     if any(tensor.is_meta for tensor in mine.values()):
         make_room(net, _placeholders(mine))
         mine, _, _ = _weights(net)
-    return list(mine.items())
+    return mine
 
 
 def _placeholders(mine: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -52,12 +52,19 @@ class StoredTensor:
     Attributes:
         fill: copies it into a tensor of its shape, converting to that one's dtype.
         origin: file and name, for errors.
+        place: of safetensors: the file, and the byte of it at which the tensor begins.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: Callable[[torch.Tensor], None]
     origin: str
+    place: tuple[Path, int] = (Path(), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -172,7 +179,7 @@ def _entry(path: Path, name: str, known: Mapping[str, Any], start: int, end: int
             file.seek(start + low)
             _read_into(file, target, dtype)
 
-    return StoredTensor(shape, dtype, fill, origin)
+    return StoredTensor(shape, dtype, fill, origin, (path, start + low))
 
 
 @contextmanager

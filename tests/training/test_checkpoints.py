@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 
 import harmony
-from harmony.checkpoint import store
+from harmony.checkpoint import store, training
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import parse_json
 from harmony.engine.resumed import _joined
@@ -309,6 +309,40 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(
     shutil.rmtree(root / "step-00000001")
     with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole"):
         model.load_checkpoint(root, skip_damaged=True)
+
+
+def test_weights_that_are_damaged_between_the_check_and_their_loading_are_not_trained_on(
+    two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root = two_saved
+    path, read_again = root / "step-00000002" / "model.safetensors", store.Stored.read_again
+    whole = path.read_bytes()
+
+    def damaging(stored: store.Stored, places: Any) -> None:
+        if path.name in places:
+            path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        read_again(stored, places)
+
+    monkeypatch.setattr(store.Stored, "read_again", damaging)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        model.load_checkpoint(root)
+    with pytest.raises(harmony.HarmonyError, match=r"load a checkpoint .*is damaged"):
+        model.train_step(*vectors(2))
+    monkeypatch.undo()
+    assert model.load_checkpoint(root, skip_damaged=True).step == 1
+    model.train_step(*vectors(1))
+    path.write_bytes(whole)
+
+
+def test_state_for_which_the_host_has_no_memory_is_not_loaded(
+    two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root = two_saved
+    before = values(model.module)
+    monkeypatch.setattr(training, "available_host_nbytes", lambda: 100)
+    with pytest.raises(harmony.DoesNotFitError, match="the host has 100 B free"):
+        model.load_checkpoint(root, skip_damaged=True)
+    assert same(before, values(model.module))
 
 
 def test_a_checkpoint_of_something_else_is_refused(
