@@ -462,7 +462,10 @@ class Harmony(Wrapper):
 
         Raises:
             ConfigError: if there is none, or it is damaged, of another model, optimizer or
-                version, or holds other objects. The model is as it was.
+                version, or holds other objects. The model is as it was; only if weights were
+                whole when they were compared and are not when they are read to their place, it
+                refuses to go on until a state is loaded.
+            DoesNotFitError: if the host has no memory for the optimizer's state.
         """
         engine = self._engine
         with engine.lock:

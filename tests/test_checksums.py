@@ -21,7 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksums, "CHUNK_NBYTES", CHUNK)
     monkeypatch.setattr(checksums, "_FEW_NBYTES", 40)
     monkeypatch.setattr(checksums, "_MOST_VIEWS", 3)
-    monkeypatch.setattr(checksums, "_own", checksums.threading.local())
+    monkeypatch.setattr(checksums, "_READERS", 2)
 
 
 def written(path: Path, data: bytes, draw: random.Random) -> FileSums:
@@ -96,9 +96,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
     sums = {"file": written(path, bytes(300), random.Random(0))}
     read = checksums._Reading.read
 
-    def cut(reading: Any, span: Any) -> None:
+    def cut(reading: Any, work: Any) -> None:
         path.write_bytes(bytes(100))
-        read(reading, span)
+        read(reading, work)
 
     monkeypatch.setattr(checksums._Reading, "read", cut)
     with pytest.raises(ConfigError, match=r"file: it cannot be read \(it was cut off\)"):

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ Place = tuple[int, torch.Tensor]
 _DIGITS = 8
 _FEW_NBYTES = 1 << 20
 _MOST_VIEWS = 512  # of one read; the system takes no more than 1024
-_READERS = max(4, min(16, os.cpu_count() or 1))
+_READERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+_SUMMERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 class Checksums:
@@ -143,6 +145,23 @@ class FileSums:
         return FileSums(nbytes, spans, kind)
 
 
+class _Work:
+    """What the readers of several files have together.
+
+    Attributes:
+        pool: threads that compute checksums.
+        spare: memory for bytes of files that are for nobody, a chunk each.
+        is_over: whether no more has to be read: something is damaged, or reading was interrupted.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self.spare: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self.is_over = threading.Event()
+        for _ in range(_READERS + 2 * _SUMMERS):
+            self.spare.put(memoryview(bytearray(CHUNK_NBYTES)))
+
+
 @dataclass
 class _Reading:
     """A file, and where its bytes go."""
@@ -150,6 +169,7 @@ class _Reading:
     path: Path
     known: FileSums
     places: Sequence[Place]
+    _descriptor: int = -1
     _starts: list[int] = field(default_factory=list)
     _views: list[memoryview] = field(default_factory=list)
     _staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -171,42 +191,74 @@ class _Reading:
             self._staged.append((target, flat))
         return flat.view(-1).view(torch.uint8).numpy().data
 
-    def check_size(self) -> None:
-        """Refuse a file that is not there, or has another size."""
+    def open(self, open_files: ExitStack) -> None:
+        """Open the file; refuse one that is not there, or has another size.
+
+        It is read by one descriptor and one thread: the system sees that it is read in a row, and
+        reads ahead. Several threads in one file came to half the rate.
+        """
         try:
-            nbytes = self.path.stat().st_size
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            open_files.callback(os.close, self._descriptor)
+            nbytes = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise ConfigError(f"{self.path}: it cannot be read ({error})") from None
         if nbytes != self.known.nbytes:
             raise ConfigError(f"{self.path} has {nbytes} bytes instead of {self.known.nbytes}")
 
-    def read(self, span: tuple[int, int, str]) -> None:
-        """Read a span to where it goes, and compare its checksum."""
-        low, high, expected = span
-        crc, digest = 0, hashlib.sha256()
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+    def read(self, work: _Work) -> None:
+        """Read the file from its first byte to its last, each byte to where it goes."""
+        if self.known.kind == "sha256":
+            self._read_version_1()
+            return
+        sums = []
+        for span in self.known.spans:
+            if work.is_over.is_set():
+                return
+            spare = work.spare.get()
             try:
-                for at in range(low, high, CHUNK_NBYTES):
-                    views = list(self._between(at, min(at + CHUNK_NBYTES, high)))
-                    _read(descriptor, at, views)
-                    for view in views:
-                        if self.known.kind == "crc32":
-                            crc = zlib.crc32(view, crc)
-                        else:
-                            digest.update(view)
-            finally:
-                os.close(descriptor)
+                views = list(self._between(span[0], span[1], spare))
+                self._read_views(span[0], views)
+            except BaseException:
+                work.spare.put(spare)
+                raise
+            sums.append(work.pool.submit(self._sum, work, span, views, spare))
+        for each in sums:
+            each.result()
+
+    def _sum(
+        self, work: _Work, span: tuple[int, int, str], views: list[memoryview], spare: memoryview
+    ) -> None:
+        crc = 0
+        for view in views:
+            crc = zlib.crc32(view, crc)
+        work.spare.put(spare)
+        self._compare(span, f"{crc:0{_DIGITS}x}")
+
+    def _read_version_1(self) -> None:
+        spare, digest = memoryview(bytearray(CHUNK_NBYTES)), hashlib.sha256()
+        for at in range(0, self.known.nbytes, CHUNK_NBYTES):
+            views = list(self._between(at, min(at + CHUNK_NBYTES, self.known.nbytes), spare))
+            self._read_views(at, views)
+            for view in views:
+                digest.update(view)
+        self._compare(self.known.spans[0], digest.hexdigest())
+
+    def _read_views(self, at: int, views: Sequence[memoryview]) -> None:
+        try:
+            _read(self._descriptor, at, views)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: it cannot be read ({error})") from None
-        found = f"{crc:0{_DIGITS}x}" if self.known.kind == "crc32" else digest.hexdigest()
+
+    def _compare(self, span: tuple[int, int, str], found: str) -> None:
+        low, high, expected = span
         if found != expected:
             raise ConfigError(
                 f"{self.path} is damaged: its checksum is another (of bytes {low} to {high})"
             )
 
-    def _between(self, low: int, high: int) -> Iterator[memoryview]:
-        """Memory for the bytes of a range: of tensors, and for what is between them."""
+    def _between(self, low: int, high: int, spare: memoryview) -> Iterator[memoryview]:
+        """Memory for the bytes of a range: of tensors, and spare for what is between them."""
         number, begin = max(bisect_right(self._starts, low) - 1, 0), low
         while low < high:
             start, end = high, high
@@ -214,7 +266,7 @@ class _Reading:
                 start = min(self._starts[number], high)
                 end = min(self._starts[number] + len(self._views[number]), high)
             if low < start:
-                yield _scratch()[low - begin : start - begin]  # each gap has a part of its own
+                yield spare[low - begin : start - begin]  # each gap has a part of its own
             if low < end and start < high:
                 held = self._views[number]
                 yield held[max(low, start) - self._starts[number] : end - self._starts[number]]
@@ -243,12 +295,16 @@ def read_files(
             some of what was read.
     """
     readings = [_Reading(folder / n, files[n], places.get(n, ())) for n in sorted(files)]
-    for reading in readings:
-        reading.check_size()
-    spans = [(reading, span) for reading in readings for span in reading.known.spans]
-    with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(lambda at: at[0].read(at[1]), spans):
-            pass
+    with ExitStack() as open_files:
+        for reading in readings:
+            reading.open(open_files)
+        with ThreadPoolExecutor(_SUMMERS) as pool, ThreadPoolExecutor(_READERS) as readers:
+            work = _Work(pool)
+            try:
+                for _ in readers.map(lambda reading: reading.read(work), readings):
+                    pass
+            finally:
+                work.is_over.set()
     for reading in readings:
         reading.settle()
 
@@ -264,14 +320,3 @@ def _read(descriptor: int, at: int, views: Sequence[memoryview]) -> None:
             count -= len(left.popleft())
         if count:
             left[0] = left[0][count:]
-
-
-_own = threading.local()
-
-
-def _scratch() -> memoryview:
-    """Memory of this thread for bytes that nobody needs."""
-    if not hasattr(_own, "memory"):
-        _own.memory = memoryview(bytearray(CHUNK_NBYTES))
-    found: memoryview = _own.memory
-    return found

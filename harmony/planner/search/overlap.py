@@ -29,14 +29,11 @@ def with_late_updates(plan: Plan, best: Fitting, trial: Trial) -> Plan:
     """Return the plan with as many updates left to the next step as make it faster."""
     packs = updated_on_host(best.schedules[Phase.TRAIN])
     found = [fitting for late in _choices(packs, trial) if (fitting := _tried(best, late, trial))]
-    fastest = min([best, *found], key=lambda fitting: fitting.timeline.step_s)
-    if fastest is best and found and trial.question.machine.updates_wait:
-        left_s = found[0].timeline.step_s
-        fastest = found[0] if left_s <= CLOSE * best.timeline.step_s else best
+    fastest = chosen(best, found, trial.question.machine.updates_wait)
     others = [each for each in (best, *found) if each is not fastest]
     others.sort(key=lambda fitting: fitting.timeline.step_s)
     times = tuple((_words(each), each.timeline.step_s) for each in others)
-    chosen = Decision(NAME, _words(fastest), _why(fastest, best), times)
+    decision = Decision(NAME, _words(fastest), _why(fastest, best), times)
     spec, schedules, timeline = fastest.tried.candidate.spec, fastest.schedules, fastest.timeline
     bound, advice = bottleneck(timeline, schedules[Phase.TRAIN], spec)
     return replace(
@@ -46,8 +43,17 @@ def with_late_updates(plan: Plan, best: Fitting, trial: Trial) -> Plan:
         step_s=timeline.step_s,
         bound=bound,
         advice=advice,
-        decisions=(*plan.decisions, chosen),
+        decisions=(*plan.decisions, decision),
     )
+
+
+def chosen(best: Fitting, found: list[Fitting], updates_wait: bool) -> Fitting:
+    """The fastest of the plan and of those with late updates, or one that is about as fast."""
+    fastest = min([best, *found], key=lambda fitting: fitting.timeline.step_s)
+    if fastest is best and found and updates_wait:
+        left_s = found[0].timeline.step_s
+        return found[0] if left_s <= CLOSE * best.timeline.step_s else best
+    return fastest
 
 
 def updated_on_host(schedule: Schedule) -> tuple[Pack, ...]:
