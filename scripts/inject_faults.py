@@ -165,6 +165,9 @@ class Subject:
         self.model = harmony.Harmony(Net(form == "dynamic"), **options)
         self.own = Own(self.model.parameters(), lr=0.1) if form == "dropin" else None
         self.batches = [(torch.randn(8, WIDTH), torch.randn(8, WIDTH)) for _ in range(3)]
+
+    def record(self) -> None:
+        """Take all steps, and keep the state behind each."""
         self.train(0)
         self.start = self.saved()
         self.states = [self.state()]
@@ -341,6 +344,7 @@ def work(form: str, seed: int, first: int, last: int) -> None:
     harmony.virtual_gpus(count=2, memory="64MiB")
     faulthandler.dump_traceback_later(CASE_S, exit=True)
     subject = Subject(form)
+    subject.record()
     for number in range(first, last):
         faulthandler.dump_traceback_later(CASE_S, exit=True)
         case = run_case(subject, random.Random(f"{seed} {form} {number}"))

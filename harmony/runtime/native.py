@@ -6,9 +6,11 @@ The only place that asks which of the two it is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from itertools import permutations
 from types import ModuleType
@@ -19,6 +21,9 @@ import torch
 from harmony.errors import DeviceLostError, text_of
 
 _CUDA_HOST_REGISTER_DEFAULT = 0
+
+_pinned_copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+"""What `pinned_copy` has returned and is still held."""
 
 _tokens_lock = threading.Lock()
 _next_token = 0
@@ -138,6 +143,13 @@ def is_lost(device: torch.device) -> bool:
     return False
 
 
+def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor of a device to pinned memory of PyTorch's, in the current stream's order."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    _pinned_copies.add(host)
+    return host.copy_(tensor, non_blocking=True)
+
+
 def device_lost(
     where: str, error: BaseException, after: str, *, torn: bool = False
 ) -> DeviceLostError:
@@ -146,6 +158,10 @@ def device_lost(
     Args:
         after: what parameters are like now.
     """
+    # PyTorch records an event when pinned memory is given back. On a lost GPU that raises, in a
+    # destructor: the process would be aborted before anybody has saved anything.
+    for copy in _pinned_copies:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(copy))
     first = text_of(error).partition("\n")[0]
     return DeviceLostError(
         f"{where} failed, and the GPU with it ({type(error).__name__}: {first}): nothing runs on "

@@ -95,6 +95,11 @@ const char* name_of(Call copy) {
                                   : "copy";
 }
 
+// A lost device moves nothing any more: what waits for it keeps what it had.
+void move_bytes(void* to, const void* from, size_t nbytes) {
+  if (!is_lost()) memcpy(to, from, nbytes);
+}
+
 cudaError_t copy(void* to, const void* from, size_t nbytes, cudaStream_t handle, bool waits) {
   auto* stream = find_stream(handle);
   if (!stream) return misuse("a copy on an unknown stream");
@@ -109,9 +114,9 @@ cudaError_t copy(void* to, const void* from, size_t nbytes, cudaStream_t handle,
     // From pageable memory the runtime first copies to pages of its own, before it returns.
     auto staged = std::make_shared<std::vector<char>>(nbytes);
     memcpy(staged->data(), from, nbytes);
-    stream->enqueue([=] { memcpy(to, staged->data(), nbytes); }, what, accesses);
+    stream->enqueue([=] { move_bytes(to, staged->data(), nbytes); }, what, accesses);
   } else {
-    stream->enqueue([=] { memcpy(to, from, nbytes); }, what, accesses);
+    stream->enqueue([=] { move_bytes(to, from, nbytes); }, what, accesses);
   }
   if (waits || route.to_pageable) stream->synchronize();
   return report(cudaSuccess);

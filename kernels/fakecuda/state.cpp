@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <utility>
 
 namespace fakecuda {
 
@@ -24,11 +25,16 @@ long from_environment(const char* name, long otherwise) {
   return text && *text ? atol(text) : otherwise;
 }
 
+// How a call fails: it alone; with the device, at once; with the device, once its stream gets to
+// what it has enqueued, so that another call is told.
+enum Manner { kAlone, kLosing, kLosingLater };
+
 struct Counter {
   std::atomic<long> calls{0};
   std::atomic<long> nbytes{0};
   std::atomic<long> calls_until_failure{0};  // 0: none was asked for
   std::atomic<int> failure{0};
+  std::atomic<int> manner{kAlone};
 };
 std::array<Counter, kNumCalls>& counters() {
   static auto* all = new std::array<Counter, kNumCalls>();
@@ -37,6 +43,7 @@ std::array<Counter, kNumCalls>& counters() {
 
 std::atomic<int> g_lost{0};
 thread_local cudaError_t t_last_error = cudaSuccess;
+thread_local cudaError_t t_late_failure = cudaSuccess;
 
 }  // namespace
 
@@ -72,10 +79,18 @@ void count(Call call, size_t nbytes) {
 cudaError_t begin(Call call, size_t nbytes) {
   count(call, nbytes);
   auto& counter = counters()[static_cast<int>(call)];
-  if (counter.calls_until_failure.load() > 0 && --counter.calls_until_failure == 0)
-    return static_cast<cudaError_t>(counter.failure.load());
-  return cudaSuccess;
+  if (counter.calls_until_failure.load() <= 0 || --counter.calls_until_failure != 0)
+    return cudaSuccess;
+  auto failure = static_cast<cudaError_t>(counter.failure.load());
+  if (counter.manner == kLosingLater) {
+    t_late_failure = failure;
+    return cudaSuccess;
+  }
+  if (counter.manner == kLosing) lose_device(failure, "a test asked for it");
+  return failure;
 }
+
+cudaError_t take_late_failure() { return std::exchange(t_late_failure, cudaSuccess); }
 
 cudaError_t report(cudaError_t error) {
   if (is_lost()) error = static_cast<cudaError_t>(g_lost.load());
@@ -115,11 +130,13 @@ FAKECUDA_API const char* fakecuda_counters() {
   return text.c_str();
 }
 
-// The nth call of this name from now on returns `error`. False if there is no such name.
-FAKECUDA_API bool fakecuda_fail(const char* name, long nth, int error) {
+// The nth call of this name from now on fails with `error`, in one of three manners. False if there
+// is no such name.
+FAKECUDA_API bool fakecuda_fail(const char* name, long nth, int error, int manner) {
   for (int i = 0; i < kNumCalls; ++i) {
     if (strcmp(kNames[i], name)) continue;
     counters()[i].failure = error;
+    counters()[i].manner = manner;
     counters()[i].calls_until_failure = nth;
     return true;
   }

@@ -37,6 +37,10 @@ void count(Call call, size_t nbytes = 0);
 // Counts the call and returns the error that was asked for it, else cudaSuccess.
 cudaError_t begin(Call call, size_t nbytes = 0);
 
+// The error with which what the calling thread is about to enqueue will lose the device, when the
+// stream gets to it; cudaSuccess where none was asked for.
+cudaError_t take_late_failure();
+
 // Remembers an error as the calling thread's last one, as the runtime does, and returns it.
 // Once a device is lost every call reports that.
 cudaError_t report(cudaError_t error);

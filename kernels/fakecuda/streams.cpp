@@ -127,6 +127,11 @@ void Stream::enqueue(Task task, const char* what, const Accesses& accesses) {
         if (other != this && other->is_blocking) wait(other->record());
     }
   }
+  if (auto error = take_late_failure())
+    task = [error, task = std::move(task)] {
+      lose_device(error, "a test asked for it, of what a stream runs");
+      task();
+    };
   std::lock_guard<std::mutex> lock(mutex_);
   trace(Kind::Kernel, device, number, 0, what, accesses);
   push_locked(std::move(task));

@@ -62,9 +62,15 @@ def calls_since(before: dict[str, Count]) -> dict[str, int]:
     return {name: now.calls - before[name].calls for name, now in counters().items()}
 
 
-def fail(name: str, nth: int, error: int) -> None:
-    """Let the nth call of this name from now on return this error of CUDA."""
-    assert ctypes.CDLL(None).fakecuda_fail(name.encode(), nth, error), name
+MANNERS = ("alone", "losing", "losing later")
+"""How a call fails: nothing else does; from then on no call works; no call works from when the
+stream runs what it enqueued, so that another call is the first to be told."""
+
+
+def fail(name: str, nth: int, error: int, manner: str = "alone") -> None:
+    """Let the nth call of this name from now on fail with this error of CUDA."""
+    library = ctypes.CDLL(None)
+    assert library.fakecuda_fail(name.encode(), nth, error, MANNERS.index(manner)), name
 
 
 def lose_device() -> None:

@@ -104,7 +104,9 @@ class LayerStates:
             for attribute in change.attributes:
                 self._running[attribute] = copy.deepcopy(_attribute(shell, attribute))
             if _samples(task)[1] == self._minibatch:
-                self._pending.update({n: _to_host(shell.tensor(n)) for n in change.buffers})
+                self._pending.update(
+                    {n: native.pinned_copy(shell.tensor(n)) for n in change.buffers}
+                )
 
     def commit(self, begun: list[str] | None = None) -> None:
         """Let the model have the changes; nothing happens to it before.
@@ -139,15 +141,9 @@ class LayerStates:
     def _snapshot(self, change: LayerChanges, shell: ModuleShell) -> _Snapshot:
         names = change.buffers if change.feeds_outputs else ()
         return _Snapshot(
-            {name: _to_host(shell.tensor(name)) for name in names},
+            {name: native.pinned_copy(shell.tensor(name)) for name in names},
             {a: copy.deepcopy(_attribute(shell, a)) for a in change.attributes},
         )
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy to pinned memory, in the order of the current stream."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def _attribute(shell: ModuleShell, attribute: Attribute) -> Any:
