@@ -389,10 +389,10 @@ class Harmony(Wrapper):
             ConfigError: if something cannot be saved.
             NotSavedError: if the disk is full or cannot be written to. What was saved before is
                 whole.
-            HarmonyError: if the model is torn.
+            HarmonyError: if the model is torn, or a GPU with optimizer state on it fails.
         """
         engine = self._engine
-        with engine.lock:
+        with engine.lock, engine.whole.naming("save_checkpoint", engine.devices):
             engine.whole.check()
             if keep is not None and keep < 1:
                 raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -18,7 +18,8 @@ from torch import nn
 
 from harmony.core.warn import warn
 from harmony.engine.bypass import within
-from harmony.errors import HarmonyError, text_of
+from harmony.errors import DeviceLostError, HarmonyError, text_of
+from harmony.runtime import native
 from harmony.runtime.exec.out_of_memory import out_of_memory
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.traced_lock import TracedLock
@@ -49,11 +50,9 @@ def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P],
     @functools.wraps(method)
     def run(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.whole.check_process()  # before any lock, which a thread may hold that is not here
-        with held_back(), self.lock, within(self.whole.net):
-            try:
-                return method(self, *args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(method.__name__, self.devices, error) from error
+        naming = self.whole.naming(method.__name__, self.devices)
+        with held_back(), self.lock, within(self.whole.net), naming:
+            return method(self, *args, **kwargs)
 
     return run
 
@@ -74,6 +73,7 @@ class Wholeness:
         self._optimizer = optimizer
         self._process = os.getpid()
         self._torn: str | None = None
+        self._lost: DeviceLostError | None = None
         self._awaited: list[Any] = []
 
     @contextmanager
@@ -104,6 +104,8 @@ class Wholeness:
                 "this Harmony model has been closed: its threads and GPU memory are given back. "
                 "The module it wrapped (model.module) has all values; wrap it anew"
             )
+        if self._lost is not None:
+            raise DeviceLostError(text_of(self._lost), self._lost.task, torn=self._lost.torn)
         if self._torn is not None:
             raise HarmonyError(
                 "an earlier step failed after some parameters had been updated; load a checkpoint "
@@ -157,8 +159,31 @@ class Wholeness:
             hook.remove()
         self._awaited.clear()
 
+    @contextmanager
+    def naming(self, where: str, devices: Sequence[torch.device]) -> Iterator[None]:
+        """Let what a GPU's runtime raises in the block, outside of any task, name ``where``."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(where, devices, error) from error
+        except torch.AcceleratorError as error:
+            torn = self._torn is not None
+            after = "No parameter was changed"
+            if torn:
+                after = (
+                    "Some parameters may be of the step after already, the others are of the step "
+                    "before: go back to a checkpoint"
+                )
+            found = native.call_failed(where, error, devices, after, torn=torn)
+            if torn:
+                self.tear(found)
+            raise found from error
+
     def tear(self, error: BaseException) -> None:
         """Refuse to go on from now, as what failed has changed some of the state."""
+        if isinstance(error, DeviceLostError):
+            # Not the error itself: the frames of its cause hold memory of the GPU.
+            self._lost = DeviceLostError(text_of(error), error.task, torn=error.torn)
         self._torn = text_of(error) or type(error).__name__
         if self._optimizer is None or self._awaited:
             return

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from harmony.errors import DeviceLostError, text_of
+from harmony.errors import DeviceLostError, ExecutionError, text_of
 
 _CUDA_HOST_REGISTER_DEFAULT = 0
 
@@ -163,14 +163,34 @@ def device_lost(
     for copy in _pinned_copies:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(copy))
     first = text_of(error).partition("\n")[0]
+    rescue = "start the script again from its last checkpoint"
+    if not torn:
+        rescue = (
+            "parameters are on the host: save model.state_dict() now, then start the script again "
+            "from it"
+        )
     return DeviceLostError(
         f"{where} failed, and the GPU with it ({type(error).__name__}: {first}): nothing runs on "
-        "a GPU in this process any more. Parameters are on the host: save model.state_dict() now, "
-        "then start the script again from it (CUDA_LAUNCH_BLOCKING=1 shows the kernel). "
-        f"{after}.",
+        f"a GPU in this process any more. To go on, {rescue} (CUDA_LAUNCH_BLOCKING=1 shows the "
+        f"kernel). {after}.",
         where,
         torn=torn,
     )
+
+
+def call_failed(
+    where: str, error: BaseException, devices: Sequence[torch.device], after: str, *, torn: bool
+) -> ExecutionError:
+    """Return the error that says what a call of the GPU's runtime that failed has led to.
+
+    Args:
+        after: what parameters are like now.
+    """
+    if any(map(is_lost, devices)):
+        return device_lost(where, error, after, torn=torn)
+    first = text_of(error).partition("\n")[0]
+    said = f"{where} failed. {type(error).__name__}: {first}. {after}"
+    return ExecutionError(said, where, torn=torn)
 
 
 def have_own_links(devices: Sequence[torch.device]) -> bool:

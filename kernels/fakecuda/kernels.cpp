@@ -14,6 +14,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/cuda/CUDAException.h>
 #include <torch/library.h>
 
 #include <functional>
@@ -105,11 +106,9 @@ void submit(int device, const std::string& what, const Accesses& accesses,
                                accesses);
   // As PyTorch does behind each launch: an error that an earlier call has left is found here, too.
   int left = cudaGetLastError();
-  if (error) {
-    delete kernel;
-    TORCH_CHECK(false, "CUDA error: the launch of ", what, " failed with error ", error);
-  }
-  TORCH_CHECK(!left, "CUDA error: ", left, ", left behind by a call before the launch of ", what);
+  if (error) delete kernel;
+  C10_CUDA_CHECK(static_cast<cudaError_t>(error));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(left));
 }
 
 void wait_for_current_stream(int device) { fakecuda_wait(current_stream_handle(device)); }

@@ -331,3 +331,65 @@ def test_the_steady_state_makes_nothing_and_waits_for_nobody_else() -> None:
         *("pageable_in", "pageable_out", "device_synchronize", "null_launch"),
     ):
         assert calls[name] == 0, (name, calls)
+
+
+def test_what_a_lost_gpu_has_torn_is_to_be_started_again_from_a_checkpoint() -> None:
+    """It said to save parameters, which were of two steps, and then that a state may be loaded.
+
+    Copies of BatchNorm's buffers in pinned memory were given back: PyTorch aborted the process.
+    """
+    found = standin.run(
+        """
+import torch, harmony
+from torch import nn
+from tests.cuda import standin
+from harmony.runtime.host.host_state import HostState
+layers = [nn.Linear(64, 64), nn.BatchNorm1d(64)] * 3
+model = harmony.Harmony(
+    nn.Sequential(*layers), loss_fn=nn.functional.mse_loss, optimizer=torch.optim.SGD,
+    optimizer_kwargs={"lr": 0.1}, microbatch_size=4, devices=1, device_memory="64KiB",
+    updates="host", mode="pp",
+)
+x = torch.randn(8, 64)
+model.train_step(x, x)
+update, done = HostState.update, []
+def updated(*args):
+    update(*args)
+    done.append(1)
+    if len(done) == 1:
+        standin.lose_device()
+HostState.update = updated
+for _ in range(2):
+    try:
+        model.train_step(x, x)
+    except harmony.DeviceLostError as error:
+        print("lost", error, "torn", error.torn)
+""",
+        gpus=1,
+    )
+    assert found.count("start the script again from its last checkpoint") == 2
+    assert found.count("torn True") == 2 and "save model.state_dict()" not in found
+
+
+def test_a_checkpoint_for_which_a_call_fails_is_refused_by_name() -> None:
+    """`AcceleratorError` was all that was said."""
+    found = standin.run(
+        SETUP
+        + """
+import tempfile
+from tests.cuda import standin
+model = make(devices=1, device_memory="512MiB", updates="auto", optimizer=torch.optim.AdamW,
+             optimizer_kwargs={})
+for step in range(2):
+    model.train_step(*token_batch(step))
+standin.lose_device()
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        model.save_checkpoint(folder)
+    except harmony.DeviceLostError as error:
+        print("lost", error)
+""",
+        gpus=1,
+    )
+    assert "save_checkpoint failed, and the GPU with it" in found
+    assert "save model.state_dict() now" in found
