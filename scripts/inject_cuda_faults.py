@@ -49,7 +49,7 @@ from harmony.profiling import server
 from harmony.runtime import native
 from tests.cuda import standin
 
-CASE_S = 120
+CASE_S = 300  # of a busy machine
 FORMS = ("step", "device", "dropin")
 PHASES = ("first step", "step", "update", "save", "save meanwhile")
 ALONE = {"malloc": 2, "host_register": 2, "host_alloc": 2}

@@ -23,7 +23,7 @@ LIMIT = 1 << 20
 by_the_byte = devices.virtual_only(
     "of a segment of 2 MiB that has a tensor in it PyTorch's allocator gives nothing back"
 )
-"""What these models need is in such segments; tests/cuda has the same with a larger one."""
+"""What these models need lies in such segments, whoever takes the rest."""
 
 
 def trained(net: nn.Module, **options: Any) -> harmony.Harmony:
