@@ -134,7 +134,7 @@ def run(script: str, **settings: object) -> str:
         check=False,
         env=environment,
         cwd=ROOT,
-        timeout=180,
+        timeout=600,  # of a busy machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
