@@ -16,6 +16,7 @@ import torch
 
 import harmony
 from harmony.cli import main as cli
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +97,7 @@ def test_pages_with_code_are_among_those_that_run() -> None:
     assert found - elsewhere - set(PAGES) <= {"virtual-gpu"}, "whose block is a session's"
 
 
+@devices.virtual_only("its processes set them up")
 def test_the_first_page_can_be_followed(
     vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
