@@ -344,10 +344,10 @@ import torch, harmony
 from torch import nn
 from tests.cuda import standin
 from harmony.runtime.host.host_state import HostState
-layers = [nn.Linear(64, 64), nn.BatchNorm1d(64)] * 3
+layers = [layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.BatchNorm1d(64))]
 model = harmony.Harmony(
     nn.Sequential(*layers), loss_fn=nn.functional.mse_loss, optimizer=torch.optim.SGD,
-    optimizer_kwargs={"lr": 0.1}, microbatch_size=4, devices=1, device_memory="64KiB",
+    optimizer_kwargs={"lr": 0.1}, microbatch_size=4, devices=1, device_memory="128KiB",
     updates="host", mode="pp",
 )
 x = torch.randn(8, 64)
@@ -378,8 +378,10 @@ def test_a_checkpoint_for_which_a_call_fails_is_refused_by_name() -> None:
         + """
 import tempfile
 from tests.cuda import standin
-model = make(devices=1, device_memory="512MiB", updates="auto", optimizer=torch.optim.AdamW,
-             optimizer_kwargs={})
+model = harmony.Harmony(
+    GPT(width=64, depth=4), loss_fn=token_loss, optimizer=torch.optim.AdamW, microbatch_size=2,
+    devices=1, device_memory="512MiB",
+)
 for step in range(2):
     model.train_step(*token_batch(step))
 standin.lose_device()
