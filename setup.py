@@ -34,12 +34,22 @@ def version() -> str:
 kernels = kernel_packages()
 
 setup(
-    name="harmony",
+    name="harmony-train",  # harmony belongs to another project; the import stays harmony
     version=version(),
     description="Train PyTorch models larger than the memory of all GPUs of one server, exactly",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["pytorch", "training", "offloading", "gpu memory", "pipeline parallelism", "llm"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=[*find_packages(include=["harmony", "harmony.*"]), *kernels],
     package_dir=kernels,
     package_data={
@@ -70,6 +80,7 @@ setup(
         "hf": ["accelerate", "transformers"],
         "lightning": ["lightning"],
         "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["coverage", "mypy", "pre-commit", "ruff", "types-networkx", "types-psutil"],
     },

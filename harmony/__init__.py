@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from harmony.module import Harmony
     from harmony.planner.ir.plan import Plan
+    from harmony.report.progress import Progress
     from harmony.report.session import ModelRecord, Observer, StepStats
     from harmony.runtime.step.randomness import microbatch_seed, seed_microbatch
     from harmony.vgpu.api import virtual_gpus
@@ -44,6 +45,7 @@ _HOMES = {
     "Plan": "harmony.planner.ir.plan",
     "ModelRecord": "harmony.report.session",
     "Observer": "harmony.report.session",
+    "Progress": "harmony.report.progress",
     "StepStats": "harmony.report.session",
     "keep_fp32": "harmony.capture.replay.kept_types",
     "load_pretrained": "harmony.weights.pretrained",
@@ -83,6 +85,7 @@ __all__ = [
     "Observer",
     "Plan",
     "PlanError",
+    "Progress",
     "RaceError",
     "RecomputeError",
     "Run",

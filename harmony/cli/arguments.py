@@ -48,7 +48,8 @@ scripts have such options too. Everything else after SCRIPT goes to the script;
 
   harmony-run plan --help     plans a model on any machine, without a script; compares
   harmony-run doctor          what this machine is like, and what to do about it
-A script that is called "plan" or "doctor" is run by: harmony-run ./plan
+  harmony-run completion bash   (zsh, fish)    lets the shell complete all of this
+A script that is called "plan", "doctor" or "completion" is run by: harmony-run ./plan
 """
 
 
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str]) -> Command:
         ConfigError: if it cannot be read or makes no sense.
         SystemExit: after ``--help`` or ``--version`` have been printed.
     """
-    parser = _parser()
+    parser = make_parser()
     ours, script, rest = _split(argv, parser)
     args = parser.parse_args(ours)
     if args.config is not None:
@@ -145,7 +146,8 @@ def mistyped(script_arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The options of ``harmony-run SCRIPT``."""
     parser = Parser(
         prog="harmony-run",
         usage="harmony-run (SCRIPT | -m MODULE) --gpus N [OPTIONS] [SCRIPT ARGUMENTS]",
@@ -292,7 +294,7 @@ def _check_elsewhere(args: argparse.Namespace) -> None:
 def _near(word: str) -> str | None:
     """``did you mean --gpus?`` for a word that is almost an option."""
     name = word.partition("=")[0]
-    known = [option for action in _parser()._actions for option in action.option_strings]
+    known = [option for action in make_parser()._actions for option in action.option_strings]
     if not name.startswith("--") or name in known:
         return None
     swapped = [option for option in known if sorted(option) == sorted(name)]

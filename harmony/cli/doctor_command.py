@@ -34,10 +34,7 @@ def run(words: Sequence[str], out: TextIO) -> int:
         ConfigError: if the words make no sense.
         SystemExit: after ``--help`` has been printed.
     """
-    parser = Parser(prog="harmony-run doctor", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="all figures as JSON")
-    parser.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="default: this folder")
-    args = parser.parse_args(list(words))
+    args = make_parser().parse_args(list(words))
     folder: Path | None = args.checkpoint_dir
     if folder is not None and folder.exists() and not is_folder(folder):
         raise ConfigError(f"--checkpoint-dir {folder}: that is no folder")
@@ -47,6 +44,14 @@ def run(words: Sequence[str], out: TextIO) -> int:
     else:
         print_parts([table(findings), conclusion(findings)], out)
     return int(_count(findings, "error") > 0)
+
+
+def make_parser() -> Parser:
+    """The options of ``harmony-run doctor``."""
+    parser = Parser(prog="harmony-run doctor", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="all figures as JSON")
+    parser.add_argument("--checkpoint-dir", metavar="DIR", type=Path, help="default: this folder")
+    return parser
 
 
 def as_data(findings: Sequence[Finding]) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """The console command `harmony-run`: runs a training script with Harmony configured.
 
-`harmony-run plan` plans a saved model instead (see `harmony.cli.plan_command`), and
-`harmony-run doctor` says what the machine is like (`harmony.cli.doctor_command`).
+`harmony-run plan` plans a saved model instead (see `harmony.cli.plan_command`),
+`harmony-run doctor` says what the machine is like (`harmony.cli.doctor_command`), and `harmony-run
+completion` is for shells (`harmony.cli.completion_command`).
 
 Exit codes: the script's own; 1 for an exception of the script or an error of Harmony, if
 ``--verify`` found a difference, or if nothing fits; 2 for a command line that makes no sense;
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from harmony.cli import doctor_command, plan_command
+from harmony.cli import completion_command, doctor_command, plan_command
 from harmony.cli.arguments import Command, mistyped, parse
 from harmony.cli.plan_arguments import parse_plan
 from harmony.cli.progress import Progress
@@ -100,6 +101,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return _answer("the plan", _plan, words[1:], progress)
     if words[:1] == ["doctor"]:
         return _answer("the findings", doctor_command.run, words[1:], progress)
+    if words[:1] == ["completion"]:
+        return _answer("the script", completion_command.run, words[1:], progress)
     try:
         command = parse(words)
     except ConfigError as error:

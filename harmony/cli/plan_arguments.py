@@ -78,7 +78,7 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
         ConfigError: if they make no sense.
         SystemExit: after ``--help`` has been printed.
     """
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(list(argv))
     if args.config is not None:
         args = parser.parse_args([*words_of(args.config, parser), *argv])
@@ -110,7 +110,8 @@ def _check_model(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} describes the model of --model: add that")
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The options of ``harmony-run plan``."""
     parser = Parser(
         prog="harmony-run plan",
         description="Plan the training of a model on a machine, and show the plan.",

@@ -22,13 +22,8 @@ from rich.text import Text
 from harmony.cli.streams import stop_writing
 from harmony.core.units import format_seconds
 from harmony.errors import printable
+from harmony.report.progress import PLAIN_S, REDRAW_S, Pace, describe
 from harmony.report.session import LOG, ModelRecord, Observer, StepStats
-
-REDRAW_S = 0.1
-"""Seconds between two drawings of the line."""
-
-PLAIN_S = 30.0
-"""Seconds between two plain lines, where there is no terminal."""
 
 _ERASE = "\r\x1b[2K"
 
@@ -50,7 +45,8 @@ class Progress(Observer):
         self._lock = threading.RLock()
         self._drawn = False
         self._at_line_start = True
-        self._began = self._last = clock()
+        self._last = clock()
+        self._pace = Pace(clock)
 
     def planned(self, record: ModelRecord) -> None:
         """Say which plan was made."""
@@ -61,11 +57,12 @@ class Progress(Observer):
     def stepped(self, record: ModelRecord, stats: StepStats) -> None:
         """Show the step, if it is time to show one."""
         self.next_step = stats.step + 1
+        self._pace.add(stats)
         now = self._clock()
         if now - self._last < (REDRAW_S if self._live else PLAIN_S):
             return
         self._last = now
-        text = describe(stats, now - self._began)
+        text = describe(record, stats, self._pace)
         if self._live:
             self._draw(text)
         else:
@@ -130,21 +127,6 @@ class Progress(Observer):
             yield
         except (OSError, ValueError):
             stop_writing(self._stream)
-
-
-def describe(stats: StepStats, elapsed_s: float) -> str:
-    """One line about a step: ``step 12  loss 2.345  38.2 samples/s  ...  0:07``."""
-    parts = [f"step {stats.step}"]
-    if stats.loss is not None:
-        parts.append(f"loss {stats.loss:.4g}")
-    if stats.step_s > 0:
-        parts.append(f"{stats.num_samples / stats.step_s:.3g} samples/s")
-        if stats.num_tokens:
-            parts.append(f"{stats.num_tokens / stats.step_s:.4g} tokens/s")
-    parts.append(f"{format_seconds(stats.step_s)} a step")
-    minutes, seconds = divmod(int(elapsed_s), 60)
-    parts.append(f"{minutes}:{seconds:02d}")
-    return "  ".join(parts)
 
 
 class _Shared:

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from harmony.integrations.strategy import HarmonyStrategy
     from harmony.integrations.tensorboard import TensorBoardObserver
     from harmony.integrations.trainer import HarmonyTrainer
+    from harmony.integrations.weights_and_biases import WandbObserver
 
 _HOMES = {
     "HarmonyStrategy": ("harmony.integrations.strategy", "lightning", "lightning"),
     "HarmonyTrainer": ("harmony.integrations.trainer", "transformers and accelerate", "hf"),
     "TensorBoardObserver": ("harmony.integrations.tensorboard", "tensorboard", "tensorboard"),
+    "WandbObserver": ("harmony.integrations.weights_and_biases", "wandb", "wandb"),
 }
 """Class: its module, what it needs, and the extra that installs it."""
 
-__all__ = ["HarmonyStrategy", "HarmonyTrainer", "TensorBoardObserver"]
+__all__ = ["HarmonyStrategy", "HarmonyTrainer", "TensorBoardObserver", "WandbObserver"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,5 +35,5 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(home), name)
     except ImportError as error:
         raise ConfigError(
-            f"{name} needs {needed} ({error}): pip install 'harmony[{extra}]'"
+            f"{name} needs {needed} ({error}): pip install 'harmony-train[{extra}]'"
         ) from error

@@ -103,7 +103,7 @@ def _built(name: str, data: Mapping[str, Any], dtype: torch.dtype | None) -> tup
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"--model needs transformers ({error}): pip install 'harmony[hf]'"
+            f"--model needs transformers ({error}): pip install 'harmony-train[hf]'"
         ) from error
     rest = {key: value for key, value in data.items() if key not in ("model_type", "auto_map")}
     for key in ("torch_dtype", "dtype", "quantization_config"):

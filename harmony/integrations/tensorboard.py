@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from harmony.core.units import format_bytes
-from harmony.planner.ir.plan import describe_spec
+from harmony.integrations.figures import figures_of, text_of
 from harmony.report.session import ModelRecord, Observer, StepStats
 
 
@@ -27,25 +26,13 @@ class TensorBoardObserver(Observer):
 
     def planned(self, record: ModelRecord) -> None:
         """Write what the plan is, and what it expects, as text."""
-        plan = record.plan
-        if plan is None:
-            return
-        peaks = ", ".join(format_bytes(peak) for peak in plan.peak_nbytes)
-        text = f"{describe_spec(plan.spec, plan.policy)}  \n{plan.step_s:.4g} s a step expected"
-        self.writer.add_text("harmony/plan", f"{text}, peaks {peaks}", record.num_steps)
+        if record.plan is not None:
+            text = "  \n".join(text_of(record.plan))
+            self.writer.add_text("harmony/plan", text, record.num_steps)
 
     def stepped(self, record: ModelRecord, stats: StepStats) -> None:
         """Write the figures of a step."""
         if stats.step % self._every:
             return
-        values = {"step_s": stats.step_s}
-        if stats.loss is not None:
-            values["loss"] = stats.loss
-        if stats.step_s:
-            values["samples_per_s"] = stats.num_samples / stats.step_s
-            if stats.num_tokens:
-                values["tokens_per_s"] = stats.num_tokens / stats.step_s
-        for gpu, peak in enumerate(stats.timeline.peak_nbytes):
-            values[f"gpu{gpu}_peak_GiB"] = peak / 2**30
-        for name, value in values.items():
+        for name, value in figures_of(stats).items():
             self.writer.add_scalar(f"harmony/{name}", value, stats.step)

@@ -148,6 +148,7 @@ class ModelRecord:
         resumed: whether a `harmony.Run` has looked for a checkpoint of it.
         planned_for: in words what the plan is for and from, where it is not for this machine.
         observers: of this model alone.
+        total_steps: how many steps the run has, where a `harmony.Progress` has said so.
         forward_s: under ``--plan-only``, predicted seconds of a forward of its own.
     """
 
@@ -163,6 +164,7 @@ class ModelRecord:
     forward_s: float = 0.0
     resumed: bool = False
     observers: list[Observer] = field(default_factory=list)
+    total_steps: int | None = None
     _current: PlanRun | None = None
 
     @property

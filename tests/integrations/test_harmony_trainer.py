@@ -122,5 +122,5 @@ def test_the_extra_is_named_where_the_library_is_missing(monkeypatch: pytest.Mon
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(harmony.ConfigError, match=r"pip install 'harmony\[hf\]'"):
+    with pytest.raises(harmony.ConfigError, match=r"pip install 'harmony-train\[hf\]'"):
         _ = harmony.integrations.HarmonyTrainer
