@@ -48,7 +48,7 @@ class WandbObserver(Observer):
 
 def _active() -> Any:
     try:
-        import wandb
+        import wandb  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ConfigError(
             f"WandbObserver needs wandb ({error}): pip install 'harmony-train[wandb]'"

@@ -139,7 +139,7 @@ class _Cell:
 
     def show(self, text: str) -> None:
         """Show a line in the place of the one before."""
-        from IPython.display import display
+        from IPython.display import display  # type: ignore[import-not-found, unused-ignore]
 
         shown = {"text/plain": text}
         if self._handle is None:
