@@ -69,12 +69,15 @@ setup(
     extras_require={
         "test": [
             "accelerate",
+            "diffusers",
             "expecttest",
             "hypothesis",
             "numpy",
+            "peft",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "scikit-learn",
             "transformers",
         ],
         "hf": ["accelerate", "transformers"],
