@@ -83,6 +83,18 @@ def test_a_models_own_line_is_drawn_over_on_a_terminal_and_rare_in_a_log() -> No
             harmony.Progress(wrong)  # type: ignore[arg-type]
 
 
+def test_a_line_that_cannot_be_written_does_not_end_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = Terminal()
+    line = harmony.Progress(1, closed)
+    closed.close()
+    line.stepped(ModelRecord("GPT", {}), stats(0))
+    harmony.Progress(1, closed).stepped(ModelRecord("GPT", {}), stats(0))
+    monkeypatch.setattr(sys, "stderr", None)
+    harmony.Progress(1).stepped(ModelRecord("GPT", {}), stats(0))
+
+
 def test_harmony_run_has_one_line_which_learns_the_number_of_steps() -> None:
     clock, stream, own = Clock(), Terminal(), Terminal()
     shown = Progress(stream, clock)

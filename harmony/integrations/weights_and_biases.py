@@ -12,9 +12,10 @@ from harmony.report.session import ModelRecord, Observer, StepStats
 class WandbObserver(Observer):
     """Logs every step, or each so many, to a run: ``model.add_observer(...)``.
 
-    Charts have the step of the model as their axis (``harmony/step``), so that what the script
-    logs by itself, with steps of its own, is not in the way. The run is the caller's: it is not
-    finished here.
+    Charts have the step of the model as their axis (``harmony/step``). Figures join the row of
+    the same step, so that what the script logs by itself is not pushed out, with steps of its own
+    or without; where the run is ahead of the model, they join the row that it is at. The run is
+    the caller's: it is not finished here.
 
     Args:
         run: what ``wandb.init`` returns; None: the one that is active.
@@ -43,7 +44,7 @@ class WandbObserver(Observer):
             return
         values: dict[str, float] = {"harmony/step": stats.step}
         values.update((f"harmony/{name}", value) for name, value in figures_of(stats).items())
-        self.run.log(values)
+        self.run.log(values, step=max(stats.step, self.run.step))
 
 
 def _active() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ PLAIN_S = 30.0
 """Seconds between two lines of a log."""
 
 _ERASE = "\r\x1b[2K"
+
+_UNWRITABLE = (OSError, ValueError, AttributeError)
+"""What a stream raises whose reader has gone, that is closed, or that is not there (None)."""
 
 
 class Progress(Observer):
@@ -50,7 +54,7 @@ class Progress(Observer):
         self._clock = clock
         self._cell = _Cell() if stream is None and _in_notebook() else None
         self._stream = sys.stderr if stream is None else stream
-        self._live = self._cell is not None or self._stream.isatty()
+        self._live = self._cell is not None or _is_terminal(self._stream)
         self._pace = Pace(clock)
         self._shown_s = clock()
 
@@ -69,11 +73,10 @@ class Progress(Observer):
     def _show(self, text: str, *, last: bool) -> None:
         if self._cell is not None:
             self._cell.show(text)
-        elif self._live:
-            self._stream.write(f"{_ERASE}{text}" + "\n" * last)
-            self._stream.flush()
-        else:
-            self._stream.write(f"harmony: {text}\n")
+            return
+        line = f"{_ERASE}{text}" + "\n" * last if self._live else f"harmony: {text}\n"
+        with contextlib.suppress(*_UNWRITABLE):  # training goes on without being watched
+            self._stream.write(line)
             self._stream.flush()
 
 
@@ -146,6 +149,13 @@ class _Cell:
             self._handle = display(shown, raw=True, display_id=True)
         else:
             self._handle.update(shown, raw=True)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except _UNWRITABLE:
+        return False
 
 
 def _in_notebook() -> bool:

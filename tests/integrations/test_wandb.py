@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ TARGETS = torch.arange(8) % 4
 
 
 class Run:
-    """What a run of wandb is asked for."""
+    """What a run of wandb is asked for; a row that is older than its step would be dropped."""
 
     def __init__(self) -> None:
+        self.step = 0
         self.metrics: dict[str, str | None] = {}
         self.logged: list[dict[str, Any]] = []
         self.told: dict[str, Any] = {}
@@ -31,7 +33,9 @@ class Run:
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.metrics[name] = step_metric
 
-    def log(self, data: dict[str, Any]) -> None:
+    def log(self, data: dict[str, Any], step: int | None = None) -> None:
+        assert step is None or step >= self.step, "dropped"
+        self.step = self.step + 1 if step is None else step
         self.logged.append(data)
 
     def update(self, data: dict[str, Any], *, allow_val_change: bool) -> None:
@@ -39,13 +43,19 @@ class Run:
         self.told.update(data)
 
 
-def trained(observer: harmony.Observer | None) -> list[float]:
+def trained(
+    observer: harmony.Observer | None, script: Callable[[int], None] = lambda step: None
+) -> list[float]:
     model = harmony.Harmony(
         classifier(), optimizer=torch.optim.SGD, loss_fn=nn.functional.cross_entropy, devices=1
     )
     if observer is not None:
         model.add_observer(observer)
-    return [model.train_step(INPUTS, TARGETS).item() for _ in range(4)]
+    losses = []
+    for step in range(4):
+        losses.append(model.train_step(INPUTS, TARGETS).item())
+        script(step)
+    return losses
 
 
 def test_every_second_step_is_logged_and_training_is_the_same(vgpus: VirtualGPUs) -> None:
@@ -58,6 +68,19 @@ def test_every_second_step_is_logged_and_training_is_the_same(vgpus: VirtualGPUs
     names = {"step", "loss", "step_s", "samples_per_s", "gpu0_peak_GiB"}
     assert {name.removeprefix("harmony/") for name in run.logged[0]} == names
     assert "harmony/plan" in run.told and "expected" in run.told["harmony/expected"]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_what_the_script_logs_is_not_dropped(vgpus: VirtualGPUs, numbered: bool) -> None:
+    run = Run()
+
+    def script(step: int) -> None:
+        run.log({"mine": step}, step=step if numbered else None)
+        run.log({"other": step}, step=step if numbered else None)
+
+    trained(harmony.integrations.WandbObserver(run), script)
+    assert [row["mine"] for row in run.logged if "mine" in row] == [0, 1, 2, 3]
+    assert [row["harmony/step"] for row in run.logged if "harmony/step" in row] == [0, 1, 2, 3]
 
 
 def test_without_wandb_or_a_run_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
