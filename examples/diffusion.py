@@ -2,8 +2,9 @@
 
     harmony-run examples/diffusion.py
 
-Any model of diffusers is trained so: a loop of your own, and one line that wraps the model. Needs
-diffusers and scikit-learn.
+Any model of diffusers is trained so: a loop of your own, and one line that wraps the model. The
+model forgets some labels at random; `seed_microbatch` gives plain PyTorch the same random numbers.
+Needs diffusers and scikit-learn.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     net = transformer(args.tiny)
     noise_steps = diffusers.DDPMScheduler()
     pictures, labels = digits()
-    model = net if args.reference else harmony.Harmony(net)
+    model = net if args.reference else harmony.Harmony(net, seed=0, microbatch_size=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         noise = torch.randn(16, 1, 8, 8, generator=generator)
         times = torch.randint(1000, (16,), generator=generator)
         noisy = noise_steps.add_noise(pictures[chosen], noise, times)
+        if args.reference:
+            harmony.seed_microbatch(step, 0, 0)
         found = model(noisy, timestep=times, class_labels=labels[chosen]).sample[:, :1]
         loss = torch.nn.functional.mse_loss(found, noise)
         optimizer.zero_grad()

@@ -98,7 +98,7 @@ def test_a_real_run_keeps_them(
         harmony.integrations.WandbObserver()
     run = wandb.init(project="test", mode="offline", dir=str(tmp_path))
     losses = trained(harmony.integrations.WandbObserver())
+    assert "expected" in run.config["harmony/expected"]
+    run.finish()  # the last row is open until then
     assert run.summary["harmony/loss"] == pytest.approx(losses[-1])
     assert run.summary["harmony/step"] == 3
-    assert "expected" in run.config["harmony/expected"]
-    run.finish()
