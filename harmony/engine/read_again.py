@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harmony.capture.graph.params import version_of
 from harmony.errors import HarmonyError
-from harmony.runtime import data_watch
 from harmony.runtime.changes import hear_steps
+from harmony.runtime.data_watch import fingerprint, listen
 from harmony.runtime.host.arena import HostArena
 from harmony.runtime.host.memory_holders import shares_memory
 from harmony.runtime.update.optimizer import check_takes_dense
@@ -47,7 +47,7 @@ class ReadAgain:
             name: fingerprint(arena.tensors[name]) for name in names if _is_open(arena, name)
         }
         self._names: dict[int, str] | None = None
-        data_watch.listen(self, detached=True)
+        listen(self)
         hear_steps(self)  # fused ones are no operations in place: autograd does not see them
         _trained.add(arena)
         if not _hooks:
@@ -92,7 +92,12 @@ class ReadAgain:
         known = self._values.get(name)
         return known is None or torch.equal(known, fingerprint(self._arena.tensors[name]))
 
-    def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+    def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+        """Note the values that a parameter has before somebody has its memory."""
+        self.note_detached(param)
+
+    def note_detached(self, param: torch.Tensor) -> None:
+        """Note the values that a parameter has before somebody has its memory."""
         if self._names is None:
             self._names = {id(self._arena.tensors[name]): name for name in self._versions}
         name = self._names.get(id(param))
@@ -104,26 +109,6 @@ def _is_open(arena: HostArena, name: str) -> bool:
     """Whether a tensor can change without a word."""
     tensor = arena.tensors[name]
     return not isinstance(tensor, nn.Parameter) or shares_memory(tensor)
-
-
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what shows, as good as surely, whether a tensor has the same values as another.
-
-    A small one is copied. Of a larger one the 64-bit words, in rows of 1,024, are summed up by row
-    and by column, so that values which have changed places show as well.
-    """
-    plain = torch.Tensor.detach(tensor)  # a parameter's own one is watched
-    flat = plain.reshape(-1).view(torch.uint8)
-    num_rows = flat.numel() // (8 * _ROW)
-    if num_rows < _ROWS_AT_LEAST:
-        return flat.clone()
-    cut = 8 * _ROW * num_rows
-    grid = flat[:cut].view(torch.int64).view(num_rows, _ROW)
-    return torch.cat([grid.sum(0), grid.sum(1), flat[cut:].to(torch.int64)])
-
-
-_ROW = 1024
-_ROWS_AT_LEAST = 8
 
 
 _trained: weakref.WeakSet[HostArena] = weakref.WeakSet()

@@ -39,11 +39,7 @@ def hear_steps(listener: StepListener) -> None:
 
 
 class Changes:
-    """The changes of some parameters, for as long as this object lives.
-
-    What is written through memory that somebody got hold of and has let go of since
-    (``param.detach().numpy()[0] = 1``) is not seen: nothing tells of it.
-    """
+    """The changes of some parameters, for as long as this object lives."""
 
     def __init__(self, params: Mapping[str, torch.Tensor]) -> None:
         """Take all of these for changed."""

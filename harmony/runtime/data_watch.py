@@ -3,8 +3,8 @@
 PyTorch counts the in-place operations on a tensor, but what is written through ``param.data``
 counts for the tensor that ``.data`` made, not for the parameter. So while weights live elsewhere,
 `torch.nn.Parameter` has a ``data`` property that does what PyTorch's does and takes a note. What
-``param.detach()`` returns counts for the parameter, until it becomes an array: who cannot go by
-that is told of ``detach()`` as well.
+``param.detach()`` returns counts for the parameter, but not what an array writes that is made of
+it: ``detach()`` takes a note as well, and values are compared, since most who call it only read.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torch import nn
 _PLAIN = torch.Tensor.data  # the descriptor that all tensors share
 _lock = threading.Lock()  # of what Parameter has: it is there while anybody watches
 _watches: weakref.WeakSet[Listener] = weakref.WeakSet()
-_of_detached: weakref.WeakSet[Listener] = weakref.WeakSet()
 _MANY = 64
 
 
 class Listener(Protocol):
-    """Hears of every parameter whose ``data`` somebody asks for, or is about to replace."""
+    """Hears of every parameter whose memory somebody asks for, before they have it."""
 
-    def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None: ...
+    def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+        """``alias`` is to be handed out as its ``data``; None: its ``data`` is to be replaced."""
+
+    def note_detached(self, param: torch.Tensor) -> None:
+        """It is to be detached."""
 
 
-def listen(listener: Listener, *, detached: bool = False) -> None:
-    """Let something hear for as long as it lives; of ``detach()`` as well, if wanted."""
+def listen(listener: Listener) -> None:
+    """Let something hear for as long as it lives."""
     with _lock:
         _watches.add(listener)
         if "data" not in nn.Parameter.__dict__:
             nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
-        if detached:
-            _of_detached.add(listener)
-            if "detach" not in nn.Parameter.__dict__:
-                nn.Parameter.detach = _detach  # type: ignore[assignment]
+            nn.Parameter.detach = _detach  # type: ignore[assignment]
 
 
 class DataWatch:
@@ -49,11 +49,15 @@ class DataWatch:
         # Parameters live as long as their model, which holds this; ids need no hash of a tensor.
         self._given: dict[int, list[weakref.ref[torch.Tensor]]] = {id(p): [] for p in params}
         self._touched: set[int] = set()
+        self._detached: dict[int, torch.Tensor] = {}
         if self._given:
             listen(self)
 
     def may_have_changed(self, param: torch.Tensor) -> bool:
-        """Whether its ``data`` was asked for or set since the last time, or is still in use."""
+        """Whether its ``data`` was asked for or set since the last time, or is still in use.
+
+        Or whether it was detached since then, and has other values.
+        """
         key = id(param)
         given = self._given.get(key)
         if given is None:
@@ -61,9 +65,16 @@ class DataWatch:
         _forget_dead(given)
         found = bool(given) or key in self._touched
         self._touched.discard(key)
-        return found
+        before = self._detached.pop(key, None)
+        return found or (before is not None and not torch.equal(before, fingerprint(param)))
 
-    def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+    def note_detached(self, param: torch.Tensor) -> None:
+        """Note its values, the first time."""
+        if id(param) in self._given and id(param) not in self._detached:
+            self._detached[id(param)] = fingerprint(param)
+
+    def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+        """Note what is handed out."""
         given = self._given.get(id(param))
         if given is not None:
             self._touched.add(id(param))
@@ -89,21 +100,40 @@ def _set(param: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _detach(param: torch.Tensor) -> torch.Tensor:
-    for watch in list(_of_detached):
-        watch._note(param, None)
+    for watch in list(_watches):
+        watch.note_detached(param)
     _leave_class()
     return torch.Tensor.detach(param)
 
 
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
     for watch in list(_watches):
-        watch._note(param, alias)
+        watch.note_data(param, alias)
     _leave_class()
 
 
 def _leave_class() -> None:
     """Let the class be as PyTorch made it where nobody watches any more."""
     with _lock:
-        for name, watches in (("data", _watches), ("detach", _of_detached)):
-            if not watches and name in nn.Parameter.__dict__:
-                delattr(nn.Parameter, name)
+        if not _watches and "data" in nn.Parameter.__dict__:
+            del nn.Parameter.data, nn.Parameter.detach
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what shows, as good as surely, whether a tensor has the same values as another.
+
+    A small one is copied. Of a larger one the 64-bit words, in rows of 1,024, are summed up by row
+    and by column, so that values which have changed places show as well.
+    """
+    plain = torch.Tensor.detach(tensor)  # a parameter's own one is watched
+    flat = plain.reshape(-1).view(torch.uint8)
+    num_rows = flat.numel() // (8 * _ROW)
+    if num_rows < _ROWS_AT_LEAST:
+        return flat.clone()
+    cut = 8 * _ROW * num_rows
+    grid = flat[:cut].view(torch.int64).view(num_rows, _ROW)
+    return torch.cat([grid.sum(0), grid.sum(1), flat[cut:].to(torch.int64)])
+
+
+_ROW = 1024
+_ROWS_AT_LEAST = 8

@@ -203,10 +203,13 @@ class Unsaved:
         if unit._is is _Is.DONE:
             native.trace_acquire(unit._token)
 
-    def _note(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
+    def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
         """Hear that somebody gets hold of a parameter's memory, or replaces it."""
         if self in _open:
             self.about_to_change([param], lambda: None)
+
+    def note_detached(self, param: torch.Tensor) -> None:
+        """Go on: who detaches a parameter mostly reads, and operations in place are seen."""
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -13,6 +13,7 @@ from harmony.planner.ir.tasks import TensorKind, TensorRef
 from harmony.runtime.data_watch import DataWatch
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.host.host_state import HostState
+from harmony.runtime.host.memory_holders import shares_memory
 
 
 class Residents:
@@ -20,7 +21,7 @@ class Residents:
 
     The parameters on the host stay what everybody reads; each step writes the new weights there.
     What somebody else changes there, between steps, is copied to the device before the next step.
-    PyTorch's version counters tell, and a `DataWatch` of ``param.data``; buffers are compared.
+    PyTorch's version counters tell, a `DataWatch`, and who holds the memory; buffers are compared.
 
     Attributes:
         refs: what is resident, as the schedule names it.
@@ -104,7 +105,7 @@ class Residents:
         """Whether somebody may have changed a tensor on the host since the last time."""
         tensor = self._host.weights.arena.tensors[name]
         version, touched = tensor._version, self._watch.may_have_changed(tensor)
-        changed = self._seen.get(name) != version or touched
+        changed = self._seen.get(name) != version or touched or shares_memory(tensor)
         self._seen[name] = version
         if not isinstance(tensor, nn.Parameter):
             # Few bytes, and nothing tells of their ``data``.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from harmony.capture.graph.params import dense_stride, version_of
+from harmony.capture.graph.params import dense_stride
 from harmony.core.units import aligned
 from harmony.core.warn import warn
 from harmony.errors import HarmonyError
@@ -50,7 +50,7 @@ class HostArena:
         self._purpose = purpose
         self._homes: dict[str, tuple[HostBuffer, Place]] = {}
         self._own: dict[str, torch.Tensor] = {}
-        self._guests: dict[str, tuple[int, int]] = {}
+        self._guests: set[str] = set()
         self._bytes: dict[str, weakref.ref[Any]] = {}
         self._has_warned = False
         self.extend(layout)
@@ -86,7 +86,7 @@ class HostArena:
             self._homes[name] = buffer, place
             self.views[name] = buffer.view(place.offset, place)
             self._own.pop(name, None)
-            self._guests.pop(name, None)
+            self._guests.discard(name)
             self._bytes.pop(name, None)
 
     def keep(self, names: Container[str]) -> None:
@@ -95,7 +95,7 @@ class HostArena:
             del self._homes[name], self.views[name]
             self.tensors.pop(name, None)
             self._own.pop(name, None)
-            self._guests.pop(name, None)
+            self._guests.discard(name)
             self._bytes.pop(name, None)
 
     def home(self, name: str) -> tuple[HostBuffer, Place]:
@@ -213,8 +213,8 @@ class HostArena:
     def take_in(self, tensors: Mapping[str, torch.Tensor], *, traced_real: bool = False) -> None:
         """Move what is elsewhere (``param.data = values``, an assigned buffer) into the arena.
 
-        A buffer that shares its memory with other tensors stays where it is: who changes those
-        changes it. Its values are copied.
+        A buffer that shares its memory with other tensors, or an array, stays where it is: who
+        changes those changes it. Its values are copied whenever they are others.
 
         Raises:
             HarmonyError: for a tensor on another device, and for two in the same memory.
@@ -228,7 +228,7 @@ class HostArena:
         left: dict[str, Any] = {}
         for name, tensor in elsewhere.items():
             with torch.no_grad():
-                if not isinstance(tensor, nn.Parameter) and shares_memory(tensor):
+                if not isinstance(tensor, nn.Parameter) and self._is_guest(tensor):
                     self._copy_guest(name, tensor)
                     continue
                 if tensor.is_shared():  # type: ignore[no-untyped-call]
@@ -271,11 +271,16 @@ class HostArena:
         tensor.data = self._new(name).copy_(tensor)  # the version stays: others may have saved it
         self.num_moves[name] += 1
 
+    def _is_guest(self, tensor: torch.Tensor) -> bool:
+        """Whether others may have the memory of a buffer: tensors, or whoever made it (NumPy)."""
+        made_here = tensor.untyped_storage().resizable() or self.covers(tensor.data_ptr())
+        return not made_here or shares_memory(tensor)
+
     def _copy_guest(self, name: str, tensor: torch.Tensor) -> None:
-        version = version_of(tensor)
-        if version < 0 or self._guests.get(name) != (id(tensor), version):
-            self.views[name].copy_(tensor)
-            self._guests[name] = id(tensor), version
+        view = self.views[name]  # no counter tells of what an array writes
+        if name not in self._guests or not torch.equal(_bytes_of(view), _bytes_of(tensor)):
+            view.copy_(tensor)
+            self._guests.add(name)
             self.num_moves[name] += 1
 
     def _arena_of(self, name: str) -> HostArena:
@@ -297,6 +302,10 @@ class HostArena:
             and tensor.dtype == place.dtype
             and tensor.stride() == place.stride
         )
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _weakly(tensor: torch.Tensor) -> Any:

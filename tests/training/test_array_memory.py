@@ -1,0 +1,111 @@
+"""Parameters and buffers whose memory an array or another tensor has, which writes there.
+
+No version counter tells of that.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import harmony
+from tests.training.changing import FORMS, Change, same_with_changes
+from tests.training.conftest import VirtualGPUs
+from tests.training.models import square_loss, vector_batch
+
+WIDTH = 24
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x)) * self.scale))
+
+
+def scale_of_array(net: nn.Module, _: object) -> None:
+    net.__dict__["array"] = np.full(WIDTH, 0.5, dtype="float32")
+    net.scale = torch.from_numpy(net.array)
+
+
+def statistics_of_array(net: nn.Module, _: object) -> None:
+    net.__dict__["array"] = np.zeros(WIDTH, dtype="float32")
+    net.norm.running_mean = torch.from_numpy(net.array)
+
+
+def write_array(net: nn.Module, _: object) -> None:
+    net.array[:] += 0.25
+
+
+def scale_of_table(net: nn.Module, _: object) -> None:
+    net.__dict__["table"] = torch.linspace(0, 1, 3 * WIDTH).view(3, WIDTH)
+    net.scale = net.table[0]
+
+
+def next_row(net: nn.Module, _: object) -> None:
+    net.scale.data = net.table[1]
+
+
+def write_table_as_data(net: nn.Module, _: object) -> None:
+    net.table.data.add_(1)
+
+
+def write_table_as_array(net: nn.Module, _: object) -> None:
+    net.table.numpy()[:] *= 0.5
+
+
+def write_weight_as_array(net: nn.Module, _: object) -> None:
+    net.last.weight.detach().numpy()[:] *= 0.5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {1: scale_of_array, 2: write_array, 4: write_array},
+        {1: statistics_of_array, 3: write_array},
+        {1: scale_of_table, 2: next_row, 3: write_table_as_data, 4: write_table_as_array},
+        {2: write_weight_as_array, 3: write_weight_as_array},
+    ],
+    ids=["array", "statistics", "table", "weight"],
+)
+def test_what_is_written_there_counts(
+    vgpus: VirtualGPUs, form: str, changes: dict[int, Change]
+) -> None:
+    same_with_changes(Net(), changes, form)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_array_that_somebody_holds_writes_to_a_parameter(
+    vgpus: VirtualGPUs, precision: str
+) -> None:
+    """Where weights stay on the GPU, and where a copy in bf16 is computed with."""
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    model = harmony.Harmony(
+        net,
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.0},
+        loss_fn=square_loss,
+        precision=precision,
+        devices=1,
+    )
+    x, y = vector_batch(0)
+    first = model.train_step(x, y)
+    held = net[1].weight.detach().numpy()
+    for _ in range(2):
+        held[:] *= 2
+        second = model.train_step(x, y)
+        assert second != first
+        first = second
+    held[:] /= 4
+    net[1].weight.detach().numpy()[:] *= 0  # and one that is gone at once
+    with torch.no_grad():
+        expected = square_loss(net(x), y)
+    assert model.train_step(x, y).item() == pytest.approx(expected.item(), rel=1e-2)
