@@ -22,6 +22,7 @@ from harmony.planner.ir.schedule import Op
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
+from harmony.planner.predict.memory import host_nbytes
 from tests import devices
 from tests import race_check as racecheck
 from tests.strategies import numbers_of_rounds
@@ -61,6 +62,7 @@ def use_plan(model: harmony.Harmony, batch: Any, spec_of: Any, policy: Policy) -
         policy=policy,
         schedules={Phase.TRAIN: schedule},
         peak_nbytes=checked.peak_nbytes,
+        host_nbytes=host_nbytes(schedule, variant.graph),
     )
     variant.learn(replace(planned, plan=plan))
     return spec
