@@ -10,10 +10,11 @@ from harmony.planner.ir.plan import Plan
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.memory import (
     Workspace,
-    arena_nbytes,
     device_peak,
     device_usage,
+    inputs_nbytes,
     slots_nbytes,
+    stages_nbytes,
 )
 from harmony.profiling.model_profile import state_nbytes
 
@@ -23,8 +24,8 @@ class MemoryUse:
     """Bytes of one plan by what they are for.
 
     Attributes:
-        host: kind -> bytes: what training keeps, and "activations": inputs, and values that wait
-            for the backward.
+        host: kind -> bytes: what training keeps, the inputs of the minibatch, gradients that
+            wait to be added, and "activations": values that wait for the backward.
         gpus: for each GPU kind -> bytes, when most are in use.
         usage: for each GPU the bytes in use, by position in its program: ``(position, bytes
             then, bytes while it runs)``.
@@ -69,6 +70,15 @@ def memory_of(plan: Plan, graph: LayerGraph, costs: CostTable) -> MemoryUse:
                 for at, values, extra in device_usage(schedule, index, graph, workspace)
             ]
         )
-    host = state_nbytes(graph)
-    host["activations"] = max(0, plan.host_nbytes - arena_nbytes(graph))
-    return MemoryUse(host, gpus, usage)
+    return MemoryUse(host_memory(plan, graph), gpus, usage)
+
+
+def host_memory(plan: Plan, graph: LayerGraph) -> dict[str, int]:
+    """Bytes of the host by what they are for; together `Plan.host_nbytes`."""
+    schedule = plan.schedule
+    found = state_nbytes(graph) | {
+        "inputs": inputs_nbytes(schedule, graph),
+        "gradients on their way": stages_nbytes(schedule),
+    }
+    found["activations"] = plan.host_nbytes - sum(found.values())
+    return {kind: nbytes for kind, nbytes in found.items() if nbytes > 0}

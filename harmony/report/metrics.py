@@ -17,6 +17,7 @@ from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.planner.predict.bottleneck import bottleneck
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.simulate import simulate, stall_causes
+from harmony.report.memory import host_memory
 from harmony.report.session import ModelRecord, PlanRun
 
 LINKS = ("h2d", "d2h", "p2p")
@@ -86,6 +87,7 @@ class Metrics:
         step_s: median seconds of a step as the script saw it, None if none ran.
         keeps: in words what stays on the GPUs, or waits on the host, instead of being recomputed
             or fetched again; empty if nothing does.
+        host_parts: what the host's bytes are for, as predicted; none where no layers are known.
         shared_cores: CPU cores, if there are more virtual GPUs than that; else 0.
         timeline_s: seconds of the step that the GPU figures are of.
         bound: what sets the pace of that step, a key of `BOTTLENECKS`.
@@ -115,6 +117,7 @@ class Metrics:
     gpus: list[GpuMetrics]
     host_update_s: float
     host_nbytes: int
+    host_parts: dict[str, int]
     host_limit_nbytes: int
     bound: str
     advice: str
@@ -183,6 +186,7 @@ def metrics_of(record: ModelRecord) -> Metrics:
         gpus=gpus,
         host_update_s=timeline.busy_s(f"{HOST}.{HOST_STREAM}"),
         host_nbytes=max(timeline.host_nbytes, plan.host_nbytes),
+        host_parts={} if run.layers is None else host_memory(plan, run.layers[0]),
         host_limit_nbytes=plan.machine.host.memory_nbytes,
         bound=bound,
         advice=advice,

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from harmony.core.files import write_text
 from harmony.core.timeline import Timeline
-from harmony.core.units import format_seconds
+from harmony.core.units import format_bytes, format_seconds
 from harmony.errors import ConfigError
 from harmony.report.memory import MemoryUse, memory_of
 from harmony.report.metrics import (
@@ -253,7 +253,9 @@ def _training_text(figures: Metrics) -> str:
 
 def _host_text(figures: Metrics) -> str:
     used = of_limit(figures.host_nbytes, figures.host_limit_nbytes)
-    return f"{used}; its update thread works {format_seconds(figures.host_update_s)} a step"
+    parts = [f"{kind} {format_bytes(nbytes)}" for kind, nbytes in figures.host_parts.items()]
+    what = f" ({', '.join(parts)})" if parts else ""
+    return f"{used}{what}; its update thread works {format_seconds(figures.host_update_s)} a step"
 
 
 def _gpu_table(figures: Metrics) -> RenderableType:

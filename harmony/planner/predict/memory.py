@@ -169,9 +169,18 @@ def arena_nbytes(graph: LayerGraph) -> int:
     return weights + graph.gradient_nbytes() + graph.state_nbytes()
 
 
+def inputs_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
+    """Bytes of host memory for the inputs of the minibatch."""
+    return sum(graph.values[v].nbytes(schedule.minibatch) for v in graph.input_ids)
+
+
+def stages_nbytes(schedule: Schedule) -> int:
+    """Bytes of host memory for parts of gradients that wait there to be added."""
+    return sum(device.stages.total_nbytes for device in schedule.devices)
+
+
 def host_nbytes(schedule: Schedule, graph: LayerGraph) -> int:
     """Bytes of host memory that a step takes: parameters, gradients, optimizer state, the
     inputs of the minibatch, the values that go through the host, and the staging buffers."""
-    stages = sum(device.stages.total_nbytes for device in schedule.devices)
-    inputs = sum(graph.values[v].nbytes(schedule.minibatch) for v in graph.input_ids)
-    return arena_nbytes(graph) + inputs + stages + stash_nbytes(schedule, graph)
+    extra = inputs_nbytes(schedule, graph) + stages_nbytes(schedule)
+    return arena_nbytes(graph) + extra + stash_nbytes(schedule, graph)

@@ -35,6 +35,7 @@ from harmony.runtime.host.boundary_values import is_input, reserve_saved, reserv
 from harmony.runtime.host.host_program import HostProgram
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.late_updates import LateUpdates
+from harmony.runtime.host.limits import give_back_freed
 from harmony.runtime.host.pinned_memory import Place, Stash
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.step.finite import FirstBad
@@ -331,6 +332,8 @@ class Executor:
                 native.trace_acquire(token)
             self._raise_failure(prepared, step)
         prepared.num_runs += 1
+        if first_time:
+            give_back_freed()  # what capture, measuring and planning have left
         return self._timeline(prepared, step)
 
     def _owns_room(self, prepared: PreparedSchedule) -> bool:

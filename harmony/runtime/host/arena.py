@@ -22,6 +22,7 @@ from harmony.core.units import aligned
 from harmony.core.warn import warn
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena_layout import ArenaLayout, Region
+from harmony.runtime.host.limits import give_back_freed
 from harmony.runtime.host.memory_holders import overlapping, shares_memory
 from harmony.runtime.host.pinned_memory import HostBuffer, Place, tensor_on
 
@@ -240,6 +241,8 @@ class HostArena:
         _warn_of_processes(shared)
         if not traced_real:
             _warn_of_holders(left)
+        if left:
+            give_back_freed()
 
     def _check_apart(
         self, tensors: Mapping[str, torch.Tensor], elsewhere: Mapping[str, torch.Tensor]

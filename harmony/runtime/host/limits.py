@@ -1,8 +1,10 @@
-"""How much memory the host has, and how much of it this process may still take."""
+"""How much memory the host has, how much of it this process may still take, and giving it back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,27 @@ def available_host_nbytes() -> int:
 def total_host_nbytes() -> int:
     """Bytes of host memory, or the cgroup's limit: the same in every run."""
     return min([int(psutil.virtual_memory().total), *(group.limit for group in group_limits())])
+
+
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc).
+
+    It keeps what lies between other blocks, which can be all that a model took before its
+    parameters moved to the arena: tensors of less than 32 MiB share one heap, since the first one
+    of a size that is freed raises the size from which tensors get pages of their own.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # a system that has no such library
+        return None
+    return found
 
 
 class GroupLimit(NamedTuple):
