@@ -363,10 +363,12 @@ class Harmony(Wrapper):
         That is: parameters (frozen or not) and buffers, the optimizer of `train_step`,
         `num_steps`, `seed`, Python attributes of modules that have changed since, and the random
         states of torch, Python and NumPy. The folder of a checkpoint holds ``model.safetensors``,
-        named as the module's own ``state_dict()``; with the ``config.json`` of a Hugging Face
-        model ``from_pretrained`` reads it. Tied weights are stored once. No second copy of the
-        model is made. In a loop of your own gradients that are there are saved too, as the next
-        ``optimizer.step()`` may use them; after ``optimizer.zero_grad()`` there are none.
+        named as the module's own ``state_dict()``; of a Hugging Face model also ``config.json``,
+        ``generation_config.json`` and the files of its tokenizer (``module.tokenizer``, or one
+        that is given by name), so that ``from_pretrained`` reads it. Tied weights are stored
+        once. No second copy of the model is made. In a loop of your own gradients that are there
+        are saved too, as the next ``optimizer.step()`` may use them; after
+        ``optimizer.zero_grad()`` there are none.
 
         Args:
             folder: where checkpoints are; made if it is not there.
@@ -380,7 +382,8 @@ class Harmony(Wrapper):
                 step warns, and `finish_saving` raises.
             objects: what else has ``state_dict()`` and ``load_state_dict()``: an optimizer of
                 one's own (stored by the names of parameters), LR schedulers, gradient scalers,
-                data loaders that know their position.
+                data loaders that know their position. Tokenizers and processors (what has
+                ``save_pretrained()`` and no state) have their files written, and are not loaded.
 
         Returns:
             The folder of this checkpoint; with ``async_save`` it is not there yet.

@@ -14,6 +14,7 @@ from torch import nn
 
 from harmony.capture.graph.params import version_of
 from harmony.capture.state.python_state import is_plain
+from harmony.checkpoint.companions import is_own
 from harmony.checkpoint.tree import encode
 from harmony.core.warn import warn
 from harmony.errors import ConfigError
@@ -82,7 +83,7 @@ def set_attributes(
 def _attributes(net: nn.Module) -> Iterator[tuple[Place, Any]]:
     for path, module in net.named_modules():
         for name, held in list(module.__dict__.items()):
-            if name not in _MACHINERY:
+            if name not in _MACHINERY and not is_own(name, held):
                 yield (path, name), held
 
 

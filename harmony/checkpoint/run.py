@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
+from harmony.checkpoint.companions import is_companion
 from harmony.checkpoint.saving import Saving
 from harmony.checkpoint.store import check_writable, found_in, step_of
 from harmony.checkpoint.training import RandomStates, Restored
@@ -456,9 +457,14 @@ class _Boundary:
         self.extra = copy.deepcopy(run.extra)
         # Optimizers change with the model, of which nothing is copied: they are as they were.
         self.objects = {
-            name: held if isinstance(held, torch.optim.Optimizer) else _Held(held.state_dict())
+            name: held if _stays(held) else _Held(held.state_dict())
             for name, held in run._objects.items()
         }
+
+
+def _stays(held: Any) -> bool:
+    """Whether it is as it was, or has no state."""
+    return isinstance(held, torch.optim.Optimizer) or is_companion(held)
 
 
 class _Held:

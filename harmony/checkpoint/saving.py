@@ -28,14 +28,14 @@ class Snapshot:
     Attributes:
         step: steps trained.
         values: what is no tensor, as JSON.
-        config: of a Hugging Face model, as a file.
+        beside: files that Hugging Face's library reads, by name.
         tensors: those that something may change of which nobody hears; few bytes, mostly.
         unsaved: parameters and their optimizer state.
     """
 
     step: int
     values: dict[str, Any]
-    config: bytes | None
+    beside: dict[str, bytes]
     tensors: dict[Key, torch.Tensor]
     unsaved: Unsaved
 
@@ -61,8 +61,8 @@ class Snapshot:
                 for (stem, name), tensor in self.tensors.items():
                     files[stem].put(name, tensor)
                 writer.json(VALUES, self.values)
-                if self.config is not None:  # with it the folder is one of Hugging Face's
-                    writer.write("config.json", self.config)
+                for name, data in self.beside.items():
+                    writer.write(name, data)
                 del forms, groups
                 self.tensors.clear()
                 may_change()

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -93,8 +93,10 @@ class Writer:
         self.files: dict[str, dict[str, Any]] = {}
 
     def open(self, name: str) -> _File:
-        """Begin a file."""
-        file = _File(self._folder / name, self._beside)
+        """Begin a file; it may be in a folder of its own."""
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _File(path, self._beside)
         self._open_files.callback(file.close)
         return file
 
@@ -205,7 +207,8 @@ def writing(root: Path, step: int) -> Iterator[Writer]:
             manifest = {"format": FORMAT, "version": VERSION, "step": step}
             manifest |= {"chunk_nbytes": CHUNK_NBYTES, "files": writer.files}
             writer.json(MANIFEST, {**manifest, "sha256": _digest(manifest)})
-        _sync(part)
+        for folder in {part, *((part / name).parent for name in writer.files)}:
+            _sync(folder)
         _take_place(part, root / step_name(step))
         _sync(root)
     except OSError as error:
@@ -328,7 +331,7 @@ def read_manifest(folder: Path) -> Stored:
             raise ValueError("it is damaged: its checksum is another")
         check_types(manifest["step"], int)
         check_types(manifest["files"], dict[str, dict[str, Any]])
-        if any(Path(name).name != name for name in manifest["files"]):
+        if not all(_is_inside(name) for name in manifest["files"]):
             raise ValueError("it names files outside of its folder")
         if manifest.get("chunk_nbytes", CHUNK_NBYTES) != CHUNK_NBYTES:
             raise ValueError(f"its checksums are not of chunks of {CHUNK_NBYTES} bytes")
@@ -338,6 +341,12 @@ def read_manifest(folder: Path) -> Stored:
     except (OSError, *DAMAGED) as error:
         raise ConfigError(f"{path}: {error}") from None
     return Stored(folder, manifest["step"], files)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is of a file in the folder, or in a folder in it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 
 
 def found_in(root: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from harmony.capture.state.random_state import GeneratorStates
 from harmony.checkpoint.attributes import Attributes, set_attributes
+from harmony.checkpoint.companions import files_beside, is_companion
 from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
 from harmony.checkpoint.saving import STATE, VALUES, WEIGHTS, Snapshot
 from harmony.checkpoint.store import Stored, found_in, places_of, read_manifest
@@ -57,6 +58,8 @@ def snapshot(
     Raises:
         ConfigError: if something cannot be saved.
     """
+    beside = files_beside(engine.net, objects)
+    objects = _with_state(objects)
     weights, shared, others = _weights(engine.net)
     choices = engine.bit_choices()
     changed, generators = attributes.changed()
@@ -91,13 +94,9 @@ def snapshot(
     for unit in units:
         for key in unit.tensors:
             del tensors[key]
-    config: Any = getattr(engine.net, "config", None)
-    text = config.to_json_string() if hasattr(config, "to_json_string") else None
     two_packs = engine.two_packs_nbytes({unit.name: unit.nbytes for unit in units})
     unsaved = Unsaved(units, min(two_packs, available_host_nbytes() // 2))
-    return Snapshot(
-        engine.num_steps, encoded, None if text is None else text.encode(), tensors, unsaved
-    )
+    return Snapshot(engine.num_steps, encoded, beside, tensors, unsaved)
 
 
 def _units(
@@ -126,6 +125,7 @@ def load_training(
     Raises:
         ConfigError, HarmonyError: as `Harmony.load_checkpoint`.
     """
+    objects = _with_state(objects)
     read, skipped = _newest(root, skip_damaged)
     stored, weights = read.stored, read.weights
     try:
@@ -352,6 +352,11 @@ def _set_buffers(net: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
 
 
 # Whatever else has a state
+
+
+def _with_state(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """All but those of which a checkpoint holds files only, which nothing brings back."""
+    return {name: held for name, held in objects.items() if not is_companion(held)}
 
 
 def _of_object(name: str, held: Any, net: nn.Module) -> Any:
