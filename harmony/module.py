@@ -14,7 +14,15 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
-from harmony.checkpoint import Attributes, Restored, Saving, load_training, snapshot, step_name
+from harmony.checkpoint import (
+    Attributes,
+    Restored,
+    Saving,
+    load_training,
+    said_by_name,
+    snapshot,
+    step_name,
+)
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
 from harmony.core.warn import warn
@@ -403,7 +411,9 @@ class Harmony(Wrapper):
                 )
             self._wait_for_saving()
             engine.late.flush()
-            taken, root = snapshot(engine, self._attributes, objects, extra), Path(folder)
+            root = Path(folder)
+            with said_by_name(root, engine.num_steps):
+                taken = snapshot(engine, self._attributes, objects, extra)
             if async_save and (name := taken.unsaved.unseen()) is not None:
                 warn(
                     f"something holds the memory of {name} (.data, .detach(), a view or an array) "

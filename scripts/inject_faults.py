@@ -1,31 +1,44 @@
 """Faults of all kinds, at all kinds of places: afterwards the state is of one step, or refused.
 
-    scripts/inject_faults.py [--faults 200] [--seed 0]
+    scripts/inject_faults.py [--faults 200] [--seed 0] [--forms step device dropin dynamic save]
 
-Each fault (an exception, Ctrl-C once or twice, out of memory) comes once, in a chosen call of a
-chosen function: while the model is captured, measured and planned, in each kind of instruction, in
-the update, in what comes behind it, and in what the user has written. After each, parameters,
-buffers, optimizer state, random state and the number of steps have to be those before the step, or
-those of a model that was not disturbed; else the next step has to be refused until a state is
-loaded. Ctrl-C has to come up. A process that does not end in time counts as a hang.
+Each fault (an exception, Ctrl-C once or twice, out of memory, device memory that the script itself
+takes and keeps, a limit of the host) comes once, in a chosen call of a chosen function: while the
+model is captured, measured and planned, in each kind of instruction, in the update, in what comes
+behind it, and in what the user has written. After each, parameters, buffers, optimizer state,
+random state and the number of steps have to be those before the step, or those of a model that was
+not disturbed; else the next step has to be refused until a state is loaded. Ctrl-C has to come up.
+Then the run goes on from its checkpoint: the next step has to be that of the run that was not
+disturbed, bit for bit.
+
+The form `save` has faults of the disk: each call that makes, writes, syncs or renames something in
+a save fails in turn, with ENOSPC and with EIO, in saves that are waited for and that are not; and
+saves under limits of the host. The save has to fail by name, what was saved before has to be as it
+was, and training has to go on, and be resumed, bit for bit. A process that does not end in time
+counts as a hang.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import copy
+import errno
 import faulthandler
 import importlib
 import json
+import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +48,7 @@ import harmony
 from harmony.runtime import interrupts
 
 WIDTH = 16
-FORMS = ("step", "device", "dropin", "dynamic")
+FORMS = ("step", "device", "dropin", "dynamic", "save")
 CASE_S = 90
 
 PREPARING = {
@@ -92,6 +105,18 @@ PLACES = {
     | {"dynamic": "harmony.engine.dynamic:DynamicRunner.ready"},
 }
 FAULTS = ("error", "no text", "ctrl-c", "ctrl-c twice", "out of memory", "exit", "harmony's own")
+FAULTS += ("takes memory",)
+DISK = {
+    "make a file": "os:open",
+    "make a folder": "os:mkdir",
+    "write": "harmony.checkpoint.store:_write_all",
+    "sync": "os:fsync",
+    "rename": "os:rename",
+    "change names": "harmony.checkpoint.store:_exchange",
+}
+ERRORS = ("ENOSPC", "EIO")
+LIMITS = {"size of files": resource.RLIMIT_FSIZE, "open files": resource.RLIMIT_NOFILE}
+LIMITED_TO = {"size of files": 4096, "open files": 3}
 
 
 class NoTextError(Exception):
@@ -151,7 +176,7 @@ class Net(nn.Module):
 class Subject:
     """A model that is disturbed, and what it would be without."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, folder: str) -> None:
         self.form = form
         torch.manual_seed(0)
         options: dict[str, Any] = {"devices": 2, "microbatch_size": 4, "mode": "pp", "seed": 0}
@@ -164,12 +189,14 @@ class Subject:
             options["device_memory"] = "1MiB"
         self.model = harmony.Harmony(Net(form == "dynamic"), **options)
         self.own = Own(self.model.parameters(), lr=0.1) if form == "dropin" else None
+        self.folder = Path(folder)
+        self.held: list[torch.Tensor] = []
         self.batches = [(torch.randn(8, WIDTH), torch.randn(8, WIDTH)) for _ in range(3)]
 
     def record(self) -> None:
         """Take all steps, and keep the state behind each."""
         self.train(0)
-        self.start = self.saved()
+        self.save()
         self.states = [self.state()]
         for step in (1, 2):
             self.train(step)
@@ -199,18 +226,26 @@ class Subject:
         found = [tensor.detach().cpu().clone() for tensor in tensors]  # some may be on a GPU
         return [*found, torch.tensor(self.model.num_steps)]
 
-    def saved(self) -> tuple[Any, Any, int]:
-        """A checkpoint."""
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        return copy.deepcopy(model), copy.deepcopy(optimizer), self.model.num_steps
+    def objects(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model."""
+        return {} if self.own is None else {"optimizer": self.own}
+
+    def save(self, meanwhile: bool = False) -> Path:
+        """Write a checkpoint."""
+        return self.model.save_checkpoint(self.folder, async_save=meanwhile, **self.objects())
 
     def load(self) -> None:
-        """Go back to the checkpoint."""
-        model, optimizer, steps = copy.deepcopy(self.start)
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
-        self.model.num_steps = steps
+        """Go back to the first checkpoint, and let go of what was taken."""
+        self.held.clear()
+        self.model.load_checkpoint(self.folder / "step-00000001", **self.objects())
         self.model.zero_grad()
+
+    def take_memory(self) -> None:
+        """Take nearly all that is free on each device, as a script may, and keep it."""
+        for device in self.model._engine.devices:
+            free, _ = torch.accelerator.get_memory_info(device)
+            if free > 1024:
+                self.held.append(torch.empty(free - 1024, dtype=torch.uint8, device=device))
 
 
 def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
@@ -218,8 +253,11 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     return len(one) == len(two) and all(map(torch.equal, one, two))
 
 
-def throw(fault: str) -> None:
+def throw(fault: str, subject: Subject) -> None:
     """Let a fault happen here."""
+    if fault == "takes memory":
+        subject.take_memory()
+        return
     if fault == "error":
         raise ValueError("injected")
     if fault == "no text":
@@ -238,17 +276,23 @@ def throw(fault: str) -> None:
                 break
 
 
+def found_at(place: str) -> tuple[Any, str]:
+    """Where a function is, and its name there."""
+    module, _, name = place.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parts, last = name.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    return owner, last
+
+
 class Injection:
     """One fault, in one call of one function."""
 
-    def __init__(self, place: str, fault: str, call: int, after: bool) -> None:
-        module, _, name = place.partition(":")
-        owner: Any = importlib.import_module(module)
-        *parts, self.name = name.split(".")
-        for part in parts:
-            owner = getattr(owner, part)
-        self.owner, self.fault, self.left, self.after = owner, fault, call, after
-        self.original = vars(owner)[self.name]
+    def __init__(self, subject: Subject, place: str, fault: str, call: int, after: bool) -> None:
+        self.owner, self.name = found_at(place)
+        self.subject, self.fault, self.left, self.after = subject, fault, call, after
+        self.original = vars(self.owner)[self.name]
         self.happened = False
 
     def __enter__(self) -> Injection:
@@ -258,7 +302,7 @@ class Injection:
                 return self.original(*args, **kwargs)
             self.happened = True
             found = self.original(*args, **kwargs) if self.after else None
-            throw(self.fault)
+            throw(self.fault, self.subject)
             return found if self.after else self.original(*args, **kwargs)
 
         setattr(self.owner, self.name, wrapped)
@@ -287,12 +331,22 @@ def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
     case = {"place": place, "fault": fault, "call": f"{call} {'after' if after else 'before'}"}
     generators = torch.get_rng_state()
     caught: BaseException | None = None
-    with Injection(PLACES[subject.form][place], fault, call, after) as injection:
+    with Injection(subject, PLACES[subject.form][place], fault, call, after) as injection:
         try:
             subject.train(1)
         except BaseException as error:
             caught = error
-    return case | {"result": judge(subject, injection, caught, generators)}
+    result = judge(subject, injection, caught, generators)
+    return case | {"result": result if result.startswith("BAD") else resumed(subject, result)}
+
+
+def resumed(subject: Subject, result: str) -> str:
+    """The result; bad if a run that is resumed from its checkpoint is another."""
+    subject.load()
+    if not same(subject.state(), subject.states[0]):
+        return f"BAD: {result}, and the checkpoint is another"
+    subject.train(1)
+    return result if same(subject.state(), subject.states[1]) else f"BAD: {result}, resumed wrong"
 
 
 def judge(
@@ -310,6 +364,7 @@ def judge(
         return "BAD: a raw OutOfMemoryError"
     if not torch.equal(torch.get_rng_state(), generators):
         return "BAD: the random state is another"
+    subject.held.clear()
     found = subject.state()
     at = next((i for i, state in enumerate(subject.states) if same(found, state)), None)
     if at == 0 and subject.own is not None and _is_half_way(subject):
@@ -335,6 +390,115 @@ def _is_half_way(subject: Subject) -> bool:
     return subject.model.num_steps != int(subject.states[0][-1])
 
 
+class FailingDisk:
+    """In a block, one call of those that change something on the disk fails."""
+
+    def __init__(self, error: str, call: int, meanwhile: bool) -> None:
+        self._error, self._call, self._thread = error, call, "harmony-save" if meanwhile else None
+        self._places = {what: found_at(place) for what, place in DISK.items()}
+        self._originals = {what: vars(o)[name] for what, (o, name) in self._places.items()}
+        self.calls, self.place = 0, "?"
+
+    def _wrapped(self, what: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            thread = threading.current_thread()
+            ours = thread.name == self._thread or thread is threading.main_thread()
+            if ours and (self._thread is None or thread.name == self._thread):
+                self.calls += 1
+                if self.calls == self._call:
+                    self.place = what
+                    number = getattr(errno, self._error)
+                    raise OSError(number, os.strerror(number))
+            return self._originals[what](*args, **kwargs)
+
+        return call
+
+    def __enter__(self) -> FailingDisk:
+        for what, (owner, name) in self._places.items():
+            setattr(owner, name, self._wrapped(what))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for what, (owner, name) in self._places.items():
+            setattr(owner, name, self._originals[what])
+
+
+class Limited:
+    """In a block, the process may have less of something."""
+
+    place = "limit"
+
+    def __init__(self, what: str) -> None:
+        self._kind, self._to = LIMITS[what], LIMITED_TO[what]
+        self._before = resource.getrlimit(self._kind)
+
+    def __enter__(self) -> Limited:
+        resource.setrlimit(self._kind, (self._to, self._before[1]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(self._kind, self._before)
+
+
+def run_save_case(subject: Subject, number: int) -> dict[str, str]:
+    """Let one call of a save fail, each in turn, and say what became of it."""
+    limit = [*LIMITS, None, None, None, None, None, None][number % 8]
+    fault, meanwhile = ERRORS[number // 2 % 2], number % 2 == 1
+    again = number // 4 % 2 == 1  # of a step that has a checkpoint already
+    call = 1 + number // 8
+    subject.load()
+    subject.train(1)
+    newer = subject.folder / "step-00000002"
+    if again:
+        subject.save()
+    before = contents(subject.folder)
+    disk = FailingDisk(fault, call, meanwhile) if limit is None else Limited(limit)
+    case = {
+        "fault": limit or fault,
+        "call": f"{call} {'meanwhile' if meanwhile else 'waited for'}",
+    }
+    caught: BaseException | None = None
+    with disk:
+        try:
+            subject.save(meanwhile)
+            subject.model.finish_saving()
+        except BaseException as error:
+            caught = error
+    if isinstance(disk, FailingDisk) and disk.calls < call:
+        found = "did not happen"
+    elif caught is not None and not isinstance(caught, harmony.NotSavedError):
+        found = f"BAD: {type(caught).__name__} instead of NotSavedError"
+    else:
+        found = judge_save(subject, before, caught is None)
+    if not found.startswith("BAD"):
+        found = resumed(subject, found)
+    shutil.rmtree(newer, ignore_errors=True)
+    return case | {"place": disk.place, "result": found}
+
+
+def judge_save(subject: Subject, before: dict[str, bytes], saved: bool) -> str:
+    """What a fault in a save has led to."""
+    if not saved and before.items() - contents(subject.folder).items():
+        return "BAD: what was saved before is not as it was"
+    if any(path.name.startswith(".") for path in subject.folder.iterdir()):
+        return "BAD: parts are left"
+    if not same(subject.state(), subject.states[1]):
+        return "BAD: the model is another"
+    subject.train(2)
+    if not same(subject.state(), subject.states[2]):
+        return "BAD: the next step computes something else"
+    subject.model.load_checkpoint(subject.folder, **subject.objects())
+    at = subject.model.num_steps - int(subject.states[0][-1])
+    if not same(subject.state(), subject.states[at]) or (saved and at != 1):
+        return "BAD: the newest checkpoint is another"
+    return "saved all the same" if saved else "not saved, said by name"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def work(form: str, seed: int, first: int, last: int) -> None:
     """Run some cases in this process; a line of JSON for each."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -343,12 +507,16 @@ def work(form: str, seed: int, first: int, last: int) -> None:
     interrupts.SAME_S = 0.0
     harmony.virtual_gpus(count=2, memory="64MiB")
     faulthandler.dump_traceback_later(CASE_S, exit=True)
-    subject = Subject(form)
-    subject.record()
-    for number in range(first, last):
-        faulthandler.dump_traceback_later(CASE_S, exit=True)
-        case = run_case(subject, random.Random(f"{seed} {form} {number}"))
-        print(json.dumps({"form": form, "number": number, **case}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(form, folder)
+        subject.record()
+        for number in range(first, last):
+            faulthandler.dump_traceback_later(CASE_S, exit=True)
+            if form == "save":
+                case = run_save_case(subject, number)
+            else:
+                case = run_case(subject, random.Random(f"{seed} {form} {number}"))
+            print(json.dumps({"form": form, "number": number, **case}), flush=True)
     faulthandler.cancel_dump_traceback_later()
 
 

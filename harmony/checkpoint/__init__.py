@@ -5,7 +5,16 @@ from __future__ import annotations
 from harmony.checkpoint.attributes import Attributes
 from harmony.checkpoint.run import Run
 from harmony.checkpoint.saving import Saving
-from harmony.checkpoint.store import step_name
+from harmony.checkpoint.store import said_by_name, step_name
 from harmony.checkpoint.training import Restored, load_training, snapshot
 
-__all__ = ["Attributes", "Restored", "Run", "Saving", "load_training", "snapshot", "step_name"]
+__all__ = [
+    "Attributes",
+    "Restored",
+    "Run",
+    "Saving",
+    "load_training",
+    "said_by_name",
+    "snapshot",
+    "step_name",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ SHARD_NBYTES = 4 << 30
 _CHUNK_NBYTES = 1 << 24
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STEP = re.compile(r"step-(\d{1,18})")
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _PART = re.compile(r"\.step-\d+\.[0-9a-f]{16}\.part")
 
 
@@ -191,6 +193,22 @@ def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 @contextlib.contextmanager
+def said_by_name(root: Path, step: int) -> Iterator[None]:
+    """Say which checkpoint the system has not let the block make.
+
+    Raises:
+        NotSavedError: instead of an error of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise NotSavedError(
+            f"cannot write the checkpoint of step {step} to {root}: {error}. Checkpoints written "
+            "before are as they were"
+        ) from None
+
+
+@contextlib.contextmanager
 def writing(root: Path, step: int) -> Iterator[Writer]:
     """Make the block's files the checkpoint ``step-N`` of a folder, whole or not at all.
 
@@ -199,34 +217,60 @@ def writing(root: Path, step: int) -> Iterator[Writer]:
     """
     part = root / f".{step_name(step)}.{secrets.token_hex(8)}.part"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        with contextlib.ExitStack() as open_files:
-            writer = Writer(part, open_files)
-            yield writer
-            manifest = {"format": FORMAT, "version": VERSION, "step": step}
-            manifest |= {"chunk_nbytes": CHUNK_NBYTES, "files": writer.files}
-            writer.json(MANIFEST, {**manifest, "sha256": _digest(manifest)})
-        for folder in {part, *((part / name).parent for name in writer.files)}:
-            _sync(folder)
-        _take_place(part, root / step_name(step))
-        _sync(root)
-    except OSError as error:
-        raise NotSavedError(
-            f"cannot write the checkpoint of step {step} to {root}: {error}. Checkpoints written "
-            "before are as they were"
-        ) from None
+        with said_by_name(root, step):
+            root.mkdir(parents=True, exist_ok=True)
+            part.mkdir()
+            with contextlib.ExitStack() as open_files:
+                writer = Writer(part, open_files)
+                yield writer
+                manifest = {"format": FORMAT, "version": VERSION, "step": step}
+                manifest |= {"chunk_nbytes": CHUNK_NBYTES, "files": writer.files}
+                writer.json(MANIFEST, {**manifest, "sha256": _digest(manifest)})
+            for folder in {part, *((part / name).parent for name in writer.files)}:
+                _sync(folder)
+            _take_place(part, root / step_name(step))
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _take_place(part: Path, final: Path) -> None:
-    """Rename; one that is there already (of the same step) goes once the new one has its name."""
-    old = final.with_name(f".{final.name}.{secrets.token_hex(8)}.part")
-    if final.exists():
-        final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    """Give a folder its name, for good; one that had it (of the same step) is then at ``part``."""
+    change = _change_names if final.exists() else Path.rename
+    change(part, final)
+    try:
+        _sync(final.parent)
+    except OSError:  # it may be gone after a crash: then what was there before is better
+        with contextlib.suppress(OSError):
+            change(final, part)
+        raise
+
+
+def _change_names(one: Path, other: Path) -> None:
+    """Let two folders change names; at no moment is there none, where the system can do that."""
+    try:
+        _exchange(one, other)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        name = max(one.name, other.name)  # of the two the one without a dot before it
+        aside = one.with_name(f".{name}.{secrets.token_hex(8)}.part")
+        other.rename(aside)
+        try:
+            one.rename(other)
+        except OSError:
+            aside.rename(other)
+            raise
+        aside.rename(one)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two paths change names (Linux: ``RENAME_EXCHANGE``)."""
+    rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _sync(folder: Path) -> None:

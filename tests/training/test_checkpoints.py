@@ -421,13 +421,77 @@ def test_a_disk_that_fails_leaves_what_was_there(
     total = calls
     shutil.rmtree(root / "step-00000003")
     assert total > 10
-    for after in range(1, total):
+    for after in range(1, total + 1):
         failing(after)
         with pytest.raises(NotSavedError, match="Checkpoints written before are as they were"):
             model.save_checkpoint(root)
         assert sorted(path.name for path in root.iterdir()) == ["step-00000001", "step-00000002"]
     failing(0)
     assert model.load_checkpoint(root).step == 2
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_second_checkpoint_of_a_step_takes_the_place_of_the_first_or_leaves_it(
+    two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    """Also where a rename fails, or a sync once all is renamed; at no moment is there none."""
+    model, root = two_saved
+    model.save_checkpoint(root, extra="first")
+    kept = sorted(path.name for path in root.iterdir())
+    changes, left = {"rename": store.os.rename, "fsync": store.os.fsync}, 0
+    exchange = store._exchange
+
+    def exchanged(one: Path, other: Path) -> None:
+        if not can_exchange:
+            raise OSError(errno.EINVAL, "not here")
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(errno.EIO, "the disk has failed")
+        exchange(one, other)
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise OSError(errno.EIO, "the disk has failed")
+            return changes[name](*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(store, "_exchange", exchanged)
+    for name in changes:
+        monkeypatch.setattr(store.os, name, counted(name))
+    failed = 0
+    for call in range(1, 100):
+        left = call
+        try:
+            model.save_checkpoint(root, extra="second")
+        except NotSavedError:
+            failed += 1
+        else:
+            break
+        assert sorted(path.name for path in root.iterdir()) == kept
+        assert store.read_manifest(root / "step-00000003").step == 3
+        assert json.loads((root / "step-00000003" / "state.json").read_text())["extra"] == "first"
+    assert failed >= (6 if can_exchange else 8)
+    assert model.load_checkpoint(root).extra == "second"
+    assert sorted(path.name for path in root.iterdir()) == kept
+
+
+def test_what_the_system_refuses_before_a_save_is_said_by_name(
+    two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file more may be open, for instance, and the free memory cannot be read."""
+    model, root = two_saved
+
+    def refused() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("harmony.checkpoint.training.available_host_nbytes", refused)
+    with pytest.raises(NotSavedError, match=r"step 3 to .*Too many open files"):
+        model.save_checkpoint(root)
 
 
 def test_the_last_few_are_kept(two_saved: tuple[harmony.Harmony, Path]) -> None:
