@@ -257,10 +257,12 @@ def _change_names(one: Path, other: Path) -> None:
         other.rename(aside)
         try:
             one.rename(other)
+            aside.rename(one)
         except OSError:
+            if not one.exists():
+                other.rename(one)
             aside.rename(other)
             raise
-        aside.rename(one)
 
 
 def _exchange(one: Path, other: Path) -> None:
