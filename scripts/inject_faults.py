@@ -49,7 +49,7 @@ from harmony.runtime import interrupts
 
 WIDTH = 16
 FORMS = ("step", "device", "dropin", "dynamic", "save")
-CASE_S = 90
+CASE_S, PREPARING_S = 90, 600
 
 PREPARING = {
     "capture": "harmony.engine.variant_factory:capture",
@@ -506,7 +506,7 @@ def work(form: str, seed: int, first: int, last: int) -> None:
     torch.set_num_threads(1)
     interrupts.SAME_S = 0.0
     harmony.virtual_gpus(count=2, memory="64MiB")
-    faulthandler.dump_traceback_later(CASE_S, exit=True)
+    faulthandler.dump_traceback_later(PREPARING_S, exit=True)
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(form, folder)
         subject.record()

@@ -160,6 +160,7 @@ def test_a_probe_that_fails_or_hangs_takes_no_other_down() -> None:
     assert found[1].text == "it cannot be looked at: RuntimeError: no such thing \\x1b[2J"
     assert found[1].remedy == "mend it"
     assert "no answer within" in found[2].text
+    assert found[2].remedy == "look again when the machine is idle; if it stays so, wait"
     assert found[4].text == "the driver is old"
 
 

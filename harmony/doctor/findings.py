@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from harmony.errors import printable, text_of
@@ -101,7 +101,9 @@ def _run(probe: Probe, patience_s: float) -> list[Finding]:
         thread.start()
         thread.join(patience_s)
     if thread.is_alive():
-        return [*found, probe.failed(f"no answer within {patience_s:.0f} s")]
+        late = probe.failed(f"no answer within {patience_s:.0f} s")
+        remedy = f"look again when the machine is idle; if it stays so, {late.remedy}"
+        return [*found, replace(late, remedy=remedy)]
     # What libraries warn of on import (an old driver above all) is a finding as well.
     texts = {" ".join(str(w.message).split()) for w in said if issubclass(w.category, UserWarning)}
     return found + [warning(probe.name, text, probe.remedy) for text in sorted(texts)]
