@@ -336,6 +336,9 @@ def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
             subject.train(1)
         except BaseException as error:
             caught = error
+    if place == "user's layer":  # which counted its calls: such a forward is captured otherwise
+        subject.model._engine.variants.forget()
+        subject.model._engine.dynamic.forget()
     result = judge(subject, injection, caught, generators)
     return case | {"result": result if result.startswith("BAD") else resumed(subject, result)}
 
