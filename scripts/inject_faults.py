@@ -176,7 +176,7 @@ class Net(nn.Module):
 class Subject:
     """A model that is disturbed, and what it would be without."""
 
-    def __init__(self, form: str, folder: str) -> None:
+    def __init__(self, form: str, folder: str | None = None) -> None:
         self.form = form
         torch.manual_seed(0)
         options: dict[str, Any] = {"devices": 2, "microbatch_size": 4, "mode": "pp", "seed": 0}
@@ -189,14 +189,16 @@ class Subject:
             options["device_memory"] = "1MiB"
         self.model = harmony.Harmony(Net(form == "dynamic"), **options)
         self.own = Own(self.model.parameters(), lr=0.1) if form == "dropin" else None
-        self.folder = Path(folder)
+        self.folder = Path(folder or ".")
+        self._saves = folder is not None
         self.held: list[torch.Tensor] = []
         self.batches = [(torch.randn(8, WIDTH), torch.randn(8, WIDTH)) for _ in range(3)]
 
     def record(self) -> None:
         """Take all steps, and keep the state behind each."""
         self.train(0)
-        self.save()
+        if self._saves:
+            self.save()
         self.states = [self.state()]
         for step in (1, 2):
             self.train(step)
@@ -253,9 +255,9 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     return len(one) == len(two) and all(map(torch.equal, one, two))
 
 
-def throw(fault: str, subject: Subject) -> None:
+def throw(fault: str, subject: Subject | None) -> None:
     """Let a fault happen here."""
-    if fault == "takes memory":
+    if fault == "takes memory" and subject is not None:
         subject.take_memory()
         return
     if fault == "error":
@@ -289,7 +291,9 @@ def found_at(place: str) -> tuple[Any, str]:
 class Injection:
     """One fault, in one call of one function."""
 
-    def __init__(self, subject: Subject, place: str, fault: str, call: int, after: bool) -> None:
+    def __init__(
+        self, place: str, fault: str, call: int, after: bool, subject: Subject | None = None
+    ) -> None:
         self.owner, self.name = found_at(place)
         self.subject, self.fault, self.left, self.after = subject, fault, call, after
         self.original = vars(self.owner)[self.name]
@@ -331,7 +335,7 @@ def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
     case = {"place": place, "fault": fault, "call": f"{call} {'after' if after else 'before'}"}
     generators = torch.get_rng_state()
     caught: BaseException | None = None
-    with Injection(subject, PLACES[subject.form][place], fault, call, after) as injection:
+    with Injection(PLACES[subject.form][place], fault, call, after, subject) as injection:
         try:
             subject.train(1)
         except BaseException as error:
