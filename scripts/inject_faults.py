@@ -192,6 +192,7 @@ class Subject:
         self.folder = Path(folder or ".")
         self._saves = folder is not None
         self.held: list[torch.Tensor] = []
+        self.may_take, self.taking = False, threading.Lock()
         self.batches = [(torch.randn(8, WIDTH), torch.randn(8, WIDTH)) for _ in range(3)]
 
     def record(self) -> None:
@@ -238,16 +239,23 @@ class Subject:
 
     def load(self) -> None:
         """Go back to the first checkpoint, and let go of what was taken."""
-        self.held.clear()
+        self.let_go()
         self.model.load_checkpoint(self.folder / "step-00000001", **self.objects())
         self.model.zero_grad()
 
     def take_memory(self) -> None:
         """Take nearly all that is free on each device, as a script may, and keep it."""
-        for device in self.model._engine.devices:
-            free, _ = torch.accelerator.get_memory_info(device)
-            if free > 1024:
-                self.held.append(torch.empty(free - 1024, dtype=torch.uint8, device=device))
+        with self.taking:
+            for device in self.model._engine.devices if self.may_take else ():
+                free, _ = torch.accelerator.get_memory_info(device)
+                if free > 1024:
+                    self.held.append(torch.empty(free - 1024, dtype=torch.uint8, device=device))
+
+    def let_go(self) -> None:
+        """Let go of what was taken; a thread that is late takes nothing any more."""
+        with self.taking:
+            self.may_take = False
+            self.held.clear()
 
 
 def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
@@ -334,6 +342,7 @@ def _try_case(subject: Subject, rng: random.Random) -> dict[str, str]:
         subject.model._engine.dynamic.forget()
     case = {"place": place, "fault": fault, "call": f"{call} {'after' if after else 'before'}"}
     generators = torch.get_rng_state()
+    subject.may_take = True
     caught: BaseException | None = None
     with Injection(PLACES[subject.form][place], fault, call, after, subject) as injection:
         try:
@@ -371,7 +380,7 @@ def judge(
         return "BAD: a raw OutOfMemoryError"
     if not torch.equal(torch.get_rng_state(), generators):
         return "BAD: the random state is another"
-    subject.held.clear()
+    subject.let_go()
     found = subject.state()
     at = next((i for i, state in enumerate(subject.states) if same(found, state)), None)
     if at == 0 and subject.own is not None and _is_half_way(subject):
