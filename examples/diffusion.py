@@ -19,7 +19,7 @@ import harmony
 def transformer(tiny: bool) -> diffusers.DiTTransformer2DModel:
     """A DiT for pictures of 8 x 8 points and ten classes."""
     heads, layers = (2, 2) if tiny else (6, 8)
-    net = diffusers.DiTTransformer2DModel(
+    return diffusers.DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=16,
         in_channels=1,
@@ -29,10 +29,6 @@ def transformer(tiny: bool) -> diffusers.DiTTransformer2DModel:
         num_embeds_ada_norm=10,
         dropout=0.0,
     )
-    for module in net.modules():
-        if hasattr(module, "dropout_prob"):  # labels that are left out at random, for guidance
-            module.dropout_prob = 0.0
-    return net
 
 
 def main(argv: list[str] | None = None) -> list[float]:
