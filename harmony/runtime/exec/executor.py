@@ -253,7 +253,7 @@ class Executor:
         if limit is not None and prepared.num_runs < BOUND_RUNS and held:
             bound = MemoryBound(self.contexts, self._held_nbytes(), limit)
         try:
-            with job.replay.random.borrowed():
+            with job.replay.random.borrowed(self.contexts):
                 timeline = self._run(prepared, job, bound)
         finally:
             if bound is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -93,12 +93,18 @@ class RandomStreams:
                 self._host_states[samples, layer] = GeneratorStates.seeded(seed)
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
-        """Give the shared generators back to the program as they were."""
+    def borrowed(self, contexts: Sequence[DeviceContext]) -> Iterator[None]:
+        """Give the shared generators, and those of devices, back to the program as they were.
+
+        What they would be left with depends on which layers a device has run, so on the plan.
+        """
         before = GeneratorStates.now() if self.on_host else None
+        states = [(context, context.random_state()) for context in contexts if self.keep_at]
         try:
             yield
         finally:
+            for context, state in states:
+                context.set_random_state(state)
             if before is not None:
                 before.restore()
 
