@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.checkpoint.checksums import Checksums
 from harmony.checkpoint.store import MANIFEST
 from harmony.checkpoint.training import VALUES
 from harmony.cli.arguments import parse
@@ -360,9 +361,9 @@ class Inputs:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest.pop("sha256")
-        data = path.read_bytes()
-        entry = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        manifest["files"][VALUES] = entry
+        sums = Checksums()
+        sums.add(path.read_bytes())
+        manifest["files"][VALUES] = {"nbytes": sums.nbytes, "crc32": sums.finish()}
         digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": digest}))
         return root
