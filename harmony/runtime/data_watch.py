@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Listener(Protocol):
         """``alias`` is to be handed out as its ``data``; None: its ``data`` is to be replaced."""
 
     def note_detached(self, param: torch.Tensor) -> None:
-        """It is to be detached."""
+        """It is to be detached, or an array made of it."""
 
 
 def listen(listener: Listener) -> None:
@@ -40,6 +40,7 @@ def listen(listener: Listener) -> None:
         if "data" not in nn.Parameter.__dict__:
             nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
             nn.Parameter.detach = _detach  # type: ignore[assignment]
+            nn.Parameter.numpy = _numpy  # type: ignore[assignment]
 
 
 class DataWatch:
@@ -100,10 +101,19 @@ def _set(param: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _detach(param: torch.Tensor) -> torch.Tensor:
+    _tell_detached(param)
+    return torch.Tensor.detach(param)
+
+
+def _numpy(param: torch.Tensor, *, force: bool = False) -> Any:
+    _tell_detached(param)  # a frozen one needs no detach()
+    return torch.Tensor.numpy(param, force=force)
+
+
+def _tell_detached(param: torch.Tensor) -> None:
     for watch in list(_watches):
         watch.note_detached(param)
     _leave_class()
-    return torch.Tensor.detach(param)
 
 
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
@@ -116,7 +126,7 @@ def _leave_class() -> None:
     """Let the class be as PyTorch made it where nobody watches any more."""
     with _lock:
         if not _watches and "data" in nn.Parameter.__dict__:
-            del nn.Parameter.data, nn.Parameter.detach
+            del nn.Parameter.data, nn.Parameter.detach, nn.Parameter.numpy
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:

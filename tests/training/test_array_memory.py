@@ -65,6 +65,14 @@ def write_weight_as_array(net: nn.Module, _: object) -> None:
     net.last.weight.detach().numpy()[:] *= 0.5
 
 
+def freeze(net: nn.Module, _: object) -> None:
+    net.last.requires_grad_(False)
+
+
+def write_frozen_as_array(net: nn.Module, _: object) -> None:
+    net.last.weight.numpy()[:] *= 0.5
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "changes",
@@ -73,8 +81,9 @@ def write_weight_as_array(net: nn.Module, _: object) -> None:
         {1: statistics_of_array, 3: write_array},
         {1: scale_of_table, 2: next_row, 3: write_table_as_data, 4: write_table_as_array},
         {2: write_weight_as_array, 3: write_weight_as_array},
+        {1: freeze, 3: write_frozen_as_array, 4: write_frozen_as_array},
     ],
-    ids=["array", "statistics", "table", "weight"],
+    ids=["array", "statistics", "table", "weight", "frozen"],
 )
 def test_what_is_written_there_counts(
     vgpus: VirtualGPUs, form: str, changes: dict[int, Change]
