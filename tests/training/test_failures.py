@@ -230,7 +230,8 @@ def test_a_failure_while_buffers_are_committed_is_all_or_nothing(
         raise RuntimeError("no copy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layerstate, "native", SimpleNamespace(trace_host_access=fail))
+        members = {**vars(layerstate.native), "trace_host_access": fail}
+        patch.setattr(layerstate, "native", SimpleNamespace(**members))
         with pytest.raises(RuntimeError, match="no copy"):
             run()
     with pytest.raises(harmony.HarmonyError, match=r"load a checkpoint.*no copy"):
