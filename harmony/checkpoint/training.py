@@ -27,6 +27,7 @@ from harmony.engine.precision import FP32
 from harmony.engine.resumed import BitChoices
 from harmony.errors import ConfigError, DoesNotFitError, HarmonyError
 from harmony.runtime.host.limits import available_host_nbytes
+from harmony.runtime.host.pinned_memory import new_tensor
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import Key, Unit, Unsaved
 from harmony.weights.checkpoint_files import StoredTensor
@@ -143,7 +144,7 @@ def load_training(
     except DAMAGED as error:
         raise ConfigError(f"{stored.folder / VALUES}: it cannot be read ({error!r})") from None
     _check_objects(stored, objects, saved)
-    targets = places_of(weights, _targets(engine.net, stored, weights, shared))
+    targets = _targets(engine.net, stored, weights, shared)
     check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
     for name, held in objects.items():
         if is_of(held, engine.net):
@@ -152,8 +153,7 @@ def load_training(
         random.restore()
     with held_back(), engine.whole.together() as begun, _setting(stored):
         begun.append("the state of a checkpoint")
-        with torch.no_grad():
-            stored.read_again(targets)  # mostly from memory, where the system has kept it
+        _set_weights(read, targets)
         if data["module"]:
             engine.net.load_state_dict(data["module"], strict=False)
         set_attributes(engine.net, data["attributes"], data["generators"])
@@ -220,12 +220,14 @@ class _Read:
         values: what is no tensor, as JSON.
         state: tensors that go to no tensor of the module.
         weights: the module's, which are still to be filled in.
+        held: the weights' values, by name; none where the host has no memory for them.
     """
 
     stored: Stored
     values: dict[str, Any]
     state: dict[str, torch.Tensor]
     weights: dict[str, StoredTensor]
+    held: dict[str, torch.Tensor]
 
 
 def _newest(root: Path, skip_damaged: bool) -> tuple[_Read, tuple[str, ...]]:
@@ -246,7 +248,10 @@ def _newest(root: Path, skip_damaged: bool) -> tuple[_Read, tuple[str, ...]]:
 
 
 def _read(folder: Path) -> _Read:
-    """Read all files of a checkpoint once; the module's weights are compared only.
+    """Read all files of a checkpoint once.
+
+    The module's weights are held beside it until all is known to be whole. Where that would take
+    more than half of the host's free memory, they are compared only, and read again.
 
     Raises:
         ConfigError: naming what is damaged.
@@ -264,9 +269,21 @@ def _read(folder: Path) -> _Read:
             f"read, and the host has {format_bytes(free)} free (cgroup limit included). Give "
             "memory back, or load it in a process of its own"
         )
-    state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in known.items()}
-    stored.read(places_of(known, state))
-    return _Read(stored, values, state, weights)
+    is_room = sum(t.nbytes for t in weights.values()) <= (free - wanted) // 2
+    state = {name: new_tensor(t.shape, t.dtype) for name, t in known.items()}
+    held = {name: new_tensor(t.shape, t.dtype) for name, t in weights.items() if is_room}
+    stored.read({**places_of(known, state), **places_of(weights, held)})
+    return _Read(stored, values, state, weights, held)
+
+
+def _set_weights(read: _Read, targets: Mapping[str, torch.Tensor]) -> None:
+    """Give the module the weights of a checkpoint, and give back what held them, one by one."""
+    if not read.held:
+        with torch.no_grad():
+            read.stored.read_again(places_of(read.weights, targets))
+    for name in list(read.held):
+        with torch.inference_mode(targets[name].is_inference()), torch.no_grad():
+            targets[name].copy_(read.held.pop(name))
 
 
 # The module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import random
 import shutil
 import warnings
@@ -324,6 +325,9 @@ def test_weights_that_are_damaged_between_the_check_and_their_loading_are_not_tr
         read_again(stored, places)
 
     monkeypatch.setattr(store.Stored, "read_again", damaging)
+    state = open_checkpoint(path.parent / "state.safetensors")
+    just_enough = sum(tensor.nbytes for tensor in state.values())
+    monkeypatch.setattr(training, "available_host_nbytes", lambda: just_enough)
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
         model.load_checkpoint(root)
     with pytest.raises(harmony.HarmonyError, match=r"load a checkpoint .*is damaged"):
@@ -332,6 +336,24 @@ def test_weights_that_are_damaged_between_the_check_and_their_loading_are_not_tr
     assert model.load_checkpoint(root, skip_damaged=True).step == 1
     model.train_step(*vectors(1))
     path.write_bytes(whole)
+
+
+def test_each_file_is_read_once_where_the_host_has_room_for_the_weights(
+    two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root = two_saved
+    newest = root / "step-00000002"
+    read, preadv = Counter[str](), os.preadv
+
+    def counting(descriptor: int, views: Any, at: int) -> int:
+        count = preadv(descriptor, views, at)
+        read[Path(f"/proc/self/fd/{descriptor}").readlink().name] += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    model.load_checkpoint(root)
+    for name in ("model.safetensors", "state.safetensors"):
+        assert read[name] == (newest / name).stat().st_size
 
 
 def test_state_for_which_the_host_has_no_memory_is_not_loaded(

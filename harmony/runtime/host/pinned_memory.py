@@ -6,6 +6,7 @@ block up to a power of two, which can double the memory of the host.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -23,6 +24,31 @@ from harmony.planner.ir.tasks import Samples
 from harmony.runtime import native
 from harmony.runtime.exec.rows import rows_of
 from harmony.runtime.host.limits import available_host_nbytes
+
+_HUGE_NBYTES = 1 << 21
+
+
+def _new_map(nbytes: int) -> mmap.mmap:
+    """Map new memory, in huge pages where the system has some.
+
+    The first write to it, and pinning it, then takes one fault in 2 MiB instead of one in 4 KiB.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel that was built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of the host with undefined values, in memory of its own.
+
+    A large one is in huge pages, which `torch.empty` does not ask for.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    if tensor.nbytes < 2 * _HUGE_NBYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_new_map(tensor.nbytes), dtype=torch.uint8).view(dtype).view(shape)
 
 
 class HostBuffer:
@@ -50,7 +76,7 @@ class HostBuffer:
                 f"{format_bytes(free)} are free (psutil, cgroup limit included). Close other "
                 "programs, raise the container's memory limit, or use a smaller model or minibatch"
             )
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = _new_map(size)
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.pinned = False
         if device is not None:
