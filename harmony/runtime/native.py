@@ -108,6 +108,15 @@ def owned_nbytes(device: torch.device) -> int:
     return memory_info(device)[0] if is_virtual(device) else cached_nbytes(device)
 
 
+def take_segment(device: torch.device, nbytes: int) -> None:
+    """Have PyTorch's allocator reserve memory of a real GPU in one piece, from which it cuts.
+
+    It goes on without where there is no such piece.
+    """
+    with contextlib.suppress(torch.OutOfMemoryError):
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
 def bound_reserved(device: torch.device, nbytes: int) -> float:
     """Let PyTorch's allocator reserve at most so many bytes of a real GPU.
 

@@ -207,6 +207,7 @@ class Outside:
         try:
             yield
         finally:
+            self._copied = Walk(self.observed, ())  # the copy's buffers may lie on a GPU
             if self.alone:
                 self.restore()
 

@@ -26,6 +26,7 @@ from harmony.runtime.exec.device_program import DeviceProgram, Surroundings
 from harmony.runtime.exec.event_issue import Events
 from harmony.runtime.exec.memory_bound import BOUND_RUNS, MemoryBound, is_held
 from harmony.runtime.exec.residents import Residents
+from harmony.runtime.exec.room import gather
 from harmony.runtime.exec.signals import Signals, Stopped
 from harmony.runtime.exec.stage import Stage
 from harmony.runtime.exec.task_issue import Env
@@ -215,6 +216,8 @@ class Executor:
             self.contexts[index].enter()
             self.contexts[index].use("compute")
             torch.accelerator.empty_cache()  # else slots lie for good in the gaps of other memory
+            if index < schedule.num_devices:
+                gather(schedule, index, self._host, device)
             resident = self._reserve_residents(index, spec.resident)
             slots = [
                 [torch.empty(s.nbytes, dtype=torch.uint8, device=device) for _ in range(s.count)]
