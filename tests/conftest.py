@@ -16,6 +16,7 @@ from harmony.profiling import measured, server
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext
 from harmony.vgpu import api as vgpu
+from tests import devices
 from tests.cuda import standin
 
 os.environ["HARMONY_MEASUREMENTS"] = "off"
@@ -33,10 +34,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="of each test of tests/training the first case only; none that draws its own cases",
     )
+    parser.addoption(
+        "--device",
+        choices=("imitation", "cuda"),
+        default="imitation",
+        help="cuda: on real GPUs, the tests that hold there; under scripts/test-cuda a rehearsal",
+    )
+    parser.addoption(
+        "--unmarked", action="store_true", help="with --device cuda: also tests not marked for it"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the devices before a test module asks which they are."""
+    devices.choose(config.getoption("--device"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what `--first-cases` says."""
+    """Leave out what `--first-cases` says, and on real GPUs what is not marked for them."""
+    if devices.REAL and not config.getoption("--unmarked"):
+        for item in items:
+            if not item.get_closest_marker("on_real_gpus") and not item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="not marked for real GPUs"))
     if not config.getoption("--first-cases"):
         return
     seen, kept = set(), []
@@ -55,6 +74,7 @@ def _answers_of_the_stand_in() -> None:
     if standin.is_loaded():
         torch.set_num_threads(1)
         standin.install()
+    if devices.TYPE == "cuda":
         server._LARGER_THAN_CACHES_NBYTES = 2**20  # what updates cost is nothing that tests ask
 
 

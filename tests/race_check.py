@@ -21,6 +21,8 @@ from itertools import pairwise
 
 from harmony.errors import RaceError
 from harmony.vgpu import access_trace
+from tests import devices
+from tests.cuda import standin
 
 MAX_REPORTED = 10
 
@@ -63,6 +65,8 @@ class Race:
 def checked(*, ordered_frees: bool = False) -> Iterator[access_trace.Trace]:
     """Trace the block and analyse it at the end; an exception of the block passes unchanged.
 
+    Real GPUs keep no trace: there nothing is looked at.
+
     Args:
         ordered_frees: whether the block promises to free device memory only after every use, in
             the order of the stream that it was allocated on, without `record_stream`. Then a free
@@ -71,6 +75,9 @@ def checked(*, ordered_frees: bool = False) -> Iterator[access_trace.Trace]:
     Raises:
         RaceError: listing the races, at most ``MAX_REPORTED``.
     """
+    if devices.REAL and not standin.is_loaded():
+        yield access_trace.Trace()
+        return
     with access_trace.trace() as trace:
         yield trace
     races = analyse(trace.records, ordered_frees=ordered_frees)

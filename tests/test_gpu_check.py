@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gpu_check.page import as_text
 from gpu_check.steps import STEPS
+from gpu_check.suite import run_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,3 +44,23 @@ def test_the_page_has_every_figure_and_the_end_of_what_failed() -> None:
 
 def test_steps_have_names_of_their_own() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
+
+
+def test_each_test_that_fails_is_noted_and_each_file_when_it_is_done(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n"
+        "def test_holds(): pass\n"
+        "def test_does_not(): assert 1 + 1 == 3, 'a sum'\n"
+        "@pytest.mark.skip(reason='no GPU')\n"
+        "def test_left_out(): pass\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "test_two.py").write_text("def test_holds(): pass\n", encoding="utf-8")
+    noted: list[dict[str, Any]] = []
+    assert not run_tests(lambda **figures: noted.append(figures), [str(tmp_path)])
+    failed, one, two, total = noted
+    assert failed["test"].endswith("test_one.py::test_does_not") and "a sum" in failed["why"]
+    assert one["what"].endswith("test_one.py")
+    assert (one["passed"], one["failed"], one["skipped"]) == (1, 1, 1)
+    assert two["what"].endswith("test_two.py") and two["passed"] == 1
+    assert (total["passed"], total["failed"], total["skipped_tests"]) == (2, 1, 1)

@@ -259,6 +259,49 @@ bool is_answered(const c10::OperatorHandle& op, const std::string& name) {
          op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU) && !op_info(op).is_view;
 }
 
+// ---- last bits that are not the CPU's, as a GPU's are
+
+// Operators whose sums or series a GPU takes in another order, or in other steps.
+const std::unordered_set<std::string> kOfOwnBits = {
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "aten::dot",
+    "aten::convolution", "aten::convolution_backward", "aten::native_layer_norm",
+    "aten::native_layer_norm_backward", "aten::_softmax", "aten::_log_softmax", "aten::tanh",
+    "aten::gelu", "aten::sigmoid", "aten::exp",
+};
+
+// Makes the last bit of each number one that its other bits decide: equal numbers stay equal, and
+// it does not matter how often that is done.
+template <class Bits>
+void decide_last_bits(Bits* bits, int64_t count, Bits exponent) {
+  for (int64_t i = 0; i < count; ++i) {
+    Bits rest = bits[i] >> 1;
+    bool is_finite = (bits[i] & exponent) != exponent;
+    if (is_finite && (rest << 2)) bits[i] = rest << 1 | (__builtin_popcountll(rest) & 1);
+  }
+}
+
+void give_own_bits(const at::Tensor& t) {
+  bool is_known = t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
+  if (!is_known || !is_vgpu(t) || !t.is_non_overlapping_and_dense() || t.numel() == 0) return;
+  Accesses accesses;
+  add_access(accesses, t, true);
+  submit(t.device().index(), "own bits", accesses, [alias = host_alias(t)] {
+    void* data = alias.data_ptr();
+    if (alias.scalar_type() == at::kFloat)
+      decide_last_bits<uint32_t>(static_cast<uint32_t*>(data), alias.numel(), 0x7f800000u);
+    else
+      decide_last_bits<uint64_t>(static_cast<uint64_t*>(data), alias.numel(), 0x7ffull << 52);
+  });
+}
+
+void fallback_of_own_bits(const c10::OperatorHandle& op, Stack* stack) {
+  fallback(op, stack);
+  for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i)
+    for_each_tensor((*stack)[i], [](const at::Tensor& t) {
+      if (t.defined()) give_own_bits(t);
+    });
+}
+
 struct Silent final : c10::WarningHandler {  // that kernels are replaced is what is wanted
   void process(const c10::Warning&) override {}
 };
@@ -316,5 +359,26 @@ extern "C" __attribute__((visibility("default"))) void fakecuda_decompose_as_cpu
     libraries.push_back(std::make_unique<torch::Library>(
         torch::Library::IMPL, "aten", std::make_optional(key), __FILE__, __LINE__));
     libraries.back()->impl("dropout", dropout);
+  }
+}
+
+// Whether products, sums and series have last bits that are not the CPU's, as on a GPU: what is
+// then compared with the CPU bit for bit fails.
+extern "C" __attribute__((visibility("default"))) void fakecuda_own_bits(bool on) {
+  using namespace vgpu;
+  Silent silent;
+  c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  static std::unique_ptr<torch::Library> library;
+  library.reset();
+  if (!on) return;
+  library = std::make_unique<torch::Library>(
+      torch::Library::IMPL, "aten", std::make_optional(c10::DispatchKey::CUDA), __FILE__, __LINE__);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    auto op = dispatcher.findSchema(name);
+    std::string full = name.name + (name.overload_name.empty() ? "" : "." + name.overload_name);
+    if (op && kOfOwnBits.count(name.name) && is_answered(*op, full))
+      library->impl(full.c_str() + strlen("aten::"),
+                    torch::CppFunction::makeFromBoxedFunction<&fallback_of_own_bits>());
   }
 }

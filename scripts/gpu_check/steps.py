@@ -49,7 +49,7 @@ def _later(module: str, function: str, *args: Any) -> Run:
 STEPS = (
     Step("machine", "the machine, its GPUs, what is installed", _later("machine", "describe")),
     Step("exact", "training against plain PyTorch on the same GPU", _later("exact", "compare")),
-    Step("suite", "the tests that want a GPU", _later("suite", "run")),
+    Step("suite", "the tests that say most, on these GPUs", _later("suite", "run", False)),
     Step("memory", "what PyTorch reserves at most, of the limit", _later("limits", "run")),
     Step("links", "links as Harmony measures them and by copies", _later("links", "run")),
     Step("prediction", "predicted against measured steps", _later("speed", "predict")),
@@ -57,5 +57,6 @@ STEPS = (
     Step("speed-7B", "tokens/s of 7 billion parameters", _later("speed", "run", "7B")),
     Step("speed-14B", "tokens/s of 14 billion parameters", _later("speed", "run", "14B")),
     Step("largest", "the largest model that the host holds", _later("largest", "run")),
+    Step("training", "the other tests of training, on these GPUs", _later("suite", "run", True)),
     Step("sanitizer", "a few steps under compute-sanitizer", _later("sanitizer", "run")),
 )

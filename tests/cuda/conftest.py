@@ -1,4 +1,7 @@
-"""Tests of the CUDA path, on a stand-in for the CUDA runtime: `scripts/test-cuda` runs them."""
+"""Tests of the CUDA path, on a stand-in for the CUDA runtime: `scripts/test-cuda` runs them.
+
+Those that ask nothing of the stand-in also run on real GPUs: `pytest --device cuda`.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if standin.is_loaded():
         return
     for item in items:
-        if _HERE in item.path.parents:
+        here = _HERE in item.path.parents
+        if here and not (devices.REAL and item.get_closest_marker("on_real_gpus")):
             item.add_marker(pytest.mark.skip(reason="on the stand-in only: scripts/test-cuda"))
 
 
 @pytest.fixture(autouse=True)
 def _no_misuse() -> Iterator[None]:
     """What CUDA would refuse is an error of every test, also where nobody looks."""
+    if not standin.is_loaded():
+        yield
+        return
     before = standin.counters()
     yield
     gc.collect()
     devices.recover()
     assert standin.calls_since(before)["misuse"] == 0
+
+
+@pytest.fixture(autouse=True)
+def _as_many_gpus_as_there_are() -> Iterator[None]:
+    with devices.only_what_there_is():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The reference: plain PyTorch on the same stand-in, with the same kernels."""
+"""The reference: plain PyTorch on the same stand-in or GPU, with the same kernels."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ def train_plain(
     options: dict[str, Any],
     microbatch: int,
     autocast: bool = False,
+    updates: str = "host",
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train a copy of ``net`` on ``cuda:0``; returns the losses and the state at the end."""
+    """Train a copy of ``net`` on ``cuda:0``; returns the losses and the state at the end.
+
+    Args:
+        updates: ``"host"``: the optimizer's steps are taken there, as Harmony's.
+    """
     twin = copy.deepcopy(net).to("cuda:0")
     opt = optimizer(twin.parameters(), **options)
     losses = []
@@ -41,7 +46,10 @@ def train_plain(
                 loss = loss_fn(twin(x[rows].to("cuda:0")), y[rows].to("cuda:0")) / count
             loss.backward()
             total += loss.detach().cpu()
+        if updates == "host":
+            twin.cpu()
         opt.step()
+        twin.to("cuda:0")
         losses.append(float(total))
     return losses, {name: value.cpu() for name, value in twin.state_dict().items()}
 

@@ -93,6 +93,11 @@ def decompose_as_cpu(on: bool) -> None:
     ctypes.CDLL(os.environ[_KERNELS]).fakecuda_decompose_as_cpu(on)
 
 
+def have_own_bits(on: bool) -> None:
+    """Whether products, sums and series have last bits that are not the CPU's, as on a GPU."""
+    ctypes.CDLL(os.environ[_KERNELS]).fakecuda_own_bits(on)
+
+
 def others_take(mib: int) -> None:
     """Let other processes hold so many MiB of each GPU."""
     ctypes.CDLL(None).fakecuda_set_others_mib(mib)

@@ -12,7 +12,10 @@ from torch import nn
 
 import harmony
 from tests.cuda.plain import Batch, Loss, amp, assert_same, train_plain
+from tests.devices import on_real_gpus
 from tests.training.models import GPT, token_batch, token_loss
+
+pytestmark = on_real_gpus
 
 ADAMW = {"lr": 1e-3, "fused": True}
 
@@ -60,6 +63,7 @@ def check_step(
         options=ADAMW,
         microbatch=2,
         autocast=autocast,
+        updates=options.setdefault("updates", "host"),
     )
     model = harmony.Harmony(
         net,
@@ -67,7 +71,7 @@ def check_step(
         optimizer_kwargs=ADAMW,
         loss_fn=loss_fn,
         microbatch_size=2,
-        **{"mode": "pp", "updates": "host", **options},
+        **{"mode": "pp", **options},
     )
     losses = []
     for x, y in batches:

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 import harmony
+from tests.devices import on_real_gpus
+from tests.training.plain import computing
+
+pytestmark = on_real_gpus
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,7 +46,7 @@ def make(kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_model_of_transformers_trains_on_two_gpus_as_plain_pytorch(kind: str) -> None:
     net = make(kind).train()
-    twin = copy.deepcopy(net).to("cuda:0")
+    twin = copy.deepcopy(net)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
     model = harmony.Harmony(
         net,
@@ -58,14 +62,15 @@ def test_a_model_of_transformers_trains_on_two_gpus_as_plain_pytorch(kind: str) 
         ids = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         total = torch.zeros(())
-        for index in range(2):
-            harmony.seed_microbatch(step, index)
-            rows = ids[2 * index : 2 * index + 2].to("cuda:0")
-            loss = twin(input_ids=rows, labels=rows).loss / 2
-            loss.backward()
-            total += loss.detach().cpu()
+        with computing(twin, torch.device("cuda:0")) as there:
+            for index in range(2):
+                harmony.seed_microbatch(step, index)
+                rows = ids[2 * index : 2 * index + 2].to(there)
+                loss = twin(input_ids=rows, labels=rows).loss / 2
+                loss.backward()
+                total += loss.detach().cpu()
         optimizer.step()
         assert float(model.train_step({"input_ids": ids, "labels": ids})) == float(total)
     assert model.plan is not None and len(model.plan.spec.backward_packs) > 1
     for (name, found), expected in zip(net.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(found, expected.cpu()), name
+        assert torch.equal(found, expected), name

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import harmony
+from tests.devices import on_real_gpus
 from tests.zoo import ZOO
 from tests.zoo.check import SGD, PlainTraining, amp, as_call, compare, gradients_of, moved
 from tests.zoo.entry import Entry
 
 pytest.importorskip("transformers")
+pytestmark = on_real_gpus
 
 NAMES = ("gpt2", "llama", "mixtral_eager", "t5", "resnet18", "unet")
 """With dropout where the models have it."""

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests import devices
-from tests import race_check as racecheck
+from tests import devices, race_check
 
 VirtualGPUs = Callable[..., None]
 
@@ -23,10 +22,11 @@ def _free_devices() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _the_cpu_is_the_reference() -> Iterator[None]:
-    devices.compute_as_cpu(True)
-    yield
-    devices.compute_as_cpu(False)
+def _the_reference_computes_the_same() -> Iterator[None]:
+    devices.compute_as_reference(True)
+    with devices.only_what_there_is():
+        yield
+    devices.compute_as_reference(False)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def vgpus() -> Iterator[VirtualGPUs]:
         gc.collect()
         devices.provide(**{"count": 4, "memory": "64MiB", **settings})
 
-    with racecheck.checked(ordered_frees=True):
+    with race_check.checked(ordered_frees=True):
         yield configure
     gc.collect()
     torch.set_num_threads(threads)

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map
 
 import harmony
 from harmony.capture.replay.kept_types import names_kept
+from tests import devices
 
-from .plain import Run, gradients_of, params_of
+from .plain import Run, computing, gradients_of, moved, params_of
 
 BF16 = torch.bfloat16
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -56,8 +57,9 @@ def train(
     shares: int = 1,
     clip: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    device: torch.device | None = None,
 ) -> Run:
-    """Train a module in place; with shares, add the sums of the shares in their order."""
+    """Train a module in place, on the CPU or ``device``; with shares, add their sums in order."""
     optimizer = make(net.parameters())
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     run = Run()
@@ -66,13 +68,16 @@ def train(
         sums: list[dict[str, torch.Tensor | None]] = []
         for share in range(shares):
             optimizer.zero_grad()
-            for low in range(share * size // shares, (share + 1) * size // shares, microbatch):
-                part = slice(low, low + microbatch)
-                torch.manual_seed(harmony.microbatch_seed(step, index))
-                index += 1
-                loss = loss_fn(forward(net, inputs[part]), targets[part])
-                scaler.scale(loss * (microbatch / size)).backward()
-                total = total + loss.detach() * (microbatch / size)
+            end = (share + 1) * size // shares
+            with computing(net, device or torch.device("cpu")) as there:
+                for low in range(share * size // shares, end, microbatch):
+                    part = slice(low, low + microbatch)
+                    x, y = moved((inputs[part], targets[part]), there)
+                    torch.manual_seed(harmony.microbatch_seed(step, index))
+                    index += 1
+                    loss = loss_fn(forward(net, x), y)
+                    scaler.scale(loss * (microbatch / size)).backward()
+                    total = total + loss.detach().cpu() * (microbatch / size)
             sums.append({n: p.grad for n, p in net.named_parameters()})
         for name, param in net.named_parameters():
             parts = [grads[name] for grads in sums if grads[name] is not None]
@@ -92,7 +97,7 @@ def train(
 
 def train_plain(net: nn.Module, *args: Any, **options: Any) -> Run:
     """Train a copy with casts written out."""
-    return train(copy.deepcopy(net), *args, **options)
+    return train(copy.deepcopy(net), *args, device=devices.reference(), **options)
 
 
 def train_fsdp(

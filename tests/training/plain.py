@@ -1,16 +1,23 @@
-"""The reference: plain PyTorch gradient accumulation over the same microbatches, on the CPU."""
+"""The reference: plain PyTorch gradient accumulation over the same microbatches.
+
+On the CPU, or on a GPU where tests run on real ones (`devices.reference`). Optimizers run on the
+host, as Harmony's then do.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import harmony
+from tests import devices
 
 from .models import square_loss, token_batch, token_loss, vector_batch
 
@@ -24,6 +31,23 @@ class Run:
     losses: list[torch.Tensor] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
     params: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def computing(net: nn.Module, device: torch.device | None = None) -> Iterator[torch.device]:
+    """Let plain PyTorch compute on the reference's device; behind it all is on the host."""
+    there = device or devices.reference()
+    if there.type == "cpu":
+        yield there
+        return
+    net.to(there)
+    yield there
+    net.cpu()
+
+
+def moved(values: Any, device: torch.device) -> Any:
+    """Return nested values with their tensors on a device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, values)
 
 
 def gradients_of(net: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -59,14 +83,16 @@ def train_plain(
         for share in range(shares):
             opt.zero_grad()
             end = len(inputs) if share == shares - 1 else (share + 1) * size
-            for low in range(share * size, end, microbatch):
-                high = min(low + microbatch, end)
-                torch.manual_seed(harmony.microbatch_seed(step, index, seed))
-                index += 1
-                weight = (high - low) / len(inputs)
-                loss = loss_fn(net(inputs[low:high]), targets[low:high])
-                (loss * weight).backward()
-                total = total + loss.detach() * weight
+            with computing(net) as there:
+                for low in range(share * size, end, microbatch):
+                    high = min(low + microbatch, end)
+                    torch.manual_seed(harmony.microbatch_seed(step, index, seed))
+                    index += 1
+                    weight = (high - low) / len(inputs)
+                    part = moved((inputs[low:high], targets[low:high]), there)
+                    loss = loss_fn(net(part[0]), part[1])
+                    (loss * weight).backward()
+                    total = total + loss.detach().cpu() * weight
             partial.append([p.grad for p in trainable])
         for i, param in enumerate(trainable):
             parts = [grads[i] for grads in partial if grads[i] is not None]
@@ -105,21 +131,21 @@ def train_tokens(
     )
 
 
-def train_vectors(net: nn.Module, steps: int = 3, device: str = "cpu") -> list[Any]:
-    """Train on `vector_batch`es in four microbatches of 2, on the CPU or on one virtual GPU."""
-    net.to(device)
+def train_vectors(net: nn.Module, steps: int = 3, device: torch.device | None = None) -> list[Any]:
+    """Train on `vector_batch`es in four microbatches of 2, on the reference's device or this."""
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
     seen = []
     for step in range(steps):
         optimizer.zero_grad()
         total = torch.zeros(())
-        inputs, targets = (x.to(device) for x in vector_batch(step))
-        for index in range(4):
-            part = slice(2 * index, 2 * index + 2)
-            harmony.seed_microbatch(step, index)
-            loss = square_loss(net(inputs[part]), targets[part]) * 0.25
-            loss.backward()
-            total = total + loss.detach().cpu()
+        with computing(net, device) as there:
+            inputs, targets = moved(vector_batch(step), there)
+            for index in range(4):
+                part = slice(2 * index, 2 * index + 2)
+                harmony.seed_microbatch(step, index)
+                loss = square_loss(net(inputs[part]), targets[part]) * 0.25
+                loss.backward()
+                total = total + loss.detach().cpu()
         seen.append((total, gradients_of(net)))
         optimizer.step()
     return seen

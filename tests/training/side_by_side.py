@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import harmony
+from tests.training.plain import computing, moved
 
 Batch = tuple[tuple[Any, ...], Any]
 """Positional arguments of the model, and targets."""
@@ -53,8 +54,10 @@ def assert_same_training(
         for step, (args, targets) in enumerate(batches):
             harmony.seed_microbatch(step, 0)
             reference.zero_grad()
-            wanted = loss_fn(plain(*args), targets)
-            wanted.backward()
+            with computing(plain) as there:
+                plain_args, plain_targets = moved((args, targets), there)
+                wanted = loss_fn(plain(*plain_args), plain_targets)
+                wanted.backward()
             found = model.train_step(args, targets)
             assert float(found) == float(wanted.detach()), f"loss of step {step}"
             own = dict(net.named_parameters())

@@ -198,7 +198,7 @@ def test_every_generator_of_the_host_follows_the_microbatch(vgpus: VirtualGPUs) 
     after = random.random(), np.random.rand(), torch.rand(())
     assert before == after, "training draws from the program's own random streams"
     # On the CPU one generator serves dropout and rand(); on a device they are two.
-    expected = train_vectors(plain, device=str(devices.device(2)))
+    expected = train_vectors(plain, device=devices.device(2))
     for (loss, gradients), (wanted_loss, wanted) in zip(seen, expected, strict=True):
         assert torch.equal(loss, wanted_loss)
         for name, gradient in gradients.items():

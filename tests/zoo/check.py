@@ -32,6 +32,7 @@ from harmony.planner.ir.tasks import Pack, Phase, StepSpec
 from harmony.planner.lower.passes import lower
 from tests import devices
 from tests import race_check as racecheck
+from tests.training.plain import computing
 from tests.zoo.entry import Entry
 
 NUM_STEPS, NUM_DEVICES = 3, 2
@@ -199,7 +200,7 @@ class PlainTraining:
     def __init__(self, entry: Entry, net: nn.Module, autocast: bool = False) -> None:
         self._entry = entry
         self._device = torch.device("cpu") if devices.TYPE == "vgpu" else devices.device()
-        self._net = net.to(self._device)
+        self._net = net
         self._autocast = autocast
         trained = [p for p in net.parameters() if p.requires_grad]
         self._optimizer = torch.optim.SGD(trained, **SGD)  # type: ignore[arg-type]
@@ -215,15 +216,16 @@ class PlainTraining:
         size = minibatch if entry.whole_batch else entry.microbatch
         self._optimizer.zero_grad()
         total = torch.zeros(())
-        for index, low in enumerate(range(0, minibatch, size)):
-            high = min(low + size, minibatch)
-            inputs, targets = moved(_cut(batch, low, high, minibatch), self._device)
-            harmony.seed_microbatch(step, index)
-            with amp(self._autocast):
-                loss = self._loss(inputs, targets)
-            weight = 1.0 if entry.summed else (high - low) / minibatch
-            (loss * weight).backward()
-            total = total + loss.detach().cpu() * weight
+        with computing(self._net, self._device):
+            for index, low in enumerate(range(0, minibatch, size)):
+                high = min(low + size, minibatch)
+                inputs, targets = moved(_cut(batch, low, high, minibatch), self._device)
+                harmony.seed_microbatch(step, index)
+                with amp(self._autocast):
+                    loss = self._loss(inputs, targets)
+                weight = 1.0 if entry.summed else (high - low) / minibatch
+                (loss * weight).backward()
+                total = total + loss.detach().cpu() * weight
         gradients = gradients_of(self._net)
         self._optimizer.step()
         return Step(total, gradients, buffers_of(self._net), params_of(self._net))
