@@ -20,6 +20,7 @@ from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Pack
 from harmony.planner.lower.resident import can_stay
 from harmony.report.metrics import metrics_of
+from tests import devices
 from tests.toys import chain
 from tests.training.conftest import VirtualGPUs
 from tests.training.mixed import BF16, in_bf16, train_fsdp, train_plain
@@ -105,6 +106,7 @@ def seeded(make: Any) -> nn.Module:
 # Training steps
 
 
+@devices.on_real_gpus
 @MAKERS
 @pytest.mark.parametrize(("mode", "num_devices"), [("pp", 1), ("pp", 2), ("dp", 2)])
 def test_a_gpt_with_dropout(vgpus: VirtualGPUs, make: Any, mode: str, num_devices: int) -> None:
