@@ -10,6 +10,7 @@ from harmony.core.units import (
     format_bytes,
     format_rate,
     format_seconds,
+    listed,
     parse_bytes,
     parse_period,
     parse_rate,
@@ -89,3 +90,9 @@ def test_numbers_are_printed_with_three_digits() -> None:
 @given(st.integers(min_value=1, max_value=2**50))
 def test_a_printed_size_reads_back_within_its_three_digits(nbytes: int) -> None:
     assert abs(parse_bytes(format_bytes(nbytes)) - nbytes) <= 0.0051 * nbytes
+
+
+def test_of_a_long_list_of_names_the_first_are_written_out() -> None:
+    assert listed(["a"], 1) == "a"
+    assert listed(["a", "b", "c"], 1) == "a and 2 more"
+    assert listed(["a", "b"], 2, "; ") == "a; b"

@@ -1,8 +1,9 @@
-"""Bytes, rates and seconds: parsed from and printed as text; how tensors are aligned."""
+"""Bytes, rates, seconds and lists of names as text; how tensors are aligned."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from harmony.errors import ConfigError
 
@@ -35,6 +36,12 @@ _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
 def aligned(nbytes: int) -> int:
     """Round bytes up to ``ALIGN_NBYTES``."""
     return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES
+
+
+def listed(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
+    """Write out the first names, and say how many there are besides."""
+    rest = len(names) - most
+    return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def parse_bytes(text: str | int) -> int:

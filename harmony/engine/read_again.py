@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harmony.capture.graph.params import version_of
+from harmony.core.units import listed
 from harmony.errors import HarmonyError
 from harmony.runtime.changes import hear_steps
 from harmony.runtime.data_watch import fingerprint, listen
@@ -67,12 +68,11 @@ class ReadAgain:
             how = "through its .data, an array, or other memory that is the same"
         if not changed:
             return
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         what = (
             "parameter" if isinstance(self._arena.tensors[changed[0]], nn.Parameter) else "buffer"
         )
         raise HarmonyError(
-            f"backward() after {what} {changed[0]}{more} had been changed ({how}) since its "
+            f"backward() after {what} {listed(changed, 1)} had been changed ({how}) since its "
             "forward: the gradients would belong to neither. Call backward() before the "
             f"{what}s change, or run the forward again"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from harmony.capture.replay.shell import plain_tensors
+from harmony.core.units import listed
 from harmony.core.warn import warn
 from harmony.errors import ConfigError
 from harmony.weights.init_log import (
@@ -26,8 +27,6 @@ from harmony.weights.init_log import (
 )
 from harmony.weights.init_modes import MARK, recording, replace, watching
 from harmony.weights.init_replay import Target, replay
-
-_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _resolve(module: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str,
     missing = [name for name in params if not _has_value(sources.get(name))]
     if missing:
         raise ConfigError(
-            f"nothing gives a value to {_listed(missing)}: neither the module's construction "
+            f"nothing gives a value to {listed(missing)}: neither the module's construction "
             "inside harmony.meta_init() nor a reset_parameters() or _init_weights() of it writes "
             "to it. Initialise it in the module's __init__, or harmony.load_pretrained(model, "
             "path) before the first batch. (A change of dtype or a copy belongs inside the "
@@ -196,7 +195,7 @@ def _resolve(module: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str,
         )
     if unknown:
         warn(
-            f"{_listed(list(unknown))} came to the meta device outside of harmony.meta_init(): "
+            f"{listed(list(unknown))} came to the meta device outside of harmony.meta_init(): "
             "initialised by reset_parameters() or _init_weights() of the modules. What __init__ "
             "would have done beside that is lost",
         )
@@ -287,7 +286,7 @@ def _check_others(module: nn.Module) -> None:
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if lost:
         raise ConfigError(
-            f"buffer {_listed(lost)} is on the meta device and has lost its values: build the "
+            f"buffer {listed(lost)} is on the meta device and has lost its values: build the "
             "model inside harmony.meta_init(), not torch.device('meta'), and buffers stay real"
         )
     computed = [
@@ -298,12 +297,7 @@ def _check_others(module: nn.Module) -> None:
     ]
     if computed:
         raise ConfigError(
-            f"{_listed(computed)} is a tensor computed from parameters that have no values yet: "
+            f"{listed(computed)} is a tensor computed from parameters that have no values yet: "
             "build this model outside of harmony.meta_init(). (Where it comes from the hooks of "
             "torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm needs none)"
         )
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 
+from harmony.core.units import listed
 from harmony.errors import ConfigError
 from harmony.weights.checkpoint_files import StoredTensor, open_checkpoint
 from harmony.weights.init_log import key_of
 from harmony.weights.meta_init import Given, materialise, remember
-
-_LISTED = 8
 
 
 class Loaded(NamedTuple):
@@ -173,9 +172,9 @@ def _untied(
 def _check(net: nn.Module, match: _Match, path: str | os.PathLike[str], strict: bool) -> None:
     problems = list(match.wrong)
     if strict and match.missing:
-        problems.append(f"{len(match.missing)} missing in the file: {_listed(match.missing)}")
+        problems.append(f"{len(match.missing)} missing in the file: {listed(match.missing)}")
     if strict and match.unexpected:
-        problems.append(f"{len(match.unexpected)} not in the model: {_listed(match.unexpected)}")
+        problems.append(f"{len(match.unexpected)} not in the model: {listed(match.unexpected)}")
     if not match.chosen and not problems:
         problems.append("the file has nothing of the model")
     if problems:
@@ -187,7 +186,7 @@ def _check(net: nn.Module, match: _Match, path: str | os.PathLike[str], strict: 
             )
         raise ConfigError(
             f"{os.fspath(path)} does not fit {type(net).__name__}, nothing was loaded: "
-            f"{_listed(problems, '; ')}. {remedy.lstrip('. ')}".rstrip(". ")
+            f"{listed(problems, separator='; ')}. {remedy.lstrip('. ')}".rstrip(". ")
         )
 
 
@@ -256,8 +255,3 @@ def _conversions(net: nn.Module) -> tuple[list[Any], list[Any]]:
 
 def _not_ignored(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
     return [name for name in names if not any(re.search(p, name) for p in patterns or ())]
-
-
-def _listed(names: list[str], separator: str = ", ") -> str:
-    rest = len(names) - _LISTED
-    return separator.join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

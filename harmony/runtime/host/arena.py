@@ -18,7 +18,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from harmony.capture.graph.params import dense_stride
-from harmony.core.units import aligned
+from harmony.core.units import aligned, listed
 from harmony.core.warn import warn
 from harmony.errors import HarmonyError
 from harmony.runtime.host.arena_layout import ArenaLayout, Region
@@ -318,9 +318,9 @@ def _weakly(tensor: torch.Tensor) -> Any:
 def _warn_of_processes(shared: Sequence[str]) -> None:
     if shared:
         warn(
-            f"{shared[0]} and {len(shared) - 1} more are in memory that processes share "
-            "(share_memory()). Harmony trains them in memory of its own, so other processes "
-            "do not see their new values: send them model.state_dict()",
+            f"Harmony trains in memory of its own what lay in memory that processes share "
+            f"(share_memory()): {listed(shared, 1)}. Other processes do not see the new values: "
+            "send them model.state_dict()",
         )
 
 
@@ -332,7 +332,7 @@ def _warn_of_holders(left: Mapping[str, Any]) -> None:
     held = [name for name, storage in left.items() if not storage.expired()]
     if held:
         warn(
-            f"something else holds the memory that {held[0]} and {len(held) - 1} more had "
+            f"something else holds the memory that {listed(held, 1)} had "
             "before Harmony moved them to memory of its own: .data, .detach(), an array or a "
             "state_dict() from before the first batch. It shows the values of then, and what "
             "is written there changes no parameter. Take it anew after the first batch"

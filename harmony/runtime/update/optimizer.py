@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
+from harmony.core.units import listed
 from harmony.errors import ConfigError
 from harmony.runtime.changes import note_changes
 from harmony.runtime.update.clipping import clip_factor, total_norm
@@ -49,12 +50,12 @@ def checked_groups(params: Mapping[str, nn.Parameter], groups: Groups) -> list[d
         copies.append({**group, "params": held})
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
-        raise ConfigError(f"in more than one parameter group, or twice in one: {_listed(twice)}")
+        raise ConfigError(f"in more than one parameter group, or twice in one: {listed(twice)}")
     trained = [name for name, param in params.items() if param.requires_grad]
     missing = [name for name in trained if name not in set(found)]
     if missing:
         raise ConfigError(
-            f"in no parameter group, so they would not be trained: {_listed(missing)}. Add them "
+            f"in no parameter group, so they would not be trained: {listed(missing)}. Add them "
             "to a group, or freeze them with requires_grad_(False)"
         )
     return copies
@@ -75,11 +76,6 @@ def _name_of(param: Any, names: Mapping[int, str]) -> str:
         what = f"a tensor of shape {tuple(param.shape)}" if hasattr(param, "shape") else param
         raise ConfigError(f"a parameter group holds {what!r}, which is no parameter of the module")
     return names[id(param)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
 
 
 def check_optimizer_options(
@@ -162,7 +158,7 @@ class PackOptimizer:
         missing = [n for n, p in params.items() if p.requires_grad and id(p) not in held]
         if missing:
             raise ConfigError(
-                f"the optimizer does not have {_listed(missing)}, so they would not be trained: "
+                f"the optimizer does not have {listed(missing)}, so they would not be trained: "
                 "they were added, replaced or unfrozen after it was made. Add them, with "
                 'model.optimizer.add_param_group({"params": [...]}), or freeze them'
             )
