@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         HarmonyWarning,
         NonFiniteError,
         NotSavedError,
+        PeerError,
         PlanError,
         RaceError,
         RecomputeError,
@@ -66,6 +67,7 @@ _HOMES = {
     "RaceError": "harmony.errors",
     "NonFiniteError": "harmony.errors",
     "NotSavedError": "harmony.errors",
+    "PeerError": "harmony.errors",
     "RecomputeError": "harmony.errors",
     "VirtualGPUError": "harmony.errors",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "NonFiniteError",
     "NotSavedError",
     "Observer",
+    "PeerError",
     "Plan",
     "PlanError",
     "Progress",

@@ -7,7 +7,8 @@ HarmonyError
  |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
  |   `- ScheduleError    a schedule that the checker refuses; shows the line
  |- ExecutionError       a task failed while it ran; names the task
- |   `- DeviceLostError  a GPU stopped for good: the process has to be started again
+ |   |- DeviceLostError  a GPU stopped for good: the process has to be started again
+ |   `- PeerError        another process that trains the model failed, or is gone
  |- NonFiniteError       a loss or a gradient is infinite or NaN; names what made it first
  |- NotSavedError        a checkpoint that could not be written; those before it are whole
  |- RecomputeError       a layer does not compute the same twice; names the layer
@@ -75,6 +76,10 @@ class ExecutionError(HarmonyError):
 
 class DeviceLostError(ExecutionError):
     """A GPU has stopped, and with it everything of this process on all of them."""
+
+
+class PeerError(ExecutionError):
+    """Another of the processes that train one model has failed, or is gone."""
 
 
 class NonFiniteError(HarmonyError):

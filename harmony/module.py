@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from harmony.checkpoint import (
     Restored,
     Saving,
     load_training,
+    own_part,
+    part_of,
     said_by_name,
     snapshot,
     step_name,
@@ -40,12 +43,13 @@ from harmony.engine.options import (
 from harmony.engine.own_loop import OwnLoop
 from harmony.engine.precision import precision_of
 from harmony.engine.train_steps import TrainSteps
-from harmony.errors import ConfigError
+from harmony.errors import ConfigError, NotSavedError, PeerError
 from harmony.planner.ir.plan import Plan
 from harmony.report.session import ModelRecord, Observer, Verified
 from harmony.report.text import print_report
 from harmony.runtime.hardware import Devices, choose_devices, memory_limit
-from harmony.runtime.processes import check_alone
+from harmony.runtime.peers.group import peers_of
+from harmony.runtime.processes import check_alone, host_memory_of, local_share
 from harmony.runtime.step.randomness import drawn_seed
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, check_optimizer_options
 from harmony.verification.script import verify_and_stop
@@ -143,9 +147,16 @@ class Harmony(Wrapper):
             Then it goes on waiting or, with ``"10m,end"``, the process ends with exit code 124.
             None: what the variable ``HARMONY_WATCHDOG`` says; without it nothing is watched. It
             has to be longer than the longest instruction, as an update of a large pack.
+        process_group: the processes that train this model together, one a server, e.g.
+            ``torch.distributed.group.WORLD``; each gives its own part of every batch. Gradients
+            are added in the order of the ranks and divided by the number of processes, behind
+            the backward, and every process takes the same step. All have to make the model, and
+            then to make the same calls. Under `torchrun` with several processes on a server each
+            has its share of the GPUs. See docs/servers.md.
 
     Raises:
-        ConfigError: for an option that makes no sense, or in one of several processes.
+        ConfigError: for an option that makes no sense, or in one of several processes without
+            ``process_group``.
         PlanError: if the file of a plan cannot be read.
     """
 
@@ -175,9 +186,11 @@ class Harmony(Wrapper):
         seed: int | None = None,
         detect_nonfinite: bool = False,
         watchdog: float | str | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
-        check_alone()
+        if process_group is None:
+            check_alone()
         _check_module(module)
         check_options(mode, microbatch_size, activations, updates)
         check_types_of(optimizer_kwargs, batch_dims, seed)
@@ -188,7 +201,10 @@ class Harmony(Wrapper):
                 'detect_nonfinite=True with precision="fp16": gradients that are not finite are '
                 "expected there, such a step is skipped and the loss scaled by less. Leave one out"
             )
-        chosen = choose_devices(devices, device_memory)
+        share = local_share(process_group)
+        chosen = choose_devices(devices, device_memory, share)
+        peers = peers_of(process_group)
+        seed = drawn_seed() if seed is None else seed
         self._begin(
             module,
             chosen,
@@ -201,7 +217,7 @@ class Harmony(Wrapper):
                 mode=mode if options.mode == "auto" else options.mode,
                 microbatch_size=None if isinstance(microbatch_size, str) else microbatch_size,
                 device_memory_nbytes=memory_limit(device_memory),
-                host_memory_nbytes=options.host_memory_nbytes,
+                host_memory_nbytes=host_memory_of(options.host_memory_nbytes, share),
                 batch_dims=dict(batch_dims or {}),
                 plan=pinned_plan(plan),
                 activations=activations,
@@ -209,11 +225,14 @@ class Harmony(Wrapper):
                 overlap_updates=overlap_updates or options.overlap_updates,
                 replan=replan and options.replan,
                 precision=precision_of(options.precision or precision),
-                seed=drawn_seed() if seed is None else seed,
+                seed=seed if peers is None else peers.same_number(seed),
                 watch=watch_of(watchdog),
                 detect_nonfinite=detect_nonfinite,
+                peers=peers,
             ),
         )
+        if options.verify:
+            self._refuse_with_peers("--verify", "run the script in one process for that")
         if options.verify and optimizer is None:
             verify_and_stop(self._engine)
 
@@ -276,6 +295,7 @@ class Harmony(Wrapper):
         Raises:
             ConfigError: without an optimizer, or if the batch makes no sense.
             ExecutionError: if a task fails; says which, and what became of the parameters.
+            PeerError: if another process of the group has failed, or is gone.
         """
         engine = self._engine
         self._bypass.watch(engine.factory.generation)
@@ -308,15 +328,27 @@ class Harmony(Wrapper):
         """Refuse to train from the start where the command line asks to go on, or in parts.
 
         Raises:
-            ConfigError: if no `harmony.Run` has looked for a checkpoint of this model, or several
-                processes are to train it.
+            ConfigError: if no `harmony.Run` has looked for a checkpoint of this model, or this is
+                one of several processes and the model has no ``process_group``.
         """
-        check_alone()
+        if self._engine.peers is None:
+            check_alone()
         wanted = current_options().resume
         if wanted is not None and not self.record.resumed:
             raise ConfigError(
                 f"--resume {wanted}: the script trains {self.record.name} without having resumed "
                 "it. Add run = harmony.Run(model, ...) and run.resume() before the first step"
+            )
+
+    def _refuse_with_peers(self, what: str, remedy: str) -> None:
+        """Refuse what several processes cannot do together.
+
+        Raises:
+            ConfigError: naming it, and what to do.
+        """
+        if self._engine.peers is not None:
+            raise ConfigError(
+                f"{what} in one of several processes (process_group=): {remedy}. Nothing has run"
             )
 
     def _weights_loaded(self) -> None:
@@ -350,6 +382,9 @@ class Harmony(Wrapper):
             DoesNotFitError: if the host has no memory for the second run, with the bytes.
         """
         self._engine.whole.check()
+        self._refuse_with_peers(
+            "a comparison with plain PyTorch", "verify the model without process_group= first"
+        )
         self._engine.late.flush()
         args, kwargs = _arguments(inputs)
         with within(self._net):
@@ -367,6 +402,9 @@ class Harmony(Wrapper):
         **objects: Any,
     ) -> Path:
         """Write all that this run needs to go on bit for bit, as ``folder/step-N``.
+
+        With a ``process_group`` every process calls it; process 0 writes, and it holds the random
+        states, ``objects`` and ``extra`` of each.
 
         That is: parameters (frozen or not) and buffers, the optimizer of `train_step`,
         `num_steps`, `seed`, Python attributes of modules that have changed since, and the random
@@ -402,6 +440,35 @@ class Harmony(Wrapper):
                 whole.
             HarmonyError: if the model is torn, or a GPU with optimizer state on it fails.
         """
+        engine, root, parts = self._engine, Path(folder), list[dict[str, Any]]()
+        if engine.peers is not None:
+            with engine.peers.all_of("save_checkpoint", lambda: engine.num_steps):
+                engine.whole.check()
+                engine.late.flush()
+                with said_by_name(root, engine.num_steps):
+                    own = own_part(engine, objects, extra)
+            parts = [part_of(data) for data in engine.peers.bytes_of_all(own)]
+            try:
+                with engine.peers.all_of("the end of save_checkpoint", lambda: engine.num_steps):
+                    if engine.peers.group.rank == 0:
+                        self._save(root, keep, extra, async_save, objects, parts)
+            except PeerError as error:
+                raise NotSavedError(
+                    f"the checkpoint of step {engine.num_steps}: {error}"
+                ) from None
+            return root / step_name(engine.num_steps)
+        return self._save(root, keep, extra, async_save, objects, parts)
+
+    def _save(
+        self,
+        root: Path,
+        keep: int | None,
+        extra: Any,
+        async_save: bool,
+        objects: Mapping[str, Any],
+        parts: Sequence[Mapping[str, Any]],
+    ) -> Path:
+        """Write a checkpoint, with what each of several processes has of its own."""
         engine = self._engine
         with engine.lock, engine.whole.naming("save_checkpoint", engine.devices):
             engine.whole.check()
@@ -411,9 +478,8 @@ class Harmony(Wrapper):
                 )
             self._wait_for_saving()
             engine.late.flush()
-            root = Path(folder)
             with said_by_name(root, engine.num_steps):
-                taken = snapshot(engine, self._attributes, objects, extra)
+                taken = snapshot(engine, self._attributes, objects, extra, parts)
             if async_save and (name := taken.unsaved.unseen()) is not None:
                 warn(
                     f"something holds the memory of {name} (.data, .detach(), a view or an array) "
@@ -426,6 +492,17 @@ class Harmony(Wrapper):
             else:
                 taken.write(root, keep)
             return root / step_name(taken.step)
+
+    def largest_of(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of each of these numbers in any process that trains this model.
+
+        All of them have to call it, as `harmony.Run` does to find out whether one of them is to
+        save or to end. Without ``process_group`` they are returned as they are.
+        """
+        engine = self._engine
+        if engine.peers is None:
+            return list(numbers)
+        return engine.peers.largest_of(numbers, engine.num_steps)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint of ``save_checkpoint(..., async_save=True)`` is written.
@@ -480,11 +557,16 @@ class Harmony(Wrapper):
                 refuses to go on until a state is loaded.
             DoesNotFitError: if the host has no memory for the optimizer's state.
         """
-        engine = self._engine
-        with engine.lock:
+        engine, peers = self._engine, self._engine.peers
+        every: AbstractContextManager[None] = nullcontext()
+        if peers is not None:
+            every = peers.all_of("load_checkpoint", lambda: engine.num_steps)
+        with engine.lock, every:
             self._wait_for_saving()
             engine.late.flush()
             restored = load_training(engine, Path(folder), objects, skip_damaged)
+            if peers is not None:
+                peers.values_were_set()
         for why in restored.skipped:
             warn(f"passed over a damaged checkpoint: {why}")
         return restored

@@ -6,7 +6,7 @@ from harmony.checkpoint.attributes import Attributes
 from harmony.checkpoint.run import Run
 from harmony.checkpoint.saving import Saving
 from harmony.checkpoint.store import said_by_name, step_name
-from harmony.checkpoint.training import Restored, load_training, snapshot
+from harmony.checkpoint.training import Restored, load_training, own_part, part_of, snapshot
 
 __all__ = [
     "Attributes",
@@ -14,6 +14,8 @@ __all__ = [
     "Run",
     "Saving",
     "load_training",
+    "own_part",
+    "part_of",
     "said_by_name",
     "snapshot",
     "step_name",

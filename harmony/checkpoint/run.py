@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -49,6 +50,9 @@ class Trained(Protocol):
         **objects: Any,
     ) -> Path:
         """Write a checkpoint."""
+
+    def largest_of(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number in any process that trains the model."""
 
     @property
     def saving(self) -> Saving | None:
@@ -300,9 +304,11 @@ class Run:
             self._check_loader()
         self.num_steps += 1
         self._keeping.num_steps = self.num_steps
-        if self._ending.came is not None:
-            self._end(self._ending.came.name, 128 + self._ending.came)
-        if self._is_due() and self._is_saved():
+        # Of several processes one may have been asked to end, or find first that it is time.
+        came, due = self._model.largest_of([self._ending.came or 0, self._is_due()])
+        if came:
+            self._end(signal.Signals(came).name, 128 + came)
+        if due and self._is_saved():
             return
         if self._save_on_error:
             self._boundary = _Boundary(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,9 +54,16 @@ class Restored:
 
 
 def snapshot(
-    engine: Engine, attributes: Attributes, objects: Mapping[str, Any], extra: Any
+    engine: Engine,
+    attributes: Attributes,
+    objects: Mapping[str, Any],
+    extra: Any,
+    processes: Sequence[Mapping[str, Any]] = (),
 ) -> Snapshot:
     """Note all that a run consists of; no parameter and no optimizer state is copied for it.
+
+    Args:
+        processes: what each of several processes has of its own (see `own_part`).
 
     Raises:
         ConfigError: if something cannot be saved.
@@ -84,6 +93,7 @@ def snapshot(
         "optimizer": optimizer,
         "objects": held,
         "random": {"host": tuple(random.host), "cuda": random.devices},
+        "processes": list(processes),
         "versions": {"harmony": __version__, "torch": str(torch.__version__)},
     }
     state: dict[str, torch.Tensor] = {}
@@ -98,6 +108,51 @@ def snapshot(
     two_packs = engine.two_packs_nbytes({unit.name: unit.nbytes for unit in units})
     unsaved = Unsaved(units, min(two_packs, available_host_nbytes() // 2))
     return Snapshot(engine.num_steps, encoded, beside, tensors, unsaved)
+
+
+def own_part(engine: Engine, objects: Mapping[str, Any], extra: Any) -> bytes:
+    """What one of several processes has of its own, for the one that writes the checkpoint.
+
+    Raises:
+        ConfigError: if something cannot be saved.
+    """
+    random = RandomStates.now()
+    held = {n: _of_object(n, h, engine.net) for n, h in _with_state(objects).items()}
+    data = {
+        "extra": extra,
+        "objects": held,
+        "random": {"host": tuple(random.host), "cuda": random.devices},
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    values = json.dumps({name: encode(value, name, tensors) for name, value in data.items()})
+    file = io.BytesIO()
+    torch.save({"values": values, "tensors": tensors}, file)
+    return file.getvalue()
+
+
+def part_of(data: bytes) -> dict[str, Any]:
+    """What `own_part` has made bytes of."""
+    held = torch.load(io.BytesIO(data), weights_only=True)
+    values, tensors = json.loads(held["values"]), held["tensors"]
+    return {name: decode(value, tensors.__getitem__) for name, value in values.items()}
+
+
+def _of_process(data: dict[str, Any], engine: Engine, folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds for this process, where several have written or read it."""
+    parts = data.get("processes") or []
+    check_types(parts, list)
+    for part in parts:
+        check_types(part, dict[str, Any])
+    group = None if engine.peers is None else engine.peers.group
+    now, rank = (1, 0) if group is None else (group.size, group.rank)
+    if now != max(1, len(parts)) and rank == 0:
+        warn(
+            f"{folder} was saved by {max(1, len(parts))} processes and is loaded by {now}: "
+            "parameters and optimizer are the same, but random states and the position in the "
+            "data are those of processes before, taken in turn, and another number of parts is "
+            "another average"
+        )
+    return {**data, **parts[rank % len(parts)]} if parts else data
 
 
 def _units(
@@ -131,6 +186,7 @@ def load_training(
     stored, weights = read.stored, read.weights
     try:
         data = {n: decode(v, read.state.__getitem__) for n, v in read.values.items()}
+        data = _of_process(data, engine, stored.folder)
         numbers = data["num_steps"], data["seed"]
         check_types(numbers, tuple[int, int])
         choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])

@@ -29,6 +29,7 @@ from harmony.engine.call_key import Call, CallKind
 from harmony.engine.minibatch import detached
 from harmony.engine.options import EngineOptions
 from harmony.engine.paths import Paths, PathsKey, use_last
+from harmony.engine.peers import Peers
 from harmony.engine.planned import Measured, Planned
 from harmony.engine.step_result import RanStep, ReadyStep
 from harmony.engine.variant import Variant
@@ -74,6 +75,7 @@ class DynamicRunner:
         self._captures: dict[CallKind, DynamicTrace] = {}
         self._known: dict[PathsKey, Paths] = {}
         self.size: int | None = None
+        self.peers: Peers | None = None
         self._generation = 0
         self._noticed: set[str] = set()
 
@@ -115,12 +117,14 @@ class DynamicRunner:
             num_samples: of the microbatch, where it is a part of the batch.
         """
         args, kwargs, targets = call
+        first_index = index
         self._options.precision.check(self._net)
         self._variants.activate(None)  # the forward needs the memory
         if self._generation != self._factory.generation:  # the model is another
             self.forget()
             self._generation = self._factory.generation
         # Whatever is captured holds on to `begin`, so that must not hold on to the model.
+        index += 0 if self.peers is None else self.peers.first_microbatch
         seed, context = microbatch_seed(step, index, self._options.seed), self._context
 
         def begin() -> None:
@@ -148,7 +152,7 @@ class DynamicRunner:
         planned = self._plan(variant, size, measured)
         weights, _ = variant.weights(inputs, planned)
         moved, set_up = captured.moved, captured.trace.set_up
-        return ReadyStep(variant, planned, inputs, weights, index, moved, set_up)
+        return ReadyStep(variant, planned, inputs, weights, first_index, moved, set_up)
 
     def train(
         self, call: Call, minibatch: int, step: int, run: Callable[[ReadyStep], RanStep]
@@ -241,6 +245,8 @@ class DynamicRunner:
         """
         optimizer, params = self._optimizer, list(self._net.parameters())
         assert optimizer is not None, "only train_step trains here"
+        if self.peers is not None:
+            self.peers.average_gradients()
         optimizer.measure(params)
         if optimizer.skips:
             return

@@ -32,6 +32,7 @@ from harmony.capture.trace.program import Program
 from harmony.core.units import format_bytes
 from harmony.engine.call_key import Call, CallKind
 from harmony.engine.options import EngineOptions
+from harmony.engine.peers import Peers
 from harmony.engine.variants import VariantCache
 from harmony.errors import DoesNotFitError
 from harmony.runtime.device import DeviceContext
@@ -63,6 +64,7 @@ class EagerRunner:
         self._variants = variants
         self._say = say
         self._outside: dict[CallKind, Outside] = {}
+        self.peers: Peers | None = None
 
     def train(
         self, call: Call, minibatch: int, step: int, captured: Captured | None
@@ -168,6 +170,7 @@ class EagerRunner:
         return found
 
     def _seed(self, step: int, index: int) -> None:
+        index += 0 if self.peers is None else self.peers.first_microbatch
         seed = microbatch_seed(step, index, self._options.seed)
         torch.default_generator.manual_seed(seed)
         seed_python(seed)

@@ -31,6 +31,7 @@ from harmony.engine.generate import generate
 from harmony.engine.grad_alias import AliasedGradients
 from harmony.engine.late import Late
 from harmony.engine.options import EngineOptions
+from harmony.engine.peers import Peers
 from harmony.engine.replan import MOST_SHRINKS, Feedback, shrunk
 from harmony.engine.resumed import BitChoices
 from harmony.engine.step_result import (
@@ -72,6 +73,7 @@ class Engine:
         dynamic, eager: run what no trace stands for.
         feedback: plans again by what steps have taken; None where the plan is to stay.
         aliased: gradients that autograd has been handed; None before the first.
+        peers: the other processes that train this model; None where there are none.
     """
 
     def __init__(
@@ -110,7 +112,12 @@ class Engine:
             self._optimizer,
             self.record,
         )
+        self.peers: Peers | None = None
+        if options.peers is not None:
+            same = {"precision": options.precision.name, "looks": options.detect_nonfinite}
+            self.peers = Peers(options.peers, net, self._optimizer, same)
         self.eager = EagerRunner(net, self._contexts[0], options, self.variants, self.dynamic.say)
+        self.dynamic.peers = self.eager.peers = self.peers
 
     def __del__(self) -> None:
         # A `weakref.finalize` would keep the module, and so whatever the module's code can see.
@@ -175,7 +182,9 @@ class Engine:
             try:
                 return ready, run(ready)
             except (ExecutionError, DoesNotFitError) as error:
-                may = self.feedback is not None and not self.factory.hooked()
+                # Other processes have taken part in what would be repeated.
+                may = self.feedback is not None and self.peers is None
+                may = may and not self.factory.hooked()
                 if attempt == MOST_SHRINKS or not (may and is_undone(error, begun)):
                     raise
                 why = text_of(error.__cause__ or error)
@@ -229,7 +238,8 @@ class Engine:
         try:
             return with_room("measuring the model", self.devices, find)
         except DynamicOnlyError as reason:
-            if kind is CallKind.TRAIN_STEP or reason.eager:
+            together = self.peers is not None and torch.is_grad_enabled()
+            if kind is CallKind.TRAIN_STEP or reason.eager or together:
                 raise
             self.dynamic.notice(reason)
             self.runs_whole(call)
@@ -270,6 +280,8 @@ class Engine:
         """Give back threads, device memory and the arena; the module keeps all values."""
         self.late.flush()
         self.whole.closed = True
+        if self.peers is not None:
+            self.peers.group.close()
         self.aliased = None
         self.verifier = None
         self.dynamic.forget()
@@ -292,6 +304,8 @@ class Engine:
 
     def restored(self, missing: Collection[str] = ()) -> None:
         """Note that a state was loaded, without the tensors named ``missing``."""
+        if self.peers is not None:
+            self.peers.values_were_set()
         if self.whole.restored(missing):
             self.variants.activate(None)  # what stays on devices may be of the step that failed
 
@@ -299,5 +313,11 @@ class Engine:
         """Start the random streams of the step's microbatches, and what its layers change."""
         run_seed = self.options.seed
         return replay_state_of(
-            self.net, ready, self._contexts[0], self.num_steps, run_seed, recomputed
+            self.net,
+            ready,
+            self._contexts[0],
+            self.num_steps,
+            run_seed,
+            recomputed,
+            0 if self.peers is None else self.peers.first_microbatch,
         )

@@ -18,6 +18,7 @@ from harmony.engine.precision import FP32, Precision
 from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
+from harmony.runtime.peers.group import PeerGroup
 from harmony.runtime.step.finite import check_finite
 from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
@@ -46,6 +47,7 @@ class EngineOptions:
     precision: Precision = FP32
     watch: Watch | None = None
     detect_nonfinite: bool = False
+    peers: PeerGroup | None = None
 
     def groups_of(self, net: nn.Module) -> Groups | None:
         """The parameter groups of a module, as it is now."""
@@ -92,6 +94,7 @@ class EngineOptions:
             self.max_grad_norm,
         )
         made.looks_first = self.detect_nonfinite
+        made.is_shared = self.peers is not None
         if self.precision.dtype is torch.float16:
             made.scaling = LossScaling()
         return made

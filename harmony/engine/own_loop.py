@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from harmony.engine.minibatch import (
     load_inputs,
     to_device_of,
 )
+from harmony.engine.peers import BACKWARD, FORWARD
+from harmony.engine.planned import Planned
 from harmony.engine.step_result import ReadyStep
 from harmony.engine.variants import OTHER_WAY
 from harmony.engine.wholeness import alone
-from harmony.errors import NonFiniteError
+from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.tasks import Phase
 from harmony.report.session import StepStats
 from harmony.runtime.exec.executor import Job, PreparedSchedule
@@ -47,9 +50,39 @@ class OwnLoop:
     @alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module forward, ready for a backward."""
-        self._engine.late.flush()
-        args, kwargs = self._engine.options.precision.cast((args, kwargs))
-        return self._or_dynamic(self._forward, args, kwargs)
+        with self._together():
+            self._engine.late.flush()
+            args, kwargs = self._engine.options.precision.cast((args, kwargs))
+            return self._or_dynamic(self._forward, args, kwargs)
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Let the block be what other processes do as well, where there are some."""
+        peers = self._engine.peers
+        return nullcontext() if peers is None else peers.step(self._engine.num_steps)
+
+    def _announce(self, kind: str, number: int, planned: Planned) -> bool:
+        """Agree with other processes, where there are some, that this is run.
+
+        Returns:
+            Whether parameters or buffers have other values now.
+        """
+        peers, parts = self._engine.peers, planned.in_order
+        microbatches = max(map(len, parts.values()), default=1)
+        samples = planned.plan.minibatch
+        return peers is not None and peers.announce(kind, number, samples, microbatches)
+
+    def _refuse_dynamic(self, why: DynamicOnlyError) -> None:
+        """Refuse a forward that is known only as it runs, where other processes wait for it.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        if self._engine.peers is not None:
+            raise ConfigError(
+                f"{why.reason} ({why.where}), so this forward is known only as it runs, which a "
+                "loop of your own cannot do together with other processes (process_group=): use "
+                "train_step, which can. No parameter was changed"
+            )
 
     def _or_dynamic(
         self, run: Callable[[Any, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -61,6 +94,8 @@ class OwnLoop:
                 return run(args, kwargs)
             except (GuardError, DynamicOnlyError) as reason:
                 found = engine.goes_dynamic(CallKind.OWN_LOOP, (args, kwargs, None), reason)
+                if torch.is_grad_enabled():
+                    self._refuse_dynamic(found)
             if found.eager:
                 break
         self.whole.check()
@@ -85,6 +120,8 @@ class OwnLoop:
 
     def _run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep) -> Any:
         engine = self._engine
+        if self._announce(FORWARD, engine.num_steps, ready.planned):
+            ready = engine.ready(CallKind.OWN_LOOP, args, kwargs, None)
         variant, plan = ready.variant, ready.planned.plan
         inputs, weights = ready.inputs, ready.weights
         replay, check = engine.replay_state(ready), variant.self_check(plan)
@@ -123,14 +160,20 @@ class OwnLoop:
         """Run the backward of a forward, from the gradients of its outputs.
 
         Returns:
-            The gradients of its inputs that require one, and of the trained parameters.
+            The gradients of its inputs that require one, and of the trained parameters, averaged
+            over the processes where there are several.
         """
+        with self._together():
+            return self._backward(call, gradients)
+
+    def _backward(self, call: ForwardCall, gradients: Gradients) -> Gradients:
         engine = self._engine
         self.whole.check()
         engine.late.flush()
         engine.variants.check_current(call.variant.host.generation)
         variant, host = call.variant, call.variant.host
         engine.variants.activate(variant)
+        self._announce(BACKWARD, call.step, call.planned)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
         prepared = variant.prepared_backward(call.planned, call.in_flight, frozenset(given))
         call.read_again.check(parameters_read(prepared.schedule, host.weights.layout))
@@ -152,7 +195,10 @@ class OwnLoop:
                 call.step, None, call.planned.plan.minibatch, None, seconds, timeline
             )
             engine.record.stepped(stats)
-        made = engine.aliased.hand_out(frozenset().union(*host.touched.values()))
+        names = frozenset().union(*host.touched.values())
+        if engine.peers is not None:
+            names = engine.peers.average_of(host)
+        made = engine.aliased.hand_out(names)
         if engine.verifier is not None:
             engine.verifier.after_backward(call, given, made)
         return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]

@@ -92,12 +92,14 @@ def replay_state_of(
     step: int,
     run_seed: int,
     recomputed: bool,
+    first: int = 0,
 ) -> ReplayState:
     """Start the random stream of every microbatch of a step, and what layers change.
 
     Args:
         run_seed: the run's seed.
         recomputed: whether a backward will run the layers again.
+        first: number of the first microbatch of this process among those of all.
     """
     captured, planned = ready.variant.captured, ready.planned
     spec = planned.plan.spec
@@ -106,7 +108,7 @@ def replay_state_of(
         return ReplayState(RandomStreams(frozenset()), states)
     random = RandomStreams(planned.random_starts, captured.draws_on_host)
     kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
-    for index, samples in enumerate(planned.in_order[kind], ready.first_index):
+    for index, samples in enumerate(planned.in_order[kind], first + ready.first_index):
         seed = microbatch_seed(step, index, run_seed)
         random.start(samples, 0, context.seeded_state(seed), seed)
     return ReplayState(random, states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from harmony.engine.call_key import Call, CallKind
 from harmony.engine.engine import Engine
 from harmony.engine.hooked import hooked_step
 from harmony.engine.minibatch import load_inputs, weighted_sum
+from harmony.engine.peers import TRAIN_STEP
 from harmony.engine.step_result import RanStep, ReadyStep, StepResult, count_tokens
 from harmony.engine.wholeness import alone
 from harmony.errors import NonFiniteError, text_of
-from harmony.planner.ir.tasks import Phase
+from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.report.session import StepStats
 from harmony.runtime.exec.executor import Job
 from harmony.runtime.step.finite import FirstBad, check_finite
@@ -50,10 +51,12 @@ class TrainSteps:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> StepResult:
         """Run one training step."""
-        self.whole.check()
-        args, kwargs = self._engine.options.precision.cast((args, kwargs))
-        with self._engine.late.step():
-            return self._train_step((args, kwargs, targets))
+        engine, peers = self._engine, self._engine.peers
+        with nullcontext() if peers is None else peers.step(engine.num_steps):
+            self.whole.check()
+            args, kwargs = engine.options.precision.cast((args, kwargs))
+            with engine.late.step():
+                return self._train_step((args, kwargs, targets))
 
     def _train_step(self, call: Call) -> StepResult:
         engine = self._engine
@@ -68,6 +71,7 @@ class TrainSteps:
                 loss, timeline = step.returned, step.timeline
             except (DynamicOnlyError, GuardError) as reason:
                 minibatch = engine.variants.paths(CallKind.TRAIN_STEP, call)[1].num_samples
+                self._announce(minibatch, self._parts(minibatch))
                 loss, timeline = self._train_dynamic(call, minibatch, reason)
                 engine.dynamic.update(begun)
             if engine.scaling is not None:
@@ -103,6 +107,10 @@ class TrainSteps:
 
     def _planned(self, call: Call, begun: list[str], ready: ReadyStep) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""
+        plan = ready.planned.plan
+        parts = len(ready.planned.in_order[TaskKind.BACKWARD])
+        if self._announce(plan.minibatch, parts):
+            ready = self._engine.ready(CallKind.TRAIN_STEP, *call)
         if not self._engine.factory.hooked():
             try:
                 return self.run_step(ready)
@@ -113,18 +121,34 @@ class TrainSteps:
         self._engine.dynamic.update(begun)
         return ran
 
+    def _announce(self, samples: int, microbatches: int) -> bool:
+        """Agree with other processes, where there are some, that the step is run.
+
+        Returns:
+            Whether parameters or buffers have other values now.
+        """
+        peers, number = self._engine.peers, self._engine.num_steps
+        return peers is not None and peers.announce(TRAIN_STEP, number, samples, microbatches)
+
+    def _parts(self, minibatch: int) -> int:
+        """Microbatches of a step that no schedule runs as a whole."""
+        return -(-minibatch // min(self._engine.options.microbatch_size or minibatch, minibatch))
+
     def _blamed(self, ready: ReadyStep, said: str) -> NonFiniteError:
         """Repeat a step that has changed nothing, and say what was not finite first."""
         look = FirstBad(ready.variant.graph)
         with suppress(NonFiniteError):
-            self.run_step(ready, look=look)
+            # With other processes nothing may be updated, as the value may be one of theirs.
+            self.run_step(ready, apply_updates=self._engine.peers is None, look=look)
         engine = self._engine
         before = [n for n, p in engine.net.named_parameters() if not bool(p.isfinite().all())]
         if before:
             said += f"; {before[0]} itself is not finite, before the step"
+        unseen = "it is when the step is repeated"
+        if engine.peers is not None:
+            unseen = "nothing of this process's part is, so it comes from another process"
         return NonFiniteError(
-            f"step {engine.num_steps}: {said}: "
-            f"{look.found() or 'it is when the step is repeated'}. Nothing was updated"
+            f"step {engine.num_steps}: {said}: {look.found() or unseen}. Nothing was updated"
         )
 
     def run_gradients(self, ready: ReadyStep) -> RanStep:
@@ -160,6 +184,8 @@ class TrainSteps:
         chunks = prepared.outputs[loss].chunks()
         job = Job(replay, ready.weights, apply_updates, late, look=look, begun=self.whole.begun)
         job.limit_nbytes = engine.options.device_memory_nbytes
+        if engine.peers is not None and apply_updates:
+            job.exchange = engine.peers.exchange
         scaling = engine.scaling
         if scaling is not None:
             job.loss_scale = scaling.scale()

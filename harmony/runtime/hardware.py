@@ -19,8 +19,16 @@ Devices = int | Sequence[str | torch.device] | None
 DEFAULT_VIRTUAL_MEMORY = "64MiB"
 
 
-def choose_devices(devices: Devices, device_memory: str | int | None) -> list[torch.device]:
+def choose_devices(
+    devices: Devices, device_memory: str | int | None, share: tuple[int, int] = (0, 1)
+) -> list[torch.device]:
     """Return the devices to train on; starts virtual ones on a machine without a GPU.
+
+    Args:
+        devices: how many, of the share, or which.
+        device_memory: bytes of a virtual one.
+        share: number of this process on the server, and how many share its GPUs. Virtual GPUs
+            are each process's own.
 
     What the command line says (`harmony-run --gpus`) comes before what the script says.
 
@@ -39,13 +47,32 @@ def choose_devices(devices: Devices, device_memory: str | int | None) -> list[to
     if not found:
         _start_virtual(wanted or 1, device_memory)
         found = available_devices()
-    found = _with_kernels(found)
+    found = _part_of(_with_kernels(found), share)
     if wanted is not None and wanted > len(found):
         raise ConfigError(
             f"{wanted} devices asked for, but there are {len(found)}: "
             f"{', '.join(map(str, found))}. Ask for {len(found)}, or use harmony-run --virtual"
         )
     return found[:wanted]
+
+
+def _part_of(found: list[torch.device], share: tuple[int, int]) -> list[torch.device]:
+    """The GPUs of one of several processes on a server: as many as the others have, or one more.
+
+    Raises:
+        ConfigError: if there is none for it.
+    """
+    index, count = share
+    if count == 1 or is_virtual(found):
+        return found
+    low, high = (len(found) * i // count for i in (index, index + 1))
+    if len(found) < count:
+        raise ConfigError(
+            f"{count} processes on this server (LOCAL_WORLD_SIZE) and {len(found)} GPUs visible: "
+            f"start at most {len(found)}, as torchrun --nproc-per-node {len(found)}, or name "
+            "this process's own with devices=['cuda:0'] where the launcher hides the others"
+        )
+    return found[low:high]
 
 
 def _named_devices(

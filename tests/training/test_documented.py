@@ -22,7 +22,7 @@ from tests.training.conftest import VirtualGPUs
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:<!-- file: (\S+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-PAGES = ("index", "how-to", "how-to-models", "coming-from", "checkpoints", "precision")
+PAGES = ("index", "how-to", "how-to-models", "coming-from", "checkpoints", "precision", "servers")
 """Pages whose sections run by themselves; `getting-started` is followed from top to bottom, and
 `integrations` is run by tests/integrations."""
 
@@ -158,6 +158,9 @@ def test_what_a_section_says_runs(
 ) -> None:
     vgpus(count=2, memory="16MiB")
     monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # as torchrun does
+        monkeypatch.setenv(name, {"RANK": "0", "WORLD_SIZE": "1"}.get(name, "localhost"))
+    monkeypatch.setenv("MASTER_PORT", "0")
     text = sections(page)[title]
     names = given_names(text, tmp_path)
     code = [said for _, language, said in blocks(text) if language == "python"]

@@ -1,8 +1,9 @@
-"""One of several processes is refused: each would train a model of its own in silence."""
+"""One of several processes needs a group: else each would train a model of its own."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,32 @@ print("trained")
 """
 
 
-def launched(tmp_path: Path, processes: int) -> subprocess.CompletedProcess[str]:
+TOGETHER = """
+import os
+import torch
+import torch.distributed as dist
+import harmony
+
+try:
+    harmony.Harmony(torch.nn.Linear(4, 4))
+except harmony.ConfigError as error:
+    print(error)
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+net = torch.nn.Linear(4, 4)
+options = {"optimizer": torch.optim.SGD, "loss_fn": torch.nn.functional.mse_loss}
+model = harmony.Harmony(net, **options, process_group=dist.group.WORLD)
+model.train_step(torch.randn(2, 4), torch.randn(2, 4))
+print(os.environ["LOCAL_RANK"], "has", net.weight.sum().item())
+model.close()
+"""
+
+
+def launched(
+    tmp_path: Path, processes: int, text: str = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     root = str(Path(__file__).parents[2])
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     line += ["--nproc-per-node", str(processes), str(script)]
@@ -35,10 +59,12 @@ def launched(tmp_path: Path, processes: int) -> subprocess.CompletedProcess[str]
     return subprocess.run(line, capture_output=True, text=True, timeout=200, env=environment)
 
 
-def test_torchrun_with_two_processes_ends_with_one_clear_error(tmp_path: Path) -> None:
-    done = launched(tmp_path, 2)
-    assert done.returncode != 0 and "trained" not in done.stdout
-    assert "of 2 (RANK=" in done.stderr and "Start the script once" in done.stderr
+def test_torchrun_with_two_processes_trains_one_model_if_they_are_told_to(tmp_path: Path) -> None:
+    done = launched(tmp_path, 2, TOGETHER)
+    assert done.returncode == 0, done.stderr
+    assert "is process 1 of 2 (RANK=" in done.stdout and "start the script once" in done.stdout
+    found = dict(re.findall(r"(\d) has (\S+)", done.stdout))
+    assert found["0"] == found["1"]
 
 
 def test_torchrun_with_one_process_trains(tmp_path: Path) -> None:
@@ -64,7 +90,7 @@ def test_a_group_that_is_made_later_is_seen_before_the_next_step(
         model.train_step(inputs, inputs)
     with pytest.raises(harmony.ConfigError, match="devices= says which GPUs"):
         model(inputs).sum().backward()
-    with pytest.raises(harmony.ConfigError, match="Start the script once"):
+    with pytest.raises(harmony.ConfigError, match="start the script once"):
         harmony.Harmony(nn.Linear(4, 4))
     assert torch.equal(net.weight, before)
     with torch.no_grad():

@@ -39,6 +39,7 @@ from harmony.runtime.host.late_updates import LateUpdates
 from harmony.runtime.host.limits import give_back_freed
 from harmony.runtime.host.pinned_memory import Place, Stash
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.peers.exchange import Exchange
 from harmony.runtime.step.finite import FirstBad
 from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
@@ -89,6 +90,7 @@ class Job:
         begun: the updates that the run has begun; from the first one on, parameters are of two
             steps until the run is over.
         loss_scale: what the loss is multiplied by for the backward.
+        exchange: of the gradients with other processes, before the updates.
         limit_nbytes: of each device's memory, to be held in the first two runs of a schedule.
     """
 
@@ -102,6 +104,7 @@ class Job:
     ahead_nbytes: Sequence[int] = ()
     begun: list[str] = field(default_factory=list)
     loss_scale: float = 1.0
+    exchange: Exchange | None = None
     limit_nbytes: int | None = None
 
 
@@ -305,6 +308,7 @@ class Executor:
             approved=partial(bound.approve, compact=first_time) if bound else lambda: None,
             updated=job.begun,
             loss_scale=job.loss_scale,
+            exchange=job.exchange,
         )
         if job.ahead_nbytes:
             pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)

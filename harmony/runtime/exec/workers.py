@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from harmony.runtime.exec.signals import stop_all
 
-Job = tuple[Callable[[], None], Callable[[], None]]
+Job = tuple[Callable[[], object], Callable[[], None]]
 """What to run, and what to call when nothing of it is left."""
 
 _LOOK_UP_S = 0.1
@@ -26,7 +26,12 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """A daemon thread that runs one job at a time."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, awaited: bool = True) -> None:
+        """Start the thread.
+
+        Args:
+            awaited: whether the end of the program waits for its job.
+        """
         if not _workers:
             # Each time, to come before what was registered first: the end of the virtual GPUs.
             atexit.unregister(_rest)
@@ -35,9 +40,10 @@ class Worker:
         self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, self._jobs.put, None)
-        _workers.add(self)
+        if awaited:
+            _workers.add(self)
 
-    def submit(self, job: Callable[[], None], done: Callable[[], None]) -> None:
+    def submit(self, job: Callable[[], object], done: Callable[[], None]) -> None:
         """Run ``job`` on the thread, which must not raise; then let go of it and call ``done``."""
         self._jobs.put((job, done))
 

@@ -12,6 +12,7 @@ from harmony.planner.ir.schedule import HOST, HOST_STREAM, Instruction, Op
 from harmony.planner.ir.tasks import Task, TaskKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.host.host_state import HostState
+from harmony.runtime.peers.exchange import Exchange
 from harmony.runtime.step.step import Step
 from harmony.runtime.unsaved import about_to_change
 
@@ -47,7 +48,7 @@ class HostProgram:
             step.signals.check()
             if prepared.is_update and holds:
                 if step.apply_updates:
-                    self._hold(prepared)
+                    self._hold(prepared, step.exchange)
                     held.append(prepared)
                 continue
             if prepared.is_late and not prepared.is_left_to(step):
@@ -69,14 +70,15 @@ class HostProgram:
         step.approved()
         step.signals.issue(step.approval)
         optimizer = self._host.optimizer
-        if not held or optimizer is None or (step.waits and optimizer.skips):
+        if optimizer is None or (step.waits and optimizer.skips):
             return
-        if optimizer.together is not None:
+        if held and optimizer.together is not None:
             self._update_all(step)
             return
         for prepared in held:
             assert prepared.task is not None, "it updates"
             self._timed(prepared, prepared.task, step)
+        self._update_unused(step)
 
     def _timed(self, prepared: _Prepared, task: Task, step: Step) -> None:
         label, host = prepared.label, self._host
@@ -97,12 +99,39 @@ class HostProgram:
         """Give all parameters their gradients, which are complete; measure them where asked to."""
         optimizer = self._host.optimizer
         assert optimizer is not None, "a step without an optimizer has no updates"
+        if step.exchange is not None:
+            step.running[self.name] = "the average of the gradients over processes"
+            self._average(step, step.exchange)
         self._host.publish_all()
         step.running[self.name] = "the look at the gradients"
         step.approve()
+        if step.exchange is not None:
+            step.running[self.name] = "the agreement of all processes"
+            step.exchange.agree()
         if optimizer.max_norm is not None or optimizer.scaling is not None:
             step.running[self.name] = "the clipping of the gradients"
             self._host.measure()
+
+    def _average(self, step: Step, exchange: Exchange) -> None:
+        """Wait until the gradients are those of all processes."""
+        host = self._host
+        host.settle_all()
+        exchange.arrived(host.gradients_of(host.gradients.layout.places))
+        host.averaged(exchange.average(step.signals.check))
+
+    def _update_unused(self, step: Step) -> None:
+        """Update what other processes have gradients of, and no layer of this forward uses."""
+        if step.exchange is None or not step.apply_updates:
+            return
+        host = self._host
+        mine = {n for p in self._prepared if p.is_update or p.is_late for n in p.names}
+        names = [n for n in host.gradients.layout.places if n not in mine and host.has_gradient(n)]
+        if not names:
+            return
+        about_to_change((host.params[name] for name in names), step.signals.check)
+        step.running[self.name] = "the update of parameters that other processes use"
+        step.updated.append("parameters that other processes use")
+        host.update_unused(names)
 
     def _update_all(self, step: Step) -> None:
         """Update all parameters at once, as a loop of one's own does."""
@@ -128,11 +157,18 @@ class HostProgram:
         if awaited is not None:
             awaited.synchronize()
 
-    def _hold(self, update: _Prepared) -> None:
+    def _hold(self, update: _Prepared, exchange: Exchange | None) -> None:
         """Do of an update what need not wait for the others' gradients."""
         assert update.task is not None, "it updates"
         self._settle(update)
-        self._host.take_norms(update.task.pack, update.names)
+        self._take_norms(update, update.task, exchange)
+
+    def _take_norms(self, prepared: _Prepared, task: Task, exchange: Exchange | None) -> None:
+        """Take the norms of a pack's gradients; those of other processes are added first."""
+        if exchange is None:
+            self._host.take_norms(task.pack, prepared.names)
+        else:
+            exchange.arrived(self._host.gradients_of(prepared.names))
 
     def _settle(self, prepared: _Prepared) -> None:
         for ref in prepared.first_parts:
@@ -149,7 +185,7 @@ class HostProgram:
             assert task.addend is not None
             self._host.accumulate(task.addend)
         elif task.kind is TaskKind.NORMS:
-            self._host.take_norms(task.pack, prepared.names)
+            self._take_norms(prepared, task, step.exchange)
         else:
             self._host.update(task.pack, prepared.names)
 

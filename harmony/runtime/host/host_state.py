@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from harmony.planner.ir.tasks import Pack, TensorKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.host.arena import ArenaView, Piece
 from harmony.runtime.host.pinned_memory import HostBuffer, view_bytes
+from harmony.runtime.peers.exchange import Arrived
 from harmony.runtime.update.clipping import norm_of
 from harmony.runtime.update.optimizer import Options, PackOptimizer
 
@@ -144,10 +145,23 @@ class HostState:
 
     def publish_all(self) -> None:
         """Give every parameter its gradient, where the user's own loop updates."""
+        self.settle_all()
+        self.publish(self.gradients.layout.places)
+
+    def gradients_of(self, names: Iterable[str]) -> dict[str, Arrived]:
+        """Return the complete gradients of parameters, for the average over processes."""
+        views = self.gradients.views
+        return {n: Arrived(views[n], self._complete.get(n, False)) for n in names}
+
+    def settle_all(self) -> None:
+        """Settle all gradients that have arrived, of which nothing more comes."""
         for ref in list(self.touched):
             if ref.part == 0:
                 self.settle(ref)
-        self.publish(self.gradients.layout.places)
+
+    def averaged(self, names: Collection[str]) -> None:
+        """Note which parameters have a gradient in any process: the average lies in its place."""
+        self._complete = {name: name in names for name in self.gradients.layout.places}
 
     def updated_by(self, pack: Pack) -> list[str]:
         """Names of the parameters that U[a:b] updates: the pack's, and shared ones it begins."""
@@ -199,9 +213,17 @@ class HostState:
         params = (self.params[name] for name in names)
         self._update(pack, names, [param for param in params if param.grad is not None], options)
 
+    def has_gradient(self, name: str) -> bool:
+        """Whether a parameter has a complete gradient."""
+        return self._complete.get(name, False)
+
+    def update_unused(self, names: Sequence[str]) -> None:
+        """Update parameters that are in no pack of this step."""
+        self._update("[unused]", names, self.publish(names))
+
     def _update(
         self,
-        pack: Pack,
+        pack: Pack | str,
         names: Sequence[str],
         params: list[nn.Parameter],
         options: Options | None = None,

@@ -11,6 +11,7 @@ from harmony.planner.ir.tasks import Samples, TensorKind
 from harmony.runtime.exec.signals import Signals
 from harmony.runtime.host.late_updates import LateUpdates
 from harmony.runtime.host.pinned_memory import Stash
+from harmony.runtime.peers.exchange import Exchange
 from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.self_check import SelfCheck
 
@@ -39,6 +40,7 @@ class Step:
         approve: is called once all gradients are there, before they are clipped, where the
             optimizer waits for them; may raise.
         loss_scale: what the loss is multiplied by for the backward.
+        exchange: of the gradients with other processes; None where there are none.
         check: takes the figures of what is made twice, in the first run of a schedule.
         approved: is called before the first update where they were held back.
         started_s: host clock when the step began; spans count from it.
@@ -60,6 +62,7 @@ class Step:
     apply_updates: bool = True
     approve: Callable[[], None] = lambda: None
     loss_scale: float = 1.0
+    exchange: Exchange | None = None
     check: SelfCheck | None = None
     approved: Callable[[], None] = lambda: None
     started_s: float = field(default_factory=time.perf_counter)

@@ -112,6 +112,7 @@ class PackOptimizer:
         last_norm: their norm before it was clipped, of the last step.
         looks_first: whether all gradients are to be looked at before any update.
         scaling: of the loss; None where it is not scaled.
+        is_shared: whether other processes take the same step, for which all gradients wait.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class PackOptimizer:
         self.max_norm = max_norm
         self.last_norm: torch.Tensor | None = None
         self.looks_first = False
+        self.is_shared = False
         self.scaling: LossScaling | None = None
         self._is_final = False
         self._factory, self._options = factory, options
@@ -219,6 +221,8 @@ class PackOptimizer:
             return f"max_grad_norm={self.max_norm}"
         if self.scaling is not None:
             return "a scaled loss"
+        if self.is_shared:
+            return "a process_group, whose processes take each step together or not at all"
         return "detect_nonfinite=True" if self.looks_first else self.together
 
     @property
