@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.runtime import native
 from tests.devices import on_real_gpus
 from tests.training.models import square_loss
 
@@ -39,6 +40,35 @@ def test_what_stays_on_a_gpu_is_cut_from_one_segment(updates: str) -> None:
         (segment,) = large_segments(0)
         assert segment["allocated_size"] >= 8 * 512 * 640 * 4
         assert segment["total_size"] <= 1.25 * segment["allocated_size"]
+
+
+def test_none_is_taken_where_much_is_reserved_that_cannot_be_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+    take = native.take_segment
+
+    def noted(device: torch.device, nbytes: int) -> None:
+        taken.append(nbytes)
+        take(device, nbytes)
+
+    monkeypatch.setattr(native, "take_segment", noted)
+    for expected in (1, 0):
+        torch.cuda.empty_cache()
+        taken.clear()
+        whole = torch.empty(0 if expected else 60 * 2**20, dtype=torch.uint8, device="cuda:0")
+        del whole
+        kept = torch.empty(0 if expected else 2 * 2**20, dtype=torch.uint8, device="cuda:0")
+        with harmony.Harmony(
+            nn.Sequential(nn.Linear(512, 640), nn.Linear(640, 512)),
+            optimizer=torch.optim.SGD,
+            loss_fn=square_loss,
+            devices=1,
+            updates="host",
+        ) as model:
+            model.train_step(torch.randn(8, 512), torch.randn(8, 512))
+        assert len(taken) == expected
+        del kept
 
 
 class Masks(nn.Module):

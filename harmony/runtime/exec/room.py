@@ -24,6 +24,9 @@ LARGE_NBYTES = 2**20
 OWN_NBYTES = 10 * 2**20
 """Tensors from so many bytes on get a segment of their own size (`kMinLargeAlloc` there)."""
 
+MOST_LEFT_NBYTES = 32 * 2**20
+"""What may be left of a few segments on other streams, and is no reason."""
+
 _BLOCK = 512
 
 
@@ -31,7 +34,8 @@ def gather(schedule: Schedule, index: int, host: HostState, device: torch.device
     """Take a segment for what a device of a schedule keeps, in the current stream's pool.
 
     Nothing is left allocated: the allocator keeps the segment until somebody empties its cache,
-    and the tensors that follow are parts of it.
+    and the tensors that follow are parts of it. None is taken where much is reserved already that
+    an emptied cache did not give back, as something lies in it: it would be reserved twice.
     """
     if native.is_virtual(device):  # its memory is counted by the byte
         return
@@ -39,7 +43,7 @@ def gather(schedule: Schedule, index: int, host: HostState, device: torch.device
     sizes = list(_lasting(spec, host))
     sizes.append(max(_passing(schedule, index, host), default=0))
     nbytes = sum(_in_blocks(size) for size in sizes if size > LARGE_NBYTES)
-    if nbytes:
+    if nbytes and native.cached_nbytes(device) <= max(nbytes // 2, MOST_LEFT_NBYTES):
         native.take_segment(device, max(nbytes, OWN_NBYTES))
 
 
