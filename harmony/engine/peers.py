@@ -26,6 +26,7 @@ from harmony.runtime.peers.chunks import Chunk, cut
 from harmony.runtime.peers.exchange import Arrived, Exchange
 from harmony.runtime.peers.group import PeerGroup
 from harmony.runtime.peers.same_values import digests_of, take_from_first
+from harmony.runtime.unsaved import about_to_change
 from harmony.runtime.update.optimizer import PackOptimizer
 
 HEADER_NBYTES = 2048
@@ -75,16 +76,19 @@ class Peers:
         net: nn.Module,
         optimizer: PackOptimizer | None,
         facts: Mapping[str, Any],
+        flush: Callable[[], object],
     ) -> None:
         """Train with the processes of a group.
 
         Args:
+            flush: makes the updates that the last step has left.
             facts: what else has to be the same in all processes.
         """
         self.group = group
         self.exchange: Exchange | None = None
         self.first_microbatch = 0
         self._net, self._optimizer, self._facts = net, optimizer, dict(facts)
+        self._flush = flush
         self._announced, self._kind = False, ""
         self._agreement: Agreement | None = None
         self._is_open = True  # whether somebody may have given parameters other values
@@ -109,7 +113,8 @@ class Peers:
             self._tell(number, error)
             raise
         finally:
-            self.exchange = None
+            exchange, self.exchange = self.exchange, None
+        assert exchange is None or exchange.is_agreed, "all gradients have been averaged"
 
     @contextmanager
     def all_of(self, kind: str, number: Callable[[], int]) -> Iterator[None]:
@@ -132,15 +137,15 @@ class Peers:
             raise
         self._announced = True
         nothing = {"samples": 0, "microbatches": 0, "error": ""}
-        self.group.run(partial(self._agree, self._header(kind, number(), nothing)))
+        self._agree_on(self._header(kind, number(), nothing))
 
     def largest_of(self, numbers: Sequence[int], step: int) -> list[int]:
         """Return the largest of each of these numbers in any process; all have to come."""
         more = {"samples": 0, "microbatches": 0, "error": "", "numbers": list(numbers)}
         row = self._header("largest_of", step, more)
         self.group.check()
-        said = self.group.run(lambda: (self._agree(row), self._said)[1])
-        return [max(found) for found in zip(*(s["numbers"] for s in said), strict=True)]
+        self._agree_on(row)
+        return [max(found) for found in zip(*(s["numbers"] for s in self._said), strict=True)]
 
     def bytes_of_all(self, data: bytes) -> list[bytes]:
         """Return what each process has given, in the order of the ranks; all have to come."""
@@ -186,7 +191,7 @@ class Peers:
         row = self._header(
             kind, number, {"samples": samples, "microbatches": microbatches, "error": ""}
         )
-        agreement = self.group.run(partial(self._agree, row))
+        agreement = self._agree_on(row)
         self.first_microbatch = agreement.first
         self._look_at(agreement.samples)
         if kind != FORWARD:
@@ -262,6 +267,8 @@ class Peers:
 
     def _answer(self, why: str) -> None:
         """Fail in a step that was agreed on after all, though this process waits no more."""
+        if self._agreement is None and self._said:
+            self._finish()
         if self._agreement is not None:
             self._new_exchange().fail(why, wait=False)
 
@@ -280,7 +287,7 @@ class Peers:
             **self._facts,
             "kind": kind,
             "step": number,
-            "model": _hash(_form_of(self._net)),
+            "model": self._form(),
             "optimizer": _hash(_options_of(self._optimizer)),
             "open": self._is_open,
             "buffers": bool(self._changed_buffers()),
@@ -290,13 +297,27 @@ class Peers:
             said["error"] = said["error"][: len(said["error"]) // 2]
         return torch.tensor([*data.ljust(HEADER_NBYTES)], dtype=torch.uint8)
 
+    def _form(self) -> str:
+        """What the model is like; updates that are left need not be made for that."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _hash(_form_of(self._net))
+
     def _changed_buffers(self) -> list[str]:
         """Buffers that were written to since all processes had the same."""
         now = {name: (id(b), version_of(b)) for name, b in self._net.named_buffers()}
         return [name for name, mark in now.items() if self._marks.get(name) != mark]
 
-    def _agree(self, row: torch.Tensor) -> Agreement:
-        """On the thread of the group: compare what all processes say, and make values the same."""
+    def _agree_on(self, row: torch.Tensor) -> Agreement:
+        """Compare what all processes say, and make values the same where somebody set some."""
+        found = self.group.run(partial(self._agree, row))
+        if found is None:  # a thread that reads parameters would wait for this one's updates
+            self._flush()
+            found = self.group.run(self._finish)
+        return found
+
+    def _agree(self, row: torch.Tensor) -> Agreement | None:
+        """On the thread of the group: compare what all processes say; None if values, too."""
+        self._said = []
         rows = self.group.gather(row)
         said = [json.loads(bytes(theirs.tolist())) for theirs in rows]
         for rank, theirs in enumerate(said):
@@ -307,7 +328,11 @@ class Peers:
                 )
         self._compare(said)
         self._said = said
-        changed = False
+        return None if any(theirs["open"] for theirs in said) else self._finish()
+
+    def _finish(self) -> Agreement:
+        """On the thread of the group: make values the same, as far as that is needed."""
+        said, changed = self._said, False
         if any(theirs["open"] for theirs in said):
             changed = self._make_same()
         elif any(theirs["buffers"] for theirs in said):
@@ -356,9 +381,9 @@ class Peers:
                 )
         values = rows[:, 8:].contiguous().view(torch.int64)
         different = (values != values[0]).any(0).tolist()
-        take_from_first(
-            self.group, [t for t, d in zip(tensors.values(), different, strict=True) if d]
-        )
+        taken = [t for t, d in zip(tensors.values(), different, strict=True) if d]
+        about_to_change(t for t in taken if isinstance(t, nn.Parameter))
+        take_from_first(self.group, taken)
         return any(different)
 
     def _share_buffers(self) -> bool:

@@ -130,6 +130,7 @@ def low_precision(rank: int, size: int) -> Any:
     model = model_of(net, precision="bf16", max_grad_norm=0.5, overlap_updates=True)
     for parts in batches_for(size, 3):
         model.train_step(*parts[rank])
+    assert model._engine.late.num_steps == 2, "updates run into the next step"
     model.synchronize()
     return params_of(net)
 
