@@ -109,10 +109,10 @@ FAULTS += ("takes memory",)
 DISK = {
     "make a file": "os:open",
     "make a folder": "os:mkdir",
-    "write": "harmony.checkpoint.store:_write_all",
+    "write": "harmony.checkpoint.writing:_write_all",
     "sync": "os:fsync",
     "rename": "os:rename",
-    "change names": "harmony.checkpoint.store:_exchange",
+    "change names": "harmony.checkpoint.writing:_exchange",
 }
 ERRORS = ("ENOSPC", "EIO")
 LIMITS = {"size of files": resource.RLIMIT_FSIZE, "open files": resource.RLIMIT_NOFILE}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from harmony.checkpoint.attributes import Attributes
 from harmony.checkpoint.run import Run
 from harmony.checkpoint.saving import Saving
-from harmony.checkpoint.store import said_by_name, step_name
+from harmony.checkpoint.store import step_name
 from harmony.checkpoint.training import Restored, load_training, own_part, part_of, snapshot
+from harmony.checkpoint.writing import said_by_name
 
 __all__ = [
     "Attributes",

@@ -13,9 +13,11 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 
 from harmony.checkpoint.companions import is_companion
+from harmony.checkpoint.random_states import RandomStates
 from harmony.checkpoint.saving import Saving
-from harmony.checkpoint.store import check_writable, found_in, step_of
-from harmony.checkpoint.training import RandomStates, Restored
+from harmony.checkpoint.store import found_in, step_of
+from harmony.checkpoint.training import Restored
+from harmony.checkpoint.writing import check_writable
 from harmony.core.files import DAMAGED, check_types
 from harmony.core.options import Every, current_options
 from harmony.core.warn import warn

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from harmony.checkpoint.store import TensorFiles, keep_last, writing
+from harmony.checkpoint.store import keep_last
+from harmony.checkpoint.writing import TensorFiles, writing
 from harmony.core.warn import warn
 from harmony.errors import NotSavedError, text_of
 from harmony.report import session

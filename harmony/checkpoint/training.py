@@ -16,7 +16,9 @@ from torch import nn
 from harmony.capture.state.random_state import GeneratorStates
 from harmony.checkpoint.attributes import Attributes, set_attributes
 from harmony.checkpoint.companions import files_beside, is_companion
+from harmony.checkpoint.module_tensors import buffers_besides, set_buffers, targets_in, weights_of
 from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
+from harmony.checkpoint.random_states import RandomStates
 from harmony.checkpoint.saving import STATE, VALUES, WEIGHTS, Snapshot
 from harmony.checkpoint.store import Stored, found_in, places_of, read_manifest
 from harmony.checkpoint.tree import decode, encode
@@ -33,7 +35,6 @@ from harmony.runtime.host.pinned_memory import new_tensor
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import Key, Unit, Unsaved
 from harmony.weights.checkpoint_files import StoredTensor
-from harmony.weights.meta_init import make_room
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def snapshot(
     """
     beside = files_beside(engine.net, objects)
     objects = _with_state(objects)
-    weights, shared, others = _weights(engine.net)
+    weights, shared, others = weights_of(engine.net)
     choices = engine.bit_choices()
     changed, generators = attributes.changed()
     random = RandomStates.now()
@@ -83,7 +84,7 @@ def snapshot(
         "attributes": changed,
         "generators": generators,
         "trained": {name: p.requires_grad for name, p in engine.net.named_parameters()},
-        "buffers": _other_buffers(engine.net),
+        "buffers": buffers_besides(engine.net),
         "gradients": _gradients(engine),
         "num_steps": engine.num_steps,
         "seed": engine.options.seed,
@@ -200,7 +201,7 @@ def load_training(
     except DAMAGED as error:
         raise ConfigError(f"{stored.folder / VALUES}: it cannot be read ({error!r})") from None
     _check_objects(stored, objects, saved)
-    targets = _targets(engine.net, stored, weights, shared)
+    targets = targets_in(engine.net, stored, weights, shared)
     check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
     for name, held in objects.items():
         if is_of(held, engine.net):
@@ -213,7 +214,7 @@ def load_training(
         if data["module"]:
             engine.net.load_state_dict(data["module"], strict=False)
         set_attributes(engine.net, data["attributes"], data["generators"])
-        _set_buffers(engine.net, data["buffers"])
+        set_buffers(engine.net, data["buffers"])
         for name, param in engine.net.named_parameters():
             param.requires_grad_(data["trained"][name])
         load_state(engine.optimizer, engine.net, optimizer)
@@ -342,66 +343,6 @@ def _set_weights(read: _Read, targets: Mapping[str, torch.Tensor]) -> None:
             targets[name].copy_(read.held.pop(name))
 
 
-# The module
-
-
-def _weights(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]:
-    """Tensors of the state dict by name, each once; other names of the same; what is no tensor."""
-    found: dict[str, torch.Tensor] = {}
-    shared: dict[str, str] = {}
-    others: dict[str, Any] = {}
-    first: dict[int, str] = {}
-    for name, value in net.state_dict(keep_vars=True).items():
-        if not isinstance(value, torch.Tensor):
-            others[name] = value
-        elif id(value) in first:
-            shared[name] = first[id(value)]
-        else:
-            first[id(value)] = name
-            found[name] = value
-    return found, shared, others
-
-
-def _targets(
-    net: nn.Module, stored: Stored, weights: Mapping[str, StoredTensor], shared: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    """Which tensor each stored one goes to.
-
-    Raises:
-        ConfigError: naming what does not fit.
-    """
-    mine, mine_shared, _ = _weights(net)
-    if mine.keys() != weights.keys() or mine_shared != shared:
-        ours, theirs = mine.keys() | mine_shared.keys(), weights.keys() | shared.keys()
-        differ = sorted(ours ^ theirs) or sorted({*mine_shared} ^ {*shared})
-        raise ConfigError(
-            f"{stored.folder} is of another model: {len(differ)} names are in one of them only, "
-            f"or shared in one of them only, {', '.join(differ[:4])} for instance"
-        )
-    for name, tensor in mine.items():
-        known = weights[name]
-        if (tuple(tensor.shape), tensor.dtype) != (known.shape, known.dtype):
-            raise ConfigError(
-                f"{stored.folder} is of another model: {name} is {known.dtype} {known.shape} "
-                f"there, {tensor.dtype} {tuple(tensor.shape)} here"
-            )
-    if any(tensor.is_meta for tensor in mine.values()):
-        make_room(net, _placeholders(mine))
-        mine, _, _ = _weights(net)
-    return mine
-
-
-def _placeholders(mine: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the right shapes without memory, for those on the meta device."""
-    return {n: torch.zeros(()).expand(t.shape) for n, t in mine.items() if t.is_meta}
-
-
-def _other_buffers(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that are in no state dict: a forward may change them all the same."""
-    known = net.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in net.named_buffers() if name not in known}
-
-
 def _gradients(engine: Engine) -> dict[str, torch.Tensor]:
     """Gradients that a loop of the caller's own may still add to, or step by.
 
@@ -410,18 +351,6 @@ def _gradients(engine: Engine) -> dict[str, torch.Tensor]:
     if engine.optimizer is not None:
         return {}
     return {n: p.grad for n, p in engine.net.named_parameters() if p.grad is not None}
-
-
-def _set_buffers(net: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    modules = dict(net.named_modules())
-    for path, value in buffers.items():
-        owner, _, name = path.rpartition(".")
-        held = modules[owner]._buffers.get(name)
-        if held is not None and held.shape == value.shape and held.dtype == value.dtype:
-            with torch.no_grad():
-                held.copy_(value)
-        else:
-            modules[owner].register_buffer(name, value, persistent=False)
 
 
 # Whatever else has a state
@@ -461,38 +390,3 @@ def _check_objects(stored: Stored, objects: Mapping[str, Any], saved: Any) -> No
     for name, held in objects.items():
         if not callable(getattr(held, "load_state_dict", None)):
             raise ConfigError(f"{name}={type(held).__name__}: it has no load_state_dict()")
-
-
-@dataclass(frozen=True)
-class RandomStates:
-    """States of all random generators that are not somebody's own.
-
-    Attributes:
-        host: torch's on the CPU, Python's, NumPy's.
-        devices: of real GPUs.
-    """
-
-    host: GeneratorStates
-    devices: list[torch.Tensor]
-
-    @staticmethod
-    def now() -> RandomStates:
-        """Read the states."""
-        made = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return RandomStates(GeneratorStates.now(), torch.cuda.get_rng_state_all() if made else [])
-
-    def restore(self) -> None:
-        """Set the states."""
-        self.host.restore()
-        if torch.cuda.is_available() and len(self.devices) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(self.devices)
-
-    @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Set the states while the block runs."""
-        before = RandomStates.now()
-        self.restore()
-        try:
-            yield
-        finally:
-            before.restore()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.checkpoint import store
+from harmony.checkpoint import writing
 from harmony.runtime.unsaved import Unsaved
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, square_loss, token_batch, token_loss, vector_batch
@@ -30,7 +30,7 @@ class Gate:
         self.open = threading.Event()
         self.copied_nbytes: list[int] = []
         self.waits = 0
-        write, copied, wait = store._write_all, Unsaved._copy, Unsaved._wait
+        write, copied, wait = writing._write_all, Unsaved._copy, Unsaved._wait
 
         def written(*args: Any) -> None:
             if threading.current_thread().name == "harmony-save" and self.is_closed:
@@ -48,18 +48,18 @@ class Gate:
             wait(unsaved, unit, check)
 
         self.is_closed = False
-        monkeypatch.setattr(store, "_write_all", written)
+        monkeypatch.setattr(writing, "_write_all", written)
         monkeypatch.setattr(Unsaved, "_copy", copying)
         monkeypatch.setattr(Unsaved, "_wait", waiting)
         begin = Unsaved.begin
         monkeypatch.setattr(Unsaved, "begin", lambda unsaved: (self.close(), begin(unsaved)))
-        end = store.Writer.json
+        end = writing.Writer.json
 
-        def beside(writer: store.Writer, name: str, data: object) -> None:
+        def beside(writer: writing.Writer, name: str, data: object) -> None:
             end(writer, name, data)
             self.is_closed = name == "state.json"  # from here on there are parameters alone
 
-        monkeypatch.setattr(store.Writer, "json", beside)
+        monkeypatch.setattr(writing.Writer, "json", beside)
 
     def close(self) -> None:
         self.open.clear()
@@ -216,7 +216,7 @@ def test_a_disk_that_fails_is_said_and_leaves_what_was_there(
     model.train_step(*batch(0))
     model.save_checkpoint(tmp_path)
     before, expected = files(tmp_path), [p.clone() for p in model.parameters()]
-    write = store._write_all
+    write = writing._write_all
     for after in range(0, 30, 3):
         left = [after]
 
@@ -226,7 +226,7 @@ def test_a_disk_that_fails_is_said_and_leaves_what_was_there(
                 raise OSError(number, os.strerror(number))
             write(*args)
 
-        monkeypatch.setattr(store, "_write_all", written)
+        monkeypatch.setattr(writing, "_write_all", written)
         model.save_checkpoint(tmp_path, async_save=True, extra=after)
         saving = model.saving
         assert saving is not None
@@ -239,7 +239,7 @@ def test_a_disk_that_fails_is_said_and_leaves_what_was_there(
             model.finish_saving()
         model.finish_saving()  # it is said once
         assert files(tmp_path) == before
-        monkeypatch.setattr(store, "_write_all", write)
+        monkeypatch.setattr(writing, "_write_all", write)
         assert model.load_checkpoint(tmp_path).step == 1
     assert after > 9
     assert all(map(torch.equal, expected, model.parameters()))
@@ -251,7 +251,7 @@ def test_what_is_interrupted_before_all_is_safe_is_no_checkpoint(
     """Not if the script may change, from then on, what nobody would hear of."""
     model = small()
     model.train_step(*batch(0))
-    write, interrupted = store._write_all, threading.Event()
+    write, interrupted = writing._write_all, threading.Event()
 
     def written(*args: Any) -> None:
         if not interrupted.is_set():
@@ -259,7 +259,7 @@ def test_what_is_interrupted_before_all_is_safe_is_no_checkpoint(
             assert interrupted.wait(PATIENCE_S)
         write(*args)
 
-    monkeypatch.setattr(store, "_write_all", written)
+    monkeypatch.setattr(writing, "_write_all", written)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -317,14 +317,14 @@ def test_a_run_tries_again_after_a_checkpoint_that_failed_meanwhile(
     vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that fails last is written again at the end, or the end is an error."""
-    write, full = store._write_all, [True]
+    write, full = writing._write_all, [True]
 
     def written(*args: Any) -> None:
         if full:
             raise OSError(errno.ENOSPC, "the disk is full")
         write(*args)
 
-    monkeypatch.setattr(store, "_write_all", written)
+    monkeypatch.setattr(writing, "_write_all", written)
     model = small()
     with (
         pytest.warns(harmony.HarmonyWarning, match=r"of step 1 .*full"),

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 
 import harmony
-from harmony.checkpoint import store, training
+from harmony.checkpoint import store, training, writing
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import parse_json
 from harmony.engine.resumed import _joined
@@ -415,7 +415,7 @@ def test_a_disk_that_fails_leaves_what_was_there(
     two_saved: tuple[harmony.Harmony, Path], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     model, root = two_saved
-    write, sync, calls = store._write_all, store.os.fsync, 0
+    write, sync, calls = writing._write_all, writing.os.fsync, 0
 
     def failing(after: int) -> None:
         nonlocal calls
@@ -435,8 +435,8 @@ def test_a_disk_that_fails_leaves_what_was_there(
             count()
             sync(*args)
 
-        monkeypatch.setattr(store, "_write_all", written)
-        monkeypatch.setattr(store.os, "fsync", synced)
+        monkeypatch.setattr(writing, "_write_all", written)
+        monkeypatch.setattr(writing.os, "fsync", synced)
 
     failing(0)
     model.save_checkpoint(root, extra="whole")
@@ -460,8 +460,8 @@ def test_a_second_checkpoint_of_a_step_takes_the_place_of_the_first_or_leaves_it
     model, root = two_saved
     model.save_checkpoint(root, extra="first")
     kept = sorted(path.name for path in root.iterdir())
-    changes, left = {"rename": store.os.rename, "fsync": store.os.fsync}, 0
-    exchange = store._exchange
+    changes, left = {"rename": writing.os.rename, "fsync": writing.os.fsync}, 0
+    exchange = writing._exchange
 
     def exchanged(one: Path, other: Path) -> None:
         if not can_exchange:
@@ -482,9 +482,9 @@ def test_a_second_checkpoint_of_a_step_takes_the_place_of_the_first_or_leaves_it
 
         return call
 
-    monkeypatch.setattr(store, "_exchange", exchanged)
+    monkeypatch.setattr(writing, "_exchange", exchanged)
     for name in changes:
-        monkeypatch.setattr(store.os, name, counted(name))
+        monkeypatch.setattr(writing.os, name, counted(name))
     failed = 0
     for call in range(1, 100):
         left = call

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset
 
 import harmony
-from harmony.checkpoint import store
+from harmony.checkpoint import writing
 from harmony.core.options import Every, Options
 from harmony.errors import ConfigError, HarmonyError
 from harmony.report import session
@@ -668,14 +668,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A disk that takes nothing while this holds an error number."""
-    write, numbers = store._write_all, []
+    write, numbers = writing._write_all, []
 
     def written(*args: Any) -> None:
         if numbers:
             raise OSError(numbers[0], os.strerror(numbers[0]))
         write(*args)
 
-    monkeypatch.setattr(store, "_write_all", written)
+    monkeypatch.setattr(writing, "_write_all", written)
     return numbers
 
 
