@@ -64,12 +64,16 @@ def model(num_layers: int) -> tuple[LayerGraph, CostTable]:
                 inputs=(index,),
                 outputs=(index + 1,),
                 saved_nbytes_per_sample=60 * MIB,
+                products_nbytes_per_sample=26 * MIB,
             )
         )
     cost = {}
     for size in (1, 8):
         seconds, saved = 1e-3 + 9e-3 * size, 60 * MIB * size
-        cost[size] = LayerCost(seconds, 2 * seconds, 0.04, 8 * MIB * size, saved, 30 * MIB)
+        products = 26 * MIB * size, 0.8 * seconds
+        cost[size] = LayerCost(
+            seconds, 2 * seconds, 0.04, 8 * MIB * size, saved, 30 * MIB, *products
+        )
     return LayerGraph(tuple(layers), values, (), loss=num_layers), CostTable((cost,) * num_layers)
 
 

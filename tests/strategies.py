@@ -104,10 +104,13 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
     factor = draw(st.sampled_from([1, 1, 2])) if phase is Phase.TRAIN else 1
     shares = halves(minibatch, replicas)
     saved: tuple[Pack, ...] = ()
+    products: tuple[Pack, ...] = ()
     if phase is Phase.TRAIN and factor == 1 and draw(st.booleans()):
         forward = draw(st.sampled_from([forward, backward[:-1], backward[:-1]]))
         both = sorted(set(forward).intersection(backward))
         saved = tuple(pack for pack in both if draw(st.booleans()))
+        known = [pack for pack in both if graph.products_nbytes(pack.first, pack.last, 1)]
+        products = tuple(pack for pack in known if draw(st.booleans()))
     late: tuple[Pack, ...] = ()
     if phase is Phase.TRAIN and draw(st.booleans()):
         late = tuple(pack for pack in backward if draw(st.booleans()))
@@ -116,7 +119,7 @@ def specs(draw: st.DrawFn, graph: LayerGraph, replicas: int = 1) -> StepSpec:
     if one_by_one and not graph.orders_microbatches():
         rounds = draw(st.sampled_from(numbers_of_rounds(-(-minibatch // size))))
     made = (minibatch, size * factor, size, forward, backward, shares, phase, saved)
-    return StepSpec(*made, late=late, rounds=rounds)
+    return StepSpec(*made, late=late, rounds=rounds, products=products)
 
 
 def numbers_of_rounds(microbatches: int) -> list[int]:
@@ -136,10 +139,10 @@ def policies(draw: st.DrawFn, graph: LayerGraph, spec: StepSpec) -> Policy:
         draw(st.integers(1, 4)),
         draw(st.sampled_from(["keep", "swap", "host"])),
         hold=draw(st.integers(0, 3)),
-        offload=tuple(pack for pack in spec.saved if draw(st.booleans())),
+        offload=tuple(pack for pack in spec.kept if draw(st.booleans())),
         resident=resident,
         # What a FORWARD leaves on a device is of use only where its BACKWARD runs.
-        mirror=bool(spec.saved or resident) or draw(st.booleans()),
+        mirror=bool(spec.kept or resident) or draw(st.booleans()),
     )
 
 

@@ -162,14 +162,16 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     folder.write_text("a file is in the way")
     said: list[str] = []
     cache = MeasureCache(folder, "machine", said.append)
-    cache.keep_times(Net(), KnownTimes({("a", 1): (1.0, 2.0)}, 0.5))
+    cache.keep_times(Net(), KnownTimes({("a", 1): (1.0, 2.0, 0.5)}, 0.5))
     assert len(said) == 1
     assert "the next run has to measure again" in said[0]
 
 
 def test_times_are_read_back_exactly(folder: Path) -> None:
     cache = MeasureCache(folder, "machine", pytest.fail)
-    known = KnownTimes({("Linear:ab", 8): (0.1, 1 / 3), ("Linear:ab", 1): (1e-9, 0.0)}, 0.7)
+    known = KnownTimes(
+        {("Linear:ab", 8): (0.1, 1 / 3, 0.01), ("Linear:ab", 1): (1e-9, 0.0, 0.0)}, 0.7
+    )
     cache.keep_times(Net(), known)
     assert cache.times(Net()) == known
     other = MeasureCache(folder, "another machine", pytest.fail)
@@ -263,11 +265,11 @@ def test_it_lies_where_the_system_wants_caches(monkeypatch: pytest.MonkeyPatch) 
     "text",
     [
         "[" * 100_000,
-        '{"cpu_share": 0.5, "seconds": [["a", 1, NaN, 1.0]]}',
-        '{"cpu_share": 0.5, "seconds": [["a", 1, -1.0, 1.0]]}',
-        '{"cpu_share": 0.5, "seconds": [["a", 1.5, 1.0, 1.0]]}',
+        '{"cpu_share": 0.5, "seconds": [["a", 1, NaN, 1.0, 0.5]]}',
+        '{"cpu_share": 0.5, "seconds": [["a", 1, -1.0, 1.0, 0.5]]}',
+        '{"cpu_share": 0.5, "seconds": [["a", 1.5, 1.0, 1.0, 0.5]]}',
         '{"cpu_share": 1e999, "seconds": []}',
-        '{"cpu_share": 0.5, "seconds": [["\\u001b[2J", 1, 1.0, 1.0]]}',
+        '{"cpu_share": 0.5, "seconds": [["\\u001b[2J", 1, 1.0, 1.0, 0.5]]}',
         "[]",
         "{}",
     ],
@@ -275,7 +277,7 @@ def test_it_lies_where_the_system_wants_caches(monkeypatch: pytest.MonkeyPatch) 
 def test_times_that_nothing_takes_are_measured_again(folder: Path, text: str) -> None:
     said = list[str]()
     cache = MeasureCache(folder, "m", said.append)
-    cache.keep_times(Net(), KnownTimes({("a", 1): (1.0, 2.0)}))
+    cache.keep_times(Net(), KnownTimes({("a", 1): (1.0, 2.0, 0.5)}))
     (path,) = folder.iterdir()
     path.write_text(text)
     assert cache.times(Net()).seconds == {}
@@ -302,6 +304,11 @@ def test_a_machine_that_nobody_has_is_measured_again(
 
 
 def test_the_files_are_json(folder: Path) -> None:
-    MeasureCache(folder, "m", pytest.fail).keep_times(Net(), KnownTimes({("a", 1): (1.0, 2.0)}))
+    MeasureCache(folder, "m", pytest.fail).keep_times(
+        Net(), KnownTimes({("a", 1): (1.0, 2.0, 0.5)})
+    )
     (path,) = folder.iterdir()
-    assert json.loads(path.read_text()) == {"cpu_share": None, "seconds": [["a", 1, 1.0, 2.0]]}
+    assert json.loads(path.read_text()) == {
+        "cpu_share": None,
+        "seconds": [["a", 1, 1.0, 2.0, 0.5]],
+    }

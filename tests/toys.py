@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, SharedParam, Value
@@ -82,6 +83,12 @@ def server(num_devices: int, memory: int = 64 * MIB, rate: float = 1e9) -> Machi
     """Equal devices on equal links."""
     device = Device("toy", memory, rate, rate, rate, task_overhead_s=1e-5)
     return Machine((device,) * num_devices, Host(16 * 2**30))
+
+
+def with_products(graph: LayerGraph, nbytes: int = 300) -> LayerGraph:
+    """The model with so many bytes a sample of results of products in each layer."""
+    layers = tuple(replace(layer, products_nbytes_per_sample=nbytes) for layer in graph.layers)
+    return replace(graph, layers=layers)
 
 
 def packs(*ends: int) -> tuple[Pack, ...]:

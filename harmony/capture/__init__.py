@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from harmony.capture.api import capture
 from harmony.capture.cost.footprint import Footprint
+from harmony.capture.cost.products import is_product
 from harmony.capture.eager.dynamic_trace import DynamicTrace, same_path
 from harmony.capture.eager.own_python import brought_home, running_on
 from harmony.capture.eager.streamed import StreamedModule
@@ -48,6 +49,7 @@ __all__ = [
     "form_of_leaf",
     "irregular_input",
     "is_plain",
+    "is_product",
     "or_eager",
     "plain_attributes",
     "running_on",

@@ -100,6 +100,8 @@ class Layer:
             one after the other, in order.
         saved_nbytes_per_sample: bytes that its forward saves for a backward, for a sample, beyond
             its weights, inputs and outputs.
+        products_nbytes_per_sample: bytes of the results of its forward's products (of matrices,
+            convolutions, attention), for a sample.
         update_nbytes: bytes that the update of one of its parameters on a device takes while it
             runs, beyond their state: of the parameter that takes most.
         master_nbytes: bytes of the parameters' masters, which stay on the host, where layers
@@ -122,6 +124,7 @@ class Layer:
     saved_nbytes_per_sample: int = 0
     update_nbytes: int = 0
     master_nbytes: int = 0
+    products_nbytes_per_sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,11 @@ class LayerGraph:
         made = [v for layer in layers for v in layer.outputs]
         values = (self.values[v] for v in (*self.pack_inputs(first, last), *made))
         return kept + sum(value.nbytes(num_samples) for value in values)
+
+    def products_nbytes(self, first: int, last: int, num_samples: int) -> int:
+        """Bytes of the results of all products of layers ``first`` to ``last - 1``."""
+        layers = self.layers[first:last]
+        return sum(layer.products_nbytes_per_sample for layer in layers) * num_samples
 
     def pack_inputs(self, first: int, last: int) -> tuple[int, ...]:
         """Values made before layer ``first`` that layers ``first`` to ``last - 1`` read."""

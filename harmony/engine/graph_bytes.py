@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from harmony.capture import Footprint
 from harmony.core.layergraph import Layer, LayerGraph, SharedParam
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.profiling.update_times import UpdateCost
@@ -15,28 +16,29 @@ from harmony.runtime.host.pinned_memory import Place
 Part = TypeVar("Part", Layer, SharedParam)
 
 
-def with_bytes(
-    costs: CostTable, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
-) -> CostTable:
+def with_bytes(costs: CostTable, nbytes: Mapping[int, Sequence[Footprint]]) -> CostTable:
     """Return the costs at all sizes whose bytes are known, also those that could not be timed."""
 
     def row(index: int) -> dict[int, LayerCost]:
         timed = {size: costs.layer(index, size) for size in nbytes}
         return {
-            size: LayerCost(cost.forward_s, cost.backward_s, cost.update_s, *nbytes[size][index])
-            for size, cost in timed.items()
+            size: replace(cost, **nbytes[size][index]._asdict()) for size, cost in timed.items()
         }
 
     return CostTable(tuple(row(index) for index in range(len(costs.by_layer))))
 
 
 def with_saved_of(graph: LayerGraph, costs: CostTable) -> LayerGraph:
-    """Return the graph with the bytes that forwards save for their backwards, by its costs."""
+    """Return the graph with the bytes that forwards leave for their backwards, by its costs."""
     layers = tuple(
         replace(
             layer,
             saved_nbytes_per_sample=max(
                 -(-cost.saved_nbytes // size) for size, cost in costs.by_layer[layer.index].items()
+            ),
+            products_nbytes_per_sample=max(
+                -(-cost.products_nbytes // size)
+                for size, cost in costs.by_layer[layer.index].items()
             ),
         )
         for layer in graph.layers
@@ -44,10 +46,8 @@ def with_saved_of(graph: LayerGraph, costs: CostTable) -> LayerGraph:
     return replace(graph, layers=layers)
 
 
-def with_saved(
-    graph: LayerGraph, nbytes: Mapping[int, Sequence[tuple[int, int, int]]]
-) -> LayerGraph:
-    """Return the graph with the bytes that each layer's forward saves for its backward.
+def with_saved(graph: LayerGraph, nbytes: Mapping[int, Sequence[Footprint]]) -> LayerGraph:
+    """Return the graph with the bytes that each layer's forward can leave for its backward.
 
     Args:
         nbytes: per microbatch size and layer, the bytes of `LayerCost`.
@@ -56,7 +56,10 @@ def with_saved(
         replace(
             layer,
             saved_nbytes_per_sample=max(
-                -(-found[layer.index][1] // size) for size, found in nbytes.items()
+                -(-found[layer.index].saved_nbytes // size) for size, found in nbytes.items()
+            ),
+            products_nbytes_per_sample=max(
+                -(-found[layer.index].products_nbytes // size) for size, found in nbytes.items()
             ),
         )
         for layer in graph.layers

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from harmony.capture import Captured, DynamicOnlyError
+from harmony.capture import Captured, DynamicOnlyError, Footprint
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.capture.cost.work import TYPE_NAMES
 from harmony.core.layergraph import LayerGraph
@@ -104,7 +104,7 @@ def unmeasured_profile(
     Args:
         update: what the optimizer costs.
     """
-    nbytes: Mapping[int, Sequence[tuple[int, int, int]]] = {
+    nbytes: Mapping[int, Sequence[Footprint]] = {
         size: costs_nbytes(captured, size) for size in sizes
     }
     rows = [

@@ -30,6 +30,7 @@ _OF_ITS_LENGTH = {
     "nbytes_per_sample",
     "nbytes_fixed",
     "saved_nbytes_per_sample",
+    "products_nbytes_per_sample",
 }
 """What the parts of kin may differ in."""
 
@@ -74,6 +75,8 @@ def stretched(costs: CostTable, ratio: float) -> CostTable:
             math.ceil(cost.forward_nbytes * most),
             math.ceil(cost.saved_nbytes * most),
             math.ceil(cost.backward_nbytes * most),
+            math.ceil(cost.products_nbytes * most),
+            cost.products_s * ratio,
         )
 
     return CostTable(

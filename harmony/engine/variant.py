@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 import torch
 
-from harmony.capture import Captured, GuardError, undisturbed
+from harmony.capture import Captured, Footprint, GuardError, undisturbed
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
@@ -255,14 +255,14 @@ class Variant:
         self._use(own)
         return own
 
-    def _fits_alone(self, size: int, nbytes: Sequence[tuple[int, int, int]]) -> bool:
+    def _fits_alone(self, size: int, nbytes: Sequence[Footprint]) -> bool:
         limit = self.machine.devices[0].memory_nbytes
         return all(
             self._alone_nbytes(layer.index, size, nbytes[layer.index]) <= limit
             for layer in self.graph.layers
         )
 
-    def _alone_nbytes(self, index: int, size: int, nbytes: tuple[int, int, int]) -> int:
+    def _alone_nbytes(self, index: int, size: int, nbytes: Footprint) -> int:
         """Bytes that one layer needs on a device to be measured alone."""
         layer, graph = self.graph.layers[index], self.graph
         values = sum(graph.values[v].nbytes(size) for v in (*layer.inputs, *layer.outputs))

@@ -183,7 +183,7 @@ def analytic_costs(
         sizes: microbatch sizes of the table; by default as many as make sense.
     """
     sizes = sizes or sizes_up_to(minibatch)
-    known: dict[str, dict[int, tuple[float, float]]] = {}
+    known: dict[str, dict[int, tuple[float, float, float]]] = {}
     table = []
     for layer in graph.layers:
         if layer.signature not in known:  # layers of one signature do the same work
@@ -195,18 +195,26 @@ def analytic_costs(
             moved += layer.master_nbytes + layer.weight_nbytes
         update_s = moved / host_bytes_per_s
         row = {}
-        for size, (forward_s, backward_s) in known[layer.signature].items():
+        for size, (forward_s, backward_s, products_s) in known[layer.signature].items():
             bare = counted.layer(layer.index, size)
             row[size] = replace(
-                bare, forward_s=forward_s, backward_s=backward_s, update_s=update_s
+                bare,
+                forward_s=forward_s,
+                backward_s=backward_s,
+                update_s=update_s,
+                products_s=products_s if bare.products_nbytes else 0.0,
             )
         table.append(row)
     return CostTable(tuple(table))
 
 
-def _seconds(work: LayerWork, gpu: Gpu, tf32: bool) -> tuple[float, float]:
+def _seconds(work: LayerWork, gpu: Gpu, tf32: bool) -> tuple[float, float, float]:
+    """Seconds of forward and backward, and of the former's products."""
     forward_s = work_seconds(work.forward, gpu, tf32=tf32)
-    return forward_s, work_seconds(work.backward, gpu, tf32=tf32)
+    # Their kernels are not counted on their own, so the rest is taken to launch as many.
+    rest = replace(work.forward, flops={}, product_nbytes=0.0)
+    backward_s = work_seconds(work.backward, gpu, tf32=tf32)
+    return forward_s, backward_s, forward_s - work_seconds(rest, gpu, tf32=tf32)
 
 
 def update_nbytes(gradient_nbytes: int, state_nbytes: int) -> int:
@@ -229,7 +237,10 @@ def scaled_costs(costs: CostTable, of: Gpu, to: Gpu) -> CostTable:
         tuple(
             {
                 size: replace(
-                    cost, forward_s=cost.forward_s * factor, backward_s=cost.backward_s * factor
+                    cost,
+                    forward_s=cost.forward_s * factor,
+                    backward_s=cost.backward_s * factor,
+                    products_s=cost.products_s * factor,
                 )
                 for size, cost in layer.items()
             }

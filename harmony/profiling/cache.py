@@ -41,7 +41,7 @@ from harmony.runtime.update.optimizer import PackOptimizer
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 VARIABLE = "HARMONY_MEASUREMENTS"
 
 
@@ -152,9 +152,10 @@ class MeasureCache:
 def _read_times(data: Any) -> KnownTimes:
     share = data["cpu_share"]
     known = KnownTimes(cpu_share=None if share is None else amount(share))
-    for signature, num_samples, forward_s, backward_s in data["seconds"]:
+    for signature, num_samples, *seconds in data["seconds"]:
+        forward_s, backward_s, products_s = map(amount, seconds)
         check_types((signature, num_samples), tuple[str, int])
-        known.seconds[signature, num_samples] = amount(forward_s), amount(backward_s)
+        known.seconds[signature, num_samples] = forward_s, backward_s, products_s
     return known
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harmony.capture import Captured, GuardError
+from harmony.capture import Captured, Footprint, GuardError
 from harmony.capture.graph.trace import StepKind
 from harmony.core.layergraph import Layer, LayerGraph
 from harmony.core.units import aligned
@@ -34,12 +34,13 @@ class KnownTimes:
     """What was measured of layers, of this run's captures or kept from an earlier one.
 
     Attributes:
-        seconds: of forward and backward, by signature of the layer and number of samples.
+        seconds: of forward, backward and the forward's products (what a recompute saves that is
+            given their results), by signature of the layer and number of samples.
         cpu_share: share of a host core that the device kept busy in the first measurement; None
             before that.
     """
 
-    seconds: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    seconds: dict[tuple[str, int], tuple[float, float, float]] = field(default_factory=dict)
     cpu_share: float | None = None
 
 
@@ -50,7 +51,7 @@ def measure_layers(
     weights: ArenaView,
     gradients: ArenaView,
     batches: Mapping[int, Values],
-    nbytes: Mapping[int, Sequence[tuple[int, int, int]]],
+    nbytes: Mapping[int, Sequence[Footprint]],
     update: UpdateCost | None,
     known: KnownTimes,
 ) -> tuple[CostTable, float]:
@@ -79,7 +80,7 @@ def measure_layers(
             key = (layer.signature, num_samples)
             twin = twins.setdefault(layer.signature, layer)
             if twin is layer and key in known.seconds:  # another capture, or run, has measured it
-                forward_s, backward_s = known.seconds[key]
+                seconds = known.seconds[key]
                 env.update(_stand_ins(code, layer, num_samples))
             elif twin is layer:
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
@@ -87,18 +88,18 @@ def measure_layers(
                     try:
                         with _naming(layer, context.device, true.issuperset(layer.inputs)):
                             measured = run.measure(weights, env)
-                        forward_s, backward_s = known.seconds[key] = measured
+                        seconds = known.seconds[key] = measured
                         true.update(layer.outputs if true.issuperset(layer.inputs) else ())
                     except _NotOnTheseValuesError:
-                        forward_s = backward_s = 0.0
+                        seconds = (0.0, 0.0, 0.0)
                         env.update(_stand_ins(code, layer, num_samples))
             else:  # its inputs differ in value only, so its twin's outputs stand in for its own
                 env.update({v: env[w] for v, w in zip(layer.outputs, twin.outputs, strict=True)})
                 cost = table[twin.index][num_samples]
-                forward_s, backward_s = cost.forward_s, cost.backward_s
+                seconds = cost.forward_s, cost.backward_s, cost.products_s
             update_s = _update_seconds(layer, gradients, update)
             table[layer.index][num_samples] = LayerCost(
-                forward_s, backward_s, update_s, *nbytes[num_samples][layer.index]
+                *seconds[:2], update_s, *nbytes[num_samples][layer.index], seconds[2]
             )
     stage.set_slots([], [])
     if known.cpu_share is None:  # what is known already took no time of the meter's
@@ -191,8 +192,10 @@ class _LayerRun:
         self._forward = Task(TaskKind.FORWARD, pack, samples)
         self._backward = Task(TaskKind.BACKWARD, pack, samples)
 
-    def measure(self, weights: ArenaView, env: Values) -> tuple[float, float]:
-        """Return seconds of forward and backward; add the layer's outputs to ``env``."""
+    def measure(self, weights: ArenaView, env: Values) -> tuple[float, float, float]:
+        """Return seconds of forward, backward and the forward's products; add the layer's
+        outputs to ``env``.
+        """
         context, layer, graph = self._context, self._layer, self._graph
         context.enter()
         context.use("compute")
@@ -219,7 +222,15 @@ class _LayerRun:
 
         forward_s = self._time(forward)
         both_s = self._time(backward)
-        return forward_s, max(0.0, both_s - forward_s)
+        kept = self._stage.forward_keeping(self._forward, 0, inputs, wanted, nothing)[1]
+        rest_s = forward_s
+        if kept.memory.sizes:
+            rest_s = self._time(
+                lambda: self._stage.forward_keeping(
+                    self._forward, 0, inputs, wanted, nothing, kept
+                )
+            )
+        return forward_s, max(0.0, both_s - forward_s), max(0.0, forward_s - rest_s)
 
     def _load(self, weights: ArenaView) -> None:
         layer, graph, device = self._layer, self._graph, self._context.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from harmony.core.machine import Machine
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
 from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import HOST, HOST_STREAM, Instruction, Op
-from harmony.planner.ir.tasks import Phase, TaskKind
+from harmony.planner.ir.tasks import Pack, Phase, TaskKind
 from harmony.planner.predict.bottleneck import bottleneck
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.simulate import simulate, stall_causes
@@ -248,19 +249,24 @@ def _keeps(plan: Plan) -> str:
     """``"activations of 3 packs on the GPU, of 12 on the host; weights of 4 packs for good"``."""
     spec, policy = plan.spec, plan.policy
     parts = []
-    on_host = len(policy.offload)
-    on_gpu = len(spec.saved) - on_host
     if spec.saved:
-        places = [f"{_packs(on_gpu)} on the GPUs"] if on_gpu else []
-        places += [f"{_packs(on_host)} on the host"] if on_host else []
         each = "of each" if spec.rounds == 1 else "a round of each"
         some = f" ({spec.saved_runs} microbatches {each})" if spec.saved_runs else ""
-        parts.append(f"activations of {' and '.join(places)}{some}")
+        parts.append(f"activations of {_places(spec.saved, policy)}{some}")
+    if spec.products:
+        others = " of the other microbatches" if spec.saved_runs and spec.saved else ""
+        parts.append(f"results of products of {_places(spec.products, policy)}{others}")
     if policy.hold:
         parts.append(f"weights of up to {_packs(policy.hold)} a GPU until the backward")
     if policy.resident:
         parts.append(f"weights of {_packs(len(policy.resident))} from step to step")
     return "; ".join(parts)
+
+
+def _places(kept: Sequence[Pack], policy: Policy) -> str:
+    on_host = len({*kept}.intersection(policy.offload))
+    places = [f"{_packs(len(kept) - on_host)} on the GPUs"] if len(kept) > on_host else []
+    return " and ".join(places + ([f"{_packs(on_host)} on the host"] if on_host else []))
 
 
 def _packs(count: int) -> str:

@@ -31,6 +31,7 @@ def uneven(data: st.DataObject, graph: LayerGraph) -> tuple[LayerGraph, CostTabl
             params=("w",) * data.draw(st.integers(0, 2)),
             update_nbytes=data.draw(nbytes),
             saved_nbytes_per_sample=data.draw(nbytes),
+            products_nbytes_per_sample=data.draw(nbytes),
         )
         for layer in graph.layers
     )

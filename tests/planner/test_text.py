@@ -18,12 +18,13 @@ PACKS = st.tuples(st.integers(0, 99), st.integers(1, 9)).map(lambda p: Pack(p[0]
 def refs(draw: st.DrawFn) -> TensorRef:
     kind = draw(st.sampled_from(TensorKind))
     pack = draw(PACKS)
-    sampled = (TensorKind.VALUE, TensorKind.VALUE_GRADIENT, TensorKind.SAVED)
+    kept = (TensorKind.SAVED, TensorKind.PRODUCTS)
+    sampled = (TensorKind.VALUE, TensorKind.VALUE_GRADIENT, *kept)
     samples = draw(SAMPLES) if kind in sampled else None
     parts = (TensorKind.WEIGHT_GRADIENTS, TensorKind.SHARED_GRADIENTS)
     part = draw(st.integers(0, 5)) if kind in parts else 0
     whole = (TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE)
-    ranged = kind in (*whole, TensorKind.SAVED)
+    ranged = kind in (*whole, *kept)
     last = pack.last if ranged else pack.first + 1
     return TensorRef(kind, pack.first, last, samples, part)
 

@@ -15,7 +15,7 @@ from harmony.planner.ir.schedule import Op, Schedule
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
 from harmony.planner.lower.passes import lower
-from tests.toys import chain, packs, server, step, uniform_costs
+from tests.toys import chain, packs, server, step, uniform_costs, with_products
 
 TRAIN = step(3, 1, packs(2, 4), packs(2, 4, 6))
 CASES = {
@@ -47,6 +47,17 @@ CASES = {
         replace(step(3, 1, packs(2, 3, 4), packs(2, 3, 4, 6)), saved=packs(2, 3, 4)),
         1,
         Policy(hold=2, offload=packs(2)),
+    ),
+    "results of products, beside what is saved": (
+        with_products(chain(4)),
+        replace(
+            step(2, 1, packs(1, 2), packs(1, 2, 4)),
+            saved=packs(1, 2),
+            saved_runs=1,
+            products=packs(1, 2),
+        ),
+        1,
+        Policy(hold=1, offload=packs(1)),
     ),
     "mirrored": (
         chain(6, skips=((0, 4),)),

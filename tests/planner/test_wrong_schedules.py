@@ -41,7 +41,7 @@ SMALL = {
     **{
         name: CASES[name]
         for name in (
-            "what the forward saved, on the device and on the host",
+            "results of products, beside what is saved",
             "resident, one pack of three",
             "resident, tied within the pack",
             "forward",
@@ -63,6 +63,7 @@ SMALL = {
 OTHER_KIND = {
     TensorKind.VALUE: TensorKind.VALUE_GRADIENT,
     TensorKind.VALUE_GRADIENT: TensorKind.VALUE,
+    TensorKind.PRODUCTS: TensorKind.SAVED,
     TensorKind.SAVED: TensorKind.WEIGHTS,
     TensorKind.WEIGHTS: TensorKind.STATE,
     TensorKind.STATE: TensorKind.WEIGHTS,

@@ -86,6 +86,7 @@ POLICIES = st.builds(
     lookahead=st.integers(1, 3),
     boundary=st.sampled_from(["keep", "swap"]),
 )
+KEPT = ["recompute", "keep", "offload", "keep products", "offload products"]
 CUTS = st.lists(st.integers(1, 7), max_size=5)
 
 
@@ -134,7 +135,7 @@ def test_gpt_bit_for_bit(
 @RANDOM
 @given(
     cuts=CUTS,
-    kept=st.lists(st.sampled_from(["recompute", "keep", "offload"]), min_size=8, max_size=8),
+    kept=st.lists(st.sampled_from(KEPT), min_size=8, max_size=8),
     size=st.sampled_from([1, 2, 3, 8]),
     num_devices=st.integers(1, 4),
     replicas=st.sampled_from([1, 1, 2, 4]),
@@ -142,6 +143,7 @@ def test_gpt_bit_for_bit(
     hold=st.integers(0, 3),
     stays=st.lists(st.booleans(), min_size=8, max_size=8),
     saved_runs=st.integers(0, 4),
+    selective=st.booleans(),
     part=st.integers(0, 3),
 )
 def test_nothing_changes_with_what_a_forward_leaves_behind(
@@ -154,9 +156,12 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     hold: int,
     stays: list[bool],
     saved_runs: int,
+    selective: bool,
     part: int,
 ) -> None:
-    """Activations kept, offloaded or recomputed, weights held or resident, rings and rounds."""
+    """Activations, or results of products, kept, offloaded or recomputed, weights held or
+    resident, rings and rounds.
+    """
     torch.set_num_threads(1)
     gc.collect()  # what an earlier example left would count in the peak
     devices.provide(count=4, memory="64MiB")
@@ -167,11 +172,13 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
 
     def spec_of(num_layers: int, minibatch: int) -> StepSpec:
         last = packs(cuts, num_layers)
-        for what in ("keep", "offload"):
+        for what in KEPT:
             chosen[what] = tuple(p for p, k in zip(last[:-1], kept, strict=False) if k == what)
         resident = tuple(p for p, stay in zip(last, stays, strict=False) if stay)
         chosen["resident"] = resident if shares == 1 else ()
         saved = (*chosen["keep"], *chosen["offload"])
+        made = (*chosen["keep products"], *chosen["offload products"])
+        made += saved if selective else ()
         ranges = [(minibatch * i // shares, minibatch * (i + 1) // shares) for i in range(shares)]
         microbatches = -(-(minibatch // shares) // size)
         several = numbers_of_rounds(microbatches) if shares == 1 and last[:-1] else [1]
@@ -186,6 +193,7 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
             saved=saved,
             saved_runs=min(saved_runs, -(-microbatches // rounds)) if saved else 0,
             rounds=rounds,
+            products=tuple(p for p in made if graph.products_nbytes(p.first, p.last, 1)),
         )
 
     twin = copy.deepcopy(net)
@@ -194,9 +202,15 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
         ready = model._engine.variants.ready(
             CallKind.TRAIN_STEP, ((token_batch(0)[0],), {}, token_batch(0)[1])
         )
-        spec_of(ready.variant.graph.num_layers, 8)
-        left = {name: chosen[name] for name in ("offload", "resident")}
-        policy = replace(policy, hold=hold, mirror=True, **left)
+        graph = ready.variant.graph
+        spec_of(graph.num_layers, 8)
+        policy = replace(
+            policy,
+            hold=hold,
+            mirror=True,
+            offload=(*chosen["offload"], *chosen["offload products"]),
+            resident=chosen["resident"],
+        )
         use_plan(model, token_batch(0), spec_of, policy)
         losses = [model.train_step(*token_batch(step)) for step in range(2)]
     assert model.plan is not None and model.last_timeline is not None

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def costs_nbytes(captured: Captured, num_samples: int) -> list[Footprint]:
-    """Return per layer ``(forward_nbytes, saved_nbytes, backward_nbytes)``.
+    """Return per layer the bytes of its `LayerCost`.
 
     Measured on fake tensors, once for each signature: what PyTorch's eager mode allocates, in
     blocks of 512 bytes. Scratch memory inside a kernel is not seen.

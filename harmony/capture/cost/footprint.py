@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmony.capture.cost.allocations import LiveBytes
+from harmony.capture.cost.products import ProductBytes
 
 Values = dict[int, torch.Tensor]
 RunLayer = Callable[[Values], Values]
@@ -22,6 +23,7 @@ class Footprint(NamedTuple):
     forward_nbytes: int
     saved_nbytes: int
     backward_nbytes: int
+    products_nbytes: int = 0
 
 
 def measure(
@@ -42,17 +44,18 @@ def measure(
         forward = max(0, live.peak - _nbytes(outputs))
     del outputs
     with LiveBytes(known) as live:
-        with torch.enable_grad():
+        with torch.enable_grad(), ProductBytes() as products:
             outputs = run(dict(inputs))
         saved = max(0, live.now - live.nbytes(outputs.values()))
         roots = [t for v, t in outputs.items() if v in seeds and t.requires_grad]
         if not roots:
-            return Footprint(forward, saved, 0)
+            return Footprint(forward, saved, 0, products.nbytes)
         gradients = [torch.empty_like(root) for root in roots]
         before = live.now
         live.reset_peak()
         torch.autograd.backward(roots, gradients)
-        return Footprint(forward, saved, max(0, live.peak + live.unseen - before))
+        backward = max(0, live.peak + live.unseen - before)
+        return Footprint(forward, saved, backward, products.nbytes)
 
 
 def stand_in(

@@ -31,7 +31,13 @@ _STREAM = {
 """The one stream of a device that an instruction may be on; events may be on any."""
 
 _BY_LAYER = frozenset(
-    {TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE, TensorKind.SAVED}
+    {
+        TensorKind.WEIGHTS,
+        TensorKind.WEIGHT_GRADIENTS,
+        TensorKind.STATE,
+        TensorKind.SAVED,
+        TensorKind.PRODUCTS,
+    }
 )
 _SHARED = frozenset({TensorKind.SHARED, TensorKind.SHARED_GRADIENTS})
 

@@ -34,7 +34,7 @@ def span_kind(step: Instruction, graph: LayerGraph, *, for_backward: bool = True
         return "weights"
     if step.ref.is_gradient_part:
         return "gradients"
-    if step.ref.kind is TensorKind.SAVED:
+    if step.ref.is_kept:
         return "saved"
     if step.op is Op.SEND or step.ref.kind is TensorKind.VALUE_GRADIENT:
         return "activations"
@@ -67,7 +67,7 @@ def span_kinds(schedule: Schedule, graph: LayerGraph) -> dict[str, tuple[str, ..
 def _kind(step: Instruction, graph: LayerGraph, backward: bool, stashed: dict[int, bool]) -> str:
     if step.op not in (Op.RUN, Op.SWAP_IN, Op.SWAP_OUT, Op.SEND):
         return ""
-    passed = step.ref is not None and step.ref.kind is not TensorKind.SAVED
+    passed = step.ref is not None and not step.ref.is_kept
     if step.op is Op.SWAP_OUT and step.ref is not None and passed:
         # What nobody fetches in this step is an output, or kept for a BACKWARD to come.
         if step.ref.is_value and step.ref.first not in stashed:

@@ -118,6 +118,7 @@ class Plan:
                 "saved_runs": spec.saved_runs,
                 "late": _bounds(spec.late),
                 "rounds": spec.rounds,
+                "products": _bounds(spec.products),
             },
             "policy": {
                 **asdict(self.policy),
@@ -180,6 +181,7 @@ def _read(data: Mapping[str, Any]) -> Plan:
             spec.get("saved_runs", 0),
             _packs(spec.get("late", ())),
             spec.get("rounds", 1),
+            _packs(spec.get("products", ())),
         ),
         policy=Policy(
             **{
@@ -233,7 +235,7 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"packs {_bounds(packs)[:4]}")
     if not backward:
         raise ValueError("no packs")
-    if not {*spec.saved, *spec.late, *plan.policy.offload, *plan.policy.resident} <= {*backward}:
+    if not {*spec.kept, *spec.late, *plan.policy.offload, *plan.policy.resident} <= {*backward}:
         raise ValueError("packs that stay, or are late, are none of the BACKWARD packs")
 
 
@@ -281,9 +283,13 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
 def _kept(spec: StepSpec, policy: Policy) -> str:
     runs = spec.runs_of_round(0)
     some = f" of {spec.saved_runs}/{runs} microbatches" if spec.saved and spec.saved_runs else ""
+    there = {*policy.offload}
+    saved, products = there.intersection(spec.saved), there.intersection(spec.products)
     counts = (
-        (len(spec.saved) - len(policy.offload), f"keep activations{some}"),
-        (len(policy.offload), f"offload activations{some}"),
+        (len(spec.saved) - len(saved), f"keep activations{some}"),
+        (len(saved), f"offload activations{some}"),
+        (len(spec.products) - len(products), "keep results of products"),
+        (len(products), "offload results of products"),
         (len(policy.resident), "stay resident"),
         (policy.hold, "a GPU hold weights"),
         (len(spec.late), "updated in the next step"),

@@ -27,8 +27,8 @@ class Policy:
         hold: per device, how many of its last FORWARD packs leave their weights there until their
             BACKWARD, in slots beyond ``weight_slots``. Only a pack that is a BACKWARD pack of the
             same device too can be held.
-        offload: of the packs in ``StepSpec.saved`` those whose saved activations wait for the
-            BACKWARD on the host; those of the others stay on the device.
+        offload: of the packs in ``StepSpec.kept`` those whose activations wait for the BACKWARD on
+            the host; those of the others stay on the device.
         resident: packs whose weights stay on their device between steps. Those that are trained
             keep their optimizer state there too and are updated there; only the new weights go to
             the host, where everybody may read them. Such a pack is FORWARD and BACKWARD pack of

@@ -35,7 +35,8 @@ def check_spec(graph: LayerGraph, spec: StepSpec) -> None:
         )
     _check_sizes(graph, spec)
     _check_rounds(graph, spec)
-    _check_saved(graph, spec)
+    _check_saved(spec)
+    _check_products(graph, spec)
     if not {*spec.late} <= {*spec.backward_packs}:
         raise PlanError(f"late={spec.late}: only BACKWARD packs are updated late")
 
@@ -79,8 +80,8 @@ def _check_rounds(graph: LayerGraph, spec: StepSpec) -> None:
         )
 
 
-def _check_saved(graph: LayerGraph, spec: StepSpec) -> None:
-    if not spec.saved:
+def _check_saved(spec: StepSpec) -> None:
+    if not spec.kept:
         return
     most = min(spec.runs_of_round(r) for r in range(len(spec.shares)))
     if not 0 <= spec.saved_runs <= most:
@@ -95,11 +96,20 @@ def _check_saved(graph: LayerGraph, spec: StepSpec) -> None:
             f" {spec.backward_size} samples. Leave saved= out"
         )
     both = set(spec.forward_packs).intersection(spec.backward_packs)
-    wrong = [pack for pack in spec.saved if pack not in both]
+    wrong = [pack for pack in spec.kept if pack not in both]
     if wrong:
         raise PlanError(
             f"{wrong[0]} keeps its activations, but is not both a FORWARD and a BACKWARD pack"
         )
+
+
+def _check_products(graph: LayerGraph, spec: StepSpec) -> None:
+    for pack in spec.products:
+        if not graph.products_nbytes(pack.first, pack.last, 1):
+            raise PlanError(
+                f"{pack} keeps the results of its products, but none is known. Leave it out of"
+                " products="
+            )
 
 
 def _check_sizes(graph: LayerGraph, spec: StepSpec) -> None:

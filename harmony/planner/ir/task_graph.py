@@ -28,7 +28,6 @@ from harmony.planner.ir.tasks import (
     TaskKind,
     TensorKind,
     TensorRef,
-    saved,
     shared,
     shared_gradient,
     state,
@@ -177,8 +176,8 @@ def _add_forward(tasks: TaskGraph, pack: Pack, needed: frozenset[int], number: i
     for task, samples in _microbatches(tasks, TaskKind.FORWARD, pack, number):
         inputs = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
         outputs = [value(v, samples) for v in sorted(made)]
-        if tasks.spec.saves(pack, tasks.replica_of[task], samples):
-            outputs.append(saved(pack, samples))
+        kept = tasks.spec.kept_by(pack, tasks.replica_of[task], samples)
+        outputs += [] if kept is None else [kept]
         _add(tasks, task, [*_parameters(graph, pack), *inputs], outputs)
 
 
@@ -258,10 +257,10 @@ def _add_one_backward(
     gradients = [weight_gradients(pack, replica)] if item.own else []
     gradients += [shared_gradient(k, parts[k, replica, pack]) for k in item.shared]
     first = tasks.spec.shares[replica][0] == samples[0]
-    if tasks.spec.saves(pack, replica, samples):
-        found = [saved(pack, samples)]
-    else:
-        found = [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
+    kept = tasks.spec.kept_by(pack, replica, samples)
+    found = [] if kept is None else [kept]
+    if kept is None or kept.kind is TensorKind.PRODUCTS:
+        found += [value(v, samples) for v in graph.pack_inputs(pack.first, pack.last)]
     reads = [
         *_parameters(graph, pack),
         *found,

@@ -81,17 +81,17 @@ class TensorKind(Enum):
     VALUE = "X"
     VALUE_GRADIENT = "dX"
     SAVED = "S"
+    PRODUCTS = "P"
 
     # Enum hashes names in Python; members are singletons, and the planner hashes them a lot.
     __hash__ = object.__hash__
 
 
-_BY_LAYER = frozenset(
-    {TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE, TensorKind.SAVED}
-)
-_BY_SAMPLES = frozenset({TensorKind.VALUE, TensorKind.VALUE_GRADIENT, TensorKind.SAVED})
+_KEPT = frozenset({TensorKind.SAVED, TensorKind.PRODUCTS})
+_BY_LAYER = _KEPT | {TensorKind.WEIGHTS, TensorKind.WEIGHT_GRADIENTS, TensorKind.STATE}
+_BY_SAMPLES = _KEPT | {TensorKind.VALUE, TensorKind.VALUE_GRADIENT}
 _GRADIENTS = frozenset({TensorKind.WEIGHT_GRADIENTS, TensorKind.SHARED_GRADIENTS})
-_REF = re.compile(r"(dW|dT|dX|W|T|K|X|S)(?:\[(\d+):(\d+)\]|(\d+))(?:@(\d+):(\d+))?(?:%(\d+))?")
+_REF = re.compile(r"(dW|dT|dX|W|T|K|X|S|P)(?:\[(\d+):(\d+)\]|(\d+))(?:@(\d+):(\d+))?(?:%(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class TensorRef(_Hashed):
     Text forms: ``W[4:8]`` and ``K[4:8]`` (weights and optimizer state of a pack), ``dW[4:8]%1``
     (part 1 of its gradients), ``T0`` and ``dT0%1`` (a shared parameter), ``X4@0:8`` and
     ``dX4@0:8`` (a value and its gradient, for samples 0 to 7), ``S[4:8]@0:8`` (what a pack's
-    forward saves for its backward).
+    forward saves for its backward), ``P[4:8]@0:8`` (of that only the results of its products).
 
     Attributes:
         first, last: the layers, for kinds kept per layer; else ``first`` is the id of the value
@@ -142,6 +142,11 @@ class TensorRef(_Hashed):
         return self.kind in _BY_SAMPLES
 
     @property
+    def is_kept(self) -> bool:
+        """Whether a FORWARD leaves it for the BACKWARD of its pack and nobody else."""
+        return self.kind in _KEPT
+
+    @property
     def num_samples(self) -> int:
         """Samples of its microbatch; 0 if it has none."""
         return 0 if self.samples is None else self.samples[1] - self.samples[0]
@@ -150,6 +155,8 @@ class TensorRef(_Hashed):
         """Bytes of this tensor."""
         if self.kind is TensorKind.SAVED:
             return graph.saved_nbytes(self.first, self.last, self.num_samples)
+        if self.kind is TensorKind.PRODUCTS:
+            return graph.products_nbytes(self.first, self.last, self.num_samples)
         if self.is_value:
             return graph.values[self.first].nbytes(self.num_samples)
         if self.kind is TensorKind.SHARED:
@@ -237,6 +244,12 @@ def saved(pack: Pack, samples: Samples) -> TensorRef:
     return TensorRef(TensorKind.SAVED, pack.first, pack.last, samples)
 
 
+@_interned
+def products(pack: Pack, samples: Samples) -> TensorRef:
+    """``P[a:b]@c:d``: the results of a pack's products, which its backward need not redo."""
+    return TensorRef(TensorKind.PRODUCTS, pack.first, pack.last, samples)
+
+
 class TaskKind(Enum):
     """What a task does with its pack; the value is its text form."""
 
@@ -259,10 +272,11 @@ class Task(_Hashed):
 
     ``F[4:8]@0:4`` runs the pack forward, keeping only its outputs. ``B[4:8]@0:4`` recomputes it
     from its inputs and runs it backward; where F writes and B reads ``S[4:8]@0:4``, nothing is
-    recomputed. ``U[4:8]`` updates its parameters from their complete
-    gradients, on the host. ``L[4:8]`` does so at the start of the step after, from the gradients
-    that a step has left; ``N[4:8]``, in the step that leaves them, takes the norms of these
-    gradients, for clipping. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the host.
+    recomputed, and with ``P[4:8]@0:4`` no product. ``U[4:8]`` updates its parameters from their
+    complete gradients, on the host. ``L[4:8]`` does so at the start of the step after, from the
+    gradients that a step has left; ``N[4:8]``, in the step that leaves them, takes the norms of
+    these gradients, for clipping. ``A(dW[4:8]%1)`` adds a partial sum to the gradient, on the
+    host.
 
     Attributes:
         samples: the microbatch, for FORWARD and BACKWARD.
@@ -347,6 +361,9 @@ class StepSpec:
             FORWARD and BACKWARD before the next one begins, so that only the activations of one
             are held at a time; weights move once a round, and gradients grow from round to round.
             One share with equal sizes only, ``Phase.TRAIN``.
+        products: packs, of the same kind as ``saved``, whose FORWARDs leave the results of their
+            products (of matrices, convolutions, attention) for the BACKWARD, which recomputes the
+            rest: of all microbatches, but for those of which the pack saves everything.
     """
 
     minibatch: int
@@ -360,10 +377,26 @@ class StepSpec:
     saved_runs: int = 0
     late: tuple[Pack, ...] = ()
     rounds: int = 1
+    products: tuple[Pack, ...] = ()
 
     @cached_property
     def _saved(self) -> frozenset[Pack]:
         return frozenset(self.saved)
+
+    @cached_property
+    def _products(self) -> frozenset[Pack]:
+        return frozenset(self.products)
+
+    @property
+    def kept(self) -> tuple[Pack, ...]:
+        """Packs that leave anything for their BACKWARD: in ``saved``, ``products`` or both."""
+        return tuple(sorted({*self.saved, *self.products}))
+
+    def kept_by(self, pack: Pack, replica: int, samples: Samples) -> TensorRef | None:
+        """What the FORWARD of a pack leaves of a microbatch for its BACKWARD; None for nothing."""
+        if self.saves(pack, replica, samples):
+            return saved(pack, samples)
+        return products(pack, samples) if pack in self._products else None
 
     def saves(self, pack: Pack, replica: int, samples: Samples) -> bool:
         """Whether the BACKWARD of a pack uses what its FORWARD of a microbatch saved."""

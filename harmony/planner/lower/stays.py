@@ -97,10 +97,10 @@ class _Finder:
     def _read(self, task: Task, ref: TensorRef) -> None:
         device, position = self.placement.device[task], self.placement.position[task]
         stay = self.here.get((device, ref))
-        if ref.kind is TensorKind.SAVED and stay is None:
+        if ref.is_kept and stay is None:
             raise PlanError(
-                f"{task} runs on gpu{device}, but what its FORWARD saved is on another device."
-                " Use Policy(mirror=True), or leave the pack out of saved="
+                f"{task} runs on gpu{device}, but what its FORWARD left for it is on another"
+                " device. Use Policy(mirror=True), or leave the pack out of saved= and products="
             )
         if stay is not None and self._still_here(stay, task, position):
             stay.runs.append(position)
@@ -118,7 +118,7 @@ class _Finder:
     def _still_here(self, stay: Stay, task: Task, position: int) -> bool:
         """Whether the value has not left, or been outdated, since its last use here."""
         writer, newest = self.newest.get(stay.ref, (None, None))
-        if stay.ref.kind is TensorKind.SAVED and not self._is_offloaded(stay.ref):
+        if stay.ref.is_kept and not self._is_offloaded(stay.ref):
             return True
         if writer is not None and newest is not stay:
             # A copy of a value is as good as the value, a copy of a growing gradient is not.

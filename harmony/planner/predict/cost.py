@@ -27,6 +27,9 @@ class LayerCost:
         backward_nbytes: the most bytes alive inside its backward beyond its weights and their
             gradients, inputs, outputs, what was saved, and the gradient of its outputs; the
             gradient of its inputs counts.
+        products_nbytes: bytes of the results of its forward's products (of matrices,
+            convolutions, attention); 0 if they are not known.
+        products_s: seconds of its forward that a recompute saves which is given those.
     """
 
     forward_s: float
@@ -35,6 +38,8 @@ class LayerCost:
     forward_nbytes: int
     saved_nbytes: int
     backward_nbytes: int
+    products_nbytes: int = 0
+    products_s: float = 0.0
 
     def __add__(self, other: LayerCost) -> LayerCost:
         pairs = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -114,6 +119,11 @@ def backward_s(costs: CostTable, layers: Iterable[int], num_samples: int) -> flo
     """Seconds of a BACKWARD of these layers for one microbatch, the recompute included."""
     found = (costs.layer(i, num_samples) for i in layers)
     return sum(cost.forward_s + cost.backward_s for cost in found)
+
+
+def products_s(costs: CostTable, layers: Iterable[int], num_samples: int) -> float:
+    """Seconds that a recompute of these layers saves which is given what their products made."""
+    return sum(costs.layer(i, num_samples).products_s for i in layers)
 
 
 def update_s(costs: CostTable, layers: Iterable[int]) -> float:

@@ -21,7 +21,13 @@ from harmony.planner.ir.issue import issue_order
 from harmony.planner.ir.kinds import span_kinds
 from harmony.planner.ir.schedule import HOST_STREAM, Instruction, Op, Schedule
 from harmony.planner.ir.tasks import TaskKind, TensorKind, TensorRef
-from harmony.planner.predict.cost import CostTable, backward_s, forward_s, update_s
+from harmony.planner.predict.cost import (
+    CostTable,
+    backward_s,
+    forward_s,
+    products_s,
+    update_s,
+)
 from harmony.planner.predict.flows import Activities, Model, Times
 from harmony.planner.predict.links import Links, Path
 from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes
@@ -284,7 +290,7 @@ class _Work:
             return 0.0, self.nbytes(step.ref), self.links.path(step.op, program, step.peer)
         if step.stream == HOST_STREAM:
             return self._on_host(step)
-        key = (step.task.kind, step.task.pack, step.task.num_samples, _is_saved(step))
+        key = (step.task.kind, step.task.pack, step.task.num_samples, _kept(step))
         seconds = self._seconds.get(key)
         if seconds is None:
             seconds = self._seconds[key] = self._work_s(step)
@@ -316,8 +322,9 @@ class _Work:
             return 0.0
         of = forward_s if task.kind is TaskKind.FORWARD else backward_s
         seconds = of(self.costs, task.pack, task.num_samples)
-        if task.kind is TaskKind.BACKWARD and _is_saved(step):
-            seconds -= forward_s(self.costs, task.pack, task.num_samples)
+        if task.kind is TaskKind.BACKWARD and _kept(step) is not None:
+            spared = forward_s if _kept(step) is TensorKind.SAVED else products_s
+            seconds -= spared(self.costs, task.pack, task.num_samples)
         return seconds
 
     def _update_s(self, program: int, step: Instruction) -> float:
@@ -332,6 +339,6 @@ class _Work:
         return sum(self.nbytes(ref) for ref in refs)
 
 
-def _is_saved(step: Instruction) -> bool:
-    """Whether a BACKWARD has what its FORWARD saved."""
-    return any(ref.kind is TensorKind.SAVED for ref in step.reads)
+def _kept(step: Instruction) -> TensorKind | None:
+    """What a BACKWARD has of its FORWARD: all that it saved, results of products, or nothing."""
+    return next((ref.kind for ref in step.reads if ref.is_kept), None)

@@ -395,7 +395,7 @@ def larger_forward(question: Question, found: Candidate) -> Iterator[Candidate]:
     spec = found.spec
     graph = question.packer.graph
     pinned = graph.pins_microbatch() or bool(graph.sizes) or question.like is not None
-    if question.phase is not Phase.TRAIN or pinned or spec.saved:
+    if question.phase is not Phase.TRAIN or pinned or spec.kept:
         return
     share = min(high - low for low, high in spec.shares)
     for factor in (2, 4):

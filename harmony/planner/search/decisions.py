@@ -154,13 +154,17 @@ def _boundary(candidate: Candidate) -> str:
 
 def _activations(candidate: Candidate) -> str:
     spec, offload = candidate.spec, candidate.policy.offload
-    kept = len(spec.saved) - len(offload)
-    again = len(spec.backward_packs) - 1 - len(spec.saved)
-    parts = [("kept", kept), ("offloaded", len(offload)), ("recomputed", again)]
+    there = len({*spec.saved}.intersection(offload))
+    again = len(spec.backward_packs) - 1 - len(spec.kept)
+    parts = [("kept", len(spec.saved) - there), ("offloaded", there), ("recomputed", again)]
     found = [f"{what} in {count} packs" for what, count in parts if count > 0]
     if spec.saved and spec.saved_runs:
         runs = spec.runs_of_round(0)
         found.append(f"of {spec.saved_runs} of {runs} microbatches")
+    if spec.products:
+        out = len({*spec.products}.intersection(offload))
+        where = "kept" if not out else "offloaded" if out == len(spec.products) else "kept or out"
+        found.append(f"results of products {where} in {len(spec.products)} packs")
     return ", ".join(found) or "used at once"
 
 

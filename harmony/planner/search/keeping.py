@@ -26,6 +26,15 @@ ORDERS = (
 )
 """What gets the room first."""
 
+SELECTIVE = (
+    ("held",),
+    ("products", "held"),
+    ("saved", "products", "held"),
+    ("resident", "products", "held"),
+)
+"""Likewise, where the results of products of all packs are kept: in less room they save most of a
+recompute."""
+
 OFFLOADED = (1.0, 0.5, 0.25)
 """Shares of the packs with no room for their activations whose activations are offloaded."""
 
@@ -87,6 +96,11 @@ def filled(
             yield found
 
 
+def knows_products(question: Question) -> bool:
+    """Whether it is known of some layer what the results of its products take."""
+    return any(layer.products_nbytes_per_sample for layer in question.packer.graph.layers)
+
+
 def offloading(question: Question, found: Candidate, *, few: bool = False) -> Iterator[Candidate]:
     """Variants of a candidate that offload the activations of packs that recompute.
 
@@ -123,6 +137,65 @@ def offloading(question: Question, found: Candidate, *, few: bool = False) -> It
                 )
 
 
+def keeping_products(
+    question: Question,
+    base: Candidate,
+    shape: Outline,
+    memory_nbytes: int,
+    *,
+    few: bool = False,
+) -> Iterator[Candidate]:
+    """Variants of a candidate that keep the results of the products of all its packs.
+
+    On the devices what there is room for, after what goes first, else on the host.
+
+    Args:
+        base, shape: as for `filled`.
+        few: whether nothing else is to be kept.
+    """
+    if question.recompute or not can_keep(question, base) or not knows_products(question):
+        return
+    graph, spec = question.packer.graph, base.spec
+    may = set(spec.backward_packs)
+    makes = {
+        pack
+        for pack in spec.forward_packs
+        if pack in may and graph.products_nbytes(pack.first, pack.last, 1)
+    }
+    peaks = peaks_nbytes(question.packer, shape, spec, base.policy)
+    room = _Room(question, base, shape, tuple(memory_nbytes - peak for peak in peaks))
+    seen = set()
+    for order in SELECTIVE[: 2 if few else None]:
+        if "resident" in order and not _may_reside(room):
+            continue
+        found = _fill(room, order)
+        products = tuple(sorted(makes.difference(found.spec.saved)))
+        offload = tuple(pack for pack in products if pack not in found.spec.products)
+        found = replace(
+            found,
+            spec=replace(found.spec, products=products),
+            policy=replace(found.policy, offload=offload),
+        )
+        if products and found not in seen:
+            seen.add(found)
+            yield found
+
+
+def mixing(found: Candidate) -> Iterator[Candidate]:
+    """Variants of a candidate that save everything of some microbatches, or fetch earlier."""
+    spec = found.spec
+    runs = spec.runs_of_round(0)
+    least = min(spec.runs_of_round(r) for r in range(len(spec.shares)))
+    parts = () if spec.saved else PARTS
+    for ahead in sorted({found.policy.lookahead, 2 * found.policy.lookahead, FAR}):
+        policy = replace(found.policy, lookahead=ahead)
+        if ahead != found.policy.lookahead:
+            yield replace(found, policy=policy)
+        for some in sorted({round(part * runs) for part in parts} & set(range(1, least))):
+            mixed = replace(spec, saved=spec.products, saved_runs=some)
+            yield replace(found, spec=mixed, policy=policy)
+
+
 def _may_reside(room: _Room) -> bool:
     """Whether weights may stay between steps: one share, and devices that can update."""
     can_update = all(device.update_bytes_per_s for device in room.question.machine.devices)
@@ -132,6 +205,7 @@ def _may_reside(room: _Room) -> bool:
 
 def _fill(room: _Room, order: Sequence[str]) -> Candidate:
     saved: list[Pack] = []
+    products: list[Pack] = []
     resident: list[Pack] = []
     held: list[int] = []
     for seat in range(room.shape.ring):
@@ -139,6 +213,8 @@ def _fill(room: _Room, order: Sequence[str]) -> Candidate:
         for what in order:
             if what == "saved":
                 spare -= _take_saved(room, seat, spare, saved)
+            elif what == "products":
+                spare -= _take_products(room, seat, spare, saved, products)
             elif what == "resident":
                 spare -= _take_resident(room, seat, spare, resident)
             else:
@@ -146,7 +222,7 @@ def _fill(room: _Room, order: Sequence[str]) -> Candidate:
     spec, policy = room.base.spec, room.base.policy
     return replace(
         room.base,
-        spec=replace(spec, saved=tuple(sorted(saved))),
+        spec=replace(spec, saved=tuple(sorted(saved)), products=tuple(sorted(products))),
         policy=replace(policy, hold=min(held, default=0), resident=tuple(sorted(resident))),
     )
 
@@ -164,6 +240,26 @@ def _take_saved(room: _Room, seat: int, spare: int, saved: list[Pack]) -> int:
         if taken + nbytes <= spare:
             taken += nbytes
             saved.append(pack)
+    return taken
+
+
+def _take_products(
+    room: _Room, seat: int, spare: int, saved: Sequence[Pack], products: list[Pack]
+) -> int:
+    """Keep results of products of packs that save no more, most seconds a byte first."""
+    priced = []
+    size = min(room.base.spec.forward_size, room.base.spec.shares[0][1])
+    for stage in room.forward(seat):
+        facts = room.question.packer.facts(stage.pack, size)
+        nbytes = facts.products * stage.num_runs
+        if nbytes and stage.pack not in saved:
+            worth = -round(facts.products_s * stage.num_runs / nbytes, 15)
+            priced.append((worth, -stage.pack.first, nbytes, stage.pack))
+    taken = 0
+    for _, _, nbytes, pack in sorted(priced):
+        if taken + nbytes <= spare:
+            taken += nbytes
+            products.append(pack)
     return taken
 
 

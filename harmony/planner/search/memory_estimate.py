@@ -48,10 +48,10 @@ def _peak(
     kept, peak = 0, 0
     for stage in here:
         if stage.kind is TaskKind.FORWARD:
-            kept += stage.saved * stage.saved_runs
+            kept += stage.saved * stage.saved_runs + stage.products * stage.product_runs
         peak = max(peak, kept + _stage_nbytes(packer, shape, spec, policy, stage))
         if stage.kind is TaskKind.BACKWARD:
-            kept -= stage.saved * stage.saved_runs
+            kept -= stage.saved * stage.saved_runs + stage.products * stage.product_runs
     return _slots_nbytes(packer, spec, policy, here) + peak
 
 
@@ -90,4 +90,7 @@ def _stage_nbytes(
         # Those of the next packs arrive while this one runs.
         alive = 1 + -(-ahead * stage.saved_runs // stage.num_runs)
         found += min(ahead, alive) * facts.saved
+    if stage.product_runs and not stage.products:
+        alive = 1 + -(-ahead * stage.product_runs // stage.num_runs)
+        found += min(ahead, alive) * facts.products
     return found

@@ -34,6 +34,9 @@ class StageOutline:
         holds: whether its weights stay for the BACKWARD, in a slot of their own.
         saved: bytes of each saved microbatch that stay on the device from FORWARD to BACKWARD.
         saved_runs: how many microbatches save what their BACKWARD would recompute.
+        products: bytes of the results of products of each microbatch of which no more is saved
+            that stay on the device from FORWARD to BACKWARD.
+        product_runs: how many microbatches those are, wherever they stay.
         burst: bytes that a saved microbatch moves at once, where only some are saved.
         shares: whether other packs may use some of its parameters too.
     """
@@ -56,6 +59,8 @@ class StageOutline:
     holds: bool = False
     saved: int = 0
     saved_runs: int = 0
+    products: int = 0
+    product_runs: int = 0
     burst: int = 0
     shares: bool = False
 
@@ -114,6 +119,7 @@ class _Maker:
         self.packer, self.spec, self.policy = packer, spec, policy
         # By their first layers; packs of the other kind that begin there may end elsewhere.
         self.saved = {pack.first: pack.last for pack in spec.saved}
+        self.products = {pack.first: pack.last for pack in spec.products}
         self.offload = {pack.first for pack in policy.offload}
         self.resident = {pack.first: pack.last for pack in policy.resident}
         kinds = (TaskKind.FORWARD, TaskKind.BACKWARD)
@@ -128,10 +134,12 @@ class _Maker:
         facts = self.packer.facts(pack, self.size[kind])
         count = self.num_runs[kind]
         runs = (self.spec.saved_runs or count) if self.saved.get(first) == pack.last else 0
+        given = count - runs if self.products.get(first) == pack.last else 0
         resident = self.resident.get(first) == pack.last
         seconds = facts.forward_s
         if backward:
             seconds = facts.backward_s + (count - runs) / count * facts.forward_s
+            seconds -= given / count * facts.products_s
         weights = facts.weights
         stage = StageOutline(
             kind,
@@ -144,10 +152,12 @@ class _Maker:
             facts.gradients if backward else 0,
             resident=resident,
             saved_runs=runs,
+            product_runs=given,
             shares=facts.shares,
         )
-        if runs and first not in self.offload:
-            stage.saved = facts.saved
+        if first not in self.offload:
+            stage.saved = facts.saved if runs else 0
+            stage.products = facts.products if given else 0
         if backward and self.spec.phase is Phase.TRAIN and facts.gradients:
             stage.updates_here = resident
             stage.update_s = 0.0 if resident else facts.update_s
@@ -159,9 +169,10 @@ class _Maker:
         for stage in stages:
             facts = self.packer.facts(stage.pack, self.size[stage.kind])
             backward, first = stage.kind is TaskKind.BACKWARD, stage.pack.first
-            if stage.saved_runs and first in self.offload:
-                moved = facts.saved * stage.saved_runs // stage.num_runs
-                stage.burst = facts.saved if stage.saved_runs < stage.num_runs else 0
+            if (stage.saved_runs or stage.product_runs) and first in self.offload:
+                moved = facts.saved * stage.saved_runs + facts.products * stage.product_runs
+                moved //= stage.num_runs
+                stage.burst = facts.saved if 0 < stage.saved_runs < stage.num_runs else 0
                 if backward:
                     stage.inputs += moved
                 else:

@@ -69,10 +69,11 @@ class PackFacts(NamedTuple):
     """What a search asks about a pack at one microbatch size: seconds and bytes.
 
     ``backward_s`` is without the recompute of the forward; ``saved`` is what a FORWARD leaves for
-    its BACKWARD, ``update_s`` is the update on the host; ``shares`` says whether other packs use
-    some of its parameters too. ``transient`` is the workspace of a BACKWARD beside what was saved,
-    ``resident`` what stays on the device of a pack whose weights stay between steps, and
-    ``updating`` what their update takes there while it runs.
+    its BACKWARD, ``products`` the results of its products and ``products_s`` the seconds that the
+    recompute is spared by them; ``update_s`` is the update on the host; ``shares`` says whether
+    other packs use some of its parameters too. ``transient`` is the workspace of a BACKWARD beside
+    what was saved, ``resident`` what stays on the device of a pack whose weights stay between
+    steps, and ``updating`` what their update takes there while it runs.
     """
 
     forward_s: float
@@ -89,6 +90,8 @@ class PackFacts(NamedTuple):
     transient: int
     resident: int
     updating: int
+    products: int
+    products_s: float
 
 
 class Packer:
@@ -190,6 +193,8 @@ class Packer:
                 max(sized.backward[pack.first : pack.last]),
                 self._resident_nbytes(pack),
                 self.graph.update_nbytes(pack.first, pack.last),
+                sized.products[pack.last] - sized.products[pack.first],
+                sized.products_s[pack.last] - sized.products_s[pack.first],
             )
         return found
 

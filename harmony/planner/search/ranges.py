@@ -108,6 +108,8 @@ class SizedCosts:
         forward_s, backward_s, saved: sums over the layers before each place; ``backward_s``
             without the recompute of the forward.
         kept: likewise the bytes that a graph counts as saved for a backward, values not included.
+        products_s, products: likewise the seconds that a recompute saves which is given the
+            results of its products, and their bytes.
         forward, backward: per layer the bytes beyond what its pack keeps anyway; the values
             that cross the layer count in full.
         crossing: bytes of the values that cross each place.
@@ -121,6 +123,8 @@ class SizedCosts:
         self.backward_s = sums([c.backward_s for c in table])
         self.saved = sums([c.saved_nbytes for c in table])
         self.kept = sums([num_samples * x.saved_nbytes_per_sample for x in graph.layers])
+        self.products_s = sums([c.products_s for c in table])
+        self.products = sums([num_samples * x.products_nbytes_per_sample for x in graph.layers])
         places = range(graph.num_layers + 1)
         self.crossing = [self.nbytes(ranges.crossing(place)) for place in places]
         self.forward = [

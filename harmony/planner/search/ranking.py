@@ -29,7 +29,7 @@ from harmony.planner.search.candidates import (
     policies,
 )
 from harmony.planner.search.estimate import Estimator
-from harmony.planner.search.keeping import filled, offloading
+from harmony.planner.search.keeping import filled, keeping_products, mixing, offloading
 
 NEAR = 1.06
 """The finer choices are tried where the coarse ones took at most this times the best."""
@@ -66,6 +66,9 @@ STREAMS = 1.035
 HEAVY = 1000.0
 """Candidates that the host, or a device, seems to have no room for come last."""
 
+CLOSER = 4
+"""Of so many candidates that keep results of products the finer choices are tried."""
+
 MAX_SHRUNK = 6
 """How often candidates that turned out too large are made again with less room."""
 
@@ -83,6 +86,7 @@ class Ranking:
         self.estimator = Estimator(question)
         self.refused: list[tuple[str, str, str]] = []
         self._known: dict[Candidate, float] = {}
+        self._bases: list[Candidate] = []
         self._base: dict[Candidate, tuple[Candidate, int]] = {}
         self._done: set[Candidate] = set()
         self._heavy: set[Candidate] = set()
@@ -145,6 +149,39 @@ class Ranking:
             if best_s <= NEAR * self._best_s:
                 self._refine_kept(where, size)
 
+    def fill_selective(self) -> None:
+        """Estimate candidates that keep results of products, of the same packings.
+
+        Apart from the others, so that those are looked at as closely as without these.
+        """
+        if self._best_s <= ENOUGH * self._bound_s():
+            return
+        tried: list[tuple[float, int, Candidate]] = []
+        # What a policy changes is small beside what is kept; the finer choices vary it.
+        bases = {base.spec: base for base in reversed(self._bases)}
+        for number, base in enumerate(bases.values()):
+            for candidate in self._products_of(base, self._memory(), few=True):
+                tried.append((self._fitting(candidate, base, self._memory()), number, base))
+        best = [base for seconds, _, base in sorted(tried, key=lambda item: item[:2])]
+        for base in [*dict.fromkeys(best)][:CLOSER]:
+            self._keep_products(base, self._memory())
+
+    def _products_of(
+        self, base: Candidate, memory_nbytes: int, *, few: bool = False
+    ) -> Iterator[Candidate]:
+        shape = self.estimator.shape(base)
+        yield from keeping_products(self.question, base, shape, memory_nbytes, few=few)
+
+    def _keep_products(self, base: Candidate, memory_nbytes: int) -> None:
+        """Estimate what a candidate can keep of results of products, alone and beside others."""
+        best_s, best = math.inf, base
+        for candidate in self._products_of(base, memory_nbytes):
+            seconds = self._fitting(candidate, base, memory_nbytes)
+            if seconds < best_s:
+                best_s, best = seconds, candidate
+        for candidate in mixing(best):
+            self._fitting(candidate, base, memory_nbytes)
+
     def _bound_s(self) -> float:
         question = self.question
         found = lower_bound(
@@ -159,16 +196,18 @@ class Ranking:
     def recomputing(self, count: int) -> list[Candidate]:
         """The best candidates that recompute everything."""
         found = [(s, c.num_runs, i, c) for i, (c, s) in enumerate(self._known.items())]
-        return [c for *_, c in sorted(found) if not c.spec.saved][:count]
+        return [c for *_, c in sorted(found) if not c.spec.kept][:count]
 
-    def promising(self) -> Iterator[tuple[float, Candidate]]:
+    def promising(self, *, selective: bool = False) -> Iterator[tuple[float, Candidate]]:
         """Candidates that were not handed out yet, best first, also those that `refuse` adds.
 
+        Those that keep results of products, or the others.
         Of those within half a percent the one with fewest Runs comes first. What has as many
         packs and slots as several that did not fit is left out.
         """
         while True:
-            left = [c for c in self._known if c not in self._done and self.may_be_tried(c)]
+            left = [c for c in self._known if bool(c.spec.products) is selective]
+            left = [c for c in left if c not in self._done and self.may_be_tried(c)]
             if not left:
                 return
             found = min(left, key=self._rank)
@@ -208,7 +247,8 @@ class Ranking:
         base, memory = self._base[candidate]
         lacking = needed_nbytes - self.question.memory_nbytes
         before = set(self._known)
-        self._keep(base, memory - lacking - lacking // 8)
+        keep = self._keep_products if candidate.spec.products else self._keep
+        keep(base, memory - lacking - lacking // 8)
         self._smaller |= self._known.keys() - before
 
     def may_be_tried(self, candidate: Candidate) -> bool:
@@ -283,6 +323,7 @@ class Ranking:
     def _keep(self, base: Candidate, memory_nbytes: int, *, few: bool = False) -> float:
         """Estimate what a candidate can keep; return the best seconds."""
         best_s, best = self._add(base), base
+        self._bases.append(base)
         for candidate in filled(self.question, base, self.estimator.shape(base), memory_nbytes):
             seconds = self._fitting(candidate, base, memory_nbytes)
             if seconds < best_s:
@@ -332,7 +373,7 @@ def _twins(candidate: Candidate) -> tuple[int, ...]:
     """What candidates have in common that mostly fit together, or do not."""
     spec, policy = candidate.spec, candidate.policy
     counts = len(spec.shares), spec.backward_size, len(spec.backward_packs), spec.rounds
-    return (*counts, policy.weight_slots)
+    return (*counts, policy.weight_slots, bool(spec.products))
 
 
 def family(candidate: Candidate) -> tuple[bool, ...]:
@@ -342,6 +383,7 @@ def family(candidate: Candidate) -> tuple[bool, ...]:
         len(spec.shares) > 1,
         bool(spec.saved),
         bool(spec.saved_runs),
+        bool(spec.products),
         bool(policy.offload),
         bool(policy.resident),
         handicap(candidate) == 1.0,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from harmony.core.machine import Machine
 from harmony.core.timeline import Span, Timeline
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
-from harmony.planner.ir.tasks import Pack, TaskKind, TensorKind
+from harmony.planner.ir.tasks import Pack, TaskKind
 from harmony.planner.predict.cost import CostTable, LayerCost
 
 MOST = 8.0
@@ -132,8 +132,7 @@ def _backward_factors(
     saved = {
         item.instruction.task.pack
         for item in found
-        if item.instruction.task is not None
-        and any(ref.kind is TensorKind.SAVED for ref in item.instruction.reads)
+        if item.instruction.task is not None and any(ref.is_kept for ref in item.instruction.reads)
     }
     kept = {layer for pack in saved for layer in pack}
     factors = {}
@@ -180,6 +179,7 @@ def _with_links(machine: Machine, factors: Mapping[tuple[int, Op], float]) -> Ma
 def _scaled(cost: LayerCost, forward: float, backward: float, update: float) -> LayerCost:
     return replace(
         cost,
+        products_s=cost.products_s * forward,
         forward_s=cost.forward_s * forward,
         backward_s=cost.backward_s * backward,
         update_s=cost.update_s * update,

@@ -35,9 +35,10 @@ from harmony.planner.search.candidates import (
     sizes_that_work,
 )
 from harmony.planner.search.decisions import decide, without_choice
+from harmony.planner.search.keeping import knows_products
 from harmony.planner.search.overlap import with_late_updates
 from harmony.planner.search.packing import Budget, Packer, check_layers, suggest_memory
-from harmony.planner.search.ranking import Ranking, family, handicap
+from harmony.planner.search.ranking import ENOUGH, Ranking, family, handicap
 from harmony.planner.search.trial import Fitting, TooLarge, Trial, Tried, tried_runs
 
 __all__ = ["Plan", "Policy", "choose"]
@@ -48,11 +49,17 @@ MAX_ALIKE = 3
 """How many candidates are lowered and fit, in all and of one family: near twins are estimated
 alike, and would leave no room for others that turn out faster."""
 
+MAX_SELECTIVE = 2
+"""How many of those that keep results of products are lowered beside them, one of a packing."""
+
 MAX_REFUSED = 12
 """How many candidates are lowered and do not fit, before what needs least is tried."""
 
 RUNS_LOWERED = 7000
 """How many Runs all that is lowered and fits has, about; it bounds the time of a search."""
+
+SELECTIVE_SHARE = 0.25
+"""How much of that what keeps results of products may have more."""
 
 LONG_S = 30.0
 MOST_RUNS_LOWERED = 28_000
@@ -223,6 +230,10 @@ class _Search:
         if not found:
             # What fits by all means is the time to beat for what was not tried.
             found = self._most_promising(self._frugal())
+        like = self.question.like
+        if knows_products(self.question) and (found or (like and like.spec.products)):
+            self.ranking.fill_selective()
+            found = self._most_promising(found, selective=True)
         found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
         fitting = self._fastest(found)
         if fitting is None and found:
@@ -318,28 +329,38 @@ class _Search:
         found = self.outcomes[describe_spec(candidate.spec, candidate.policy)]
         return found if isinstance(found, str) else "it recomputes with other batch sizes"
 
-    def _most_promising(self, found: list[Tried]) -> list[Tried]:
+    def _most_promising(self, found: list[Tried], *, selective: bool = False) -> list[Tried]:
         """Simulate candidates by estimated time, until the estimates are clearly worse.
 
         Args:
             found: what was simulated before.
+            selective: of the candidates that keep results of products, a few more.
         """
         found, best_s = list(found), min(map(_counted_s, found), default=math.inf)
         self.alike = alike = Counter(family(tried.candidate) for tried in found)
         lowered, refused = 0, 0
-        for step_s, candidate in self.ranking.promising():
-            if len(found) >= MAX_LOWERED or step_s > CLOSE * best_s or refused >= MAX_REFUSED:
+        most = len(found) + MAX_SELECTIVE if selective else MAX_LOWERED
+        close = ENOUGH if selective else CLOSE
+        packings: set[tuple[object, ...]] = set()
+        for step_s, candidate in self.ranking.promising(selective=selective):
+            if len(found) >= most or step_s > close * best_s or refused >= MAX_REFUSED:
                 break
             if alike[family(candidate)] >= MAX_ALIKE:
                 continue
+            spec = candidate.spec
+            packing = spec.backward_packs, spec.backward_size, spec.shares, spec.rounds
+            if selective and packing in packings:
+                continue
             # An estimate that turned out far too low must not be what the search ends with.
             more = SURPRISED if step_s < WORTHWHILE * best_s else 1
-            if found and lowered + tried_runs(candidate) > more * _budget(best_s):
+            room = _budget(best_s) * (SELECTIVE_SHARE if selective else 1)
+            if found and lowered + tried_runs(candidate) > more * room:
                 continue
             tried = self._simulated(candidate)
             if tried is None:
                 refused += 1
                 continue
+            packings.add(packing)
             lowered += tried_runs(candidate)
             alike[family(candidate)] += 1
             found.append(tried)

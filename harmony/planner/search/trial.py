@@ -179,7 +179,14 @@ def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
     packs = (*spec.forward_packs, spec.backward_packs[-1])
     size = min(spec.forward_size, spec.backward_size)
     return replace(
-        spec, phase=phase, forward_packs=packs, forward_size=size, saved=(), saved_runs=0, rounds=1
+        spec,
+        phase=phase,
+        forward_packs=packs,
+        forward_size=size,
+        saved=(),
+        saved_runs=0,
+        rounds=1,
+        products=(),
     )
 
 

@@ -238,7 +238,7 @@ class DeviceProgram:
         if instruction.slot is not None:
             self._slot_of[ref] = instruction.slot
             return _nothing
-        if ref.kind is TensorKind.SAVED:
+        if ref.is_kept:
             saved = self._saved
             return lambda _: saved[ref].take_memory()
         env, device = self._env, self._context.device
@@ -253,7 +253,7 @@ class DeviceProgram:
 
     def _swap_in(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
-        if ref.kind is TensorKind.SAVED:
+        if ref.is_kept:
             saved, buffers = self._saved, self._around.saved
             return lambda _: saved[ref].memory.copy_from(buffers[ref])
         if ref.is_value:
@@ -278,7 +278,7 @@ class DeviceProgram:
 
     def _swap_out(self, at: int, instruction: Instruction) -> Issue:
         ref, env, host = _ref(instruction), self._env, self._around.host
-        if ref.kind is TensorKind.SAVED:
+        if ref.is_kept:
             return _offloading(ref, self._saved, self._around.saved)
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
@@ -318,7 +318,7 @@ class DeviceProgram:
 
     def _drop(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
-        if ref.kind is TensorKind.SAVED:
+        if ref.is_kept:
             return _dropping(ref, self._saved, (Op.SWAP_IN, ref) in self._moves[at:])
         if not ref.is_value:
             return _nothing

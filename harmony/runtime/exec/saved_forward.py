@@ -78,6 +78,18 @@ class SavedMemory:
             self.sizes.append(storage.nbytes())
         return _InMemory(self._known[key], _place_of(tensor))
 
+    def keep_as_is(self, tensor: torch.Tensor) -> None:
+        """Hold a copy of the memory that a tensor lies in, which is about to change."""
+        index = self._known.pop(tensor.untyped_storage().data_ptr(), None)
+        if index is not None:
+            memory = self._pieces[index]
+            assert memory is not None, "what is held is let go once the forward is over"
+            self._pieces[index] = memory.clone()
+
+    def holds(self, saved: object) -> bool:
+        """Whether something stands for a tensor that lies here."""
+        return isinstance(saved, _InMemory)
+
     def view(self, saved: _InMemory) -> torch.Tensor:
         """Return a tensor that lies here."""
         memory = self._pieces[saved.index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from harmony.core.layergraph import LayerGraph
 from harmony.errors import CaptureError
 from harmony.planner.ir.tasks import Pack, Samples, Task
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.kept_products import KeptProducts
 from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of, run_backward
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.pinned_memory import view_bytes
@@ -129,6 +131,27 @@ class Stage:
             found = self._run(task, leaves, wanted, replay)
         return self._own({v: tensor.detach() for v, tensor in found.items()})
 
+    def forward_keeping(
+        self,
+        task: Task,
+        slot: int,
+        inputs: Values,
+        wanted: Iterable[int],
+        replay: ReplayState,
+        given: KeptProducts | None = None,
+    ) -> tuple[Values, KeptProducts]:
+        """Run the pack forward, and keep what its products made beside the values.
+
+        Args:
+            given: what those made before, not to compute them again.
+        """
+        self._bind(task.pack, slot)
+        leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
+        kept = KeptProducts(self.context.device) if given is None else given
+        with as_recomputed(), kept.keeping() if given is None else kept.giving():
+            found = self._run(task, leaves, wanted, replay)
+        return self._own({v: tensor.detach() for v, tensor in found.items()}), kept
+
     def forward_saving(
         self, task: Task, slot: int, inputs: Values, wanted: Iterable[int], replay: ReplayState
     ) -> tuple[Values, SavedForward]:
@@ -177,6 +200,7 @@ class Stage:
         outputs: Iterable[int],
         replay: ReplayState,
         loss_starts: tuple[float, float] | None,
+        kept: KeptProducts | None = None,
     ) -> tuple[Values, Values]:
         """Recompute the pack from its inputs and run it backward.
 
@@ -186,6 +210,7 @@ class Stage:
             outputs: values to return beside the gradients (the loss, in the last pack).
             loss_starts: how much the loss counts, and what it is scaled by, where the pack makes
                 the loss.
+            kept: what its products have made in its FORWARD; None to compute them again.
 
         Returns:
             The outputs, and the gradient of each input that requires one.
@@ -195,7 +220,7 @@ class Stage:
         leaves = {v: self._leaf(v, tensor) for v, tensor in inputs.items()}
         made = [v for v in output_gradients if v not in leaves]
         outputs = tuple(outputs)
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if kept is None else kept.giving():
             found = self._run(task, dict(leaves), {*made, *outputs}, replay)
         # A partial sum enters as the gradient of the input itself: autograd then adds the pack's
         # own uses to it one by one, in the order in which plain PyTorch would.

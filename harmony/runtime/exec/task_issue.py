@@ -10,6 +10,7 @@ from torch import nn
 
 from harmony.planner.ir.schedule import Instruction
 from harmony.planner.ir.tasks import TensorKind, TensorRef
+from harmony.runtime.exec.kept_products import KeptProducts
 from harmony.runtime.exec.saved_forward import SavedForward
 from harmony.runtime.exec.stage import Stage
 from harmony.runtime.host.host_state import HostState
@@ -20,7 +21,7 @@ Issue = Callable[[Step], None]
 Env = dict[TensorRef, torch.Tensor]
 """The values that are on a device now."""
 
-SavedForwards = dict[TensorRef, SavedForward]
+SavedForwards = dict[TensorRef, SavedForward | KeptProducts]
 """What forwards on a device have left for their backwards."""
 
 
@@ -44,15 +45,15 @@ class TaskIssuer:
         inputs = [ref for ref in instruction.reads if ref.is_value]
         outputs = [ref for ref in instruction.writes if ref.kind is TensorKind.VALUE]
         wanted = [ref.first for ref in outputs]
-        kept = _saved(instruction.writes)
+        kept = _kept(instruction.writes)
+        keep = stage.forward_keeping if _is_products(kept) else stage.forward_saving
 
         def issue(step: Step) -> None:
             values = {ref.first: env[ref] for ref in inputs}
             if kept is None:
                 found = stage.forward(task, slot, values, wanted, step.replay)
             else:
-                run = stage.forward_saving(task, slot, values, wanted, step.replay)
-                found, self.saved[kept] = run
+                found, self.saved[kept] = keep(task, slot, values, wanted, step.replay)
             for ref in outputs:
                 env[ref] = found[ref.first]
             if step.check is not None:
@@ -67,8 +68,8 @@ class TaskIssuer:
             slot: of the pack's parameters; -1 if it has none.
             gradient_slot: of their gradients, likewise.
         """
-        kept = _saved(instruction.reads)
-        if kept is not None:
+        kept = _kept(instruction.reads)
+        if kept is not None and not _is_products(kept):
             return self._backward_saved(instruction, slot, gradient_slot, kept)
         task, env, stage = instruction.task, self.env, self.stage
         assert task is not None and task.samples is not None
@@ -94,7 +95,11 @@ class TaskIssuer:
             again = [] if step.check is None else [v for v in above if v in own]
             results = [*wanted, *again]
             starts = None if weight is None else (weight, step.loss_scale)
-            made, below = stage.backward(task, slot, values, above, results, step.replay, starts)
+            given = None if kept is None else self.saved[kept]
+            assert not isinstance(given, SavedForward)
+            made, below = stage.backward(
+                task, slot, values, above, results, step.replay, starts, given
+            )
             if step.check is not None:
                 step.check.record(task, {v: made[v] for v in again})
             for ref in outputs:
@@ -116,6 +121,7 @@ class TaskIssuer:
 
         def issue(step: Step) -> None:
             found = self.saved[kept]
+            assert isinstance(found, SavedForward)
             stage.gather(task.pack, found.slot, gradient_slot, begins)
             came = [ref for ref in incoming if ref in env and ref not in absent]
             above = {ref.first: env[ref] for ref in came if _counts(ref, step)}
@@ -158,9 +164,13 @@ class TaskIssuer:
             (absent.discard if ref.first in gradients else absent.add)(ref)
 
 
-def _saved(refs: Sequence[TensorRef]) -> TensorRef | None:
+def _kept(refs: Sequence[TensorRef]) -> TensorRef | None:
     """What a forward keeps, among what a task writes or reads."""
-    return next((ref for ref in refs if ref.kind is TensorKind.SAVED), None)
+    return next((ref for ref in refs if ref.is_kept), None)
+
+
+def _is_products(kept: TensorRef | None) -> bool:
+    return kept is not None and kept.kind is TensorKind.PRODUCTS
 
 
 def _gradient(

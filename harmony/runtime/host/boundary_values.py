@@ -53,7 +53,7 @@ def reserve_saved(
     for program in schedule.programs:
         for step in program:
             ref = step.ref
-            if step.op is Op.SWAP_OUT and ref is not None and ref.kind is TensorKind.SAVED:
+            if step.op is Op.SWAP_OUT and ref is not None and ref.is_kept:
                 if step.over is not None:
                     found[ref] = found[step.over]
                 else:
@@ -67,7 +67,7 @@ def saved_buffer(ref: TensorRef, nbytes: int, device: torch.device) -> HostBuffe
 
 
 def _is_value(ref: TensorRef) -> bool:
-    return ref.is_value and ref.kind is not TensorKind.SAVED
+    return ref.is_value and not ref.is_kept
 
 
 def is_input(value: Value) -> bool:
