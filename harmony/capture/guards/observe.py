@@ -8,6 +8,8 @@ something that nobody can look up again, such as the clock, are noted too.
 
 from __future__ import annotations
 
+import dis
+import functools
 import gc
 import os
 import sys
@@ -31,6 +33,7 @@ _NOW = frozenset({"now", "today", "utcnow"})
 _FILES = frozenset({"open", "stat", "lstat", "listdir", "scandir", "access", "urandom", "getcwd"})
 # Wherever they are: an environment's, the user's (pip install --user), a folder (--target).
 _PACKAGES = tuple(os.sep + name + os.sep for name in ("site-packages", "dist-packages"))
+_GLOBAL_OPS = frozenset(n for n in dis.opname if "GLOBAL" in n or n in ("LOAD_NAME", "STORE_NAME"))
 P = ParamSpec("P")
 R = TypeVar("R")
 _HEARS = "observing.<locals>.hear"
@@ -116,6 +119,17 @@ def unobserved(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return run(*args, **kwargs)
     finally:
         sys.setprofile(heard)
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: CodeType) -> tuple[str, ...]:
+    """Return the globals that code reads or writes.
+
+    ``co_names`` also has the attributes that it asks for: a script's loop may call ``out`` what the
+    forward knows as ``self.out``.
+    """
+    found = {i.argval: None for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS}
+    return tuple(found)
 
 
 def is_read(code: CodeType) -> bool:

@@ -28,7 +28,7 @@ from harmony.capture.guards.holders import (
     Whole,
     first_changed,
 )
-from harmony.capture.guards.observe import Observed
+from harmony.capture.guards.observe import Observed, global_names
 from harmony.capture.guards.opaque import opaque_state
 
 MOST = 20_000
@@ -156,9 +156,11 @@ class Walk:
     def code(self, codes: Mapping[CodeType, dict[str, Any]]) -> None:
         """Walk over the globals that code names."""
         for code, names in list(codes.items()):
-            for name in code.co_names:
-                if name in names and not name.startswith("__"):
+            named = [name for name in code.co_names if name in names and name[:2] != "__"]
+            for name in global_names(code) if named else ():
+                if name in named:
                     self._entry(name, names, name, names[name])
+            for name in code.co_names:
                 if name in _FUNCTIONS and (id(_FUNCTIONS), name) not in self._entries:
                     self._entries.add((id(_FUNCTIONS), name))
                     about = f"torch.nn.functional.{name}"
