@@ -35,6 +35,7 @@ from harmony.engine.engine import Engine
 from harmony.engine.facade import ShownForward, Wrapper
 from harmony.engine.options import (
     EngineOptions,
+    check_loss,
     check_options,
     check_types_of,
     pinned_plan,
@@ -194,6 +195,7 @@ class Harmony(Wrapper):
         _check_module(module)
         check_options(mode, microbatch_size, activations, updates)
         check_types_of(optimizer_kwargs, batch_dims, seed)
+        check_loss(loss_fn)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = current_options()
         if detect_nonfinite and (options.precision or precision) == "fp16":
@@ -695,7 +697,12 @@ def _check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
     if isinstance(module, Harmony):
-        raise ConfigError("the module is a Harmony model already")
+        raise ConfigError("the module is a Harmony model already: wrap it once")
+    if type(module).__name__ == "OptimizedModule":
+        raise ConfigError(
+            "the module is compiled by torch.compile, which hides its layers: wrap the module "
+            "that it was made of, Harmony(net) in the place of Harmony(torch.compile(net))"
+        )
     lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
     if lazy:
         raise ConfigError(

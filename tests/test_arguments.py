@@ -118,7 +118,7 @@ def test_help_after_the_script_is_the_scripts(
         ("train.py --gpus four", "whole number"),
         ("train.py --gpus", "expected one argument"),
         ("train.py --gpu-memory 64parsecs", "--gpu-memory: not a size"),
-        ("train.py --gpu-memory 20", "--gpu-memory 20: in which unit? Write it like 20GiB"),
+        ("train.py --gpu-memory 20", "--gpu-memory: 20: in which unit? Write it like 20GiB"),
         ("train.py --host-memory 0", "--host-memory: a size must be positive"),
         ("train.py --link 8GB", "--link: not a rate"),
         ("train.py --mode fast", "invalid choice"),

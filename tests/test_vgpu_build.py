@@ -38,10 +38,12 @@ def small_sources(monkeypatch, tmp_path):
     return sources
 
 
-def test_built_once_and_again_when_a_source_changes(small_sources):
+def test_built_once_and_again_when_a_source_changes(small_sources, capsys):
     first = vgpu_build.library().path()
+    assert capsys.readouterr().err.startswith("harmony: compiling the virtual GPU, once (")
     modified = first.stat().st_mtime_ns
     assert vgpu_build.library().path() == first and first.stat().st_mtime_ns == modified
+    assert not capsys.readouterr().err
     (small_sources / "other.h").write_text("// something new")
     assert vgpu_build.library().path() != first
 

@@ -65,7 +65,10 @@ def capture(
     if loss is not None and output_loss:
         raise ConfigError("give either loss or output_loss=True, not both")
     if targets is not None and loss is None:
-        raise ConfigError("targets are given without a loss that takes them")
+        raise ConfigError(
+            "targets are given without a loss that takes them: Harmony(module, loss_fn=...), or "
+            "give none if the module returns its loss"
+        )
     check_module(module)
     batch = Batch.of(args, kwargs or {}, targets, batch_dims or {}).detached()
     template = ModuleShell(module, torch.device("cpu"), param_dtype)

@@ -13,7 +13,7 @@ from typing import Any
 
 from harmony.core.files import MOST_DIGITS, is_folder
 from harmony.core.options import MODES, PRECISIONS
-from harmony.core.units import parse_bytes, parse_rate
+from harmony.core.units import parse_bytes_with_unit, parse_rate
 from harmony.errors import ConfigError
 from harmony.profiling.catalog import HOSTS, TOPOLOGIES, find_gpu
 from harmony.profiling.plan_request import PlanRequest
@@ -203,10 +203,8 @@ def size(name: str, text: str) -> int:
     Raises:
         ConfigError: naming the option, if it is not a size, or does not say of what.
     """
-    if text.isdecimal() and text.strip("0"):
-        raise ConfigError(f"{name} {text}: in which unit? Write it like {text[:20]}GiB")
     try:
-        return parse_bytes(text)
+        return parse_bytes_with_unit(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 

@@ -34,6 +34,7 @@ class Compiled:
         error: what is raised where it cannot be built.
         depends: what else the library depends on than sources, compiler and flags.
         links: what it is compiled against, which follows from ``depends``.
+        takes: how long that is, where it is long enough to be said.
     """
 
     what: str
@@ -42,6 +43,7 @@ class Compiled:
     error: type[HarmonyError]
     depends: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
+    takes: str = ""
 
     def path(self) -> Path:
         """Return the built library, building it first if there is none in the cache.
@@ -147,6 +149,8 @@ class Compiled:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             output = Path(scratch) / library.name
             command = self.command(output)
+            if self.takes and sys.stderr is not None:
+                sys.stderr.write(f"harmony: compiling {self.what}, once ({self.takes})\n")
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", check=False
             )

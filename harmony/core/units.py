@@ -60,6 +60,17 @@ def parse_bytes(text: str | int) -> int:
     return int(value)
 
 
+def parse_bytes_with_unit(text: str | int) -> int:
+    """Return the bytes that ``text`` names, as `parse_bytes`; text of digits alone is refused.
+
+    Raises:
+        ConfigError: if it is no size, or does not say of what.
+    """
+    if isinstance(text, str) and text.isdecimal() and text.strip("0"):
+        raise ConfigError(f"{text}: in which unit? Write it like {text[:20]}GiB")
+    return parse_bytes(text)
+
+
 def _size(text: object) -> float:
     match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _SUFFIXES:

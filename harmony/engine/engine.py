@@ -214,7 +214,8 @@ class Engine:
         """Note that no trace stands for the calls of this signature; return why.
 
         A decision by computed values shows only when the layers run; the forward of all layers
-        comes before the first update, so nothing has changed then.
+        comes before the first update, so nothing has changed then. Where an error in the forward
+        led to it, the caller says so once the module has run as it is: it may end with that error.
         """
         known = isinstance(reason, DynamicOnlyError)
         found = reason if known else DynamicOnlyError(OTHER_WAY, reason.where)
@@ -224,7 +225,8 @@ class Engine:
         paths, _ = self.variants.paths(kind, call)
         if not found.passing:
             paths.dynamic = found.again()
-        self.dynamic.notice(found)
+        if not (found.eager and found.passing):  # else it may be the caller's own error
+            self.dynamic.notice(found)
         return found
 
     def ready(

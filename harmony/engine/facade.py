@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from harmony.core.warn import warn
 from harmony.engine.bypass import Bypass, runs
 from harmony.engine.engine import Engine
+from harmony.engine.trainer_steps import keep_steps_in_trainers
 from harmony.errors import HarmonyError
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import about_to_change
@@ -187,6 +188,7 @@ class Wrapper(nn.Module):
         if net is None or hasattr(type(self), name):
             raise AttributeError(name)
         if name == "hf_device_map":
+            keep_steps_in_trainers()  # a Trainer asks for it before it makes its callbacks
             # Libraries of Hugging Face move no model that has one, nor replicate it over the GPUs.
             return {"": torch.device("cpu")}
         if name == "generate" and hasattr(net, name):

@@ -134,6 +134,19 @@ def check_options(
         raise ConfigError(f"updates={updates!r}: choose 'auto' or 'host'")
 
 
+def check_loss(loss_fn: object) -> None:
+    """Refuse a loss that is a class, whose object a call would make in the place of a loss.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        name = loss_fn.__name__
+        raise ConfigError(f"loss_fn={name} is a class; give an object of it: loss_fn={name}()")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ConfigError(f"loss_fn={str(loss_fn)[:80]}: a function of the output and the targets")
+
+
 def check_types_of(optimizer_kwargs: object, batch_dims: object, seed: object) -> None:
     """Refuse options of other types than they can have.
 

@@ -108,6 +108,7 @@ class OwnLoop:
                 "backward is autograd's. torch.autograd.set_detect_anomaly(True) helps here"
             )
         out = engine.eager.forward(args, kwargs, engine.num_steps)
+        engine.dynamic.notice(found)
         engine.num_steps += torch.is_grad_enabled()
         engine.last_timeline = None
         return out

@@ -98,12 +98,14 @@ class TrainSteps:
             except DynamicOnlyError as found:
                 if not found.eager:
                     raise
-                engine.goes_dynamic(CallKind.TRAIN_STEP, call, found)
+                reason = engine.goes_dynamic(CallKind.TRAIN_STEP, call, found)
             else:
                 return step.returned, step.timeline
         engine.factory.cover()
         captured = engine.variants.recorded(CallKind.TRAIN_STEP, call)
-        return engine.eager.train(call, minibatch, engine.num_steps, captured), None
+        loss = engine.eager.train(call, minibatch, engine.num_steps, captured)
+        engine.dynamic.notice(reason)
+        return loss, None
 
     def _planned(self, call: Call, begun: list[str], ready: ReadyStep) -> RanStep:
         """Run a planned step, with its updates; gradients go through hooks where there are any."""

@@ -8,7 +8,7 @@ from types import NoneType
 import torch
 
 from harmony.core.options import current_options
-from harmony.core.units import format_bytes, parse_bytes
+from harmony.core.units import format_bytes, parse_bytes_with_unit
 from harmony.core.warn import warn
 from harmony.errors import ConfigError
 from harmony.runtime import native
@@ -121,13 +121,20 @@ def memory_limit(device_memory: str | int | None) -> int | None:
     options = current_options()
     if options.gpu_memory_nbytes is not None:
         return options.gpu_memory_nbytes
-    return None if device_memory is None else parse_bytes(device_memory)
+    return None if device_memory is None else _size_of(device_memory)
+
+
+def _size_of(device_memory: str | int) -> int:
+    try:
+        return parse_bytes_with_unit(device_memory)
+    except ConfigError as error:
+        raise ConfigError(f"device_memory: {error}") from None
 
 
 def _start_virtual(count: int, device_memory: str | int | None) -> None:
     from harmony.vgpu.api import virtual_gpus  # builds the device, so only where it is used
 
-    limit = parse_bytes(device_memory or DEFAULT_VIRTUAL_MEMORY)
+    limit = _size_of(device_memory or DEFAULT_VIRTUAL_MEMORY)
     virtual_gpus(count=count, memory=limit)
     warn(
         f"no GPU found: training on {count} virtual GPU{'s' * (count > 1)} of "

@@ -22,4 +22,5 @@ def library() -> Compiled:
         *(f"-L{libraries}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{libraries}"),
     )
     depends = (torch.__version__, torch.__file__)
-    return Compiled("the virtual GPU", "vgpu", _FLAGS, VirtualGPUError, depends, links)
+    takes = "half a minute, longer on a busy machine"
+    return Compiled("the virtual GPU", "vgpu", _FLAGS, VirtualGPUError, depends, links, takes)

@@ -171,7 +171,7 @@ def test_a_model_may_return_its_loss(form: str) -> None:
     graph = capture(OwnLoss(form), (torch.randn(4, 8),), output_loss=True).graph
     assert graph.loss == graph.output_ids[0]
     assert graph.values[graph.loss].nbytes(7) == 4
-    with pytest.raises(CaptureError, match=r"\(4, 8\)"):
+    with pytest.raises(ConfigError, match=r"\(4, 8\)"):
         capture(OwnLoss("none"), (torch.randn(4, 8),), output_loss=True)
 
 

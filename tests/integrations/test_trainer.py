@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import harmony
@@ -82,6 +83,28 @@ def test_its_saves_are_the_librarys_and_training_resumes(
         resumed = trained(model, tmp_path / f"resumed-{folder.parent.name}", resume=folder)
         assert resumed[0] == expected[0]
         assert resumed[2] == [("step", 3), ("save", 3)]
+
+
+@pytest.mark.parametrize("inside_of_peft", [False, True])
+def test_a_resumed_run_draws_the_dropout_of_the_run_that_was_not_interrupted(
+    vgpus: VirtualGPUs, tmp_path: Path, inside_of_peft: bool
+) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)
+
+    def model(seed: int) -> Any:
+        net = language_model()
+        net.config.attention_dropout = 0.5
+        for layer in net.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        made = wrapped(net, 1, seed=seed)
+        return get_peft_model(made, lora) if inside_of_peft else made
+
+    options: dict[str, Any] = {"eval_strategy": "no", "gradient_accumulation_steps": 2}
+    options["num_train_epochs"] = 2
+    expected = trained(model(5), tmp_path / "whole", **options)
+    folder = tmp_path / "whole" / "checkpoint-2"
+    resumed = trained(model(6), tmp_path / "resumed", resume=folder, **options)
+    assert resumed[:2] == expected[:2]
 
 
 def test_it_says_that_its_parameters_are_on_the_host() -> None:

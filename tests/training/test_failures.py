@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -329,6 +331,10 @@ def test_workers_of_a_data_loader_may_be_forked_from_a_model_that_trains(
         ({"devices": 99}, "99 devices asked for"),
         ({"device_memory": "much"}, "not a size"),
         ({"optimizer_kwargs": {"lr": 1.0}}, "without an optimizer"),
+        ({"device_memory": "64"}, "device_memory: 64: in which unit"),
+        ({"loss_fn": nn.CrossEntropyLoss}, r"give an object of it: loss_fn=CrossEntropyLoss\(\)"),
+        ({"loss_fn": 3}, "a function of the output and the targets"),
+        ({"optimizer": "adamw"}, "give the class, as optimizer=torch.optim.AdamW"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
         ({"optimizer": torch.optim.SGD, "optimizer_kwargs": {"speed": 1}}, "speed"),
     ],
@@ -336,6 +342,60 @@ def test_workers_of_a_data_loader_may_be_forked_from_a_model_that_trains(
 def test_bad_options(vgpus: VirtualGPUs, options: dict[str, Any], message: str) -> None:
     with pytest.raises(harmony.ConfigError, match=message):
         harmony.Harmony(SkipMLP(), **options)
+
+
+def test_a_module_that_is_wrapped_otherwise_is_refused() -> None:
+    with pytest.raises(harmony.ConfigError, match="which hides its layers"):
+        harmony.Harmony(cast(nn.Module, torch.compile(SkipMLP())))
+    with pytest.raises(harmony.ConfigError, match="a Harmony model already: wrap it once"):
+        harmony.Harmony(harmony.Harmony(SkipMLP(), devices=1))
+
+
+def test_a_module_on_a_gpu_is_refused_with_the_way_back(vgpus: VirtualGPUs) -> None:
+    vgpus(count=1, memory="1MiB")
+    model = harmony.Harmony(SkipMLP().to("vgpu:0"), devices=1)
+    with pytest.raises(harmony.HarmonyError, match=r"leave \.to\(\) and \.cuda\(\) out"):
+        model(vector_batch(0)[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out, y: (out.sum(), out), r"a tuple of 2 \(return the loss alone\)"),
+        (lambda out, y: out.sum(1), r"shape \(8,\) \(take its mean\(\)\)"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused_at_once(
+    loss: Any, message: str, vgpus: VirtualGPUs
+) -> None:
+    vgpus(count=1, memory="1MiB")
+    model = harmony.Harmony(SkipMLP(), optimizer=torch.optim.SGD, loss_fn=loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", harmony.HarmonyWarning)
+        with pytest.raises(harmony.ConfigError, match=message):
+            model.train_step(*vector_batch(0))
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_an_error_of_the_callers_own_comes_alone(
+    steps: bool,
+    vgpus: VirtualGPUs,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vgpus(count=1, memory="1MiB")
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "loss_fn": square_loss}
+    model = harmony.Harmony(SkipMLP(), **(options if steps else {}))
+    x, y = vector_batch(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", harmony.HarmonyWarning)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model.train_step(x[:, 1:], y) if steps else model(x[:, 1:])
+        assert not caplog.records
+        if steps:
+            model.train_step(x, y)
 
 
 def test_bad_batches(vgpus: VirtualGPUs) -> None:

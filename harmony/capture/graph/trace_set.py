@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -243,9 +242,6 @@ def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Trace:
     Raises:
         CaptureError: if it fails for so many, whatever it is that it raises.
     """
-    # torch logs what a kernel refuses, with a page of its stack, before it raises.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_off, log.disabled = log.disabled, True
     try:
         return tracer.trace(num_samples, first)
     except (HarmonyError, torch.OutOfMemoryError):
@@ -255,5 +251,3 @@ def trace_other(tracer: Tracer, num_samples: int, first: int = 0) -> Trace:
             f"the forward fails for {num_samples} samples of this batch "
             f"({type(error).__name__}: {error}, at {user_frame_of(error)})"
         ) from error
-    finally:
-        log.disabled = was_off

@@ -125,8 +125,8 @@ def unobserved(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 def global_names(code: CodeType) -> tuple[str, ...]:
     """Return the globals that code reads or writes.
 
-    ``co_names`` also has the attributes that it asks for: a script's loop may call ``out`` what the
-    forward knows as ``self.out``.
+    ``co_names`` also has the attributes that it asks for: a script's loop may call ``out`` what
+    the forward knows as ``self.out``.
     """
     found = {i.argval: None for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS}
     return tuple(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,6 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from harmony.capture.guards.observe import unobserved
 
 _DEVICE = torch.ops.prim.device.default
+
+
+@contextmanager
+def refusals_unlogged() -> Iterator[None]:
+    """Keep torch from logging what a fake kernel refuses, with a page of its stack.
+
+    It raises it as well, and whoever records goes another way or lets it through.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_off, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_off
 
 
 class FakeKernels:

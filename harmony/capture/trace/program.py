@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmony.errors import CaptureError
+from harmony.errors import ConfigError
 
 Loss = Callable[[Any, Any], torch.Tensor]
 CallLoss = Callable[[Loss, Any, Any], torch.Tensor]
@@ -62,5 +62,14 @@ def _loss_of(out: Any) -> Any:
 def _scalar(loss: Any, what: str) -> torch.Tensor:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return loss.reshape(()) if loss.dim() else loss
-    shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
-    raise CaptureError(f"{what} {shape!r} where a scalar tensor was expected as the loss")
+    raise ConfigError(f"{what} {_kind(loss)} where a scalar tensor was expected as the loss")
+
+
+def _kind(loss: Any) -> str:
+    if isinstance(loss, torch.Tensor):
+        return f"a tensor of shape {tuple(loss.shape)} (take its mean())"
+    if isinstance(loss, (tuple, list)):
+        return f"a {type(loss).__name__} of {len(loss)} (return the loss alone)"
+    if isinstance(loss, (int, float)):
+        return "a number (leave item() out, the gradients need the tensor)"
+    return f"a {type(loss).__name__}"

@@ -32,6 +32,7 @@ from harmony.capture.replay.same_steps import Recorded, same_steps
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.caller_arguments import Containers, place_of
 from harmony.capture.state.python_state import PlainState
+from harmony.capture.trace.fake_kernels import refusals_unlogged
 from harmony.capture.trace.intercept import recording
 from harmony.capture.trace.isolation import autocast_dtype, undisturbed, user_frame_of
 from harmony.capture.trace.kernels import KernelWatch
@@ -109,7 +110,7 @@ class Tracer:
             raise self._first_time.again()
         for _ in range(_MOST_OPENED):
             try:
-                with undisturbed(self.device), self.outside.undone():
+                with undisturbed(self.device), self.outside.undone(), refusals_unlogged():
                     return without_dead_steps(self._attempt(num_samples, first))
             except LeafMustOpenError as request:
                 self._open(request)

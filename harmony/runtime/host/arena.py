@@ -256,7 +256,7 @@ class HostArena:
             if tensor.device.type != "cpu":
                 raise HarmonyError(
                     f"{name} is on {tensor.device}, and parameters and buffers of a Harmony model "
-                    "stay on the host: give it a tensor on the CPU"
+                    "stay on the host: leave .to() and .cuda() out, or move it back (.cpu())"
                 )
         if any(
             isinstance(t, nn.Parameter) or self.covers(t.data_ptr()) for t in elsewhere.values()

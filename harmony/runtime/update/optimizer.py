@@ -94,6 +94,10 @@ def check_optimizer_options(
             f"optimizer is an object; give the class and its options: optimizer="
             f"{type(optimizer).__name__}, optimizer_kwargs={{...}}"
         )
+    if optimizer is not None and not callable(optimizer):
+        raise ConfigError(
+            f"optimizer={optimizer!r}: give the class, as optimizer=torch.optim.AdamW"
+        )
     is_number = isinstance(max_norm, (int, float, torch.Tensor))
     if max_norm is not None and not (is_number and max_norm > 0):
         raise ConfigError(f"max_grad_norm={max_norm!r}: a positive number, or None")
