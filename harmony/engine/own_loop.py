@@ -192,9 +192,8 @@ class OwnLoop:
         engine.last_timeline = timeline
         if engine.verifier is None:
             seconds = timeline.step_s
-            stats = StepStats(
-                call.step, None, call.planned.plan.minibatch, None, seconds, timeline
-            )
+            minibatch, ran = call.planned.plan.minibatch, prepared.schedule
+            stats = StepStats(call.step, None, minibatch, None, seconds, timeline, ran)
             engine.record.stepped(stats)
         names = frozenset().union(*host.touched.values())
         if engine.peers is not None:

@@ -163,7 +163,7 @@ def metrics_of(record: ModelRecord) -> Metrics:
     timeline = run.last or run.predicted
     step_s = run.median_s()
     gpus = _gpus(run, timeline)
-    bound, advice = bottleneck(timeline, plan.schedule, plan.spec)
+    bound, advice = bottleneck(timeline, run.ran or plan.schedule, plan.spec)
     return Metrics(
         name=record.name,
         facts=dict(record.facts),
@@ -221,7 +221,7 @@ def packs_of(program: Iterable[Instruction]) -> str:
 
 def _gpus(run: PlanRun, timeline: Timeline) -> list[GpuMetrics]:
     plan = run.plan
-    stalls = stall_causes(timeline, plan.schedule)
+    stalls = stall_causes(timeline, run.ran or plan.schedule)
     found = []
     for index, device in enumerate(plan.machine.devices[: plan.schedule.num_devices]):
         prefix = f"gpu{index}"

@@ -51,6 +51,8 @@ class StepStats:
         num_tokens: tokens of the minibatch; None where the inputs are not tokens.
         step_s: seconds of the whole call, as the script sees it.
         timeline: what ran when.
+        schedule: what ran, where it is not the plan's own: in a loop of one's own, the backward
+            from the outputs that a gradient has come for.
     """
 
     step: int
@@ -59,6 +61,7 @@ class StepStats:
     num_tokens: int | None
     step_s: float
     timeline: Timeline
+    schedule: Schedule | None = None
 
 
 @dataclass
@@ -67,6 +70,7 @@ class PlanRun:
 
     Attributes:
         layers: what the plan was made from: the layers and their costs; None if unknown.
+        last: what ran when in the last step, and `ran`, the schedule of that.
     """
 
     plan: Plan
@@ -77,6 +81,7 @@ class PlanRun:
     num_tokens: int = 0
     total_s: float = 0.0
     last: Timeline | None = None
+    ran: Schedule | None = None
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
 
     def add(self, stats: StepStats) -> None:
@@ -86,7 +91,7 @@ class PlanRun:
         self.num_tokens += stats.num_tokens or 0
         self.total_s += stats.step_s
         self.durations_s.append(stats.step_s)
-        self.last = stats.timeline
+        self.last, self.ran = stats.timeline, stats.schedule
 
     def median_s(self) -> float | None:
         """Seconds of a typical step, without the first, which warms up; None before any ran."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.report.metrics import metrics_of
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import SkipMLP, square_loss, vector_batch
 from tests.training.test_dropin_graph import both, same_gradients, wrapped
@@ -78,3 +79,13 @@ def test_a_parameter_that_the_backward_does_not_need_may_change(vgpus: VirtualGP
     square_loss(out["right"], y).backward(retain_graph=True)
     with pytest.raises(harmony.HarmonyError, match=r"parameter left\."):
         square_loss(out["left"], y).backward()
+
+
+def test_what_a_gpu_waited_for_is_that_of_the_backward_that_ran(vgpus: VirtualGPUs) -> None:
+    """The report's shares make up the step, though outputs were left out of it."""
+    model = wrapped(TwoHeads(), device_memory="24KiB")
+    x, y = vector_batch(0)
+    square_loss(model(x)["hidden"], y).backward()
+    metrics = metrics_of(model.record)
+    whole = metrics.gpus[0].busy_s + sum(metrics.gpus[0].stalls_s.values())
+    assert whole == pytest.approx(metrics.timeline_s, rel=1e-3)
