@@ -22,12 +22,15 @@ from harmony.runtime.host import limits
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.peers.chunks import cut
 from harmony.runtime.peers.exchange import MARK_NBYTES, TEXT_NBYTES
+from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import params_of
 from tests.training.servers import ENDED, on_servers
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "foreach": False}
+pytestmark = devices.virtual_only("its processes set them up")
+
 Parts = Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -71,13 +74,18 @@ def other(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 def steps(rank: int, size: int) -> Any:
     """Clipped steps with dropout, from process 0's values, two microbatches in each process."""
     torch.manual_seed(0)
-    expected, batches = GPT(dropout=0.1, depth=2), batches_for(size, 3)
+    expected, batches = GPT(dropout=0.1, depth=2), batches_for(size, 3 if size == 2 else 2)
     net = copy.deepcopy(expected)
     if rank:
         torch.nn.init.ones_(net.head.weight)
     opt = torch.optim.AdamW(expected.parameters(), **ADAMW)
     model = model_of(
-        net, microbatch_size=2, devices=2, device_memory="300KiB", max_grad_norm=0.5, seed=rank
+        net,
+        microbatch_size=2,
+        devices=2 if size == 2 else 1,
+        device_memory="300KiB",
+        max_grad_norm=0.5,
+        seed=rank,
     )
     for step, parts in enumerate(batches):
         model.train_step(*parts[rank])
@@ -204,12 +212,28 @@ class Noting(nn.Module):
         return y
 
 
+class Halving(nn.Sequential):
+    """Goes one way or another by what it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x)
+        return y / 2 if y.sum() > 0 else y
+
+
 def not_planned(rank: int, size: int) -> Any:
-    """Forwards that run as they are, and hooks on parameters, which see a process's own part."""
+    """Forwards that run as they are, or are known only then, and hooks on parameters, which see a
+    process's own part."""
     found: list[str] = []
-    for hooked in (False, True):
-        torch.manual_seed(0)
-        net: nn.Module = nn.Sequential(nn.Linear(24, 24), nn.Dropout(0.5)) if hooked else Noting()
+    layers = [nn.Linear(24, 24), nn.Dropout(0.5)]
+    for mode, net in (
+        ("eager", Noting()),
+        ("dynamic", Halving(*copy.deepcopy(layers))),
+        ("trace", nn.Sequential(*layers)),
+    ):
+        hooked = mode == "trace"
+        for param in net.parameters():
+            torch.manual_seed(param.dim())
+            nn.init.normal_(param)
         expected = copy.deepcopy(net)
         sgd = {"lr": 0.1, "foreach": False}
         given = {"optimizer": torch.optim.SGD, "optimizer_kwargs": sgd, "loss_fn": square_loss}
@@ -224,7 +248,7 @@ def not_planned(rank: int, size: int) -> Any:
                 model.train_step(*parts[rank])
             plain_step(expected, parts, step, 2, square_loss)
             opt.step()
-        assert model.capture_mode == ("trace" if hooked else "eager")
+        assert model.capture_mode == mode
         found += other(params_of(net), params_of(expected))
     return found
 
@@ -322,6 +346,23 @@ def saved(rank: int, size: int) -> Any:
     return differ, drawn == draws, draws, missing
 
 
+def asked_to_end(rank: int, size: int) -> Any:
+    """SIGTERM to process 1 ends the run in both, behind the same step."""
+    model = model_of(GPT(dropout=0.1, depth=1))
+    folder = Path(os.environ["TESTS_FOLDER"], "ended")
+    try:
+        with harmony.Run(model, folder, every=100) as run:
+            run.resume()
+            for step in range(4):
+                if rank and step == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                model.train_step(*token_batch(rank, 4))
+                run.step()
+    except SystemExit as end:
+        return end.code, model.num_steps, [path.name for path in folder.iterdir()]
+    return None
+
+
 def lost(rank: int, size: int) -> Any:
     """Process 1 ends in the middle of a step."""
     torch.manual_seed(0)
@@ -373,6 +414,7 @@ IN_TWO = (
     "not_finite",
     "disagreements",
     "saved",
+    "asked_to_end",
     "interrupted",
 )
 
@@ -472,6 +514,11 @@ def test_a_run_is_saved_and_resumed_with_the_random_numbers_of_each_process(
     missing = [found[3] for found in two["saved"]]
     assert missing[0].startswith("ConfigError: there are no checkpoints in")
     assert missing[1].startswith("PeerError: process 0 of 2 failed: ConfigError: there are no")
+
+
+def test_a_signal_to_one_process_saves_and_ends_the_run_in_all(two: dict[str, list[Any]]) -> None:
+    expected = (128 + signal.SIGTERM, 2, ["step-00000002"])
+    assert no_text(two["asked_to_end"]) == [expected, expected]
 
 
 def test_ctrl_c_in_one_process_ends_the_others_behind_the_same_step(
