@@ -13,6 +13,7 @@ from torch import nn
 
 import harmony
 from harmony.runtime.update.coupling import why_coupled
+from tests import devices
 
 from . import optimizers as own
 from .conftest import VirtualGPUs
@@ -79,6 +80,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@devices.on_real_gpus
 @pytest.mark.parametrize("updates", ["auto", "host"])
 @pytest.mark.parametrize("optimizer", own.COUPLED, ids=lambda kind: kind.__name__)
 def test_optimizers_that_look_at_all_parameters_take_one_step(
@@ -109,6 +111,7 @@ def test_a_large_model_with_a_norm_of_all_gradients_is_plain_pytorchs(vgpus: Vir
     assert all(map(torch.equal, net.parameters(), plain.parameters()))
 
 
+@devices.on_real_gpus
 def test_a_bad_step_is_left_out_as_a_whole(vgpus: VirtualGPUs) -> None:
     net = SkipMLP()
     before = copy.deepcopy(net)
@@ -134,6 +137,7 @@ def test_noise_is_drawn_in_the_order_of_the_parameters(vgpus: VirtualGPUs) -> No
     assert torch.equal(after, torch.get_rng_state())
 
 
+@devices.on_real_gpus
 @pytest.mark.parametrize("place", ["pre", "post"])
 def test_hooks_of_a_step_are_called_once_a_step(vgpus: VirtualGPUs, place: str) -> None:
     """Also where they come when packs have been updated alone, on their devices, before."""
@@ -149,6 +153,7 @@ def test_hooks_of_a_step_are_called_once_a_step(vgpus: VirtualGPUs, place: str) 
     assert calls == [model.optimizer]
 
 
+@devices.on_real_gpus
 def test_a_hook_that_clips_all_gradients_sees_all(vgpus: VirtualGPUs) -> None:
     def clipping(params: Any, **options: Any) -> torch.optim.Optimizer:
         params = list(params)
@@ -161,6 +166,7 @@ def test_a_hook_that_clips_all_gradients_sees_all(vgpus: VirtualGPUs) -> None:
     trained(clipping, {"lr": 1e-2, "foreach": False})
 
 
+@devices.on_real_gpus
 def test_a_step_that_was_replaced_is_the_one_that_is_called(vgpus: VirtualGPUs) -> None:
     model, calls = model_of(SkipMLP(), torch.optim.SGD, {"lr": 0.1}), []
     assert model.optimizer is not None
@@ -266,6 +272,7 @@ def test_what_a_step_writes_elsewhere_is_written_by_steps_alone(
     assert same(train(True), train(False))
 
 
+@devices.on_real_gpus
 def test_what_looks_at_one_parameter_is_updated_behind_the_backward(vgpus: VirtualGPUs) -> None:
     model, plain = trained(own.Lion, updates="host")
     assert model.record.facts["optimizer"] == "Lion"
