@@ -14,7 +14,7 @@ from harmony.errors import ConfigError
 from harmony.runtime import native
 from harmony.runtime.device import available_devices
 
-Devices = int | Sequence[str | torch.device] | None
+Devices = int | str | torch.device | Sequence[str | torch.device] | None
 
 DEFAULT_VIRTUAL_MEMORY = "64MiB"
 
@@ -40,7 +40,8 @@ def choose_devices(
     if options.gpu is not None:  # for GPUs that are not there; here nothing is computed
         wanted = 1
     if not isinstance(wanted, (int, NoneType)):
-        return _named_devices([wanted] if isinstance(wanted, str) else wanted, device_memory)
+        named = [wanted] if isinstance(wanted, (str, torch.device)) else wanted
+        return _named_devices(named, device_memory)
     if wanted is not None and wanted < 1:
         raise ConfigError(f"devices={wanted}: at least one device is needed")
     found = available_devices()

@@ -412,6 +412,8 @@ def test_bad_batches(vgpus: VirtualGPUs) -> None:
 def test_real_gpus_beside_virtual_ones_are_refused(vgpus: VirtualGPUs) -> None:
     with pytest.raises(harmony.ConfigError, match="one kind of device in a process"):
         harmony.Harmony(SkipMLP(), devices=["cuda:0"])
+    with pytest.raises(harmony.ConfigError, match="one kind of device in a process"):
+        harmony.Harmony(SkipMLP(), devices=torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("mode", ["pp", "dp"])

@@ -466,5 +466,7 @@ def _check_host(graph: LayerGraph, machine: Machine) -> None:
     if needed > limit:
         raise DoesNotFitError(
             f"parameters, gradients and optimizer state need {format_bytes(needed)} of host"
-            f" memory; the limit is {format_bytes(limit)}. Use a machine with more memory"
+            f" memory; the limit is {format_bytes(limit)}. Use a machine with more memory, "
+            "train less of the model (LoRA: a frozen parameter takes 2 bytes in bf16), or an "
+            "optimizer with less state"
         )
