@@ -77,7 +77,7 @@ def call_key_of(
     described = tuple(_describe(leaf, dim) for leaf, dim in pairs)
     trained = tuple(param.requires_grad for param in net.parameters())
     state = tuple(_python_state(net))
-    form = kind, str(batch.structure.spec), described, trained
+    form = kind, str(batch.structure.spec), batch.structure.places, described, trained
     key = (*form, autocast_dtype(), torch_settings(), state)
     return key, batch, whole
 

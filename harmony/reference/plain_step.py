@@ -95,7 +95,8 @@ class PlainStep:
 
     def __post_init__(self) -> None:
         leaves, self._structure = flatten((self.args, self.kwargs, self.targets))
-        self._leaves = [_own(leaf, self.device) for leaf in leaves]
+        own = {id(leaf): _own(leaf, self.device) for leaf in leaves}  # model(x, x) stays that
+        self._leaves = [own[id(leaf)] for leaf in leaves]
         self._given = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         self._used: list[tuple[Samples | None, list[Any]]] = []
         self._dims: Sequence[int | None] = ()

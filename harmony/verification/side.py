@@ -151,12 +151,12 @@ def hooks_off(net: torch.nn.Module) -> Iterator[None]:
 def copied(call: Call) -> Call:
     """The caller's inputs, in memory of their own: a forward may change them."""
     leaves, structure = flatten(call)
-    args, kwargs, targets = structure.unflatten(
-        leaf.detach().clone().requires_grad_(leaf.requires_grad)
-        if isinstance(leaf, torch.Tensor)
-        else leaf
+    copies = {
+        id(leaf): leaf.detach().clone().requires_grad_(leaf.requires_grad)
         for leaf in leaves
-    )
+        if isinstance(leaf, torch.Tensor)
+    }
+    args, kwargs, targets = structure.unflatten(copies.get(id(leaf), leaf) for leaf in leaves)
     return args, kwargs, targets
 
 

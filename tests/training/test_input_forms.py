@@ -18,6 +18,7 @@ import harmony
 from tests import devices
 
 from .conftest import VirtualGPUs
+from .side_by_side import assert_same_training
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no recorded forward stands for the next"),
@@ -241,3 +242,42 @@ def test_a_lazy_module_is_refused_until_it_has_run(vgpus: VirtualGPUs, lazy: Any
         net(x)
     model = harmony.Harmony(net, devices=1)
     assert model(x).shape[0] == NUM
+
+
+class Compared(nn.Module):
+    """Goes by whether two inputs are one tensor, as attention and its users do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, query: torch.Tensor, held: dict[str, torch.Tensor]) -> torch.Tensor:
+        key = held["key"]
+        return self.head(torch.tanh(self.lin(query)) + (key if query is key else 3.0 * key))
+
+
+def test_a_tensor_that_is_given_twice_is_one_input(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net, plain = Compared(), Compared()
+    plain.load_state_dict(net.state_dict())
+    model = harmony.Harmony(net, devices=1, loss_fn=nn.functional.cross_entropy)
+    x, y = torch.randn(NUM, 4, requires_grad=True), torch.randn(NUM, 4)
+    for key in (y, x, y):
+        found = []
+        for module in (plain, model):
+            x.grad = None
+            module.zero_grad()
+            out = module(x, {"key": key})
+            out.square().sum().backward()
+            assert x.grad is not None
+            found.append([out.detach(), x.grad, *(p.grad for p in module.parameters())])
+        assert all(map(torch.equal, *found))
+    x = x.detach()
+    assert model.verify((x, {"key": x}), torch.randint(0, 3, (NUM,))).ok
+
+
+def test_a_step_tells_one_tensor_from_two(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(NUM, 4), torch.randn(NUM, 4)
+    targets = torch.randint(0, 3, (NUM,))
+    assert_same_training(Compared(), [((x, {"key": key}), targets) for key in (y, x, y)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,14 +23,19 @@ class Structure:
         num_leaves: how many leaves it takes.
         nested: per leaf of the pytree that is one of those, with tensors: the class, the names of
             its fields, and the structure of their values.
+        places: where one tensor is in several places, which leaf is in each; else empty.
     """
 
     spec: pytree.TreeSpec
     num_leaves: int
     nested: tuple[tuple[int, type, tuple[str, ...], Structure], ...] = ()
+    places: tuple[int, ...] = ()
 
     def unflatten(self, leaves: Iterable[Any]) -> Any:
         """Build the structure from its leaves."""
+        if self.places:
+            distinct = tuple(leaves)
+            leaves = [distinct[place] for place in self.places]
         if not self.nested:
             return pytree.tree_unflatten(list(leaves), self.spec)
         remaining = iter(leaves)
@@ -66,6 +71,23 @@ def flatten(
         nested.append((index, type(leaf), names, inner))
         leaves += inner_leaves
     return leaves, Structure(spec, len(leaves), tuple(nested))
+
+
+def distinct_leaves(keys: Sequence[Any], structure: Structure) -> tuple[list[int], Structure]:
+    """Find the leaves of a structure that are there once: a tensor stays one wherever it is.
+
+    Args:
+        keys: of each leaf; those that are the same leaf have the same.
+
+    Returns:
+        The indices of the leaves to keep, and the structure that takes those.
+    """
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}
+    if len(first) == len(keys):
+        return list(range(len(keys))), structure
+    kept = sorted(first.values())
+    places = tuple(kept.index(first[key]) for key in keys)
+    return kept, replace(structure, num_leaves=len(kept), places=places)
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from harmony.capture.graph.structure import Structure, flatten
+from harmony.capture.graph.structure import Structure, distinct_leaves, flatten
 from harmony.capture.guards.holders import ATOMS
 from harmony.errors import CaptureError, ConfigError
 
@@ -24,7 +24,8 @@ class Batch:
 
     Attributes:
         names: per flattened input, how the user would name it: ``args[0]``, ``kwargs['mask']``.
-        leaves: the flattened inputs.
+        leaves: the flattened inputs. A tensor that is given in several places, ``model(x, x)``, is
+            one input: the forward may ask whether they are the same.
         batch_dims: per leaf the dimension that counts samples; None if it has none.
         num_samples: how many samples the batch has.
     """
@@ -55,8 +56,7 @@ class Batch:
         """
         ordered = {key: kwargs[key] for key in sorted(kwargs)}
         names = tuple(_names(args, ordered, targets))
-        flat, structure = flatten((tuple(args), ordered, targets))
-        leaves = tuple(flat)
+        leaves, structure = flatten((tuple(args), ordered, targets))
         unknown = set(batch_dims).difference(names)
         if unknown:
             raise ConfigError(f"batch_dims names {sorted(unknown)}; the inputs are {names}")
@@ -64,11 +64,16 @@ class Batch:
             by_name = dict(zip(names, leaves, strict=True))
             named = ((name, by_name[name]) for name in _names(args, kwargs, targets))
             num_samples = _count_samples(named, batch_dims)
+        pairs = zip(names, leaves, strict=True)
+        keys = [_key(i, name, leaf, batch_dims) for i, (name, leaf) in enumerate(pairs)]
+        kept, structure = distinct_leaves(keys, structure)
+        if structure.places:
+            names, leaves = tuple(names[i] for i in kept), [leaves[i] for i in kept]
         dims = tuple(
             batch_dims.get(name, _batch_dim(leaf, num_samples))
             for name, leaf in zip(names, leaves, strict=True)
         )
-        return Batch(names, leaves, structure, dims, num_samples)
+        return Batch(names, tuple(leaves), structure, dims, num_samples)
 
     def detached(self) -> Batch:
         """Return the batch without the graph of its tensors, to be kept.
@@ -116,17 +121,16 @@ class Batch:
         # In the caller's order, by which samples are counted.
         return some, {name: named[name] for name in kwargs}, target
 
-    def take(self, num_samples: int, device: torch.device, first: int = 0) -> tuple[Any, Any, Any]:
-        """Return ``(args, kwargs, targets)`` with this many samples, repeated as necessary.
+    def leaves_of(self, num_samples: int, device: torch.device, first: int = 0) -> list[Any]:
+        """Return the leaves with this many samples, repeated as necessary.
 
         Args:
             first: the sample to begin with.
         """
-        leaves = [
+        return [
             _take(leaf, dim, num_samples, device, first)
             for leaf, dim in zip(self.leaves, self.batch_dims, strict=True)
         ]
-        return to_call(self.structure, leaves)
 
     def match(self, other: Batch) -> tuple[Any, ...]:
         """Return the leaves of another batch with the same structure.
@@ -170,6 +174,13 @@ def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list
         ("targets", targets),
     ]
     return [leaf for name, group in groups for leaf in _leaf_names(name, group)]
+
+
+def _key(index: int, name: str, leaf: Any, batch_dims: Mapping[str, int | None]) -> Any:
+    """What is the same for leaves that are one input; targets are the loss's, not the forward's."""
+    if not isinstance(leaf, torch.Tensor):
+        return index
+    return id(leaf), name.startswith("targets"), batch_dims.get(name, "not said")
 
 
 def _leaf_names(name: str, group: Any) -> list[str]:

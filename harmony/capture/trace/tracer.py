@@ -27,7 +27,7 @@ from harmony.capture.graph.trace import StepKind, Trace, without_dead_steps
 from harmony.capture.guards.checkpoints import CheckpointWatch, checkpoints_watched
 from harmony.capture.guards.module_hooks import hooks_of
 from harmony.capture.guards.outside import Outside, depends_on_batch
-from harmony.capture.replay.inputs import Batch
+from harmony.capture.replay.inputs import Batch, to_call
 from harmony.capture.replay.same_steps import Recorded, same_steps
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.caller_arguments import Containers, place_of
@@ -147,11 +147,11 @@ class Tracer:
         stand_ins = _stand_ins(self._source, twin)
         kernels = KernelWatch(fake=not self._real)
         recorder = self._recorder(twin, stand_ins, kernels)
-        args, kwargs, targets = self._batch.take(num_samples, self.device, first)
-        named = zip(self._batch.names, flatten((args, kwargs, targets))[0], strict=True)
+        taken = self._batch.leaves_of(num_samples, self.device, first)
+        args, kwargs, targets = to_call(self._batch.structure, taken)
         inputs = tuple(
             recorder.add_input(leaf, name) if isinstance(leaf, torch.Tensor) else None
-            for name, leaf in named
+            for name, leaf in zip(self._batch.names, taken, strict=True)
         )
         opened = OpenedModules(twin, self.leaves)
         self.outside.begin(twin)
