@@ -98,6 +98,8 @@ class Layer:
         mixes_samples: whether a sample's result depends on the other samples of its microbatch.
         changes_state: whether its forward changes buffers, so that its microbatches have to run
             one after the other, in order.
+        differentiates: whether its forward computes a gradient, so that what it saves cannot be
+            kept for its backward: it is recomputed.
         saved_nbytes_per_sample: bytes that its forward saves for a backward, for a sample, beyond
             its weights, inputs and outputs.
         products_nbytes_per_sample: bytes of the results of its forward's products (of matrices,
@@ -121,6 +123,7 @@ class Layer:
     uses_rng: bool = False
     mixes_samples: bool = False
     changes_state: bool = False
+    differentiates: bool = False
     saved_nbytes_per_sample: int = 0
     update_nbytes: int = 0
     master_nbytes: int = 0
@@ -232,9 +235,13 @@ class LayerGraph:
         return kept + sum(value.nbytes(num_samples) for value in values)
 
     def products_nbytes(self, first: int, last: int, num_samples: int) -> int:
-        """Bytes of the results of all products of layers ``first`` to ``last - 1``."""
-        layers = self.layers[first:last]
+        """Bytes of the results of all products of layers ``first`` to ``last - 1``, to be kept."""
+        layers = self.layers[first:last] if self.keepable(first, last) else ()
         return sum(layer.products_nbytes_per_sample for layer in layers) * num_samples
+
+    def keepable(self, first: int, last: int) -> bool:
+        """Whether what layers ``first`` to ``last - 1`` save can be kept for their backward."""
+        return not any(layer.differentiates for layer in self.layers[first:last])
 
     def pack_inputs(self, first: int, last: int) -> tuple[int, ...]:
         """Values made before layer ``first`` that layers ``first`` to ``last - 1`` read."""

@@ -122,8 +122,9 @@ class RunBackward(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise HarmonyError(
                 "create_graph=True: Harmony recomputes its layers in the backward and keeps no "
-                "graph of it, so there is no second derivative. Keep the part of the model that "
-                "needs one (a gradient penalty, for instance) outside of Harmony(...)"
+                "graph of it, so there is no second derivative. Let the model's forward compute "
+                "the gradient and return what needs it (a gradient penalty, for instance), or "
+                "keep that part of the model outside of Harmony(...)"
             )
         if any(gradient is not None and _is_batched(gradient) for gradient in gradients):
             raise HarmonyError(
@@ -161,15 +162,6 @@ def check_surroundings() -> None:
             "batches only. Use loss.backward() or torch.autograd.grad, or transform the module "
             "itself before you wrap it"
         )
-
-
-def hooks_of_others_off() -> saved_tensors_hooks:
-    """Keep what a capture and its measurements save from hooks around the call.
-
-    `torch.utils.checkpoint`, for one, counts what is saved in the first forward and in the second.
-    """
-    # Without its graph, since an output that its own node holds is a circle that nobody frees.
-    return saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
 def attach(values: Values, inputs: Values, call: ForwardCall) -> Values:

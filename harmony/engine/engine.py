@@ -17,13 +17,11 @@ import torch
 from torch import nn
 
 from harmony.capture import DynamicOnlyError, GuardError
+from harmony.capture.graph.saved_hooks import hooks_aside
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
 from harmony.core.warn import warn
-from harmony.engine.autograd import (
-    ForwardObserver,
-    hooks_of_others_off,
-)
+from harmony.engine.autograd import ForwardObserver
 from harmony.engine.call_key import Call, CallKind
 from harmony.engine.dynamic import DynamicRunner
 from harmony.engine.eager import EagerRunner
@@ -177,7 +175,7 @@ class Engine:
         computes the same.
         """
         for attempt in range(MOST_SHRINKS + 1):
-            with hooks_of_others_off() if kind is CallKind.OWN_LOOP else nullcontext():
+            with hooks_aside() if kind is CallKind.OWN_LOOP else nullcontext():
                 ready = self._prepare(kind, call)
             try:
                 return ready, run(ready)

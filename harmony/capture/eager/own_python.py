@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
+from harmony.capture.graph.saved_hooks import transforms_allowed
 from harmony.capture.graph.structure import flatten
 from harmony.capture.guards.checkpoints import checkpointed
 from harmony.capture.replay.replay import FACTORIES
@@ -232,6 +233,7 @@ def running_on(device: torch.device) -> Iterator[OnDevice]:
         if autocast_dtype() is not None:
             stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype()))
         stack.enter_context(saved_tensors_hooks(mode.keep, mode.fetch))
+        stack.enter_context(transforms_allowed())
         stack.enter_context(recording(mode))
         stack.enter_context(_without_checkpoints())
         yield mode

@@ -265,6 +265,7 @@ def _make_layer(
         uses_rng=any(step.random for step in steps),
         mixes_samples=layer in mixing,
         changes_state=any(step.changes or step.counts for step in steps),
+        differentiates=any(step.differentiates for step in steps),
     )
 
 

@@ -124,6 +124,7 @@ class Step:
         dynamic: whether the shape of something that it computes depends on values.
         with_graph: per leaf of the arguments, whether it required a gradient, where the call is
             possible only while gradients are recorded.
+        differentiates: whether it computes a gradient itself.
         expected: what a guard's read gave.
         where: file and line of the call in the user's code.
         in_loss: whether the loss function makes the call.
@@ -147,6 +148,7 @@ class Step:
     python_random: PythonState | None = None
     dynamic: bool = False
     with_graph: tuple[bool, ...] = ()
+    differentiates: bool = False
     expected: Any = None
     where: str = "?"
     in_loss: bool = False

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._device import _device_constructors
 
+from harmony.capture.graph.saved_hooks import differentiating
 from harmony.capture.graph.structure import flatten
 from harmony.capture.graph.trace import (
     DEVICE,
@@ -64,6 +65,8 @@ def run_step(step: Step, values: Values, shell: ModuleShell) -> None:
     target = step.target
     if isinstance(target, str):  # what a class's own ``__call__`` adds are steps by themselves
         target = partial(nn.Module.__call__, shell.modules[target])
+    if step.differentiates:
+        target = differentiating()(target)
     before_call = [_attribute(left, shell) for left in step.left_behind]
     if step.python_random is not None:
         step.python_random.restore()

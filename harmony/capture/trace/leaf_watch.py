@@ -39,6 +39,7 @@ class LeafCall:
     Attributes:
         name: the module's name.
         needs_graph: whether it calls something that is possible only while gradients are recorded.
+        differentiates: whether that is the gradient of something.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LeafCall:
             of_data: gets the tensors that depend on the content of arguments or parameters.
         """
         self.name = name
-        self.needs_graph = False
+        self.needs_graph = self.differentiates = False
         self._module = module
         self._state_names = state
         self._made_in = made_in
@@ -88,6 +89,7 @@ class LeafCall:
         if name in NEED_A_GRAPH and "__get__" not in str(func):
             check_tensor_hook(name, args)
             self.needs_graph = True
+            self.differentiates |= name == "grad"
         of_data = False
         for tensor in _tensors((*args, *kwargs.values())):
             self._check_known(tensor)

@@ -265,6 +265,7 @@ class Recorder(CallHandler):
         changed = [*changed_by(tensors, versions, noticed), *filter(noticed.wrote, own)]
         if watch.needs_graph:
             step.with_graph = tuple(map(_learns, leaves))
+            step.differentiates = watch.differentiates
         step.counts = tuple(
             (known.module_names[id(owner)], attribute) for owner, attribute in watch.counted()
         )

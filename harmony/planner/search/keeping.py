@@ -111,7 +111,8 @@ def offloading(question: Question, found: Candidate, *, few: bool = False) -> It
         return
     spec = found.spec
     may = set(spec.backward_packs).difference(spec.saved)
-    left = [pack for pack in spec.forward_packs if pack in may]
+    graph = question.packer.graph
+    left = [p for p in spec.forward_packs if p in may and graph.keepable(p.first, p.last)]
     for share in OFFLOADED[: 2 if few else None]:
         # Spread evenly, so that what one pack sends out has left before the next one's follows.
         out = [p for i, p in enumerate(left) if int((i + 1) * share) > int(i * share)]
@@ -231,6 +232,8 @@ def _take_saved(room: _Room, seat: int, spare: int, saved: list[Pack]) -> int:
     """Keep activations of packs, most seconds a byte first, late ones first of those equal."""
     priced = []
     for stage in room.forward(seat):
+        if not room.question.packer.graph.keepable(stage.pack.first, stage.pack.last):
+            continue
         nbytes = room.saved_nbytes(stage)
         seconds = stage.run_s * stage.num_runs
         worth = -round(seconds / max(1, nbytes), 15)

@@ -43,6 +43,6 @@ def as_recomputed() -> Iterator[None]:
 
 def _nothing_was_saved(_: Any) -> torch.Tensor:
     raise ExecutionError(
-        "a layer runs a backward in its forward: that is not possible where the layer is "
-        "recomputed. Compute that gradient outside of the model, or in torch.func"
+        "a layer runs a backward in its forward, by what no recording has seen: call "
+        "torch.autograd.grad or torch.func there"
     )
