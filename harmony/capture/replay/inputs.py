@@ -177,7 +177,7 @@ def _names(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> list
 
 
 def _key(index: int, name: str, leaf: Any, batch_dims: Mapping[str, int | None]) -> Any:
-    """What is the same for leaves that are one input; targets are the loss's, not the forward's."""
+    """What leaves that are one input have in common; targets are inputs of the loss."""
     if not isinstance(leaf, torch.Tensor):
         return index
     return id(leaf), name.startswith("targets"), batch_dims.get(name, "not said")
