@@ -44,6 +44,7 @@ from harmony.engine.options import (
 from harmony.engine.own_loop import OwnLoop
 from harmony.engine.precision import precision_of
 from harmony.engine.train_steps import TrainSteps
+from harmony.engine.turns import in_turn
 from harmony.errors import ConfigError, NotSavedError, PeerError
 from harmony.planner.ir.plan import Plan
 from harmony.report.session import ModelRecord, Observer, Verified
@@ -389,7 +390,7 @@ class Harmony(Wrapper):
         )
         self._engine.late.flush()
         args, kwargs = _arguments(inputs)
-        with within(self._net):
+        with in_turn(), within(self._net):
             return verify(self._engine, args, kwargs, targets)
 
     # Checkpoints

@@ -18,6 +18,7 @@ from torch import nn
 
 from harmony.core.warn import warn
 from harmony.engine.bypass import within
+from harmony.engine.turns import in_turn
 from harmony.errors import DeviceLostError, HarmonyError, text_of
 from harmony.runtime import native
 from harmony.runtime.exec.out_of_memory import out_of_memory
@@ -43,6 +44,8 @@ E = TypeVar("E", bound=_Exclusive)
 def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:
     """Let one thread at a time run a model, which has one place for its gradients and values.
 
+    And one model at a time in a process (`in_turn`).
+
     The same thread may come in again: `torch.utils.checkpoint` runs a forward in a backward.
     Signals are heard when it is over, or where a step has not yet changed anything.
     """
@@ -51,7 +54,7 @@ def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P],
     def run(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.whole.check_process()  # before any lock, which a thread may hold that is not here
         naming = self.whole.naming(method.__name__, self.devices)
-        with held_back(), self.lock, within(self.whole.net), naming:
+        with in_turn(), held_back(), self.lock, within(self.whole.net), naming:
             return method(self, *args, **kwargs)
 
     return run

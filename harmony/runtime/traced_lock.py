@@ -15,9 +15,20 @@ class TracedLock:
         self._lock = threading.RLock()
         (self._token,) = native.new_tokens(1)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
+    def acquire(self, timeout_s: float = -1) -> bool:
+        """Begin a turn; return whether it came within so many seconds, -1 for any number."""
+        if not self._lock.acquire(timeout=timeout_s):
+            return False
         native.trace_acquire(self._token)
+        return True
+
+    def release(self) -> None:
+        """End a turn."""
+        native.trace_release(self._token)
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
 
     def __exit__(
         self,
@@ -25,5 +36,4 @@ class TracedLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        native.trace_release(self._token)
-        self._lock.release()
+        self.release()

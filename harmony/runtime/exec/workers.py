@@ -21,6 +21,7 @@ _LAST_JOB_S = 10.0
 
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_here = threading.local()
 
 
 class Worker:
@@ -98,7 +99,13 @@ def _rest() -> None:
         worker.join(_LAST_JOB_S)
 
 
+def is_worker() -> bool:
+    """Whether this thread is one of the runtime's, so that a call waits for what it runs."""
+    return getattr(_here, "serves", False)
+
+
 def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:
+    _here.serves = True
     while (pair := jobs.get()) is not None:
         job, done = pair
         try:
