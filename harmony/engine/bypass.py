@@ -125,7 +125,7 @@ class _Watch:
         assert module is not None, "it is called by the module"
         if owner is None or owner.is_over:  # the Harmony model is gone
             module.__dict__.pop("_compiled_call_impl", None)
-        elif not _running():
+        elif not _running() and torch._C._current_graph_task_id() == -1:  # nor in a backward
             owner.noticed(self._name, module)
             with within(owner.net):
                 return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]

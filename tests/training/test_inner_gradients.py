@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,61 @@ def test_a_model_that_runs_as_it_is_may_differentiate(vgpus: VirtualGPUs, inner:
     net = _net(inner, keeps=True)
     model = assert_same_training(net, _batches())
     assert model.plan is None
+
+
+class Reversed(torch.autograd.Function):
+    """Runs a module again in its backward, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: nn.Module, *params: Any) -> torch.Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            again = ctx.module(x)
+        params = list(ctx.module.parameters())
+        found = torch.autograd.grad(again, [x, *params], gradients)
+        return found[0], None, *found[1:]
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = Reversed.apply(self.first(x), self.inner, *self.inner.parameters())
+        return self.head(x)
+
+
+def test_a_backward_may_call_modules(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = Reversible()
+    plain = copy.deepcopy(net)
+    assert assert_same_training(net, _batches()).plan is None
+    mine = copy.deepcopy(plain)
+    model = harmony.Harmony(mine, devices=1)
+    ((x,), targets), _ = _batches()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was called by itself")
+        for module in (plain, model):
+            F.cross_entropy(module(x), targets).backward()
+    for one, two in zip(mine.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)  # type: ignore[arg-type]
+
+
+def test_a_model_that_runs_as_it_is_differentiates_by_its_parameters(vgpus: VirtualGPUs) -> None:
+    def stepped(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        (found,) = torch.autograd.grad(layer(x).square().mean(), layer.weight, create_graph=True)
+        return F.linear(x, layer.weight - 0.1 * found)
+
+    torch.manual_seed(0)
+    assert assert_same_training(_net(stepped, keeps=True), _batches()).plan is None
 
 
 def test_hooks_that_were_put_aside_are_there_again() -> None:

@@ -25,7 +25,7 @@ from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
 from harmony.capture.graph.saved_hooks import transforms_allowed
-from harmony.capture.graph.structure import flatten
+from harmony.capture.graph.structure import flatten, tensors_in
 from harmony.capture.guards.checkpoints import checkpointed
 from harmony.capture.replay.replay import FACTORIES
 from harmony.capture.trace.intercept import recording
@@ -45,6 +45,8 @@ _SPARSE = frozenset({"embedding", "embedding_bag"})
 
 _DEEPEST = 3
 """Objects inside of objects that a forward returns."""
+
+_DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward)
 
 _COMPUTING = frozenset({"T", "H", "mT", "mH", "real", "imag"})
 
@@ -119,6 +121,8 @@ class OnDevice(TorchFunctionMode):
         if name in _ON_HOST:
             place = _ON_HOST[name]
             args = (*args[:place], args[place].cpu(), *args[place + 1 :])
+        if func in _DIFFERENTIATE:  # by these tensors, not by copies of them
+            return func(*args, **kwargs)
         leaves, structure = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         here = [tensor.device == self._device for tensor in tensors]
@@ -166,6 +170,8 @@ class OnDevice(TorchFunctionMode):
             run, preserve_rng_state, *given = args
             with checkpointed(preserve_rng_state):
                 return run(*given)
+        if any(x.device == self._device for x in tensors_in((args, kwargs))):
+            apply = getattr(apply, "__func__").__get__(_going_back(function, self._device))  # noqa: B009
         return self.call(apply, function.__name__, args, kwargs)
 
     def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -237,6 +243,21 @@ def running_on(device: torch.device) -> Iterator[OnDevice]:
         stack.enter_context(recording(mode))
         stack.enter_context(_without_checkpoints())
         yield mode
+
+
+def _going_back(function: Any, device: torch.device) -> Any:
+    """Return a custom ``autograd.Function`` whose backward runs on the device, too.
+
+    It may call modules whose parameters are on the host, as those of reversible networks do.
+    """
+    name = "backward" if function.vjp is torch.autograd.Function.vjp else "vjp"
+    own = getattr(function, name)
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with running_on(device):
+            return moved(own(ctx, *gradients), device)
+
+    return type(function.__name__, (function,), {name: staticmethod(backward)})
 
 
 _as_it_is = threading.local()
