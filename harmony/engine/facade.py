@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -103,6 +103,29 @@ class _Seen(dict[str, Any]):
         return self[name] if name in self else self._net.__dict__.get(name, default)
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    def run(wrapper: Wrapper, *args: Any) -> Any:
+        return getattr(type(wrapper._net), name)(wrapper._net, *args)
+
+    run.__name__ = name
+    return run
+
+
+def _with_operators(wrapper: type, net: type) -> type:
+    """Return a wrapper's class with the operators that a module's class adds to `nn.Module`'s.
+
+    ``model[0]``, ``len(model)`` and ``for layer in model`` ask the class, not the object.
+    """
+    found = {
+        name: _operator(name)
+        for name in dir(net)
+        if name.startswith("__") and name.endswith("__") and not hasattr(wrapper, name)
+        if isinstance(inspect.getattr_static(net, name), FunctionType) and name != "__del__"
+    }
+    names = {"__module__": wrapper.__module__, "__qualname__": wrapper.__qualname__}
+    return type(wrapper.__name__, (wrapper,), {**found, **names}) if found else wrapper
+
+
 class Wrapper(nn.Module):
     """A module in front of another, which is seen as if it were that other.
 
@@ -122,6 +145,7 @@ class Wrapper(nn.Module):
         object.__setattr__(self, "__dict__", _Seen(own, net))
         # Not registered as a child: names of parameters are the module's own, without a prefix.
         self.__dict__["_net"] = net
+        vars(object)["__class__"].__set__(self, _with_operators(type(self), type(net)))
         super().register_load_state_dict_post_hook(_restored)  # type: ignore[no-untyped-call]
 
     def register_load_state_dict_post_hook(self, hook: Any) -> Any:

@@ -54,6 +54,22 @@ def test_it_is_an_instance_of_both_classes(vgpus: VirtualGPUs) -> None:
     assert model._get_name() == "Scaled" and "scale" in dir(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*was called by itself")
+def test_operators_are_those_of_the_module(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 24), nn.Dropout(0.5), nn.Linear(24, 24))
+    model = harmony.Harmony(net, devices=1)
+    assert len(model) == 3 and model[1] is net[1] and list(model) == list(net)
+    assert isinstance(model, harmony.Harmony) and type(copy.deepcopy(model)).__name__ == "Harmony"
+    model[1] = nn.ReLU()
+    inputs = torch.randn(4, 24)
+    assert isinstance(net[1], nn.ReLU)
+    assert torch.equal(model(inputs), model.module(inputs))
+    assert bool(harmony.Harmony(Scaled(), devices=1))
+    with pytest.raises(TypeError, match="no len"):
+        len(harmony.Harmony(Scaled(), devices=1))
+
+
 def test_forward_has_the_signature_of_the_module(vgpus: VirtualGPUs) -> None:
     plain, model = pair()
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
