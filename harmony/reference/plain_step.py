@@ -304,15 +304,17 @@ class PlainStep:
 
     def _part(self, samples: Samples | None) -> tuple[Any, Any, Any]:
         """Arguments and targets of a microbatch: copies, since a forward may change them."""
-        parts: list[Any] = []
+        made: dict[int, Any] = {}
         for index, leaf in enumerate(self._leaves):
             dim = self._dims[index] if samples is not None else None
             if not isinstance(leaf, torch.Tensor) or (samples is None and leaf.requires_grad):
-                parts.append(leaf)
-            elif samples is None or dim is None:
-                parts.append(leaf.clone())
-            else:
-                parts.append(leaf.narrow(dim, samples[0], samples[1] - samples[0]).clone())
+                made[id(leaf)] = leaf
+            elif id(leaf) not in made:
+                some = leaf
+                if samples is not None and dim is not None:
+                    some = leaf.narrow(dim, samples[0], samples[1] - samples[0])
+                made[id(leaf)] = some.clone()
+        parts = [made[id(leaf)] for leaf in self._leaves]
         self._used.append((samples, parts))
         args, kwargs, targets = self._structure.unflatten(parts)
         return args, kwargs, targets

@@ -14,6 +14,7 @@ import harmony
 from .changing import FORMS, Change, assert_same, same_with_changes
 from .conftest import VirtualGPUs
 from .models import SkipMLP, square_loss, vector_batch
+from .side_by_side import assert_same_training
 
 ADAMW: dict[str, Any] = {
     "optimizer": torch.optim.AdamW,
@@ -234,3 +235,29 @@ def test_a_step_with_nothing_to_train_is_refused(vgpus: VirtualGPUs, form: str) 
         model.requires_grad_(False)
         with pytest.raises(RuntimeError, match="does not require grad"):
             square_loss(model(x), y).backward()
+
+
+class Quantised(nn.Module):
+    """Its frozen weight is of integers, as those of quantised models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.randint(-8, 8, (8, 8), dtype=torch.int8)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.linear(x, self.codes.float() * 0.1))
+
+
+def test_the_optimizer_numbers_frozen_integers_too(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = Quantised()
+    plain = torch.optim.AdamW(copy.deepcopy(net).parameters())
+    model = assert_same_training(
+        net, [((torch.randn(4, 8),), torch.tensor([0, 1, 1, 0]))], options={"lr": 0.01}
+    )
+    assert model.optimizer is not None
+    found = model.optimizer.state_dict()
+    assert sorted(found["state"]) == [1, 2]
+    assert found["param_groups"][0]["params"] == plain.state_dict()["param_groups"][0]["params"]

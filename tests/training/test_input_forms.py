@@ -272,6 +272,8 @@ def test_a_tensor_that_is_given_twice_is_one_input(vgpus: VirtualGPUs) -> None:
             assert x.grad is not None
             found.append([out.detach(), x.grad, *(p.grad for p in module.parameters())])
         assert all(map(torch.equal, *found))
+    x = x.detach()
+    assert model.verify((x, {"key": x}), torch.randint(0, 3, (NUM,))).ok
 
 
 def test_a_step_tells_one_tensor_from_two(vgpus: VirtualGPUs) -> None:

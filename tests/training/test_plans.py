@@ -26,6 +26,7 @@ from harmony.planner.predict.memory import host_nbytes
 from tests import devices
 from tests import race_check as racecheck
 from tests.strategies import numbers_of_rounds
+from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import gradients_of, params_of, train_plain, train_tokens
 
@@ -337,3 +338,10 @@ def test_microbatches_add_up_where_a_pack_has_been_in_two_slots(saved_runs: int)
     expected = train_tokens(net, 2, torch.optim.SGD, SGD)
     assert losses == expected.losses
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
+
+
+def test_what_does_not_fit_is_said_for_the_samples_that_there_are(vgpus: VirtualGPUs) -> None:
+    net = torch.nn.Linear(64, 64)
+    model = harmony.Harmony(net, devices=1, device_memory="4KiB", microbatch_size=100000)
+    with pytest.raises(harmony.DoesNotFitError, match="at a microbatch of 3;"):
+        model(torch.randn(3, 64))

@@ -426,7 +426,7 @@ class _Search:
         """Say why nothing fits, and what would."""
         question = self.question
         memory = min(device.memory_nbytes for device in question.machine.devices)
-        size = min(question.sizes or (1,))
+        size = min(*(question.sizes or (1,)), question.minibatch)
         check_layers(question.packer, size, Budget(memory, POLICIES[-1]))
         limit = f"the limit is {format_bytes(memory)}"
         smaller = "" if size == 1 else "Use a smaller microbatch, or give it"

@@ -173,7 +173,7 @@ class PackOptimizer:
         _check_any(params)
         trainable = [p for p in params.values() if p.requires_grad]
         # Frozen ones may be unfrozen: until then they have no gradient, and are passed over.
-        every = [p for p in params.values() if p.is_floating_point() or p.is_complex()]
+        every = list(params.values())
         self._built_for = tuple(map(id, params.values()))
         if groups is not None:
             self.full = self._made(checked_groups(params, groups))
