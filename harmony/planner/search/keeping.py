@@ -255,7 +255,8 @@ def _take_products(
     for stage in room.forward(seat):
         facts = room.question.packer.facts(stage.pack, size)
         nbytes = facts.products * stage.num_runs
-        if nbytes and stage.pack not in saved:
+        keepable = room.question.packer.graph.keepable(stage.pack.first, stage.pack.last)
+        if nbytes and keepable and stage.pack not in saved:
             worth = -round(facts.products_s * stage.num_runs / nbytes, 15)
             priced.append((worth, -stage.pack.first, nbytes, stage.pack))
     taken = 0
