@@ -15,6 +15,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
+from harmony.capture.replay.shell import is_compiled
 from harmony.checkpoint import (
     Attributes,
     Restored,
@@ -28,6 +29,7 @@ from harmony.checkpoint import (
 )
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
+from harmony.core.units import listed
 from harmony.core.warn import warn
 from harmony.engine.autograd import needs_graph
 from harmony.engine.bypass import Bypass, within
@@ -703,6 +705,12 @@ def _check_module(module: nn.Module) -> None:
         raise ConfigError(
             "the module is compiled by torch.compile, which hides its layers: wrap the module "
             "that it was made of, Harmony(net) in the place of Harmony(torch.compile(net))"
+        )
+    compiled = [n for n, part in module.named_modules() if is_compiled(part)]
+    if compiled:
+        warn(
+            f"{listed(compiled, 1)} compiled by torch.compile: Harmony runs layers as they were "
+            "written, without compiling them. Results are those without torch.compile"
         )
     lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
     if lazy:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -54,10 +54,20 @@ def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P],
     def run(self: E, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.whole.check_process()  # before any lock, which a thread may hold that is not here
         naming = self.whole.naming(method.__name__, self.devices)
-        with in_turn(), held_back(), self.lock, within(self.whole.net), naming:
+        with in_turn(), held_back(), self.lock, within(self.whole.net), naming, _uncompiled():
             return method(self, *args, **kwargs)
 
     return run
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Have what `torch.compile` has made run as it was written, until the block ends.
+
+    A recording takes it apart, copies of it would be compiled once for each device and length,
+    and virtual GPUs are no device of its code generators.
+    """
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class Wholeness:

@@ -10,6 +10,7 @@ import gc
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def _found(folder: str, call: str, rank: int) -> Any:
 
 def _main(folder: str, size: int, timeout_s: float, races: bool, calls: list[str]) -> None:
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     import torch
     import torch.distributed as dist
 

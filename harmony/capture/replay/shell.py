@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from harmony.capture.replay.kept_types import names_kept
 from harmony.errors import CaptureError
+
+_COMPILED = ("forward", "_forward", "_compiled_call_impl")
+"""Attributes that `torch.compile` sets."""
 
 _DEEPEST = 4
 """Functions inside of functions that are followed to a module."""
@@ -120,6 +124,11 @@ class ModuleShell:
         return self._placeholders[name]
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` has made a module, or its method ``compile()`` was called."""
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that are ordinary attributes of one module, with their names."""
     for name, held in module.__dict__.items():
@@ -212,6 +221,8 @@ def closes_over_module(module: nn.Module) -> str | None:
     """
     for name, owner in module.named_modules():
         for attribute, held in owner.__dict__.items():
+            if attribute in _COMPILED and is_compiled(owner):
+                continue  # a copy has what was compiled
             function = held.func if isinstance(held, functools.partial) else held
             if isinstance(function, FunctionType) and _leads_to_module(function, _DEEPEST):
                 return f"{name}.{attribute}".lstrip(".")
