@@ -75,6 +75,9 @@ def check_state(
     try:
         there = "none" if saved is None else saved["class"]
         held = [] if saved is None else [list(group["params"]) for group in saved["groups"]]
+        of_params = [saved["state"].get(name, {}) for group in held for name in group]
+        if not all(isinstance(state, dict) for state in of_params):
+            raise TypeError("the state of a parameter is no dict")
     except DAMAGED as error:
         raise ConfigError(f"the state of {what} cannot be read ({error!r})") from None
     if optimizer is None or saved is None or here != there:
