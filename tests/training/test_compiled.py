@@ -88,3 +88,14 @@ def test_what_is_compiled_trains_as_it_was_written(
             found = trained(way, form)
     for one, other in zip(expected, found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_module_that_is_wrapped_again_was_not_compiled(
+    vgpus: VirtualGPUs, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Harmony itself looks at calls where a compiled module has its code."""
+    net = Net(None)
+    x = torch.ones(8, IN)
+    for _ in range(2):
+        harmony.Harmony(net)(x).sum().backward()
+    assert not [w for w in recwarn if "compile" in str(w.message)]

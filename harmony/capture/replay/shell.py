@@ -19,9 +19,6 @@ from torch._dynamo.eval_frame import OptimizedModule
 from harmony.capture.replay.kept_types import names_kept
 from harmony.errors import CaptureError
 
-_COMPILED = ("forward", "_forward", "_compiled_call_impl")
-"""Attributes that `torch.compile` sets."""
-
 _DEEPEST = 4
 """Functions inside of functions that are followed to a module."""
 
@@ -126,7 +123,9 @@ class ModuleShell:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` has made a module, or its method ``compile()`` was called."""
-    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    return isinstance(module, OptimizedModule) or isinstance(
+        module._compiled_call_impl, FunctionType
+    )
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -221,12 +220,19 @@ def closes_over_module(module: nn.Module) -> str | None:
     """
     for name, owner in module.named_modules():
         for attribute, held in owner.__dict__.items():
-            if attribute in _COMPILED and is_compiled(owner):
-                continue  # a copy has what was compiled
+            if _is_of_compiler(owner, attribute):
+                continue
             function = held.func if isinstance(held, functools.partial) else held
             if isinstance(function, FunctionType) and _leads_to_module(function, _DEEPEST):
                 return f"{name}.{attribute}".lstrip(".")
     return None
+
+
+def _is_of_compiler(owner: nn.Module, attribute: str) -> bool:
+    """Whether `torch.compile` has set an attribute; a copy of the module has its own, or none."""
+    if isinstance(owner, OptimizedModule):
+        return attribute in ("forward", "_forward")
+    return attribute == "_compiled_call_impl"
 
 
 def _leads_to_module(held: Any, depth: int) -> bool:
