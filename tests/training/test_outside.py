@@ -140,9 +140,14 @@ def read_environment(_: Block) -> float:
     return float(os.environ.get("HARMONY_TEST_SCALE", "1.0"))
 
 
+def looked_up(name: str) -> Any:
+    return globals()[name]
+
+
 READ: dict[str, tuple[Callable[[Block], Any], Callable[[Net, float], None]]] = {
     "own attribute": (lambda b: b.own, everywhere(lambda b, v: setattr(b, "own", v))),
     "global": (lambda _: SCALE, set_global),
+    "global by a text": (lambda _: looked_up("SCALE"), set_global),
     "property": (lambda b: b.computed, set_global),
     "class attribute": (lambda b: b.shared, set_class),
     "environment": (read_environment, set_environment),

@@ -34,6 +34,8 @@ _FILES = frozenset({"open", "stat", "lstat", "listdir", "scandir", "access", "ur
 # Wherever they are: an environment's, the user's (pip install --user), a folder (--target).
 _PACKAGES = tuple(os.sep + name + os.sep for name in ("site-packages", "dist-packages"))
 _GLOBAL_OPS = frozenset(n for n in dis.opname if "GLOBAL" in n or n in ("LOAD_NAME", "STORE_NAME"))
+_BY_TEXT = frozenset({"globals", "vars", "eval", "exec", "modules", "import_module", "__import__"})
+_BY_TEXT |= {"__globals__", "__dict__", "f_globals"}
 P = ParamSpec("P")
 R = TypeVar("R")
 _HEARS = "observing.<locals>.hear"
@@ -130,6 +132,11 @@ def global_names(code: CodeType) -> tuple[str, ...]:
     """
     found = {i.argval: None for i in dis.get_instructions(code) if i.opname in _GLOBAL_OPS}
     return tuple(found)
+
+
+def reads_by_text(code: CodeType) -> bool:
+    """Whether code may read a global by a text: ``globals()["gain"]``, `sys.modules`, `eval`."""
+    return not code.co_filename.startswith(_TORCH) and not _BY_TEXT.isdisjoint(code.co_names)
 
 
 def is_read(code: CodeType) -> bool:

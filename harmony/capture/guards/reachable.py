@@ -28,7 +28,7 @@ from harmony.capture.guards.holders import (
     Whole,
     first_changed,
 )
-from harmony.capture.guards.observe import Observed, global_names
+from harmony.capture.guards.observe import Observed, global_names, reads_by_text
 from harmony.capture.guards.opaque import opaque_state
 
 MOST = 20_000
@@ -154,12 +154,17 @@ class Walk:
             yield entry, self._modules[path], name
 
     def code(self, codes: Mapping[CodeType, dict[str, Any]]) -> None:
-        """Walk over the globals that code names."""
+        """Walk over the globals that code names, as a global or, where it may, by a text."""
+        texts = Observed(dict(codes)).names() if any(map(reads_by_text, codes)) else frozenset()
         for code, names in list(codes.items()):
             named = [name for name in code.co_names if name in names and name[:2] != "__"]
             for name in global_names(code) if named else ():
                 if name in named:
                     self._entry(name, names, name, names[name])
+            if reads_by_text(code):
+                for name in sorted(texts.intersection(names)):
+                    if name[:2] != "__":
+                        self._entry(name, names, name, names[name])
             for name in code.co_names:
                 if name in _FUNCTIONS and (id(_FUNCTIONS), name) not in self._entries:
                     self._entries.add((id(_FUNCTIONS), name))
