@@ -49,7 +49,7 @@ def test_all_of_it_is_said_in_a_pipe_and_nothing_is_left_behind(tmp_path: Path) 
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("torch", "Python", "NUMA", "memlock", "huge pages", "cache", "a 70B model"):
         assert f" {name} " in done.stdout
-    assert f"{folder}: " in done.stdout.replace("\n" + " " * 28, "")
+    assert f"{folder}:" in done.stdout.replace("\n" + " " * 28, "")
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert done.stdout.splitlines()[-1].startswith("0 errors, ")
