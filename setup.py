@@ -59,6 +59,7 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=[
+        "isal; platform_machine in 'x86_64 AMD64 aarch64 arm64'",  # CRC-32s; zlib elsewhere
         "torch>=2.10",  # 2.9 has no torch.accelerator.get_memory_info; 2.13 is what is tested
         "networkx>=3",
         "nvidia-ml-py",

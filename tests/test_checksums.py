@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from isal import isal_zlib
 
 from harmony.checkpoint import checksums
 from harmony.checkpoint.checksums import Beside, Checksums, FileSums, read_files
@@ -77,6 +79,18 @@ def test_tensors_come_to_their_places_and_any_damage_is_found(seed: int, tmp_pat
         with pytest.raises(ConfigError, match=f"{name} has {len(held) + 1} bytes instead of"):
             read_files(tmp_path, sums, {})
         (tmp_path / name).write_bytes(held)
+
+
+@pytest.mark.parametrize("by", [zlib.crc32, checksums.crc32])
+def test_either_library_reads_what_the_other_has_written(
+    by: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(0)
+    monkeypatch.setattr(checksums, "crc32", by)
+    sums = written(tmp_path / "file", draw.randbytes(1000), draw)
+    for reads in (zlib.crc32, isal_zlib.crc32):
+        monkeypatch.setattr(checksums, "crc32", reads)
+        read_files(tmp_path, {"file": sums}, {})
 
 
 def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
