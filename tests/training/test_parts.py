@@ -320,6 +320,45 @@ def test_a_module_that_mixes_samples_sees_the_whole_batch(
         refused.train_step(INPUTS, LABELS)
 
 
+class Gated(nn.Module):
+    """A branch that nothing comes through at first."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+        gate = torch.full((16,), 1e-6 if how == "tiny" else 0.0)
+        if how == "buffer":
+            self.register_buffer("gate", gate)
+        else:
+            self.gate = nn.Parameter(gate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).tanh()
+        return self.last(h + self.gate * (h.sin() if self.how == "alone" else h.mean(0)))
+
+
+def weighted(out: torch.Tensor, targets: Any) -> torch.Tensor:
+    """A term between samples whose weight comes with the batch, and is 0 in the first."""
+    return F.mse_loss(out, targets["y"]) + targets["weight"] * out.std()
+
+
+@pytest.mark.parametrize("how", ["zero", "tiny", "buffer", "input", "alone"])
+def test_what_mixes_samples_once_it_is_trained_is_seen_before(
+    vgpus: VirtualGPUs, how: str
+) -> None:
+    torch.manual_seed(0)
+    loss_fn, targets = F.cross_entropy, LABELS
+    if how == "input":
+        loss_fn, targets = weighted, {"y": WANTED, "weight": torch.tensor(0.0)}
+    model = wrap(mlp() if how == "input" else Gated(how), loss_fn, mode="dp")
+    if how == "alone":  # where no sample meets another, a gate is no reason
+        model.train_step(INPUTS, targets)
+        return
+    with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*(makes something else|mixes)"):
+        model.train_step(INPUTS, targets)
+
+
 def test_a_norm_over_the_batch_with_all_defaults(vgpus: VirtualGPUs) -> None:
     """A microbatch of one sample that nobody asked for, which BatchNorm1d refuses."""
     torch.manual_seed(0)

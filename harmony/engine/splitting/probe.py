@@ -14,7 +14,7 @@ from harmony.core.layergraph import Layer, LayerGraph
 from harmony.engine.splitting.compare import alike, best_groups, tolerance
 from harmony.engine.splitting.losses import LossTrial, Rule, Split
 from harmony.engine.splitting.runner import LayerRunner
-from harmony.engine.splitting.samples import Dims, choose, taken, with_other_neighbours
+from harmony.engine.splitting.samples import Dims, choose, taken, unsettled, with_other_neighbours
 from harmony.errors import CaptureError
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.rows import joined, rows_of
@@ -142,7 +142,10 @@ class _Trial:
         self._dims: Dims = {value.id: value.batch_dim for value in model.graph.values}
         inputs = {v: t for v, t in inputs.items() if v in self._dims}  # others, no layer reads
         chosen = choose(inputs, self._dims, num_samples, count)
-        self._inputs = taken(inputs, self._dims, chosen)
+        self._inputs = {
+            v: unsettled(t) if self._dims[v] is None else t
+            for v, t in taken(inputs, self._dims, chosen).items()
+        }
         self._kept = max(1, count // 2)
         others = with_other_neighbours(self._inputs, self._dims, self._kept, seed=1)
         self._whole = _Run(dict(self._inputs), count)

@@ -14,6 +14,7 @@ from torch import nn
 from harmony.capture import Captured, plain_attributes, seed_python
 from harmony.capture.state.determined import Determined
 from harmony.core.layergraph import Layer, LayerGraph
+from harmony.engine.splitting.samples import unsettled
 from harmony.errors import text_of
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
@@ -95,14 +96,15 @@ class LayerRunner:
                 self._held.clear()
 
     def load(self, layer: Layer) -> None:
-        """Bring the parameters and buffers of a layer to the device."""
+        """Bring the parameters and buffers of a layer to the device, as they may be once trained."""
         self._held.clear()
         names = [info.name for info in self._captured.tensors_of(layer.index)]
         names += [self._graph.shared[index].name for index in layer.shared]
         views = self._weights.views
-        self._held = {name: views[name].to(self.device, copy=True) for name in names}
+        tensors = {name: unsettled(views[name]) for name in names}
+        self._held = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
         if self._host is not None:
-            self._host._held = {name: views[name].clone() for name in names}
+            self._host._held = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def run(self, layer: Layer, inputs: Values, num_samples: int) -> Values:
         """Return what the layer makes of its inputs, on the host."""

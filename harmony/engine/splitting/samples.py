@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -97,3 +98,28 @@ def perturbed(tensor: torch.Tensor, dim: int, seed: int, *, ignored: bool) -> to
         return torch.where(changed, torch.full_like(tensor, _IGNORED), tensor)
     other = tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)]
     return torch.where(changed, other.view(tensor.shape), tensor)
+
+
+_SLIGHT = 1e-2
+"""Entries below it let next to nothing through."""
+
+
+def unsettled(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that may switch something off as it is once trained; another as it is.
+
+    A weight of 0 or 1, or a tiny one, lets nothing of a branch through, or all of it, until it is
+    trained (ReZero, LayerScale, the last layer of an adapter, a factor that is warmed up). What it
+    lets through then has to show now: entries that are all the same become different ones, and
+    tiny ones larger.
+    """
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
+        return tensor
+    low, high = map(float, tensor.detach().aminmax())
+    largest = max(high, -low)
+    if not math.isfinite(largest):
+        return tensor
+    if low != high:
+        return tensor * (10 * _SLIGHT / largest) if largest < _SLIGHT else tensor
+    generator = torch.Generator().manual_seed(tensor.numel())
+    other = (1.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
+    return other * (10 * _SLIGHT if largest < _SLIGHT else low)
