@@ -246,7 +246,18 @@ ACCESSES: dict[str, Callable[[harmony.Harmony], Any]] = {
     "synchronize": lambda m: m.synchronize(),
     "a fork": lambda m: late._before_fork(),
     "hooks": changed(lambda m: weight(m).register_hook(lambda g: g).remove()),
+    "a parameter made of it": lambda m: nn.Parameter(weight(m)).detach().clone(),
+    "swapped with another": changed(
+        lambda m: torch.utils.swap_tensors(weight(m), nn.Parameter(torch.ones(WIDTH, WIDTH)))
+    ),
+    "a group of its own": changed(lambda m: in_its_own_group(m.optimizer)),
 }
+
+
+def in_its_own_group(optimizer: Any) -> None:
+    """Move the last parameter, whose update is pending, to a group with another rate."""
+    last = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [last], "lr": 0.5})
 
 
 def test_whatever_looks_at_the_model_sees_the_step_done(vgpus: VirtualGPUs) -> None:
@@ -303,6 +314,7 @@ def test_memory_that_somebody_holds_keeps_updates_in_their_step(vgpus: VirtualGP
     for each in (model, twin):
         each.train_step(*vector_batch(0))
     held: list[tuple[Any, Any]] = [
+        (weight(model).untyped_storage(), weight(twin).untyped_storage()),
         (weight(model).detach(), weight(twin).detach()),
         (weight(model).detach().numpy(), weight(twin).detach().numpy()),
         (state(model)[weight(model)]["exp_avg"], state(twin)[weight(twin)]["exp_avg"]),
@@ -314,7 +326,7 @@ def test_memory_that_somebody_holds_keeps_updates_in_their_step(vgpus: VirtualGP
             each.train_step(*vector_batch(1 + step))
         assert not is_pending(model)
         assert "holds" in str(model._engine.late.why_not)
-        assert (mine == others).all()
+        assert mine.tolist() == others.tolist()
         del mine, others
     model.train_step(*vector_batch(9))
     assert is_pending(model)

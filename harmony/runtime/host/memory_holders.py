@@ -43,11 +43,11 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return dense_stride(tensor.shape, tensor.stride()) == tensor.stride()
 
 
-def _holders(tensor: torch.Tensor) -> tuple[int, int]:
-    """How many hold the memory of a tensor, and how many the tensor that it is a view of."""
-    uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    base = tensor._base
-    return uses, 0 if base is None else sys.getrefcount(base)
+def _holders(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """How many hold the memory of a tensor, its storage's object, and the tensor it is a view of."""
+    storage, base = tensor.untyped_storage(), tensor._base
+    uses = torch._C._storage_Use_Count(storage._cdata)
+    return uses, sys.getrefcount(storage), 0 if base is None else sys.getrefcount(base)
 
 
 _ALONE = {False: _holders(torch.zeros(1)), True: _holders(torch.zeros(1).view(1))}

@@ -27,6 +27,9 @@ _HARMLESS = frozenset(
 )
 """What asks for no value of a parameter, and for no memory."""
 
+_MAKES_PARAMETER = nn.Parameter.__new__.__code__
+"""It asks for the class before it detaches, and wants the same one back."""
+
 _LEFT_ALONE = frozenset({"param_groups", "defaults", "step", "_opt_called", "__class__"})
 """Attributes of an optimizer that LR schedulers use; `step` itself goes on to others."""
 
@@ -111,6 +114,8 @@ def _parameter_class(call: Call) -> Any:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         call()
+        if func is torch.Tensor.detach and sys._getframe(1).f_code is _MAKES_PARAMETER:
+            return torch.Tensor._make_subclass(nn.Parameter, *args)
         return func(*args, **(kwargs or {}))
 
     def at_copy(self: Any, memo: Any) -> Any:
@@ -121,7 +126,11 @@ def _parameter_class(call: Call) -> Any:
         call()
         return self.__reduce_ex__(protocol)
 
-    members = {"__deepcopy__": at_copy, "__reduce_ex__": at_pickle}
+    def at_swap(self: Any) -> int:  # torch.utils.swap_tensors asks for it before it swaps classes
+        call()
+        return int(self._use_count())
+
+    members = {"__deepcopy__": at_copy, "__reduce_ex__": at_pickle, "_use_count": at_swap}
     return _like(nn.Parameter, __torch_function__=classmethod(at_function), **members)
 
 

@@ -21,7 +21,7 @@ from harmony.runtime.update.part_step import moved, step_part
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 Options = Sequence[Mapping[str, Any]]
-"""What the groups of an optimizer hold beside their parameters, group by group."""
+"""What the groups of an optimizer held at some time, group by group."""
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups as `torch.optim` takes them: ``{"params": [...], "lr": ..., ...}``."""
@@ -282,15 +282,8 @@ class PackOptimizer:
             torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, self.last_norm)
 
     def options(self) -> Options:
-        """What the groups say now; schedulers may change it before an update that is left."""
-        return [
-            {
-                key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in group.items()
-                if key != "params"
-            }
-            for group in self.full.param_groups
-        ]
+        """What the groups say now, and whom they have: it may be other before an update is made."""
+        return [{key: _as_it_is(value) for key, value in g.items()} for g in self.full.param_groups]
 
     def update_all(self, params: Iterable[nn.Parameter]) -> None:
         """Take the step for all parameters at once, whose gradients are complete."""
@@ -364,6 +357,13 @@ class PackOptimizer:
         self.has_stepped()
         note_changes(params)
         return copied
+
+
+def _as_it_is(value: Any) -> Any:
+    """Return what a group holds so that it stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
 
 
 def _check_steps(optimizer: Any) -> None:

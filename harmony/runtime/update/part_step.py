@@ -31,7 +31,7 @@ def step_part(
     Args:
         copies: what stands for the parameters on a device.
         working: bf16 copies of parameters, by their identity.
-        options: what the groups hold beside parameters, where that is not what they hold now.
+        options: what the groups held, where that is not what they hold now.
         scale: what gradients are multiplied by, which a kernel does in its pass.
         scaled: multiplies the gradients of those for which none does.
 
@@ -44,15 +44,14 @@ def step_part(
     state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
     part.state = state
     part.param_groups = []
-    for index, group in enumerate(full.param_groups):
+    for group in full.param_groups if options is None else options:
         chosen = [p for p in group["params"] if id(p) in stand_ins]
         for param in chosen:
             if full.state.get(param):
                 stand_in = stand_ins[id(param)]
                 state[stand_in] = moved(full.state[param], stand_in.device, group)
         if chosen:
-            held = group if options is None else options[index]
-            given = {**held, "params": [stand_ins[id(p)] for p in chosen]}
+            given = {**group, "params": [stand_ins[id(p)] for p in chosen]}
             if copies is not None and given.get("foreach", 0) is None:
                 # On a GPU torch would choose other operations than on the host, with other
                 # last bits: results must not depend on where the plan updates.
