@@ -44,7 +44,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """How many hold the memory of a tensor, its storage's object, and the tensor it is a view of."""
+    """How many hold a tensor's memory, the storage's object, and the tensor it is a view of."""
     storage, base = tensor.untyped_storage(), tensor._base
     uses = torch._C._storage_Use_Count(storage._cdata)
     return uses, sys.getrefcount(storage), 0 if base is None else sys.getrefcount(base)

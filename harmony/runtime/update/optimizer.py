@@ -282,8 +282,9 @@ class PackOptimizer:
             torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, self.last_norm)
 
     def options(self) -> Options:
-        """What the groups say now, and whom they have: it may be other before an update is made."""
-        return [{key: _as_it_is(value) for key, value in g.items()} for g in self.full.param_groups]
+        """What the groups say now, and whom they have: before an update that may be other."""
+        groups = self.full.param_groups
+        return [{key: _as_it_is(held) for key, held in group.items()} for group in groups]
 
     def update_all(self, params: Iterable[nn.Parameter]) -> None:
         """Take the step for all parameters at once, whose gradients are complete."""
