@@ -96,7 +96,7 @@ class LayerRunner:
                 self._held.clear()
 
     def load(self, layer: Layer) -> None:
-        """Bring the parameters and buffers of a layer to the device, as training may leave them."""
+        """Bring the parameters and buffers of a layer to the device, as if it were trained."""
         self._held.clear()
         names = [info.name for info in self._captured.tensors_of(layer.index)]
         names += [self._graph.shared[index].name for index in layer.shared]
