@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
-from torch.nn.parameter import is_lazy
 
-from harmony.capture.replay.shell import is_compiled
-from harmony.checkpoint import (
-    Attributes,
-    Restored,
-    Saving,
-    load_training,
-    own_part,
-    part_of,
-    said_by_name,
-    snapshot,
-    step_name,
-)
+from harmony.checkpoint import Checkpoints, Restored, Saving
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
-from harmony.core.units import listed
-from harmony.core.warn import warn
 from harmony.engine.autograd import needs_graph
 from harmony.engine.bypass import Bypass, within
 from harmony.engine.engine import Engine
-from harmony.engine.facade import ShownForward, Wrapper
+from harmony.engine.facade import ShownForward, Wrapper, check_module
 from harmony.engine.options import (
     EngineOptions,
     check_loss,
@@ -47,7 +32,7 @@ from harmony.engine.own_loop import OwnLoop
 from harmony.engine.precision import precision_of
 from harmony.engine.train_steps import TrainSteps
 from harmony.engine.turns import in_turn
-from harmony.errors import ConfigError, NotSavedError, PeerError
+from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
 from harmony.report.session import ModelRecord, Observer, Verified
 from harmony.report.text import print_report
@@ -166,6 +151,7 @@ class Harmony(Wrapper):
 
     _train_steps: TrainSteps
     _own_loop: OwnLoop
+    _checkpoints: Checkpoints
 
     def __init__(
         self,
@@ -195,7 +181,7 @@ class Harmony(Wrapper):
         super().__init__()
         if process_group is None:
             check_alone()
-        _check_module(module)
+        check_module(module)
         check_options(mode, microbatch_size, activations, updates)
         check_types_of(optimizer_kwargs, batch_dims, seed)
         check_loss(loss_fn)
@@ -249,8 +235,7 @@ class Harmony(Wrapper):
         self.__dict__["_engine"] = engine
         self.__dict__["_train_steps"] = TrainSteps(engine)
         self.__dict__["_own_loop"] = OwnLoop(engine)
-        self.__dict__["_attributes"] = Attributes(module)
-        self.__dict__["_saving"] = None
+        self.__dict__["_checkpoints"] = Checkpoints(engine)
         self.__dict__["_bypass"] = Bypass(
             module,
             updates_itself=options.optimizer is not None,
@@ -311,7 +296,6 @@ class Harmony(Wrapper):
             )
         if current_options().verify:
             raise Verified(self.verify(inputs, targets))
-        self._hear_of_saving()
         self._check_run()
         args, kwargs = _arguments(inputs)
         return self._train_steps.train(args, kwargs, targets)
@@ -322,7 +306,6 @@ class Harmony(Wrapper):
         """Call the module: its outputs for the whole batch, with gradients where enabled."""
         self._bypass.watch(self._engine.factory.generation)
         if torch.is_grad_enabled() and needs_graph(self._net, (args, kwargs)):
-            self._hear_of_saving()
             self._check_run()
             return self._own_loop.forward(args, kwargs)
         # What a first call makes, the arena above all, has to outlive an inference_mode around it.
@@ -332,10 +315,14 @@ class Harmony(Wrapper):
     def _check_run(self) -> None:
         """Refuse to train from the start where the command line asks to go on, or in parts.
 
+        A checkpoint that could not be written since the last step is told of, too.
+
         Raises:
             ConfigError: if no `harmony.Run` has looked for a checkpoint of this model, or this is
                 one of several processes and the model has no ``process_group``.
         """
+        if self.saving is not None:
+            self.saving.tell()
         if self._engine.peers is None:
             check_alone()
         wanted = current_options().resume
@@ -445,58 +432,7 @@ class Harmony(Wrapper):
                 whole.
             HarmonyError: if the model is torn, or a GPU with optimizer state on it fails.
         """
-        engine, root, parts = self._engine, Path(folder), list[dict[str, Any]]()
-        if engine.peers is not None:
-            with engine.peers.all_of("save_checkpoint", lambda: engine.num_steps):
-                engine.whole.check()
-                engine.late.flush()
-                with said_by_name(root, engine.num_steps):
-                    own = own_part(engine, objects, extra)
-            parts = [part_of(data) for data in engine.peers.bytes_of_all(own)]
-            try:
-                with engine.peers.all_of("the end of save_checkpoint", lambda: engine.num_steps):
-                    if engine.peers.group.rank == 0:
-                        self._save(root, keep, extra, async_save, objects, parts)
-            except PeerError as error:
-                raise NotSavedError(
-                    f"the checkpoint of step {engine.num_steps}: {error}"
-                ) from None
-            return root / step_name(engine.num_steps)
-        return self._save(root, keep, extra, async_save, objects, parts)
-
-    def _save(
-        self,
-        root: Path,
-        keep: int | None,
-        extra: Any,
-        async_save: bool,
-        objects: Mapping[str, Any],
-        parts: Sequence[Mapping[str, Any]],
-    ) -> Path:
-        """Write a checkpoint, with what each of several processes has of its own."""
-        engine = self._engine
-        with engine.lock, engine.whole.naming("save_checkpoint", engine.devices):
-            engine.whole.check()
-            if keep is not None and keep < 1:
-                raise ConfigError(
-                    f"keep={keep}: how many checkpoints to keep, at least 1, or None"
-                )
-            self._wait_for_saving()
-            engine.late.flush()
-            with said_by_name(root, engine.num_steps):
-                taken = snapshot(engine, self._attributes, objects, extra, parts)
-            if async_save and (name := taken.unsaved.unseen()) is not None:
-                warn(
-                    f"something holds the memory of {name} (.data, .detach(), a view or an array) "
-                    "and may change it unseen: checkpoints are written before training goes on"
-                )
-                async_save = False
-            if async_save:
-                saving = self.__dict__["_saving"] = Saving(taken, root, keep)
-                saving.start()
-            else:
-                taken.write(root, keep)
-            return root / step_name(taken.step)
+        return self._checkpoints.save(Path(folder), keep, extra, async_save, objects)
 
     def largest_of(self, numbers: Sequence[int]) -> list[int]:
         """Return the largest of each of these numbers in any process that trains this model.
@@ -515,28 +451,12 @@ class Harmony(Wrapper):
         Raises:
             NotSavedError: if it could not be. What was saved before is whole.
         """
-        saving, self.__dict__["_saving"] = self.saving, None
-        if saving is not None:
-            saving.wait()
-            if saving.error is not None:
-                raise saving.error
+        self._checkpoints.finish()
 
     @property
     def saving(self) -> Saving | None:
         """The last checkpoint that was to be written while training goes on."""
-        found: Saving | None = self.__dict__["_saving"]
-        return found
-
-    def _wait_for_saving(self) -> None:
-        if self.saving is not None:
-            self.saving.wait()
-            self.saving.tell()
-            self.__dict__["_saving"] = None
-
-    def _hear_of_saving(self) -> None:
-        """Warn of a checkpoint that could not be written, between two steps."""
-        if self.saving is not None:
-            self.saving.tell()
+        return self._checkpoints.last
 
     def load_checkpoint(
         self, folder: str | Path, *, skip_damaged: bool = False, **objects: Any
@@ -562,19 +482,7 @@ class Harmony(Wrapper):
                 refuses to go on until a state is loaded.
             DoesNotFitError: if the host has no memory for the optimizer's state.
         """
-        engine, peers = self._engine, self._engine.peers
-        every: AbstractContextManager[None] = nullcontext()
-        if peers is not None:
-            every = peers.all_of("load_checkpoint", lambda: engine.num_steps)
-        with engine.lock, every:
-            self._wait_for_saving()
-            engine.late.flush()
-            restored = load_training(engine, Path(folder), objects, skip_damaged)
-            if peers is not None:
-                peers.values_were_set()
-        for why in restored.skipped:
-            warn(f"passed over a damaged checkpoint: {why}")
-        return restored
+        return self._checkpoints.load(Path(folder), objects, skip_damaged)
 
     def synchronize(self) -> None:
         """Make the updates that the last step has left to the next one (`overlap_updates`)."""
@@ -694,27 +602,3 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
         return tuple(inputs), {}
     return (inputs,), {}
-
-
-def _check_module(module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
-    if isinstance(module, Harmony):
-        raise ConfigError("the module is a Harmony model already: wrap it once")
-    if type(module).__name__ == "OptimizedModule":
-        raise ConfigError(
-            "the module is compiled by torch.compile, which hides its layers: wrap the module "
-            "that it was made of, Harmony(net) in the place of Harmony(torch.compile(net))"
-        )
-    compiled = [n for n, part in module.named_modules() if is_compiled(part)]
-    if compiled:
-        warn(
-            f"{listed(compiled, 1)} compiled by torch.compile: Harmony runs layers as they were "
-            "written, without compiling them. Results are those without torch.compile"
-        )
-    lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
-    if lazy:
-        raise ConfigError(
-            f"{lazy[0]} has no shape yet, as its module is lazy: run the module once, on a batch, "
-            "before you wrap it (with torch.no_grad(): module(inputs))"
-        )

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from pretrain_gpt import Batch, batches, loss_fn, make_model
 
 import harmony
-import harmony.module as saved_by
+import harmony.checkpoint.model_checkpoints as saved_by
 from harmony.checkpoint.saving import Snapshot
 from harmony.core.units import format_bytes, parse_bytes
 from harmony.runtime.host.pinned_memory import new_tensor

@@ -76,6 +76,13 @@ def capture(
     program = Program(loss, output_loss)
     leaves = choose_leaves(template.root, max_layer_nbytes)
     tracer = Tracer(module, template, program, batch, leaves, target or torch.device("cpu"))
+    return _captured(tracer, template, program, batch, known)
+
+
+def _captured(
+    tracer: Tracer, template: ModuleShell, program: Program, batch: Batch, known: Captured | None
+) -> Captured:
+    """Trace, and undo what the traces have left in the user's objects."""
     try:
         alike = known.other_length(tracer, batch) if known is not None else None
         sizes = alike or first_traces(tracer, batch.num_samples)

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from harmony.checkpoint.attributes import Attributes
+from harmony.checkpoint.model_checkpoints import Checkpoints
 from harmony.checkpoint.run import Run
 from harmony.checkpoint.saving import Saving
-from harmony.checkpoint.store import step_name
-from harmony.checkpoint.training import Restored, load_training, own_part, part_of, snapshot
-from harmony.checkpoint.writing import said_by_name
+from harmony.checkpoint.training import Restored
 
-__all__ = [
-    "Attributes",
-    "Restored",
-    "Run",
-    "Saving",
-    "load_training",
-    "own_part",
-    "part_of",
-    "said_by_name",
-    "snapshot",
-    "step_name",
-]
+__all__ = ["Checkpoints", "Restored", "Run", "Saving"]

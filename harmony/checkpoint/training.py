@@ -184,24 +184,11 @@ def load_training(
     """
     objects = _with_state(objects)
     read, skipped = _newest(root, skip_damaged)
-    stored, weights = read.stored, read.weights
-    try:
-        data = {n: decode(v, read.state.__getitem__) for n, v in read.values.items()}
-        data = _of_process(data, engine, stored.folder)
-        numbers = data["num_steps"], data["seed"]
-        check_types(numbers, tuple[int, int])
-        choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
-        random = RandomStates(GeneratorStates(*data["random"]["host"]), data["random"]["cuda"])
-        shared, optimizer, saved = data["shared"], data["optimizer"], data["objects"]
-        check_types(data["trained"], dict[str, bool])
-        gradients = data.get("gradients", {})
-        check_types(gradients, dict[str, torch.Tensor])
-        for name in ("buffers", "attributes", "generators", "shared", "objects"):
-            check_types(data[name], dict[Any, Any])
-    except DAMAGED as error:
-        raise ConfigError(f"{stored.folder / VALUES}: it cannot be read ({error!r})") from None
+    stored = read.stored
+    data, random, choices = _decoded(read, engine)
+    optimizer, saved = data["optimizer"], data["objects"]
     _check_objects(stored, objects, saved)
-    targets = targets_in(engine.net, stored, weights, shared)
+    targets = targets_in(engine.net, stored, read.weights, data["shared"])
     check_state(engine.optimizer, engine.net, optimizer, "the optimizer")
     for name, held in objects.items():
         if is_of(held, engine.net):
@@ -211,12 +198,7 @@ def load_training(
     with held_back(), engine.whole.together() as begun, _setting(stored):
         begun.append("the state of a checkpoint")
         _set_weights(read, targets)
-        if data["module"]:
-            engine.net.load_state_dict(data["module"], strict=False)
-        set_attributes(engine.net, data["attributes"], data["generators"])
-        set_buffers(engine.net, data["buffers"])
-        for name, param in engine.net.named_parameters():
-            param.requires_grad_(data["trained"][name])
+        _set_module(engine.net, data)
         load_state(engine.optimizer, engine.net, optimizer)
         if engine.grad_scaler is not None and data.get("grad_scaler"):
             engine.grad_scaler.load_state_dict(data["grad_scaler"])
@@ -225,10 +207,8 @@ def load_training(
                 load_state(held, engine.net, saved[name])
             else:
                 held.load_state_dict(saved[name])
-        engine.num_steps, engine.options.seed = numbers
+        engine.num_steps, engine.options.seed = data["num_steps"], data["seed"]
         engine.resumed = engine.variants.kept = choices
-        for name, param in engine.net.named_parameters():
-            param.grad = gradients.get(name)
         engine.whole.is_as_before()
         engine.variants.activate(None)  # what stays on devices is of another step
     random.restore()
@@ -239,6 +219,43 @@ def load_training(
             f"{now!r}: it goes on from the same parameters, but not to the same results"
         )
     return Restored(stored.folder, stored.step, data["extra"], skipped)
+
+
+def _decoded(
+    read: _Read, engine: Engine
+) -> tuple[dict[str, Any], RandomStates, BitChoices | None]:
+    """Return what a checkpoint holds for this process beside the weights.
+
+    Raises:
+        ConfigError: if something is not of the type that it has to be.
+    """
+    try:
+        data = {n: decode(v, read.state.__getitem__) for n, v in read.values.items()}
+        data = {"gradients": {}, **_of_process(data, engine, read.stored.folder)}
+        check_types((data["num_steps"], data["seed"]), tuple[int, int])
+        choices = None if data["choices"] is None else BitChoices.of_data(data["choices"])
+        random = RandomStates(GeneratorStates(*data["random"]["host"]), data["random"]["cuda"])
+        check_types(data["trained"], dict[str, bool])
+        check_types(data["gradients"], dict[str, torch.Tensor])
+        for name in ("buffers", "attributes", "generators", "shared", "objects"):
+            check_types(data[name], dict[Any, Any])
+        _ = data["optimizer"], data["module"], data["extra"]  # they have to be there
+    except DAMAGED as error:
+        raise ConfigError(
+            f"{read.stored.folder / VALUES}: it cannot be read ({error!r})"
+        ) from None
+    return data, random, choices
+
+
+def _set_module(net: nn.Module, data: Mapping[str, Any]) -> None:
+    """Give a module all that a checkpoint holds of it beside the weights."""
+    if data["module"]:
+        net.load_state_dict(data["module"], strict=False)
+    set_attributes(net, data["attributes"], data["generators"])
+    set_buffers(net, data["buffers"])
+    for name, param in net.named_parameters():
+        param.requires_grad_(data["trained"][name])
+        param.grad = data["gradients"].get(name)
 
 
 @contextmanager

@@ -16,12 +16,15 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch._guards import TracingContext
+from torch.nn.parameter import is_lazy
 
+from harmony.capture.replay.shell import is_compiled
+from harmony.core.units import listed
 from harmony.core.warn import warn
 from harmony.engine.bypass import Bypass, runs
 from harmony.engine.engine import Engine
 from harmony.engine.trainer_steps import keep_steps_in_trainers
-from harmony.errors import HarmonyError
+from harmony.errors import ConfigError, HarmonyError
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import about_to_change
 from harmony.weights.meta_init import make_room
@@ -295,3 +298,32 @@ def _restored(wrapper: Wrapper, incompatible: Any) -> None:
     wrapper._engine.restored([name[len(prefix) :] for name in missing])
     for hook in wrapper._net._load_state_dict_post_hooks.values():
         hook(wrapper._net, incompatible)
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse to wrap what hides its layers, or has none yet.
+
+    Raises:
+        ConfigError: saying what to wrap instead.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"Harmony wraps an nn.Module, not {type(module).__name__}")
+    if isinstance(module, Wrapper):
+        raise ConfigError("the module is a Harmony model already: wrap it once")
+    if type(module).__name__ == "OptimizedModule":
+        raise ConfigError(
+            "the module is compiled by torch.compile, which hides its layers: wrap the module "
+            "that it was made of, Harmony(net) in the place of Harmony(torch.compile(net))"
+        )
+    compiled = [n for n, part in module.named_modules() if is_compiled(part)]
+    if compiled:
+        warn(
+            f"{listed(compiled, 1)} compiled by torch.compile: Harmony runs layers as they were "
+            "written, without compiling them. Results are those without torch.compile"
+        )
+    lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise ConfigError(
+            f"{lazy[0]} has no shape yet, as its module is lazy: run the module once, on a batch, "
+            "before you wrap it (with torch.no_grad(): module(inputs))"
+        )

@@ -28,19 +28,21 @@ from harmony.runtime.exec.stage import Stage, Values
 from harmony.runtime.host.arena import ArenaView
 from harmony.runtime.step.recompute import ReplayState
 
+Seconds = tuple[float, float, float]
+"""Of a layer's forward, backward, and products (a recompute given their results saves these)."""
+
 
 @dataclass
 class KnownTimes:
     """What was measured of layers, of this run's captures or kept from an earlier one.
 
     Attributes:
-        seconds: of forward, backward and the forward's products (what a recompute saves that is
-            given their results), by signature of the layer and number of samples.
+        seconds: by signature of the layer and number of samples.
         cpu_share: share of a host core that the device kept busy in the first measurement; None
             before that.
     """
 
-    seconds: dict[tuple[str, int], tuple[float, float, float]] = field(default_factory=dict)
+    seconds: dict[tuple[str, int], Seconds] = field(default_factory=dict)
     cpu_share: float | None = None
 
 
@@ -84,15 +86,12 @@ def measure_layers(
                 env.update(_stand_ins(code, layer, num_samples))
             elif twin is layer:
                 run = _LayerRun(context, stage, graph, layer, num_samples, meter)
-                with streams_restored([context]):
-                    try:
-                        with _naming(layer, context.device, true.issuperset(layer.inputs)):
-                            measured = run.measure(weights, env)
-                        seconds = known.seconds[key] = measured
-                        true.update(layer.outputs if true.issuperset(layer.inputs) else ())
-                    except _NotOnTheseValuesError:
-                        seconds = (0.0, 0.0, 0.0)
-                        env.update(_stand_ins(code, layer, num_samples))
+                found = run.measured(weights, env, true)
+                if found is not None:
+                    seconds = known.seconds[key] = found
+                else:
+                    seconds = (0.0, 0.0, 0.0)
+                    env.update(_stand_ins(code, layer, num_samples))
             else:  # its inputs differ in value only, so its twin's outputs stand in for its own
                 env.update({v: env[w] for v, w in zip(layer.outputs, twin.outputs, strict=True)})
                 cost = table[twin.index][num_samples]
@@ -192,10 +191,27 @@ class _LayerRun:
         self._forward = Task(TaskKind.FORWARD, pack, samples)
         self._backward = Task(TaskKind.BACKWARD, pack, samples)
 
-    def measure(self, weights: ArenaView, env: Values) -> tuple[float, float, float]:
-        """Return seconds of forward, backward and the forward's products; add the layer's
-        outputs to ``env``.
+    def measured(self, weights: ArenaView, env: Values, true: set[int]) -> Seconds | None:
+        """Return seconds of the layer, and add its outputs to ``env``.
+
+        Args:
+            true: the values of ``env`` that are what the layers get in training; outputs that are
+                made of such are added.
+
+        Returns:
+            None if it does not run on the values that it was given.
         """
+        is_true = true.issuperset(self._layer.inputs)
+        with streams_restored([self._context]):
+            try:
+                with _naming(self._layer, self._context.device, is_true):
+                    seconds = self._measure(weights, env)
+            except _NotOnTheseValuesError:
+                return None
+        true.update(self._layer.outputs if is_true else ())
+        return seconds
+
+    def _measure(self, weights: ArenaView, env: Values) -> Seconds:
         context, layer, graph = self._context, self._layer, self._graph
         context.enter()
         context.use("compute")
