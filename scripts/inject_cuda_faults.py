@@ -41,7 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inject_faults import Injection, Subject, same
+from disturbed import Subject, same
+from inject_faults import Injection
 
 import harmony
 import harmony.module
