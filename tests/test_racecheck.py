@@ -307,4 +307,4 @@ def test_a_trace_cannot_be_opened_twice():
 def test_an_exception_of_the_block_comes_through():
     with pytest.raises(KeyError), racecheck.checked():
         raise KeyError
-    assert not access_trace.tracing()
+    assert not access_trace.is_open

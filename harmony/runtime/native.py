@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from harmony.errors import DeviceLostError, ExecutionError, text_of
+from harmony.vgpu import access_trace
 
 _CUDA_HOST_REGISTER_DEFAULT = 0
 
@@ -33,12 +34,6 @@ def _vgpu() -> ModuleType | None:
     """The virtual GPU's module if it has been loaded in this process."""
     module = sys.modules.get("harmony.vgpu.api")
     return module if module is not None and module.is_loaded() else None
-
-
-def _open_trace() -> ModuleType | None:
-    """The access trace's module while a trace is open."""
-    module = sys.modules.get("harmony.vgpu.access_trace")
-    return module if module is not None and module.tracing() else None
 
 
 def _cudart() -> Any:
@@ -308,9 +303,8 @@ def withhold_from_children(device: torch.device, memory: mmap.mmap, *, withhold:
 
 def trace_host_access(what: str, tensor: torch.Tensor, *, write: bool) -> None:
     """Tell the access trace that the calling thread reads or writes host memory."""
-    trace = _open_trace()
-    if trace is not None:
-        trace.host_access(what, tensor.data_ptr(), tensor.nbytes, write)
+    if access_trace.is_open:
+        access_trace.host_access(what, tensor.data_ptr(), tensor.nbytes, write)
 
 
 def new_tokens(count: int) -> range:
@@ -324,13 +318,11 @@ def new_tokens(count: int) -> range:
 
 def trace_release(token: int) -> None:
     """Tell the access trace that the calling thread publishes what it did so far."""
-    trace = _open_trace()
-    if trace is not None:
-        trace.host_release(token)
+    if access_trace.is_open:
+        access_trace.host_release(token)
 
 
 def trace_acquire(token: int) -> None:
     """Tell the access trace that the calling thread has seen what ``token`` published."""
-    trace = _open_trace()
-    if trace is not None:
-        trace.host_acquire(token)
+    if access_trace.is_open:
+        access_trace.host_acquire(token)

@@ -17,6 +17,9 @@ from harmony.errors import VirtualGPUError
 _library: ctypes.CDLL | None = None
 _device_type = ""
 
+is_open = False
+"""Whether a trace is open; looked at before each entry, so it is no function."""
+
 
 def attach(library: ctypes.CDLL, device_type: str) -> None:
     """Let a library that has the functions of ``kernels/vgpu/trace_capi.cpp`` take the trace.
@@ -29,7 +32,6 @@ def attach(library: ctypes.CDLL, device_type: str) -> None:
     pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "vgpu_trace_enable": (None, [ctypes.c_int]),
-        "vgpu_trace_enabled": (ctypes.c_int, []),
         "vgpu_trace_drain": (None, [pointer] * 5),
         "vgpu_host_access": (None, [ctypes.c_char_p, u64, u64, ctypes.c_int]),
         "vgpu_host_release": (None, [ctypes.c_int64]),
@@ -98,22 +100,20 @@ class Trace:
 @contextlib.contextmanager
 def trace() -> Iterator[Trace]:
     """Record every access and every ordering edge while open; ``records`` is filled on exit."""
+    global is_open
     library = _attached()
-    if tracing():
+    if is_open:
         raise VirtualGPUError("a trace is open already; only one can be at a time")
     _drain()
     taken = Trace()
     library.vgpu_trace_enable(1)
+    is_open = True
     try:
         yield taken
     finally:
+        is_open = False
         library.vgpu_trace_enable(0)
         taken.drain()
-
-
-def tracing() -> bool:
-    """Return whether a trace is open."""
-    return _library is not None and bool(_library.vgpu_trace_enabled())
 
 
 def host_access(what: str, address: int, nbytes: int, write: bool) -> None:
