@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.capture.replay import captured
+from harmony.capture.replay import pack_steps
 from harmony.engine.call_key import CallKind
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.tasks import StepSpec
@@ -47,14 +47,14 @@ class Switch:
 @pytest.fixture
 def switch(monkeypatch: pytest.MonkeyPatch) -> Switch:
     """Raises where the second layer runs: a module that counts its calls would run as it is."""
-    found, run_layer = Switch(), captured._run_layer
+    found, run_layer = Switch(), pack_steps._run_layer
 
-    def run(layered: Any, layer: int, *args: Any) -> None:
-        if layer == 1:
+    def run(pack: Any, layer: Any, *args: Any) -> None:
+        if layer.index == 1:
             found()
-        run_layer(layered, layer, *args)
+        run_layer(pack, layer, *args)
 
-    monkeypatch.setattr(captured, "_run_layer", run)
+    monkeypatch.setattr(pack_steps, "_run_layer", run)
     return found
 
 

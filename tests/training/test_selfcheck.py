@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.capture.replay import captured
+from harmony.capture.replay import pack_steps
 from harmony.planner.ir.tasks import TaskKind
 from harmony.runtime.step.self_check import SelfCheck
 from tests import devices
@@ -38,15 +38,15 @@ class Odd:
 
 @pytest.fixture
 def odd(monkeypatch: pytest.MonkeyPatch) -> Odd:
-    found, run_layer = Odd(), captured._run_layer
+    found, run_layer = Odd(), pack_steps._run_layer
 
-    def run(layered: Any, layer: int, shell: Any, values: Any, *args: Any) -> None:
-        if layer == 0 and found.on:
-            for number in layered.trace.steps[layered.ranges[0][0]].inputs:
+    def run(pack: Any, layer: Any, shell: Any, values: Any, *args: Any) -> None:
+        if layer.index == 0 and found.on:
+            for number in layer.steps[0][0].inputs:
                 values[number] = values[number] * found.scale()
-        run_layer(layered, layer, shell, values, *args)
+        run_layer(pack, layer, shell, values, *args)
 
-    monkeypatch.setattr(captured, "_run_layer", run)
+    monkeypatch.setattr(pack_steps, "_run_layer", run)
     return found
 
 

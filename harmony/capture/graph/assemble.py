@@ -206,7 +206,7 @@ def build_graph(
     if has_loss:
         (output,) = sizes.trace.outputs
         loss = layers.ids[output.id]
-    whole = sizes.only or _one_of_a_kind(sizes.trace, layers, shell)
+    whole = sizes.only or _one_of_a_kind(sizes.trace, shell)
     graph = LayerGraph(made, tuple(values), tuple(shared), loss, whole)
     return BuiltGraph(graph, placed, placed_buffers)
 
@@ -317,7 +317,7 @@ def _mixes(step: Step, made: int, trace: Trace, batched: set[int]) -> bool:
     return any(n in batched and not (real and trace.values[n].fake) for n in step.inputs)
 
 
-def _one_of_a_kind(trace: Trace, layers: LayeredTrace, shell: ModuleShell) -> str:
+def _one_of_a_kind(trace: Trace, shell: ModuleShell) -> str:
     """Why a batch in parts is not the batch, as far as the steps tell; empty if they do not."""
     for step in trace.steps:
         if step.kind is StepKind.GUARD and not _same_for_parts(step, trace):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,22 @@ class Structure:
     num_leaves: int
     nested: tuple[tuple[int, type, tuple[str, ...], Structure], ...] = ()
     places: tuple[int, ...] = ()
+    _names: tuple[str, ...] | None = field(default=None, init=False, compare=False, repr=False)
+
+    def call(self, leaves: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Build positional and keyword arguments, of which this is the structure.
+
+        Where all of them are leaves themselves, which the first call shows, no later one has to
+        look for containers.
+        """
+        if self._names is not None:
+            start = len(leaves) - len(self._names)
+            return leaves[:start], dict(zip(self._names, leaves[start:], strict=True))
+        args, kwargs = self.unflatten(leaves)
+        given = [*args, *kwargs.values()]
+        if len(given) == len(leaves) and all(map(operator.is_, given, leaves)):
+            object.__setattr__(self, "_names", tuple(kwargs))
+        return args, kwargs
 
     def unflatten(self, leaves: Iterable[Any]) -> Any:
         """Build the structure from its leaves."""

@@ -228,7 +228,7 @@ class Walk:
         elif isinstance(held, ModuleType):
             self._named(name, held, vars(held))
         elif isinstance(held, type):
-            self._class(name, held)
+            self._class(held)
         elif isinstance(held, FunctionType):
             self._function(name, held)
         elif isinstance(held, MethodType):
@@ -307,7 +307,7 @@ class Walk:
             self._entry(f"{name}.{key}", own, key, own[key])
         self.holders.append(Names(f"an attribute of {name}", own, self._names))
 
-    def _class(self, name: str, kind: type) -> None:
+    def _class(self, kind: type) -> None:
         home = _home_of(kind)
         layers = home.startswith(("torch.nn.modules", "torch.nn.utils"))
         package = home.split(".")[0]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,15 +20,14 @@ from harmony.capture.graph.params import (
     running_statistics,
 )
 from harmony.capture.graph.structure import Structure
-from harmony.capture.graph.trace import Step, StepKind, Trace, ValueRef
+from harmony.capture.graph.trace import Step, Trace, ValueRef
 from harmony.capture.graph.trace_set import TraceSet
-from harmony.capture.loss.call import run_loss
 from harmony.capture.replay.inputs import Batch, Call
+from harmony.capture.replay.pack_steps import Look, PackSteps
 from harmony.capture.replay.replay import GuardError, Values, run_step
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.tracer import Tracer
 from harmony.core.layergraph import LayerGraph
-from harmony.errors import CaptureError
 
 _SHOW_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _SHOW_STATISTICS |= {"buffers", "named_buffers", "_buffers", "get_buffer", "state_dict"}
@@ -100,6 +99,7 @@ class Captured:
         self._outside = tracer.outside
         self.template = template
         self._batch = batch
+        self._packs: dict[tuple[int, int, int, tuple[int, ...]], PackSteps] = {}
 
     @property
     def trace(self) -> Trace:
@@ -162,18 +162,13 @@ class Captured:
                 loss function itself runs; else its recorded steps do.
             look: is shown what each operation makes.
         """
-        layered = self.traces.of(num_samples)
-        keep = {layered.crossing[value] for value in wanted}
-        values = self._inputs(layered, first, last, env)
-        aside: Values = {}
-        if look is not None:
-            look.begin(values)
-        for layer in range(first, last):
-            if at_layer is not None:
-                at_layer(layer)
-            _run_layer(layered, layer, shell, values, keep, guarded, look)
-            aside.update(_changed_later(layered, layer, last, values, keep))
-        return {layered.ids[number]: aside.get(number, values[number]) for number in keep}
+        key = (first, last, num_samples, tuple(wanted))
+        steps = self._packs.get(key)
+        if steps is None:
+            layered = self.traces.of(num_samples)
+            steps = PackSteps.of(self.graph, layered, first, last, key[3])
+            self._packs[key] = steps
+        return steps.run(shell, env, at_layer, guarded, look)
 
     def flatten_inputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any = None
@@ -306,21 +301,6 @@ class Captured:
         """Return the steps of a layer for microbatches of this size."""
         return self.traces.of(num_samples).steps(layer)
 
-    def _inputs(self, layered: LayeredTrace, first: int, last: int, env: Values) -> Values:
-        """Return what layers read from earlier ones; what they change in place as a clone."""
-        changed = frozenset[int]().union(*layered.changes[first:last])
-        values = {}
-        for value in self.graph.pack_inputs(first, last):
-            if value not in env:
-                name = self.graph.values[value].name
-                raise CaptureError(
-                    f"layers [{first}:{last}] read value {value} ({name}), which was not given"
-                )
-            number = layered.crossing[value]
-            in_place = layered.trace.values[number].storage in changed
-            values[number] = env[value].clone() if in_place else env[value]
-        return values
-
     def _slice(self, value: int, tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
         if value >= 0:
             dim = self.graph.values[value].batch_dim
@@ -352,56 +332,3 @@ def _changes(
         if changes.buffers or changes.attributes:
             feeds = not set(changes.buffers) <= statistics
             yield layer, replace(changes, feeds_outputs=feeds)
-
-
-def _run_layer(
-    layered: LayeredTrace,
-    layer: int,
-    shell: ModuleShell,
-    values: Values,
-    keep: AbstractSet[int],
-    guarded: bool = True,
-    look: Look | None = None,
-) -> None:
-    trace = layered.trace
-    for index in layered.ranges[layer]:
-        step = trace.steps[index]
-        if guarded and trace.loss_call is not None and index == trace.loss_call.first:
-            loss = values[trace.loss_call.result] = run_loss(trace, values, shell)
-            if look is not None:
-                look.after(layer, step, {trace.loss_call.result: loss})
-            return
-        if guarded or step.kind is not StepKind.GUARD:
-            run_step(step, values, shell)
-        if look is not None:
-            numbers = [*step.outputs, *(after for _, after in step.mutated)]
-            made = {number: values[number] for number in numbers if number is not None}
-            look.after(layer, step, made)
-        for number in trace.dead_after[index]:
-            if number not in keep:
-                values.pop(number, None)
-
-
-def _changed_later(
-    layered: LayeredTrace,
-    layer: int,
-    last: int,
-    values: Values,
-    keep: AbstractSet[int],
-) -> Values:
-    """Return clones of what a layer made, is to be returned, and changed before that."""
-    changed = frozenset[int]().union(*layered.changes[layer + 1 : last])
-    if not changed:
-        return {}
-    made = (n for n in keep if n in values and layered.producer(n) == layer)
-    return {n: values[n].clone() for n in made if layered.trace.values[n].storage in changed}
-
-
-class Look(Protocol):
-    """Is shown what the operations of some layers make while they run."""
-
-    def begin(self, values: Values) -> None:
-        """What they read, by the numbers of the trace."""
-
-    def after(self, layer: int, step: Step, made: Values) -> None:
-        """What one of them has made."""

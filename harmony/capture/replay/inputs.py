@@ -62,8 +62,8 @@ class Batch:
             raise ConfigError(f"batch_dims names {sorted(unknown)}; the inputs are {names}")
         if num_samples is None:
             by_name = dict(zip(names, leaves, strict=True))
-            named = ((name, by_name[name]) for name in _names(args, kwargs, targets))
-            num_samples = _count_samples(named, batch_dims)
+            as_given = names if list(kwargs) == list(ordered) else _names(args, kwargs, targets)
+            num_samples = _count_samples([(n, by_name[n]) for n in as_given], batch_dims)
         pairs = zip(names, leaves, strict=True)
         keys = [_key(i, name, leaf, batch_dims) for i, (name, leaf) in enumerate(pairs)]
         kept, structure = distinct_leaves(keys, structure)

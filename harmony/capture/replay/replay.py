@@ -102,7 +102,7 @@ def _arguments(
             leaf.detach().requires_grad_() if learns and not leaf.requires_grad else leaf
             for leaf, learns in zip(leaves, step.with_graph, strict=True)
         ]
-    args, kwargs = step.structure.unflatten(leaves)
+    args, kwargs = step.structure.call(leaves)
     if step.kind is StepKind.FUNCTION and step.name in FACTORIES and "device" not in kwargs:
         kwargs = {**kwargs, "device": shell.device}
     if step.name in _ON_HOST:  # an input that plain PyTorch's user leaves on the CPU

@@ -11,7 +11,7 @@ from torch import nn
 from harmony.capture import Captured
 from harmony.core.layergraph import LayerGraph
 from harmony.errors import CaptureError
-from harmony.planner.ir.tasks import Pack, Samples, Task
+from harmony.planner.ir.tasks import Pack, Task
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.kept_products import KeptProducts
 from harmony.runtime.exec.saved_forward import Root, SavedForward, gradients_of, run_backward
@@ -99,6 +99,7 @@ class Stage:
         self._weight_slots: list[torch.Tensor] = []
         self._gradient_slots: list[torch.Tensor] = []
         self._slot_memory: set[int] = set()
+        self._forms: dict[tuple[int, int], tuple[tuple[int, ...], torch.dtype]] = {}
         self._bound: tuple[Pack, int] | None = None
         self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
@@ -282,30 +283,52 @@ class Stage:
     def _run(
         self, task: Task, inputs: Values, wanted: Iterable[int], replay: ReplayState
     ) -> Values:
-        pack, samples, random = task.pack, _samples(task), replay.random
+        pack, samples, random = task.pack, task.samples, replay.random
+        assert samples is not None, "only tasks with a microbatch run on a device"
 
         def at_layer(layer: int) -> None:
             random.keep(self.context, samples, layer)
 
-        with random.turn(self.context, samples, pack.first):
-            with torch.no_grad():
-                replay.states.enter(task, self._shell)
+        with random.turn(self.context, samples, pack.first) if random.keep_at else nullcontext():
+            replay.states.enter(task, self._shell)
             found = self._code.run(
                 pack.first,
                 pack.last,
                 self._shell,
                 inputs,
-                task.num_samples,
+                samples[1] - samples[0],
                 wanted=wanted,
                 at_layer=at_layer if random.keep_at else None,
                 guarded=self._guarded,
                 look=None if self.look is None else self.look.run_of(task),
             )
-            random.keep(self.context, samples, pack.last)
+            if random.keep_at:
+                random.keep(self.context, samples, pack.last)
             replay.states.leave(task, self._shell)
         if self._guarded:
-            _check_forms(self._code, found, task.num_samples)
+            self._check_forms(found, samples[1] - samples[0])
         return found
+
+    def _check_forms(self, found: Values, num_samples: int) -> None:
+        """Check that values have the form that memory and copies are planned for.
+
+        A copy to a buffer of another type would round, where a plan cuts and nowhere else.
+
+        Raises:
+            CaptureError: naming the value and both forms.
+        """
+        for value, tensor in found.items():
+            key = value, num_samples
+            if key not in self._forms:
+                self._forms[key] = self._code.value_type(*key)
+            shape, dtype = self._forms[key]
+            if tensor.dtype != dtype or tensor.shape != shape:
+                raise CaptureError(
+                    f"{self.graph.values[value].name} is {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)} on {tensor.device}, but was recorded as {dtype} of "
+                    f"shape {tuple(shape)}: the forward makes something else there than where it "
+                    "was recorded. Give it its type in the forward (`.float()`, `.to(dtype)`)"
+                )
 
     def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().requires_grad_(self.graph.values[index].requires_grad)
@@ -346,25 +369,6 @@ class Stage:
         return self._gradient_views[pack, slot]
 
 
-def _check_forms(code: Captured, found: Values, num_samples: int) -> None:
-    """Check that values have the form that memory and copies are planned for.
-
-    A copy to a buffer of another type would round, where a plan cuts and nowhere else.
-
-    Raises:
-        CaptureError: naming the value and both forms.
-    """
-    for value, tensor in found.items():
-        shape, dtype = code.value_type(value, num_samples)
-        if tensor.dtype != dtype or tensor.shape != shape:
-            raise CaptureError(
-                f"{code.graph.values[value].name} is {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)} on {tensor.device}, but was recorded as {dtype} of shape "
-                f"{tuple(shape)}: the forward makes something else there than where it was "
-                "recorded. Give it its type in the forward (`.float()`, `.to(dtype)`)"
-            )
-
-
 def _loss_gradient(loss: torch.Tensor, weight: float, scale: float) -> torch.Tensor:
     """The gradient of a loss whose product with both is to be made small."""
     if scale == 1.0:
@@ -376,8 +380,3 @@ def _loss_gradient(loss: torch.Tensor, weight: float, scale: float) -> torch.Ten
 
 def _is_root(root: Root) -> bool:
     return not isinstance(root, torch.Tensor) or root.requires_grad
-
-
-def _samples(task: Task) -> Samples:
-    assert task.samples is not None, "only tasks with a microbatch run on a device"
-    return task.samples

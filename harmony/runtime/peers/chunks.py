@@ -7,7 +7,7 @@ is about the order in which a backward makes their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,3 @@ def cut(
             start = stop
     close()
     return tuple(chunks)
-
-
-def names_of(chunks: Sequence[Chunk]) -> frozenset[str]:
-    """The parameters whose gradients they hold."""
-    return frozenset(segment.name for chunk in chunks for segment in chunk.segments)

@@ -79,19 +79,20 @@ class LayerStates:
         """Give the layers of a task the state that their microbatch has to find."""
         if not self._changes:
             return
-        for layer, change in self._in(task.pack):
-            key = (layer, _samples(task))
-            if self._runs_first(task):
-                _set_attributes(shell, {a: self._running[a] for a in change.attributes})
-                if task.kind is TaskKind.FORWARD and self.recomputed:
-                    self._snapshots[key] = self._snapshot(change, shell)
-            else:
-                found = self._snapshots[key]
-                _set_attributes(shell, found.attributes)
-                for name, kept in found.buffers.items():
-                    shell.tensor(name).copy_(kept, non_blocking=True)
-            if change.feeds_outputs:  # others nobody's backward reads
-                shell.lend(change.buffers)
+        with torch.no_grad():
+            for layer, change in self._in(task.pack):
+                key = (layer, _samples(task))
+                if self._runs_first(task):
+                    _set_attributes(shell, {a: self._running[a] for a in change.attributes})
+                    if task.kind is TaskKind.FORWARD and self.recomputed:
+                        self._snapshots[key] = self._snapshot(change, shell)
+                else:
+                    found = self._snapshots[key]
+                    _set_attributes(shell, found.attributes)
+                    for name, kept in found.buffers.items():
+                        shell.tensor(name).copy_(kept, non_blocking=True)
+                if change.feeds_outputs:  # others nobody's backward reads
+                    shell.lend(change.buffers)
 
     def leave(self, task: Task, shell: ModuleShell) -> None:
         """Take what the layers of a task have left."""
