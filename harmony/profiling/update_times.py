@@ -278,11 +278,11 @@ def _temporary(copies: _Copies, context: DeviceContext) -> float | None:
         for _ in range(_FIRST_STEPS):
             step_part(made.optimizer, *pairs)
         context.synchronize()
-        context.reset_peak()
+        torch.accelerator.reset_peak_memory_stats(context.device)
         before = torch.accelerator.memory_allocated(context.device)
         step_part(made.optimizer, *pairs)
         context.synchronize()
-        return context.peak_nbytes() - before
+        return torch.accelerator.max_memory_allocated(context.device) - before
 
     few, many = peak(min(2, len(like))), peak(len(like))
     if many > _GROWS * few + 4096:

@@ -24,6 +24,7 @@ class DeviceContext:
     Attributes:
         streams: stream of each name in ``DEVICE_STREAMS``. None is the default stream, on which
             the user's own work on the device is.
+        current: the name of the one that is current in the thread that issues; "" if none is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +33,7 @@ class DeviceContext:
         with torch.accelerator.device_index(device.index):  # else it makes a context on GPU 0, too
             self.streams = {name: torch.Stream(device=device) for name in DEVICE_STREAMS}
         self._landing: dict[torch.device, torch.Stream] = {}
-        self._current = ""
+        self.current = ""
 
     def enter(self, peers: Iterable[torch.device] = ()) -> None:
         """Make this device current in the calling thread, which will copy to ``peers``."""
@@ -44,14 +45,14 @@ class DeviceContext:
                     self._landing[peer] = torch.Stream(device=peer)
                 torch.accelerator.set_stream(self._landing[peer])
         torch.accelerator.set_device_index(self.device.index)
-        self._current = ""
+        self.current = ""
 
     def use(self, stream: str) -> torch.Stream:
         """Make one of the streams current in the calling thread and return it."""
         chosen = self.streams[stream]
-        if self._current != stream:
+        if self.current != stream:
             torch.accelerator.set_stream(chosen)
-            self._current = stream
+            self.current = stream
         return chosen
 
     def new_event(self, *, timing: bool = False) -> torch.Event:
@@ -94,17 +95,10 @@ class DeviceContext:
         """Set the state of the device's default generator."""
         self.module.set_rng_state(state, self.device)
 
-    def reset_peak(self) -> None:
-        """Start a new measurement of the peak of allocated bytes."""
-        torch.accelerator.reset_peak_memory_stats(self.device)
-
-    def peak_nbytes(self) -> int:
-        """Peak of allocated bytes since the last ``reset_peak``."""
-        return int(torch.accelerator.max_memory_allocated(self.device))
-
-    def used_nbytes(self) -> int:
-        """Bytes of tensors."""
-        return int(torch.accelerator.memory_allocated(self.device))
+    def taken_nbytes(self) -> tuple[int, int]:
+        """Bytes of tensors: the most since the peak was reset, and now."""
+        stats = torch.accelerator.memory_stats(self.device)  # each question makes all of them
+        return stats["allocated_bytes.all.peak"], stats["allocated_bytes.all.current"]
 
     def free_nbytes(self) -> int:
         """Bytes that tensors could still have, what PyTorch's allocator keeps included."""

@@ -14,6 +14,7 @@ from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.event_issue import EventIssuer, Events
 from harmony.runtime.exec.packs_of import packs_of, writers_of
 from harmony.runtime.exec.residents import Residents
+from harmony.runtime.exec.signals import Stopped
 from harmony.runtime.exec.stage import Stage
 from harmony.runtime.exec.task_issue import Env, Issue, SavedForwards, TaskIssuer
 from harmony.runtime.host.arena import Piece
@@ -116,6 +117,8 @@ class DeviceProgram:
             self._prepare(at, instruction, makers[instruction.op](at, instruction))
             for at, instruction in enumerate(program)
         ]
+        self._issued = [prepared for prepared in self._prepared if prepared.issue is not _nothing]
+        self._held = [prepared for prepared in self._issued if prepared.is_update]
 
     def issue(self, step: Step, peers: Sequence[torch.device]) -> None:
         """Issue the whole program and wait until the device has run it.
@@ -130,22 +133,21 @@ class DeviceProgram:
         compute = context.use("compute")
         self._residents.refresh()
         compute.record_event(self._base)
-        for prepared in self._prepared:
-            if prepared.is_update and step.holds_updates:
-                continue
-            self._issue(prepared, step)
+        holds = step.holds_updates
+        for prepared in self._issued:
+            if not (holds and prepared.is_update):
+                self._issue(prepared, step)
         self.issuing = len(self._prepared)
         step.running[self.name] = "the end of the step"
         context.synchronize()
 
     def finish(self, step: Step) -> None:
         """Run the updates that were held back; without updates, let the host have gradients."""
-        late = [prepared for prepared in self._prepared if prepared.is_update]
-        if not late or not step.holds_updates:
+        if not self._held or not step.holds_updates:
             return
         if step.apply_updates:
             step.signals.wait(step.approval)
-            for prepared in late:
+            for prepared in self._held:
                 self._issue(prepared, step)
                 self._context.synchronize()  # events between them were recorded long ago
         else:
@@ -155,10 +157,12 @@ class DeviceProgram:
             self._context.synchronize()
 
     def _issue(self, prepared: Prepared, step: Step) -> None:
-        step.signals.check()
+        if step.signals.failure is not None:
+            raise Stopped
         step.running[self.name] = prepared.label
         self.issuing = prepared.index
-        stream = self._context.use(prepared.instruction.stream)
+        name, context = prepared.instruction.stream, self._context
+        stream = context.streams[name] if context.current == name else context.use(name)
         if prepared.begin is not None and prepared.end is not None:
             stream.record_event(prepared.begin)
             prepared.issue(step)
@@ -258,7 +262,7 @@ class DeviceProgram:
             return lambda _: saved[ref].memory.copy_from(buffers[ref])
         if ref.is_value:
             chunk = self._around.values[ref.kind, ref.first].chunk(_samples(ref))
-            return lambda _: _copy(env[ref], chunk)
+            return lambda _: _copy_all([(env[ref], chunk)])
         host, stage, grows = self._around.host, self._stage, ref.is_gradient_part
         low, high = self._in_slot(at, ref, (host.gradients if grows else host.weights).layout)
         slot, into = self._slot_of[ref], stage.gradient_range if grows else stage.weight_range
@@ -366,25 +370,22 @@ def _dropping(ref: TensorRef, saved: SavedForwards, comes_back: bool) -> Issue:
     return lambda _: saved.__delitem__(ref)
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source, non_blocking=True)
-
-
 def _copy_value(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy what a device has made, which may lie in another order than what it is copied to.
 
     It gets that order first, where it is, on the stream of the copy. CUDA's own copy to a peer
     does it over there, on a stream that no event of the schedule is recorded on.
     """
-    strides = zip(source.shape, source.stride(), target.stride(), strict=True)
-    if any(size > 1 and a != b for size, a, b in strides):
-        source = torch.empty_like(target, device=source.device).copy_(source)
-    _copy(target, source)
+    if source.stride() != target.stride():
+        strides = zip(source.shape, source.stride(), target.stride(), strict=True)
+        if any(size > 1 and a != b for size, a, b in strides):
+            source = torch.empty_like(target, device=source.device).copy_(source)
+    target.copy_(source, non_blocking=True)
 
 
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for target, source in pairs:
-        _copy(target, source)
+        target.copy_(source, non_blocking=True)
 
 
 def _nothing(_: Step) -> None:

@@ -56,6 +56,7 @@ class PreparedSchedule:
     Attributes:
         inputs: host copies that the caller fills before a step, per value.
         outputs: host copies that hold the model's outputs, per value, after a step.
+        tokens: of a run's hand-overs: its signals, the beginnings of its programs, their ends.
         needs_nbytes: per device, what the last run took beyond what was there before it.
         excess: how its last run broke the limit of device memory, if that was looked at; else "".
     """
@@ -67,6 +68,7 @@ class PreparedSchedule:
     inputs: dict[int, Stash]
     outputs: dict[int, Stash]
     num_events: int
+    tokens: range
     num_runs: int = 0
     needs_nbytes: list[int] = field(default_factory=list)
     excess: str = ""
@@ -178,6 +180,7 @@ class Executor:
             {i: values[TensorKind.VALUE, i] for i in ids if is_input(graph.values[i])},
             {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},
             events.count,
+            native.new_tokens(events.count + 3 * (len(programs) + 1)),
         )
 
     def fits_slots(self, schedule: Schedule) -> bool:
@@ -255,8 +258,8 @@ class Executor:
         """
         self._wait_for_caller()
         bound, limit = None, job.limit_nbytes
-        held = is_held(self.contexts[0].device, limit)
-        if limit is not None and prepared.num_runs < BOUND_RUNS and held:
+        is_new = prepared.num_runs < BOUND_RUNS
+        if limit is not None and is_new and is_held(self.contexts[0].device, limit):
             bound = MemoryBound(self.contexts, self._held_nbytes(), limit)
         try:
             with job.replay.random.borrowed(self.contexts):
@@ -278,28 +281,47 @@ class Executor:
         ]
 
     def _run(self, prepared: PreparedSchedule, job: Job, bound: MemoryBound | None) -> Timeline:
-        num_programs = len(prepared.programs) + 1
-        num_signals = prepared.num_events + len(prepared.programs) + 1
-        begin = native.new_tokens(num_programs)
-        done = native.new_tokens(num_programs)
-        signals = Signals(num_signals)
-        ends = range(prepared.num_events, num_signals - 1)
+        if job.ahead_nbytes:
+            pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
+            self._check_room([needed - held for needed, held in pairs])
+        owns_room = self._owns_room(prepared)
+        if not owns_room:
+            self._check_room(prepared.needs_nbytes)
+        step = self._new_step(prepared, job, bound, owns_room)
+        for context, stage in zip(self.contexts, self._stages, strict=True):
+            torch.accelerator.reset_peak_memory_stats(context.device)
+            stage.look = job.look
+        self._host.begin_step()
+        job.replay.random.check = step.signals.check
+        with held_back() as held, held.stopped_by(partial(step.signals.fail, "")):
+            self._issue(prepared, step)
+            self._raise_failure(prepared, step)
+        prepared.num_runs += 1
+        if prepared.num_runs == 1:
+            give_back_freed()  # what capture, measuring and planning have left
+        return self._timeline(prepared, step)
+
+    def _new_step(
+        self, prepared: PreparedSchedule, job: Job, bound: MemoryBound | None, owns_room: bool
+    ) -> Step:
+        """Say what a run is like, above all whether its updates wait for the whole backward."""
         first_time = prepared.num_runs == 0
         check = job.check
         if check is None and first_time:
             check = self.new_check(prepared.schedule)
         optimizer = self._host.optimizer
         waits = optimizer is not None and optimizer.waits is not None and job.apply_updates
-        holds = first_time or waits or check is not None or bound is not None
-        holds = holds or not self._owns_room(prepared)
+        holds = first_time or waits or check is not None or bound is not None or not owns_room
         leaves = job.apply_updates and bool(prepared.host_program.late)
-        step = Step(
-            signals,
+        approval = prepared.num_events + len(prepared.programs)
+        ends = range(prepared.num_events, approval)
+        return Step(
+            Signals(prepared.tokens),
             job.replay,
             job.weights,
             holds=holds,
             before_updates=tuple(ends) if holds or leaves else (),
-            approval=num_signals - 1,
+            approval=approval,
             waits=waits,
             late=job.late,
             apply_updates=job.apply_updates,
@@ -310,38 +332,30 @@ class Executor:
             loss_scale=job.loss_scale,
             exchange=job.exchange,
         )
-        if job.ahead_nbytes:
-            pairs = zip(job.ahead_nbytes, self.slots_nbytes(), strict=False)
-            self._check_room([needed - held for needed, held in pairs])
-        self._check_room(prepared.needs_nbytes)
-        for context, stage in zip(self.contexts, self._stages, strict=True):
-            context.reset_peak()
-            stage.look = job.look
-        self._host.begin_step()
-        job.replay.random.check = signals.check
-        countdown = Countdown(num_programs)
+
+    def _issue(self, prepared: PreparedSchedule, step: Step) -> None:
+        """Let every thread issue its program, and wait until all of them have."""
+        programs: list[Program] = [*prepared.programs, prepared.host_program]
+        workers = [*self._workers[: len(prepared.programs)], self._update_worker]
+        begin = prepared.tokens[-2 * len(programs) : -len(programs)]
+        done = prepared.tokens[-len(programs) :]
+        countdown = Countdown(len(programs))
         look = None
         if self._watching is not None:
-            programs = prepared.programs
-            look = Watchdog(self._watching, prepared.schedule, programs, step).look
-        with held_back() as held, held.stopped_by(partial(signals.fail, "")):
-            try:
-                for index, (worker, program) in enumerate(self._assign(prepared)):
-                    native.trace_release(begin[index])
-                    end = prepared.num_events + index
-                    job_tokens = (begin[index], done[index])
-                    worker.submit(self._job(program, step, job_tokens, end), countdown.done)
-                countdown.wait(look)
-            except BaseException as error:  # some have their job, and would wait for the others
-                signals.fail("the start of the step", error)
-                self._drain_workers()
-            for token in done:
-                native.trace_acquire(token)
-            self._raise_failure(prepared, step)
-        prepared.num_runs += 1
-        if first_time:
-            give_back_freed()  # what capture, measuring and planning have left
-        return self._timeline(prepared, step)
+            watched = prepared.programs
+            look = Watchdog(self._watching, prepared.schedule, watched, step).look
+        try:
+            for index, (worker, program) in enumerate(zip(workers, programs, strict=True)):
+                native.trace_release(begin[index])
+                end = prepared.num_events + index
+                tokens = (begin[index], done[index])
+                worker.submit(partial(self._work, program, step, tokens, end), countdown.done)
+            countdown.wait(look)
+        except BaseException as error:  # some have their job, and would wait for the others
+            step.signals.fail("the start of the step", error)
+            self._drain_workers()
+        for token in done:
+            native.trace_acquire(token)
 
     def _owns_room(self, prepared: PreparedSchedule) -> bool:
         """Whether nobody else can take what the last run needed: all but the first have it."""
@@ -389,38 +403,25 @@ class Executor:
             return None
         return SelfCheck(self._host.graph, self.contexts[0].device, schedules)
 
-    def _assign(self, prepared: PreparedSchedule) -> list[tuple[Worker, Program]]:
-        pairs: list[tuple[Worker, Program]] = list(
-            zip(self._workers, prepared.programs, strict=False)
-        )
-        return [*pairs, (self._update_worker, prepared.host_program)]
-
-    def _job(
-        self, program: Program, step: Step, tokens: tuple[int, int], end: int
-    ) -> Callable[[], None]:
-        devices = [context.device for context in self.contexts]
-
-        def job() -> None:
-            native.trace_acquire(tokens[0])
-            step.threads[program.name] = threading.get_ident()
-            try:
-                if isinstance(program, DeviceProgram):
-                    program.issue(step, devices)
-                    step.signals.issue(end)
-                    program.finish(step)
-                else:
-                    program.issue(step)
-                step.finished.append(program.name)
-            except Stopped:
-                pass
-            except BaseException as error:
-                at = step.running.get(program.name) or "the beginning of the step"
-                where = f"{at} on {program.name}"
-                step.signals.fail(where, error)
-            finally:
-                native.trace_release(tokens[1])
-
-        return job
+    def _work(self, program: Program, step: Step, tokens: tuple[int, int], end: int) -> None:
+        """Issue a program; on its thread, which hears of what fails by the step's signals."""
+        native.trace_acquire(tokens[0])
+        step.threads[program.name] = threading.get_ident()
+        try:
+            if isinstance(program, DeviceProgram):
+                program.issue(step, [context.device for context in self.contexts])
+                step.signals.issue(end)
+                program.finish(step)
+            else:
+                program.issue(step)
+            step.finished.append(program.name)
+        except Stopped:
+            pass
+        except BaseException as error:
+            at = step.running.get(program.name) or "the beginning of the step"
+            step.signals.fail(f"{at} on {program.name}", error)
+        finally:
+            native.trace_release(tokens[1])
 
     def _raise_failure(self, prepared: PreparedSchedule, step: Step) -> None:
         if step.signals.failure is None:
@@ -452,8 +453,9 @@ class Executor:
         prepared.needs_nbytes.clear()
         for context, program in zip(self.contexts, prepared.programs, strict=False):
             timeline.spans.extend(program.spans())
-            timeline.peak_nbytes.append(context.peak_nbytes())
-            prepared.needs_nbytes.append(timeline.peak_nbytes[-1] - context.used_nbytes())
+            peak, used = context.taken_nbytes()
+            timeline.peak_nbytes.append(peak)
+            prepared.needs_nbytes.append(peak - used)
         return timeline
 
 

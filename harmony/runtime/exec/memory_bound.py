@@ -46,7 +46,7 @@ class MemoryBound:
         self._allowed: list[tuple[DeviceContext, int]] = []
         self._before: list[tuple[DeviceContext, float]] = []
         for context, held in zip(contexts, held_nbytes, strict=True):
-            allowed = limit_nbytes + max(0, context.used_nbytes() - held)
+            allowed = limit_nbytes + max(0, context.taken_nbytes()[1] - held)
             self._allowed.append((context, allowed))
             self._before.append((context, native.bound_reserved(context.device, allowed)))
 

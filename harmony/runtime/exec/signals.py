@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 from harmony.runtime import native
 
@@ -28,11 +29,11 @@ class Signals:
     needs an event of another thread waits here until that one has come to its Record.
     """
 
-    def __init__(self, num_events: int) -> None:
-        """Make the signals of a step for events 0 to ``num_events - 1``."""
+    def __init__(self, tokens: Sequence[int]) -> None:
+        """Make the signals of a step; each event is published under the token of its number."""
         self._condition = threading.Condition()
         self._issued: set[int] = set()
-        self._tokens = native.new_tokens(num_events)
+        self._tokens = tokens
         self.failure: tuple[str, BaseException] | None = None
         _alive.add(self)
 

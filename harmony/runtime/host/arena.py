@@ -168,6 +168,16 @@ class HostArena:
         self.take_in(tensors_of(module), traced_real=traced_real)
         return dict(module.named_parameters())
 
+    def holds(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are the very tensors that live here, all in their places."""
+        held = self.tensors
+        if tensors.keys() != held.keys():
+            return False
+        for name, tensor in tensors.items():
+            if tensor is not held[name] or not self._is_home(name, tensor):
+                return False
+        return True
+
     def difference(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
         """Say how these are not the tensors that live here; None if they are.
 

@@ -15,8 +15,8 @@ def shares_memory(tensor: torch.Tensor) -> bool:
     """Whether somebody else has a tensor's memory (a view of it, say), or it must stay there."""
     if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
         return True
-    found, alone = _holders(tensor), _ALONE[tensor._is_view()]
-    return any(count > expected for count, expected in zip(found, alone, strict=True))
+    (uses, bases), alone = _holders(tensor), _ALONE[tensor._is_view()]
+    return uses > alone[0] or bases > alone[1]
 
 
 def overlapping(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -234,10 +234,9 @@ class PackOptimizer:
         """Whether no parameter is updated in this step: its gradients were not finite."""
         return self.scaling is not None and self.scaling.skips
 
-    def params(self) -> Iterator[nn.Parameter]:
+    def params(self) -> list[nn.Parameter]:
         """The parameters in its groups."""
-        for group in self.full.param_groups:
-            yield from group["params"]
+        return [param for group in self.full.param_groups for param in group["params"]]
 
     def describe(self) -> str:
         """Name of the optimizer, what updates on the host, and whether its step is one of all."""

@@ -18,6 +18,14 @@ def is_hooked(param: torch.Tensor) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
+def any_hooked(params: Iterable[torch.Tensor]) -> bool:
+    """Whether that is so of any of these; no function is called for each, as every step asks."""
+    for param in params:  # noqa: SIM110
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            return True
+    return False
+
+
 def arrive(param: nn.Parameter, gradient: torch.Tensor) -> None:
     """Let a gradient arrive at a parameter, whose ``grad`` holds the sum so far, or None."""
     if not param.requires_grad:
@@ -53,7 +61,7 @@ class GradientSums:
         """Sum gradients of these; call the hooks at each of them, if ``hooks_each``."""
         self.sums: dict[str, torch.Tensor] = {}
         self._params = params
-        self.hooked = hooks_each and any(map(is_hooked, params.values()))
+        self.hooked = hooks_each and any_hooked(params.values())
 
     def add(self) -> None:
         """Add what the last microbatch has left; ``grad`` is the sum then."""
