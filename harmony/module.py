@@ -298,7 +298,7 @@ class Harmony(Wrapper):
             raise Verified(self.verify(inputs, targets))
         self._check_run()
         args, kwargs = _arguments(inputs)
-        return self._train_steps.train(args, kwargs, targets)
+        return self._train_steps.train_step(args, kwargs, targets).loss
 
     @ShownForward
     @_disable_dynamo  # in a compiled function, or as torch.compile(model), it just runs

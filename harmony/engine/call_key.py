@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -73,12 +73,9 @@ def call_key_of(
             f"train_step with an input of shape {shape} that requires a gradient, which a whole "
             "step does not give. Call the model and loss.backward() instead, or detach() the input"
         )
-    pairs = zip(batch.leaves, batch.batch_dims, strict=True)
-    described = tuple(_describe(leaf, dim) for leaf, dim in pairs)
-    trained = tuple(param.requires_grad for param in net.parameters())
-    state = tuple(_python_state(net))
-    form = kind, str(batch.structure.spec), batch.structure.places, described, trained
-    key = (*form, autocast_dtype(), torch_settings(), state)
+    described = tuple(map(_describe, batch.leaves, batch.batch_dims))
+    form = kind, str(batch.structure.spec), batch.structure.places, described
+    key = (*form, autocast_dtype(), torch_settings(), _state_of(net))
     return key, batch, whole
 
 
@@ -91,10 +88,12 @@ def _describe(leaf: Any, batch_dim: int | None) -> Any:
     return form_of_leaf(leaf, batch_dim)
 
 
-def _python_state(net: nn.Module) -> Iterator[Any]:
+def _state_of(net: nn.Module) -> tuple[Any, ...]:
+    """What is trained, and the modes and hooks of the modules, in one walk over them."""
+    found: list[Any] = []
     for module in net.modules():
-        yield module.training
         held = module.__dict__
-        for hooks in _HOOKS:
-            if held[hooks]:
-                yield hooks, tuple(held[hooks])
+        found.append(module.training)
+        found += [p.requires_grad for p in module._parameters.values() if p is not None]
+        found += [(hooks, tuple(held[hooks])) for hooks in _HOOKS if held[hooks]]
+    return tuple(found)

@@ -32,20 +32,20 @@ from harmony.engine.options import EngineOptions
 from harmony.engine.peers import Peers
 from harmony.engine.replan import MOST_SHRINKS, Feedback, shrunk
 from harmony.engine.resumed import BitChoices
-from harmony.engine.step_result import (
-    ReadyStep,
-    replay_state_of,
-)
+from harmony.engine.step_result import ReadyStep
 from harmony.engine.variant_factory import VariantFactory
 from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
 from harmony.errors import DoesNotFitError, ExecutionError, text_of
+from harmony.planner.ir.tasks import TaskKind
 from harmony.profiling.model_profile import ModelProfile
 from harmony.report import header as facts
 from harmony.report import session
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.out_of_memory import is_undone, with_room
 from harmony.runtime.interrupts import held_back
+from harmony.runtime.step.layer_state import LayerStates
+from harmony.runtime.step.randomness import RandomStreams, microbatch_seed
 from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.traced_lock import TracedLock
 from harmony.runtime.update.loss_scaling import LossScaling
@@ -231,7 +231,6 @@ class Engine:
         self, kind: CallKind, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
     ) -> ReadyStep:
         """Capture, measure and plan for a batch, as far as that was not done before."""
-        self.whole.check()
         args, kwargs = self.options.precision.cast((args, kwargs))
         call = (args, kwargs, targets)
         find = functools.partial(self.variants.ready, kind, call)
@@ -310,14 +309,20 @@ class Engine:
             self.variants.activate(None)  # what stays on devices may be of the step that failed
 
     def replay_state(self, ready: ReadyStep, recomputed: bool = True) -> ReplayState:
-        """Start the random streams of the step's microbatches, and what its layers change."""
-        run_seed = self.options.seed
-        return replay_state_of(
-            self.net,
-            ready,
-            self._contexts[0],
-            self.num_steps,
-            run_seed,
-            recomputed,
-            0 if self.peers is None else self.peers.first_microbatch,
-        )
+        """Start the random stream of every microbatch of a step, and what layers change.
+
+        Args:
+            recomputed: whether a backward will run the layers again.
+        """
+        captured, planned = ready.variant.captured, ready.planned
+        end, minibatch = planned.forward_end, planned.plan.minibatch
+        states = LayerStates(self.net, captured.changes, end, minibatch, recomputed)
+        starts = planned.random_starts
+        random = RandomStreams(starts, bool(starts) and captured.draws_on_host)
+        if starts:
+            first = 0 if self.peers is None else self.peers.first_microbatch
+            kind = TaskKind.FORWARD if planned.plan.spec.forward_packs else TaskKind.BACKWARD
+            for index, samples in enumerate(planned.in_order[kind], first + ready.first_index):
+                seed = microbatch_seed(self.num_steps, index, self.options.seed)
+                random.start(samples, 0, self._contexts[0].seeded_state(seed), seed)
+        return ReplayState(random, states)

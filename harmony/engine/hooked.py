@@ -46,7 +46,7 @@ def hooked_step(engine: Engine, call: Call, ready: ReadyStep, run: Run) -> RanSt
         except BaseException:
             before.restore()
             raise
-    return ran
+    return replace(ran, excess=None)
 
 
 def _in_parts(

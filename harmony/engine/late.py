@@ -47,7 +47,8 @@ class Late:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Let the block be a step, which may take what was left, and leave something itself."""
-        self._access.end_for_optimizer()
+        if self._left is not None:
+            self._access.end_for_optimizer()
         try:
             yield
         finally:
@@ -64,9 +65,9 @@ class Late:
 
         What another schedule has left is made at once.
         """
-        self._access.end()
         left = self._left
         if left is not None and packs and left.host is host and tuple(left.packs) == packs:
+            self._access.end()
             self.num_steps += 1
             return left
         self._make()
@@ -84,10 +85,10 @@ class Late:
             self.flush()
 
     def _make(self) -> None:
-        self._access.end()
         left, self._left = self._left, None
-        if left is None:
+        if left is None:  # nothing is watched either
             return
+        self._access.end()
         try:
             left.finish()
         except BaseException as error:

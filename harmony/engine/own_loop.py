@@ -211,6 +211,7 @@ class OwnLoop:
         return self._or_dynamic(self._infer, args, kwargs)
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.whole.check()
         run = functools.partial(self._run_inference, args, kwargs)
         return self._engine.in_room(CallKind.OWN_LOOP, (args, kwargs, None), run)[1]
 

@@ -6,14 +6,14 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from harmony.capture import Captured, DynamicOnlyError, same_path
+from harmony.capture import Batch, Captured, DynamicOnlyError, same_path
+from harmony.capture.guards.written import SetUp
 from harmony.engine.call_key import CallKey
 from harmony.engine.options import EngineOptions
 from harmony.engine.planned import Planned
 from harmony.engine.step_result import ReadyStep
 from harmony.engine.variant import Variant
 from harmony.planner.ir.tasks import Samples
-from harmony.runtime.exec.stage import Values
 from harmony.runtime.step.step import Weights
 
 K = TypeVar("K", bound=Hashable)
@@ -37,17 +37,22 @@ class Settled:
 
     Attributes:
         fixed: how much the scalars of each microbatch count; None where that depends on the batch.
+        set_up: what the forward sets up for later ones.
     """
 
     variant: Variant
     planned: Planned
     fixed: Weights | None
+    set_up: SetUp
 
-    def weights(self, inputs: Values) -> tuple[Weights, str | None]:
-        """Return what `Variant.weights` does."""
-        if self.fixed is not None:
-            return self.fixed, None
-        return self.variant.weights(inputs, self.planned)
+    def ready(self, batch: Batch) -> ReadyStep | None:
+        """Say how a batch is run; None if its loss may not be that of its parts."""
+        inputs, weights, doubt = self.variant.captured.inputs_of(batch), self.fixed, None
+        if weights is None:
+            weights, doubt = self.variant.weights(inputs, self.planned)
+        if doubt is not None:
+            return None
+        return ReadyStep(self.variant, self.planned, inputs, weights, set_up=self.set_up)
 
 
 @dataclass
@@ -93,7 +98,8 @@ class Paths:
         if any(captured.looks_at_inputs(high - low) for low, high in parts):
             return
         is_whole = all(len(every) == 1 for every in planned.in_order.values())
-        settled = Settled(found.variant, planned, found.weights if is_whole else None)
+        fixed = found.weights if is_whole else None
+        settled = Settled(found.variant, planned, fixed, found.set_up)
         self.settled[planned.plan.minibatch] = settled
 
     def use(self, variant: Variant) -> None:

@@ -6,18 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_iter
 
 from harmony.capture.guards.written import SetUp
 from harmony.core.timeline import Timeline
 from harmony.engine.planned import Planned
 from harmony.engine.variant import Variant
-from harmony.planner.ir.tasks import TaskKind
-from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
-from harmony.runtime.step.layer_state import LayerStates
-from harmony.runtime.step.randomness import RandomStreams, microbatch_seed
 from harmony.runtime.step.recompute import ReplayState
 from harmony.runtime.step.step import Weights
 
@@ -50,12 +45,15 @@ class RanStep:
     Attributes:
         loss: sum over the microbatches, in fp32 where their losses are narrower.
         dtype: of these losses.
+        excess: how it broke the limit of device memory, if that was looked at; else "". None of a
+            step with hooks, which says nothing of its plan.
     """
 
     loss: torch.Tensor
     dtype: torch.dtype
     timeline: Timeline
     replay: ReplayState
+    excess: str | None = ""
 
     @property
     def returned(self) -> torch.Tensor:
@@ -73,42 +71,12 @@ class StepResult:
 
     loss: torch.Tensor
     num_samples: int
-    num_tokens: int | None
     timeline: Timeline | None
 
 
 def count_tokens(call: Any) -> int | None:
     """Tokens of a batch, if its first tensor is one of token ids."""
-    first = next((x for x in tree_flatten(call)[0] if isinstance(x, torch.Tensor)), None)
+    first = next((x for x in tree_iter(call) if isinstance(x, torch.Tensor)), None)
     if first is None or first.dim() != 2 or first.dtype not in (torch.int64, torch.int32):
         return None
     return first.numel()
-
-
-def replay_state_of(
-    net: nn.Module,
-    ready: ReadyStep,
-    context: DeviceContext,
-    step: int,
-    run_seed: int,
-    recomputed: bool,
-    first: int = 0,
-) -> ReplayState:
-    """Start the random stream of every microbatch of a step, and what layers change.
-
-    Args:
-        run_seed: the run's seed.
-        recomputed: whether a backward will run the layers again.
-        first: number of the first microbatch of this process among those of all.
-    """
-    captured, planned = ready.variant.captured, ready.planned
-    spec = planned.plan.spec
-    states = LayerStates(net, captured.changes, planned.forward_end, spec.minibatch, recomputed)
-    if not planned.random_starts:
-        return ReplayState(RandomStreams(frozenset()), states)
-    random = RandomStreams(planned.random_starts, captured.draws_on_host)
-    kind = TaskKind.FORWARD if spec.forward_packs else TaskKind.BACKWARD
-    for index, samples in enumerate(planned.in_order[kind], first + ready.first_index):
-        seed = microbatch_seed(step, index, run_seed)
-        random.start(samples, 0, context.seeded_state(seed), seed)
-    return ReplayState(random, states)

@@ -33,30 +33,34 @@ class TrainSteps:
         self.whole, self.lock, self.devices = engine.whole, engine.lock, engine.devices
 
     @alone
-    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> torch.Tensor:
-        """Run one training step, record it, and return the loss."""
-        started = time.perf_counter()
-        done = self.train_step(args, kwargs, targets)
-        loss, seconds = float(done.loss), time.perf_counter() - started
-        samples, tokens = done.num_samples, done.num_tokens
-        number = self._engine.num_steps - 1
-        if done.timeline is not None:  # else there is no plan to report on
-            self._engine.record.stepped(
-                StepStats(number, loss, samples, tokens, seconds, done.timeline)
-            )
-        return done.loss
-
-    @alone
     def train_step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, recorded: bool = True
     ) -> StepResult:
-        """Run one training step."""
+        """Run one training step.
+
+        Args:
+            recorded: whether it is one for the report, and for observers.
+        """
         engine, peers = self._engine, self._engine.peers
+        started = time.perf_counter()
         with nullcontext() if peers is None else peers.step(engine.num_steps):
             self.whole.check()
             args, kwargs = engine.options.precision.cast((args, kwargs))
             with engine.late.step():
-                return self._train_step((args, kwargs, targets))
+                done = self._train_step((args, kwargs, targets))
+        if recorded and done.timeline is not None:  # else there is no plan to report on
+            loss, seconds = float(done.loss), time.perf_counter() - started
+            engine.record.stepped(
+                StepStats(
+                    engine.num_steps - 1,
+                    loss,
+                    done.num_samples,
+                    count_tokens((args, kwargs)),
+                    seconds,
+                    done.timeline,
+                )
+            )
+        return done
 
     def _train_step(self, call: Call) -> StepResult:
         engine = self._engine
@@ -80,10 +84,9 @@ class TrainSteps:
             engine.last_timeline = timeline
         if ready is not None and timeline is not None:
             ready.variant.captured.bring_home(self.devices)
-            if engine.feedback is not None and not engine.factory.hooked():
-                excess = ready.variant.prepared(ready.planned, Phase.TRAIN).excess
-                engine.feedback.stepped(ready.variant, ready.planned, timeline, excess)
-        return StepResult(loss, minibatch, count_tokens(call[:2]), timeline)
+            if engine.feedback is not None and step.excess is not None:
+                engine.feedback.stepped(ready.variant, ready.planned, timeline, step.excess)
+        return StepResult(loss, minibatch, timeline)
 
     def _train_dynamic(
         self, call: Call, minibatch: int, reason: DynamicOnlyError | GuardError
@@ -198,4 +201,4 @@ class TrainSteps:
         engine.late.leave(variant.host, () if scaling is not None and scaling.skips else packs)
         # Added up in fp32, though the losses may be narrower.
         total = weighted_sum(chunks, loss, ready.weights, torch.zeros(()))
-        return RanStep(total, chunks[0][1].dtype, timeline, replay)
+        return RanStep(total, chunks[0][1].dtype, timeline, replay, prepared.excess)

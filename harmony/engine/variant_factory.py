@@ -54,7 +54,7 @@ from harmony.runtime.host.pinned_memory import HostBuffer
 from harmony.runtime.host.working_arena import WorkingArena
 from harmony.runtime.update.native_step import takes_all
 from harmony.runtime.update.optimizer import PackOptimizer
-from harmony.runtime.update.param_hooks import is_hooked
+from harmony.runtime.update.param_hooks import any_hooked
 from harmony.weights.meta_init import check_values, materialise
 
 
@@ -93,7 +93,7 @@ class VariantFactory:
 
     def hooked(self) -> bool:
         """Whether a trained parameter has hooks, which want its gradient on the host."""
-        return self._optimizer is not None and any(map(is_hooked, self._optimizer.params()))
+        return self._optimizer is not None and any_hooked(self._optimizer.params())
 
     def waits(self) -> bool:
         """Whether all gradients are wanted on the host before the first update."""
@@ -130,16 +130,19 @@ class VariantFactory:
         Returns:
             How the model is another; None if it is not.
         """
-        check_plain(self._net)
         if self.arenas is None:
+            check_plain(self._net)
             return None
         weights, now = self.arenas[0], tensors_of(self._net)
         with torch._C.DisableTorchFunctionSubclass():  # it asks where they are, not what they hold
+            if weights.holds(now):
+                weights.refresh()
+                return None
+            check_plain(self._net)
             difference = weights.difference(now)
             if difference is None:
                 weights.take_in(now)
-        if difference is not None:
-            self._difference = difference
+        self._difference = difference or self._difference
         return difference
 
     def make(self, kind: CallKind, call: Call, known: Captured | None) -> Variant:

@@ -32,13 +32,13 @@ from harmony.engine.step_result import ReadyStep
 from harmony.engine.variant import Variant
 from harmony.engine.variant_factory import VariantFactory
 from harmony.errors import ConfigError, HarmonyError, PlanError
+from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_minibatch
 from harmony.planner.ir.tasks import StepSpec
 from harmony.profiling.model_profile import ModelProfile
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
-from harmony.runtime.step.step import Weights
 
 OTHER_WAY = "the forward goes another way for other values"
 
@@ -141,20 +141,19 @@ class VariantCache:
             plan_elsewhere(
                 profile, self._record, self._options.mode, self._options.microbatch_size
             )
-        self._check_pinned(kind, minibatch)
+        if self._options.plan is not None and not self._pinned_seen:
+            self._check_pinned(self._options.plan, kind, minibatch)
         for _ in range(MAX_PATHS):
             if paths.dynamic is not None:
                 raise paths.dynamic.again()
             misfit: tuple[int, int] | None = None
             standing = paths.standing(type(self._net).__name__)
             settled = paths.next(minibatch, standing)
-            if settled is not None:
-                inputs = settled.variant.captured.inputs_of(batch)
-                self.activate(settled.variant)
-                self._note(settled.variant, settled.planned)
-                weights, doubt = settled.weights(inputs)
-                if doubt is None:
-                    return self._ready(settled.variant, settled.planned, inputs, weights)
+            ready = None if settled is None else settled.ready(batch)
+            if ready is not None:
+                self.activate(ready.variant)
+                self._note(ready.variant, ready.planned)
+                return ready
             for variant in standing:
                 if variant.captured.only_size not in (None, minibatch):
                     continue
@@ -191,14 +190,8 @@ class VariantCache:
         if doubt is not None:
             said = parts_asked_for(doubt, minibatch, planned.plan.spec.backward_size)
             self._record.warn(said)
-        return self._ready(variant, planned, inputs, weights)
-
-    def _ready(
-        self, variant: Variant, planned: Planned, inputs: Values, weights: Weights
-    ) -> ReadyStep:
         low, high = planned.microbatches[-1]
-        whole = self._options.microbatch_size is None
-        set_up = variant.captured.traces.set_up(planned.plan.minibatch if whole else high - low)
+        set_up = variant.captured.traces.set_up(minibatch if asked is None else high - low)
         return ReadyStep(variant, planned, inputs, weights, set_up=set_up)
 
     def _planned(
@@ -348,16 +341,12 @@ class VariantCache:
         known = [variant for variant in self if variant.phase is kind.phase]
         return known[-1].captured if known else None
 
-    def _check_pinned(self, kind: CallKind, minibatch: int) -> None:
+    def _check_pinned(self, plan: Plan, kind: CallKind, minibatch: int) -> None:
         """Refuse a plan of the caller's that is not for the batches that are trained first."""
-        plan = self._options.plan
-        trains = kind is CallKind.TRAIN_STEP or (
-            self._options.optimizer is None and torch.is_grad_enabled()
-        )
-        if plan is None or self._pinned_seen or not trains:
-            return
-        self._pinned_seen = True
-        check_minibatch(plan, minibatch)
+        own_loop = self._options.optimizer is None and torch.is_grad_enabled()
+        if kind is CallKind.TRAIN_STEP or own_loop:
+            self._pinned_seen = True
+            check_minibatch(plan, minibatch)
 
 
 def _answers(spec: StepSpec, asked: Asked, num_devices: int) -> bool:

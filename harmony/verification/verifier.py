@@ -263,7 +263,7 @@ class _Comparison:
         if not self._steps:
             return self._loop(args, kwargs, targets)
         engine, net = self._engine, self._net
-        result = TrainSteps(engine).train_step(args, kwargs, targets)
+        result = TrainSteps(engine).train_step(args, kwargs, targets, recorded=False)
         parts = parts_of(engine, result.num_samples)
         found = Found(
             loss=result.loss,
