@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 from collections.abc import Mapping
 
@@ -15,8 +16,7 @@ def shares_memory(tensor: torch.Tensor) -> bool:
     """Whether somebody else has a tensor's memory (a view of it, say), or it must stay there."""
     if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
         return True
-    (uses, bases), alone = _holders(tensor), _ALONE[tensor._is_view()]
-    return uses > alone[0] or bases > alone[1]
+    return any(map(operator.gt, _holders(tensor), _ALONE[tensor._is_view()]))
 
 
 def overlapping(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:
