@@ -41,7 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cuda: on real GPUs, the tests that hold there; under scripts/test-cuda a rehearsal",
     )
     parser.addoption(
-        "--unmarked", action="store_true", help="with --device cuda: also tests not marked for it"
+        "--unmarked",
+        action="store_true",
+        help="with --device cuda: also tests outside of tests/training that are not marked for it",
     )
 
 
@@ -54,7 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what `--first-cases` says, and on real GPUs what is not marked for them."""
     if devices.REAL and not config.getoption("--unmarked"):
         for item in items:
-            if not item.get_closest_marker("on_real_gpus") and not item.get_closest_marker("cuda"):
+            marked = any(map(item.get_closest_marker, ("on_real_gpus", "cuda")))
+            if not marked and "training" not in item.path.parts:
                 item.add_marker(pytest.mark.skip(reason="not marked for real GPUs"))
     if not config.getoption("--first-cases"):
         return

@@ -20,6 +20,7 @@ import harmony
 from harmony.core.units import parse_bytes
 from harmony.runtime import hardware
 from harmony.vgpu import api as vgpu
+from tests import references
 from tests.cuda import standin
 
 TYPE = "cuda" if standin.is_loaded() else "vgpu"
@@ -32,7 +33,7 @@ RESERVE_NBYTES = 512 * 2**20
 """What `harmony.runtime.native.reserve_nbytes` leaves of a small GPU's memory."""
 
 on_real_gpus = pytest.mark.on_real_gpus
-"""Marks tests that hold on real GPUs: what is equal bit for bit there was computed on one."""
+"""Marks tests outside of tests/training that hold on real GPUs."""
 
 
 def choose(name: str) -> None:
@@ -154,6 +155,16 @@ def compute_as_reference(on: bool) -> None:
         standin.have_own_bits(on)
     elif TYPE == "cuda" and not REAL:
         standin.decompose_as_cpu(on)
+
+
+@contextlib.contextmanager
+def computing_references() -> Iterator[None]:
+    """Let the first real GPU compute what a test computes on the host beside Harmony."""
+    if not REAL:
+        yield
+        return
+    with references.computed_on(device()):
+        yield
 
 
 def held(stream: torch.Stream) -> AbstractContextManager[None]:

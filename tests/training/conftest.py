@@ -24,7 +24,7 @@ def _free_devices() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _the_reference_computes_the_same() -> Iterator[None]:
     devices.compute_as_reference(True)
-    with devices.only_what_there_is():
+    with devices.only_what_there_is(), devices.computing_references():
         yield
     devices.compute_as_reference(False)
 

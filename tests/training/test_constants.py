@@ -10,12 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests import devices
-
 from .conftest import VirtualGPUs
 from .side_by_side import assert_same_training
-
-pytestmark = devices.on_real_gpus
 
 VALUES = [0.1 * i for i in range(8)]
 

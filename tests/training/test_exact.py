@@ -9,12 +9,9 @@ import pytest
 import torch
 
 import harmony
-from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import Run, gradients_of, params_of, train_plain
-
-pytestmark = devices.on_real_gpus
 
 ADAMW = (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1, "fused": True})
 SGD = (torch.optim.SGD, {"lr": 1e-1, "momentum": 0.9, "fused": True})

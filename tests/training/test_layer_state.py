@@ -151,7 +151,6 @@ MODELS = {
 
 @pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-@devices.on_real_gpus
 def test_what_the_forward_changes_is_changed_once(
     name: str, gpus: int, vgpus: VirtualGPUs
 ) -> None:
@@ -206,13 +205,11 @@ def test_every_generator_of_the_host_follows_the_microbatch(vgpus: VirtualGPUs) 
             assert torch.equal(gradient, wanted[name].cpu()), name
 
 
-@devices.on_real_gpus
 def test_data_parallel_training_is_refused_for_buffers_that_change(vgpus: VirtualGPUs) -> None:
     with pytest.raises(ConfigError, match=r"norm1 changes its buffers.*mode='pp'"):
         train(Norms(), 2, mode="dp")
 
 
-@devices.on_real_gpus
 def test_a_failed_step_leaves_the_buffers_alone(vgpus: VirtualGPUs) -> None:
     fails: list[bool] = []
 
@@ -291,7 +288,6 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("activations", ["auto", "recompute"])
 @pytest.mark.parametrize("how", ["statistics", "replaced", "data"])
-@devices.on_real_gpus
 def test_what_is_saved_of_a_buffer_is_what_plain_pytorch_saves(
     how: str, activations: str, inside: bool, vgpus: VirtualGPUs
 ) -> None:

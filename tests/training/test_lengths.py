@@ -18,7 +18,6 @@ from harmony.core.layergraph import LayerGraph
 from harmony.engine import paths
 from harmony.engine import variant as variant_module
 from harmony.engine.other_lengths import ratio_between, stretched
-from tests import devices
 from tests.toys import chain, uniform_costs
 
 from .conftest import VirtualGPUs
@@ -26,7 +25,6 @@ from .models import GPT, token_batch, token_loss
 from .plain import SGD, train_plain
 
 
-@devices.on_real_gpus
 def test_only_the_lengths_used_last_are_kept(
     vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +92,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@devices.on_real_gpus
 def test_another_length_is_planned_by_what_is_known_of_one(
     vgpus: VirtualGPUs, measured: list[int], dropout: float
 ) -> None:

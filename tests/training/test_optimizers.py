@@ -13,7 +13,6 @@ from torch import nn
 
 import harmony
 from harmony.runtime.update.coupling import why_coupled
-from tests import devices
 
 from . import optimizers as own
 from .conftest import VirtualGPUs
@@ -80,7 +79,6 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@devices.on_real_gpus
 @pytest.mark.parametrize("updates", ["auto", "host"])
 @pytest.mark.parametrize("optimizer", own.COUPLED, ids=lambda kind: kind.__name__)
 def test_optimizers_that_look_at_all_parameters_take_one_step(
@@ -111,7 +109,6 @@ def test_a_large_model_with_a_norm_of_all_gradients_is_plain_pytorchs(vgpus: Vir
     assert all(map(torch.equal, net.parameters(), plain.parameters()))
 
 
-@devices.on_real_gpus
 def test_a_bad_step_is_left_out_as_a_whole(vgpus: VirtualGPUs) -> None:
     net = SkipMLP()
     before = copy.deepcopy(net)
@@ -137,7 +134,6 @@ def test_noise_is_drawn_in_the_order_of_the_parameters(vgpus: VirtualGPUs) -> No
     assert torch.equal(after, torch.get_rng_state())
 
 
-@devices.on_real_gpus
 @pytest.mark.parametrize("place", ["pre", "post"])
 def test_hooks_of_a_step_are_called_once_a_step(vgpus: VirtualGPUs, place: str) -> None:
     """Also where they come when packs have been updated alone, on their devices, before."""
@@ -153,7 +149,6 @@ def test_hooks_of_a_step_are_called_once_a_step(vgpus: VirtualGPUs, place: str) 
     assert calls == [model.optimizer]
 
 
-@devices.on_real_gpus
 def test_a_hook_that_clips_all_gradients_sees_all(vgpus: VirtualGPUs) -> None:
     def clipping(params: Any, **options: Any) -> torch.optim.Optimizer:
         params = list(params)
@@ -166,7 +161,6 @@ def test_a_hook_that_clips_all_gradients_sees_all(vgpus: VirtualGPUs) -> None:
     trained(clipping, {"lr": 1e-2, "foreach": False})
 
 
-@devices.on_real_gpus
 def test_a_step_that_was_replaced_is_the_one_that_is_called(vgpus: VirtualGPUs) -> None:
     model, calls = model_of(SkipMLP(), torch.optim.SGD, {"lr": 0.1}), []
     assert model.optimizer is not None
@@ -272,7 +266,6 @@ def test_what_a_step_writes_elsewhere_is_written_by_steps_alone(
     assert same(train(True), train(False))
 
 
-@devices.on_real_gpus
 def test_what_looks_at_one_parameter_is_updated_behind_the_backward(vgpus: VirtualGPUs) -> None:
     model, plain = trained(own.Lion, updates="host")
     assert model.record.facts["optimizer"] == "Lion"
@@ -325,7 +318,8 @@ def test_a_step_that_needs_a_closure_is_refused(vgpus: VirtualGPUs, kind: Any) -
 
 
 def test_clipping_that_begins_later_moves_the_updates_to_the_host(vgpus: VirtualGPUs) -> None:
-    model = model_of(SkipMLP(), torch.optim.SGD, {"lr": 0.1}, device_memory="1MiB")
+    options = {"device_memory": "1MiB", "updates": "auto"}
+    model = model_of(SkipMLP(), torch.optim.SGD, {"lr": 0.1}, **options)
     model.train_step(*vector_batch(0))
     assert model.plan is not None and model.plan.policy.resident
     model._engine._optimizer.max_norm = 1.0  # type: ignore[union-attr]

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import harmony
-from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import params_of, train_plain
@@ -37,7 +36,6 @@ def scheduled(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimiz
     return optimizer
 
 
-@devices.on_real_gpus
 @pytest.mark.parametrize("as_function", [False, True], ids=["list", "function"])
 @pytest.mark.parametrize(("mode", "num_devices"), MODES)
 def test_groups_and_a_scheduler(
@@ -105,7 +103,6 @@ def test_named_parameters_and_frozen_ones_that_are_left_out(vgpus: VirtualGPUs) 
         assert torch.equal(param, before[name].add(gradient, alpha=-rate)), name
 
 
-@devices.on_real_gpus
 @pytest.mark.parametrize("max_norm", [0.1, 1e3])
 @pytest.mark.parametrize(("mode", "num_devices"), MODES)
 def test_clipping_the_norm_of_all_gradients(
@@ -151,7 +148,6 @@ def test_clipping_the_norm_of_all_gradients(
         assert torch.equal(param, expected.params[name]), name
 
 
-@devices.on_real_gpus
 def test_a_failure_under_clipping_changes_nothing_even_late(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = SkipMLP()

@@ -100,7 +100,6 @@ def test_tied_weights_stay_with_all_that_use_them(vgpus: VirtualGPUs) -> None:
     assert all(param.grad is not None for param in model.parameters())
 
 
-@devices.on_real_gpus
 def test_what_is_resident_never_comes_in_again(vgpus: VirtualGPUs) -> None:
     model = resident_model(GPT())
     for step in range(2):
@@ -115,7 +114,6 @@ def test_what_is_resident_never_comes_in_again(vgpus: VirtualGPUs) -> None:
     assert {span.lane for span in updates} == {"gpu0.compute", "gpu1.compute"}
 
 
-@devices.on_real_gpus
 def test_weights_that_somebody_changes_between_steps_are_seen(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.0)
@@ -129,7 +127,6 @@ def test_weights_that_somebody_changes_between_steps_are_seen(vgpus: VirtualGPUs
     assert model.train_step(*token_batch(0)) == first
 
 
-@devices.on_real_gpus
 def test_gradients_without_an_update_are_on_the_host(vgpus: VirtualGPUs) -> None:
     """As `verify` asks for them."""
     torch.manual_seed(0)
@@ -146,7 +143,6 @@ def test_gradients_without_an_update_are_on_the_host(vgpus: VirtualGPUs) -> None
     assert all(torch.equal(p, q) for p, q in pairs)
 
 
-@devices.on_real_gpus
 def test_optimizer_state_is_saved_and_restored_wherever_it_is(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.0)
@@ -178,7 +174,6 @@ def test_inference_between_steps_uses_what_is_there(vgpus: VirtualGPUs) -> None:
         assert torch.equal(found, net(inputs))
 
 
-@devices.on_real_gpus
 def test_inference_schedules_know_what_is_resident(vgpus: VirtualGPUs) -> None:
     from harmony.planner.check.verify import verify
     from harmony.planner.ir.task_graph import build_tasks
@@ -234,7 +229,6 @@ def test_plans_on_other_numbers_of_devices_take_turns(vgpus: VirtualGPUs, first:
         assert torch.equal(expected, found)
 
 
-@devices.on_real_gpus
 def test_a_released_plan_leaves_nothing_on_the_devices(vgpus: VirtualGPUs) -> None:
     """Not even until Python looks for cycles: the next plan needs the memory at once."""
     model = resident_model(GPT())
@@ -251,7 +245,6 @@ def test_a_released_plan_leaves_nothing_on_the_devices(vgpus: VirtualGPUs) -> No
         gc.enable()
 
 
-@devices.on_real_gpus
 def test_clipping_is_refused_with_updates_on_the_device(vgpus: VirtualGPUs) -> None:
     model = resident_model(GPT())
     optimizer = model._engine._optimizer
@@ -279,6 +272,7 @@ def test_state_that_the_script_changes_on_a_gpu_is_waited_for(vgpus: VirtualGPUs
             loss_fn=square_loss,
             devices=1,
             microbatch_size=8,
+            updates="auto",
         )
         for step in range(3):
             model.train_step(*vector_batch(step))

@@ -19,8 +19,6 @@ from tests.training.models import GPT, token_batch, token_loss
 from tests.training.plain import train_tokens
 from tests.training.test_plans import SGD, make, packs, use_plan
 
-pytestmark = devices.on_real_gpus
-
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
 

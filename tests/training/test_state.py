@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import harmony
-from tests import devices
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
 from tests.training.plain import gradients_of, params_of, train_plain
@@ -27,7 +26,6 @@ def small(net: nn.Module, **options: Any) -> harmony.Harmony:
     return harmony.Harmony(net, **settings)
 
 
-@devices.on_real_gpus
 def test_resume_goes_on_bit_for_bit(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
@@ -91,7 +89,6 @@ class Partial(nn.Module):
         return self.b(torch.tanh(self.frozen(torch.tanh(self.a(x)))))
 
 
-@devices.on_real_gpus
 def test_unused_and_frozen_parameters(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Partial()
@@ -117,7 +114,6 @@ def test_unused_and_frozen_parameters(vgpus: VirtualGPUs) -> None:
     assert model.frozen.weight not in model.optimizer.state
 
 
-@devices.on_real_gpus
 def test_arena_is_exact_and_replaces_the_old_memory(vgpus: VirtualGPUs) -> None:
     net = SkipMLP()
     before = {p.data_ptr() for p in net.parameters()}
@@ -134,7 +130,6 @@ def test_arena_is_exact_and_replaces_the_old_memory(vgpus: VirtualGPUs) -> None:
     assert all(low <= p.data_ptr() < low + nbytes for p in net.parameters())
 
 
-@devices.on_real_gpus
 def test_a_smaller_last_batch(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
@@ -162,7 +157,6 @@ def test_a_smaller_last_batch(vgpus: VirtualGPUs) -> None:
     assert all(torch.equal(p, expected.params[n]) for n, p in model.named_parameters())
 
 
-@devices.on_real_gpus
 @pytest.mark.parametrize(
     "optimizer",
     ["Adam", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adadelta", "Adamax", "Rprop", "ASGD"],

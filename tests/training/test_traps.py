@@ -78,7 +78,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmony
-from tests import devices
 
 from .conftest import VirtualGPUs
 from .models import GPT, SkipMLP, square_loss, token_batch, token_loss, vector_batch
@@ -129,7 +128,6 @@ def same_as_plain(net: nn.Module, batches: Any, **options: Any) -> harmony.Harmo
     return model
 
 
-@devices.on_real_gpus
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_every_microbatch_counts_once(size: int, vgpus: VirtualGPUs) -> None:
     """The gradient is that of the whole batch's mean, whatever it is cut into."""
@@ -176,7 +174,6 @@ class Routed(nn.Module):
         return x
 
 
-@devices.on_real_gpus
 def test_an_expert_that_nobody_chose_shifts_nothing(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Routed()
@@ -198,7 +195,6 @@ class Branches(nn.Module):
         return branch(torch.tanh(self.first(x)))
 
 
-@devices.on_real_gpus
 def test_a_path_not_taken_leaves_no_old_gradient(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     batches = [vector_batch(step) for step in range(4)]
@@ -207,7 +203,6 @@ def test_a_path_not_taken_leaves_no_old_gradient(vgpus: VirtualGPUs) -> None:
     assert model.capture_mode == "trace"
 
 
-@devices.on_real_gpus
 def test_dropout_is_the_same_in_the_recompute(vgpus: VirtualGPUs) -> None:
     """Half of everything is dropped: other masks in the recompute would be far off."""
     torch.manual_seed(0)
@@ -216,7 +211,6 @@ def test_dropout_is_the_same_in_the_recompute(vgpus: VirtualGPUs) -> None:
     assert len(model.plan.spec.backward_packs) > 1
 
 
-@devices.on_real_gpus
 def test_modes_stay_as_they_were(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -234,7 +228,6 @@ def test_modes_stay_as_they_were(vgpus: VirtualGPUs) -> None:
     assert all(module.training for module in net.modules())
 
 
-@devices.on_real_gpus
 def test_gradients_under_autocast_add_up_in_float32(vgpus: VirtualGPUs) -> None:
     """One large contribution, then many that bfloat16's eight bits would all round away."""
     net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
@@ -270,7 +263,6 @@ class Merges(nn.Module):
         return self.out(merged)
 
 
-@devices.on_real_gpus
 def test_what_is_written_through_a_mask_arrives(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = Merges()
@@ -323,7 +315,6 @@ def test_tied_weights_are_saved_and_loaded(vgpus: VirtualGPUs) -> None:
     assert other.module.head.weight is other.module.tokens.weight
 
 
-@devices.on_real_gpus
 def test_a_look_in_train_mode_changes_no_training(vgpus: VirtualGPUs) -> None:
     """A forward under no_grad between steps: dropout is on, and nothing else may notice."""
     torch.manual_seed(0)
@@ -363,7 +354,6 @@ class Adapted(nn.Module):
         return torch.tanh(self.base(x) + self.up(self.down(self.drop(x))))
 
 
-@devices.on_real_gpus
 def test_adapters_are_trained_and_nothing_else(vgpus: VirtualGPUs) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
