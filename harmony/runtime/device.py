@@ -104,10 +104,6 @@ class DeviceContext:
         """Bytes that tensors could still have, what PyTorch's allocator keeps included."""
         return native.memory_info(self.device)[0] + native.cached_nbytes(self.device)
 
-    def owned_nbytes(self) -> int:
-        """Bytes that tensors could still have whatever other processes take meanwhile."""
-        return native.owned_nbytes(self.device)
-
     def limit_nbytes(self) -> int:
         """Total bytes of memory of the device."""
         return int(native.memory_info(self.device)[1])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import harmony
-from harmony.runtime.device import DeviceContext
+from harmony.runtime import native
 from harmony.runtime.exec.stage import Stage
 from harmony.runtime.host.host_state import HostState
 from tests import devices
@@ -163,7 +163,7 @@ def test_updates_wait_while_others_may_take_what_a_step_needs(
             order.clear()
             if step == 2 and disturbed:
                 # As after `torch.cuda.empty_cache()`, where a step takes more than a few MiB.
-                monkeypatch.setattr(DeviceContext, "owned_nbytes", lambda _: 0)
+                monkeypatch.setattr(native, "owned_nbytes", lambda _: 0)
                 last[0] = num_backwards
                 with pytest.warns(harmony.HarmonyWarning, match="others have taken it"):
                     losses.append(model.train_step(*token_batch(step)))

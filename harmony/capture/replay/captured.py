@@ -147,28 +147,22 @@ class Captured:
         guarded: bool = True,
         look: Look | None = None,
     ) -> Values:
-        """Run layers ``first`` to ``last - 1``, with or without gradients, on any device.
+        """Run layers ``first`` to ``last - 1`` (see `pack`, and `PackSteps.run`)."""
+        return self.pack(first, last, num_samples, wanted).run(shell, env, at_layer, guarded, look)
 
-        Interior values are let go at their last use. An input that a layer changes in place is
-        cloned first.
+    def pack(self, first: int, last: int, num_samples: int, wanted: Iterable[int]) -> PackSteps:
+        """Return what layers ``first`` to ``last - 1`` run, found once.
 
         Args:
-            shell: has the parameters of these layers bound.
-            env: at least the values that these layers read from earlier ones.
             num_samples: samples of the microbatch.
             wanted: values to return: outputs of these layers.
-            at_layer: called with each layer's index before it runs.
-            guarded: whether what the forward's Python read has to come out as recorded, and the
-                loss function itself runs; else its recorded steps do.
-            look: is shown what each operation makes.
         """
         key = (first, last, num_samples, tuple(wanted))
-        steps = self._packs.get(key)
-        if steps is None:
+        found = self._packs.get(key)
+        if found is None:
             layered = self.traces.of(num_samples)
-            steps = PackSteps.of(self.graph, layered, first, last, key[3])
-            self._packs[key] = steps
-        return steps.run(shell, env, at_layer, guarded, look)
+            found = self._packs[key] = PackSteps.of(self.graph, layered, first, last, key[3])
+        return found
 
     def flatten_inputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any = None
@@ -286,12 +280,6 @@ class Captured:
         layered = self.traces.of(num_samples)
         known = layered.trace.values[layered.crossing[value]]
         return known.shape, dense_stride(known.shape, known.stride), known.dtype
-
-    def value_type(self, value: int, num_samples: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of a value for a microbatch of this size."""
-        layered = self.traces.of(num_samples)
-        known = layered.trace.values[layered.crossing[value]]
-        return known.shape, known.dtype
 
     def trace_for(self, num_samples: int) -> Trace:
         """Return the trace for microbatches of this size."""

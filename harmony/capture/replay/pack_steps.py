@@ -49,6 +49,7 @@ class PackSteps:
         inputs: of each value that it reads from earlier layers: its id, its number on the trace,
             and whether a layer changes it in place.
         outputs: numbers of the values to return, by their ids.
+        forms: shape, type and name of each of these values.
         loss_step: where the loss function is called in the place of its recording, if it can be.
     """
 
@@ -56,6 +57,7 @@ class PackSteps:
     layers: tuple[_Layer, ...]
     inputs: tuple[tuple[int, int, bool], ...]
     outputs: dict[int, int]
+    forms: dict[int, tuple[tuple[int, ...], torch.dtype, str]]
     loss_step: Step | None
 
     @staticmethod
@@ -79,9 +81,11 @@ class PackSteps:
         changed = frozenset[int]().union(*layered.changes[first:last])
         read = ((value, layered.crossing[value]) for value in graph.pack_inputs(first, last))
         inputs = tuple((v, n, trace.values[n].storage in changed) for v, n in read)
+        made_of = ((value, trace.values[number]) for value, number in outputs.items())
+        forms = {v: (held.shape, held.dtype, graph.values[v].name) for v, held in made_of}
         call = trace.loss_call
         loss_step = None if call is None or call.first < 0 else trace.steps[call.first]
-        return PackSteps(trace, tuple(layers), inputs, outputs, loss_step)
+        return PackSteps(trace, tuple(layers), inputs, outputs, forms, loss_step)
 
     def run(
         self,
@@ -91,7 +95,19 @@ class PackSteps:
         guarded: bool,
         look: Look | None,
     ) -> Values:
-        """Run them (see `Captured.run`)."""
+        """Run them, with or without gradients, on any device.
+
+        Interior values are let go at their last use. An input that a layer changes in place is
+        cloned first.
+
+        Args:
+            shell: has the parameters of these layers bound.
+            env: at least the values that these layers read from earlier ones.
+            at_layer: called with each layer's index before it runs.
+            guarded: whether what the forward's Python read has to come out as recorded, and the
+                loss function itself runs; else its recorded steps do.
+            look: is shown what each operation makes.
+        """
         values = self._read(env)
         if look is not None:
             look.begin(values)
@@ -104,6 +120,24 @@ class PackSteps:
                 if number in values:
                     aside[number] = values[number].clone()
         return {value: aside.get(n, values[n]) for value, n in self.outputs.items()}
+
+    def check_forms(self, found: Values) -> None:
+        """Check that values have the form that memory and copies are planned for.
+
+        A copy to a buffer of another type would round, where a plan cuts and nowhere else.
+
+        Raises:
+            CaptureError: naming the value and both forms.
+        """
+        for value, tensor in found.items():
+            shape, dtype, name = self.forms[value]
+            if tensor.dtype != dtype or tensor.shape != shape:
+                raise CaptureError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, "
+                    f"but was recorded as {dtype} of shape {tuple(shape)}: the forward makes "
+                    "something else there than where it was recorded. Give it its type in the "
+                    "forward (`.float()`, `.to(dtype)`)"
+                )
 
     def _read(self, env: Values) -> Values:
         """The values that it reads, by their numbers; what it changes in place as a clone."""

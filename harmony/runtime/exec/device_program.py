@@ -131,7 +131,8 @@ class DeviceProgram:
         self.issuing = 0
         self._base_s = step.now_s()
         compute = context.use("compute")
-        self._residents.refresh()
+        if self._residents.refs:
+            self._residents.refresh()
         compute.record_event(self._base)
         holds = step.holds_updates
         for prepared in self._issued:

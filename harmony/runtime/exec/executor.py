@@ -360,7 +360,7 @@ class Executor:
     def _owns_room(self, prepared: PreparedSchedule) -> bool:
         """Whether nobody else can take what the last run needed: all but the first have it."""
         pairs = zip(self.contexts, prepared.needs_nbytes, strict=False)
-        return all(context.owned_nbytes() >= needed for context, needed in pairs)
+        return all(native.owned_nbytes(context.device) >= needed for context, needed in pairs)
 
     def _wait_for_caller(self) -> None:
         """Wait for what the script itself has enqueued where it may change optimizer state."""

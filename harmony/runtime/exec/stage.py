@@ -10,7 +10,6 @@ from torch import nn
 
 from harmony.capture import Captured
 from harmony.core.layergraph import LayerGraph
-from harmony.errors import CaptureError
 from harmony.planner.ir.tasks import Pack, Task
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.kept_products import KeptProducts
@@ -99,7 +98,6 @@ class Stage:
         self._weight_slots: list[torch.Tensor] = []
         self._gradient_slots: list[torch.Tensor] = []
         self._slot_memory: set[int] = set()
-        self._forms: dict[tuple[int, int], tuple[tuple[int, ...], torch.dtype]] = {}
         self._bound: tuple[Pack, int] | None = None
         self._tensors: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
         self._gradient_views: dict[tuple[Pack, int], dict[str, torch.Tensor]] = {}
@@ -289,46 +287,18 @@ class Stage:
         def at_layer(layer: int) -> None:
             random.keep(self.context, samples, layer)
 
+        steps = self._code.pack(pack.first, pack.last, samples[1] - samples[0], wanted)
+        look = None if self.look is None else self.look.run_of(task)
         with random.turn(self.context, samples, pack.first) if random.keep_at else nullcontext():
             replay.states.enter(task, self._shell)
-            found = self._code.run(
-                pack.first,
-                pack.last,
-                self._shell,
-                inputs,
-                samples[1] - samples[0],
-                wanted=wanted,
-                at_layer=at_layer if random.keep_at else None,
-                guarded=self._guarded,
-                look=None if self.look is None else self.look.run_of(task),
-            )
+            keep = at_layer if random.keep_at else None
+            found = steps.run(self._shell, inputs, keep, self._guarded, look)
             if random.keep_at:
                 random.keep(self.context, samples, pack.last)
             replay.states.leave(task, self._shell)
         if self._guarded:
-            self._check_forms(found, samples[1] - samples[0])
+            steps.check_forms(found)
         return found
-
-    def _check_forms(self, found: Values, num_samples: int) -> None:
-        """Check that values have the form that memory and copies are planned for.
-
-        A copy to a buffer of another type would round, where a plan cuts and nowhere else.
-
-        Raises:
-            CaptureError: naming the value and both forms.
-        """
-        for value, tensor in found.items():
-            key = value, num_samples
-            if key not in self._forms:
-                self._forms[key] = self._code.value_type(*key)
-            shape, dtype = self._forms[key]
-            if tensor.dtype != dtype or tensor.shape != shape:
-                raise CaptureError(
-                    f"{self.graph.values[value].name} is {tensor.dtype} of shape "
-                    f"{tuple(tensor.shape)} on {tensor.device}, but was recorded as {dtype} of "
-                    f"shape {tuple(shape)}: the forward makes something else there than where it "
-                    "was recorded. Give it its type in the forward (`.float()`, `.to(dtype)`)"
-                )
 
     def _leaf(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().requires_grad_(self.graph.values[index].requires_grad)
