@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from harmony.capture.graph.structure import tensors_in
 from harmony.capture.guards.checkpoints import checkpointed
 from harmony.capture.guards.custom_backward import check_custom_backward
+from harmony.capture.guards.observe import heard, unheard
 from harmony.capture.trace.graph_changes import CHANGES_GRAPH, check_graph_change
 from harmony.capture.trace.isolation import user_frame
 from harmony.capture.trace.kernels import KernelWatch, Noticed
@@ -62,10 +63,11 @@ class CallHandler(TorchFunctionMode):
         """Whether what is called now is no concern of the recording's."""
         return threading.get_ident() != self._thread or self._busy or self._leaf is not None
 
+    @unheard
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if threading.get_ident() != self._thread or self._busy:
-            return func(*args, **kwargs)
+            return heard(func, *args, **kwargs)
         if func in CHANGES_GRAPH:
             check_graph_change(func, args, kwargs, self._is_parameter, self._is_input)
         if self._leaf is not None:
@@ -73,6 +75,7 @@ class CallHandler(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         return self._handle(lambda: self._call_function(func, name, args, kwargs))
 
+    @unheard
     def call_module(
         self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
@@ -80,7 +83,7 @@ class CallHandler(TorchFunctionMode):
         module = self._references.own_module(module)
         name = self._references.module_names.get(id(module))
         if name is None or self._elsewhere():
-            return call(module, *args, **kwargs)
+            return heard(call, module, *args, **kwargs)
         if name not in self._leaves:
             return self._call_opened(module, name, call, args, kwargs)
         with torch._C.DisableTorchFunction():  # no detour through this mode for what we look at
@@ -93,7 +96,7 @@ class CallHandler(TorchFunctionMode):
         try:
             self._check_unseen()  # of the caller's
             try:
-                return call(module, *args, **kwargs)
+                return heard(call, module, *args, **kwargs)
             finally:
                 self._check_unseen()
         except (UnrecordableError, LeafMustOpenError) as error:
@@ -130,27 +133,30 @@ class CallHandler(TorchFunctionMode):
                 "recorded as a layer"
             )
 
+    @unheard
     def call_custom(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle ``apply`` of a custom ``autograd.Function``: a step, in functional code."""
         if threading.get_ident() == self._thread:
             check_custom_backward(function)
         if self._elsewhere():
             with checkpointed(args[1]) if function is CheckpointFunction else nullcontext():
-                return apply(*args, **kwargs)
+                return heard(apply, *args, **kwargs)
         name = f"{function.__name__}.apply"
         check_custom(name, args)
         return self._handle(lambda: self._call_function(apply, name, args, kwargs))
 
+    @unheard
     def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle a TorchScript function, which no mode sees inside: a step, in functional code."""
         if self._elsewhere():
-            return call(script, *args, **kwargs)
+            return heard(call, script, *args, **kwargs)
         return self._handle(lambda: self._call_function(script, script.name, args, kwargs))
 
+    @unheard
     def call_vmap(self, function: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle a call of a function mapped by ``torch.vmap``: a step, in functional code."""
         if self._elsewhere() or in_transform():
-            return call(function, *args, **kwargs)
+            return heard(call, function, *args, **kwargs)
         modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         mapped = MappedCall(call, function, modes[modes.index(self) + 1 :])
         given = (mapped.captured, *args)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from harmony.capture.guards.observe import unobserved
+from harmony.capture.guards.observe import heard
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -46,19 +46,19 @@ class FakeKernels:
     def run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a kernel."""
         if FakeTensor not in types:
-            return func(*args, **kwargs)
+            return heard(func, *args, **kwargs)
         if func is _DEVICE:
             return args[0].fake_device
         if func.namespace != "aten" or not _only_fake_and_plain(tuple(types)):
-            return func(*args, **kwargs)
+            return heard(func, *args, **kwargs)
         tensors = list(_tensors(args))
         fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
         if fake is None:  # it is among the keyword arguments
-            return func(*args, **kwargs)
+            return heard(func, *args, **kwargs)
         mode = fake.fake_mode
         if not all(isinstance(tensor, FakeTensor) for tensor in tensors) and _makes_new(func):
             args = tuple(self._stand_in(arg, mode) for arg in args)
-        return unobserved(mode.dispatch, func, types, args, kwargs)
+        return mode.dispatch(func, types, args, kwargs)
 
     def _stand_in(self, arg: Any, mode: FakeTensorMode) -> Any:
         """Return a fake tensor of the form of a real one; a scalar's value may be looked at."""

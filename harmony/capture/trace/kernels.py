@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harmony.capture.graph.params import version_of
+from harmony.capture.guards.observe import unheard
 from harmony.capture.trace.fake_kernels import FakeKernels
 
 _SEEDED = torch.Tag.nondeterministic_seeded
@@ -72,6 +73,7 @@ class KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         noticed, self._noticed = self._noticed, Noticed()
         return noticed
 
+    @unheard
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # Python asks for the device of a fake tensor

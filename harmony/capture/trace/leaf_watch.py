@@ -10,6 +10,7 @@ from torch import nn
 
 from harmony.capture.graph.structure import tensors_in
 from harmony.capture.guards.module_hooks import check_tensor_hook
+from harmony.capture.guards.observe import heard
 from harmony.capture.replay.shell import plain_tensors
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.identity import IdentityMap
@@ -95,7 +96,7 @@ class LeafCall:
             self._check_known(tensor)
             of_data |= id(tensor) in self._data or id(tensor) in self._of_data
         of_data &= not by_shape_only(getattr(func, "__name__", ""))
-        out = func(*args, **kwargs)
+        out = heard(func, *args, **kwargs)
         for tensor in _tensors(out):
             if of_data:
                 self._of_data[tensor] = True

@@ -27,6 +27,7 @@ from harmony.capture.graph.trace import (
     ValueRef,
     assign_buffer,
 )
+from harmony.capture.guards.observe import heard
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import HeldFromOutside
 from harmony.capture.state.random_state import PythonState
@@ -204,7 +205,7 @@ class Recorder(CallHandler):
             return self._read(func, name, args, kwargs)
         context = _context()
         versions = [version_of(tensor) for tensor in tensors]
-        out, noticed = self._opaque(lambda: func(*args, **kwargs))
+        out, noticed = self._opaque(lambda: heard(func, *args, **kwargs))
         changed = changed_by(tensors, versions, noticed)
         made = flatten(out)[0]
         if changed or any(isinstance(leaf, torch.Tensor) for leaf in made):
@@ -225,7 +226,7 @@ class Recorder(CallHandler):
         """Record a guard: Python looks at the content of a tensor, or a size that it decides."""
         leaves, structure = flatten((args, kwargs))
         references = self._references.of_all(leaves, name)
-        out, _ = self._opaque(lambda: func(*args, **kwargs))
+        out, _ = self._opaque(lambda: heard(func, *args, **kwargs))
         step = Step(StepKind.GUARD, name, func, references, structure, _context())
         step.expected, step.where = out, user_frame()
         step.in_loss = self.loss_call is not None
@@ -251,7 +252,7 @@ class Recorder(CallHandler):
         self._kernels.take()
         try:
             with torch._C._EnableTorchFunction():
-                out = call(module, *args, **kwargs)
+                out = heard(call, module, *args, **kwargs)
         finally:
             self._leaf = None
         noticed = self._kernels.take()
