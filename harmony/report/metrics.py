@@ -255,6 +255,9 @@ def _keeps(plan: Plan) -> str:
         parts.append(f"activations of {_places(spec.saved, policy)}{some}")
     if spec.products:
         others = " of the other microbatches" if spec.saved_runs and spec.saved else ""
+        if spec.products_runs:
+            each = "of each" if spec.rounds == 1 else "a round of each"
+            others = f" ({spec.products_runs} microbatches {each})"
         parts.append(f"results of products of {_places(spec.products, policy)}{others}")
     if policy.hold:
         parts.append(f"weights of up to {_packs(policy.hold)} a GPU until the backward")
@@ -286,7 +289,8 @@ def _microbatches(run: PlanRun) -> str:
         sizes[kind] = f"{len(batches)} microbatch{plural} of {samples}"
     forward, backward = sizes.values()
     each = " on each GPU" if len(spec.shares) > 1 else ""
-    each += f" in {spec.rounds} rounds" if spec.rounds > 1 else ""
+    together = " interleaved" if spec.interleaved else ""
+    each += f" in {spec.rounds}{together} rounds" if spec.rounds > 1 else ""
     if forward == backward:
         return forward + each
     return f"{forward} forward, {backward} backward{each}"

@@ -17,7 +17,7 @@ from harmony.planner.ir.tasks import Phase, StepSpec, Task, TensorRef
 from harmony.planner.lower.passes import lower
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.planner.predict.simulate import simulate
-from harmony.planner.search import search
+from harmony.planner.search import ranking, search
 from tests.toys import chain, packs, server, step, with_products
 
 GRAPH = with_products(chain(4))
@@ -88,6 +88,68 @@ def test_a_backward_that_recomputes_the_products_too_is_not_the_step() -> None:
             Phase.TRAIN,
             build_tasks(GRAPH, MIXED),
         )
+
+
+def test_results_of_some_microbatches_are_spread_over_those_that_leave_no_more() -> None:
+    spec = replace(
+        step(8, 1, packs(1, 2), packs(1, 2, 4)),
+        saved=packs(1),
+        saved_runs=2,
+        products=packs(1, 2),
+        products_runs=3,
+    )
+    kept = {
+        pack: [spec.kept_by(pack, 0, (at, at + 1)) for at in range(8)] for pack in spec.products
+    }
+    first, second = ("".join("-" if r is None else r.kind.value for r in x) for x in kept.values())
+    assert (first, second) == ("-P-SP-PS", "--P--P-P")
+    with pytest.raises(PlanError, match="products_runs is between 0"):
+        build_tasks(GRAPH, replace(spec, products_runs=7))
+
+
+def test_interleaved_rounds_take_turns_pack_by_pack() -> None:
+    spec = step(4, 1, packs(1, 2), packs(1, 2, 4))
+    spec = replace(spec, saved=packs(1, 2), rounds=2, interleaved=True)
+    tasks = build_tasks(GRAPH, spec)
+    order = [str(task) for task in tasks.tasks if task.samples and task.samples[0] % 2 == 0]
+    assert order == [
+        "F[0:1]@0:1",
+        "F[1:2]@0:1",
+        "B[2:4]@0:1",
+        "F[0:1]@2:3",
+        "B[1:2]@0:1",
+        "B[0:1]@0:1",
+        "F[1:2]@2:3",
+        "B[2:4]@2:3",
+        "B[1:2]@2:3",
+        "B[0:1]@2:3",
+    ]
+    schedule = lower(tasks, server(1), Policy(offload=packs(1, 2)))
+    verify(schedule, GRAPH, None, Phase.TRAIN, tasks)
+    # What a FORWARD leaves lies where another pack's BACKWARD of the round before has read.
+    assert "SwapOut S[0:1]@2:3 over S[1:2]@0:1" in str(schedule)
+    with pytest.raises(PlanError, match="one round"):
+        build_tasks(GRAPH, replace(spec, rounds=1))
+
+
+def test_a_search_interleaves_where_the_link_needs_the_time_of_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A forward takes 1 s and leaves what the link takes 2 s for, a backward as much."""
+    graph = with_products(chain(12, weight=2**20, per_sample=2**14), 2**21)
+    layers = tuple(replace(x, saved_nbytes_per_sample=2**22) for x in graph.layers)
+    graph = replace(graph, layers=layers)
+    cost = LayerCost(1.0, 2.0, 1e-3, 0, 2**22, 0, 2**21, 0.6)
+    last = replace(cost, backward_nbytes=46 * 2**20)
+    table = CostTable(tuple({1: each} for each in (*[cost] * 11, last)))
+    machine = server(1, 90 * 2**20, 2 * 2**20)
+    plan = search.choose(graph, table, machine, 32, microbatch_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking, "interleaving", lambda *_, **__: ())
+        without = search.choose(graph, table, machine, 32, microbatch_size=1)
+    assert plan.spec.interleaved and plan.step_s < 0.97 * without.step_s
+    assert Plan.from_json(plan.to_json()).spec == plan.spec
+    assert any("interleaved rounds" in line for line in plan.describe())
 
 
 def test_packs_whose_products_are_not_known_are_refused() -> None:

@@ -39,6 +39,8 @@ def train(
     offload: bool = True,
     mixed_runs: int = 0,
     rounds: int = 1,
+    products_runs: int = 0,
+    interleaved: bool = False,
     loss_fn: Any = token_loss,
     **options: Any,
 ) -> tuple[harmony.Harmony, list[torch.Tensor], Schedule]:
@@ -46,6 +48,7 @@ def train(
 
     Args:
         mixed_runs: of how many microbatches a round everything is saved instead.
+        products_runs: of how many of the others results are kept; 0 for all.
     """
     torch.set_num_threads(1)
     gc.collect()
@@ -71,6 +74,8 @@ def train(
             saved_runs=mixed_runs,
             rounds=rounds,
             products=keeps,
+            products_runs=products_runs,
+            interleaved=interleaved,
         )
 
     policy = Policy(mirror=num_devices > 1, offload=keeps if offload else ())
@@ -89,11 +94,11 @@ def assert_same(model: harmony.Harmony, losses: list[torch.Tensor], expected: Ru
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "offload", "mixed_runs", "rounds", "clip"),
-    [(1, True, 1, 2, 0.1), (1, False, 0, 1, None), (2, True, 0, 1, 0.1)],
+    ("num_devices", "offload", "some_runs", "rounds", "clip"),
+    [(1, True, (1, 0), 2, 0.1), (1, False, (1, 2), 1, None), (2, True, (0, 3), 1, 0.1)],
 )
 def test_gpt_with_dropout(
-    num_devices: int, offload: bool, mixed_runs: int, rounds: int, clip: float | None
+    num_devices: int, offload: bool, some_runs: tuple[int, int], rounds: int, clip: float | None
 ) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
@@ -103,8 +108,10 @@ def test_gpt_with_dropout(
         cuts=[2, 3, 5],
         num_devices=num_devices,
         offload=offload,
-        mixed_runs=mixed_runs,
+        mixed_runs=some_runs[0],
         rounds=rounds,
+        products_runs=some_runs[1],
+        interleaved=rounds > 1,
         optimizer=torch.optim.AdamW,
         optimizer_kwargs=ADAMW,
         max_grad_norm=clip,

@@ -146,6 +146,8 @@ def test_gpt_bit_for_bit(
     saved_runs=st.integers(0, 4),
     selective=st.booleans(),
     part=st.integers(0, 3),
+    products_runs=st.integers(0, 4),
+    interleaved=st.booleans(),
 )
 def test_nothing_changes_with_what_a_forward_leaves_behind(
     cuts: list[int],
@@ -159,6 +161,8 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
     saved_runs: int,
     selective: bool,
     part: int,
+    products_runs: int,
+    interleaved: bool,
 ) -> None:
     """Activations, or results of products, kept, offloaded or recomputed, weights held or
     resident, rings and rounds.
@@ -184,6 +188,8 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
         microbatches = -(-(minibatch // shares) // size)
         several = numbers_of_rounds(microbatches) if shares == 1 and last[:-1] else [1]
         rounds = several[part % len(several)]
+        each = -(-microbatches // rounds)
+        all_runs = min(saved_runs, each) if saved else 0
         return StepSpec(
             minibatch,
             size,
@@ -192,9 +198,11 @@ def test_nothing_changes_with_what_a_forward_leaves_behind(
             last,
             tuple(ranges),
             saved=saved,
-            saved_runs=min(saved_runs, -(-microbatches // rounds)) if saved else 0,
+            saved_runs=all_runs,
             rounds=rounds,
             products=tuple(p for p in made if graph.products_nbytes(p.first, p.last, 1)),
+            products_runs=min(products_runs, each - all_runs),
+            interleaved=interleaved and rounds > 1,
         )
 
     twin = copy.deepcopy(net)

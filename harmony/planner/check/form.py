@@ -96,7 +96,8 @@ class _Look:
         if step.op is Op.SEND and not self._is_other_device(step.peer, place.program):
             raise refuse(self.schedule, place, "a Send needs another device")
         if step.over is not None and not self._can_lie_over(step):
-            raise refuse(self.schedule, place, "only a value lies over another one of its kind")
+            why = "only a value lies over another one of its kind, or what is kept over such"
+            raise refuse(self.schedule, place, why)
         if step.ref is None:
             return
         if step.op is Op.ALLOC and step.ref.is_value != (step.slot is None):
@@ -111,11 +112,9 @@ class _Look:
         ref, over = step.ref, step.over
         if step.op is not Op.SWAP_OUT or ref is None or over is None or not self._exists(over):
             return False
-        return ref.is_value and (ref.kind, ref.first, ref.last) == (
-            over.kind,
-            over.first,
-            over.last,
-        )
+        if ref.is_kept and over.is_kept:
+            return True
+        return ref.is_value and (ref.kind, ref.first) == (over.kind, over.first)
 
     def _is_other_device(self, peer: int | None, number: int) -> bool:
         return peer is not None and 0 <= peer < self.schedule.num_devices and peer != number

@@ -119,6 +119,8 @@ class Plan:
                 "late": _bounds(spec.late),
                 "rounds": spec.rounds,
                 "products": _bounds(spec.products),
+                "products_runs": spec.products_runs,
+                "interleaved": spec.interleaved,
             },
             "policy": {
                 **asdict(self.policy),
@@ -182,6 +184,8 @@ def _read(data: Mapping[str, Any]) -> Plan:
             _packs(spec.get("late", ())),
             spec.get("rounds", 1),
             _packs(spec.get("products", ())),
+            spec.get("products_runs", 0),
+            spec.get("interleaved", False),
         ),
         policy=Policy(
             **{
@@ -214,8 +218,9 @@ def _check(plan: Plan) -> None:
     """
     spec, num_devices = plan.spec, plan.machine.num_devices
     forward, backward = spec.forward_packs, spec.backward_packs
-    amounts = (plan.step_s, plan.host_nbytes, plan.bound_s, spec.saved_runs, spec.rounds)
-    for value in (*amounts, *plan.peak_nbytes, *plan.traffic.values()):
+    amounts = (plan.step_s, plan.host_nbytes, plan.bound_s)
+    counts = (spec.saved_runs, spec.products_runs, spec.rounds)
+    for value in (*amounts, *counts, *plan.peak_nbytes, *plan.traffic.values()):
         amount(value)
     if spec.phase not in plan.schedules:
         raise ValueError(f"no schedule of {spec.phase.value}")
@@ -228,6 +233,8 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"shares of {spec.minibatch} samples: {spec.shares}")
     if min(spec.forward_size, spec.backward_size) < 1:
         raise ValueError(f"microbatches of {spec.forward_size} and {spec.backward_size}")
+    if type(spec.interleaved) is not bool:
+        raise ValueError(f"interleaved: {spec.interleaved}")
     if not 1 <= spec.rounds <= spec.minibatch or (spec.rounds > 1 and len(spec.shares) > 1):
         raise ValueError(f"{spec.rounds} rounds of {spec.minibatch} samples")
     for packs in (forward, backward):
@@ -270,7 +277,7 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
         backward = spec.num_microbatches(0, TaskKind.BACKWARD)
         sizes += f" forward, {backward} x {spec.backward_size} backward"
     if spec.rounds > 1:
-        sizes += f" in {spec.rounds} rounds"
+        sizes += f" in {spec.rounds}{' interleaved' if spec.interleaved else ''} rounds"
     packs = f"{len(spec.forward_packs)} FORWARD and {len(spec.backward_packs)} BACKWARD packs"
     return (
         f"{mode}, microbatches {sizes}, {packs}, {_kept(spec, policy)}"
@@ -283,13 +290,14 @@ def describe_spec(spec: StepSpec, policy: Policy) -> str:
 def _kept(spec: StepSpec, policy: Policy) -> str:
     runs = spec.runs_of_round(0)
     some = f" of {spec.saved_runs}/{runs} microbatches" if spec.saved and spec.saved_runs else ""
+    few = f" of {spec.products_runs}/{runs} microbatches" if spec.products_runs else ""
     there = {*policy.offload}
     saved, products = there.intersection(spec.saved), there.intersection(spec.products)
     counts = (
         (len(spec.saved) - len(saved), f"keep activations{some}"),
         (len(saved), f"offload activations{some}"),
-        (len(spec.products) - len(products), "keep results of products"),
-        (len(products), "offload results of products"),
+        (len(spec.products) - len(products), f"keep results of products{few}"),
+        (len(products), f"offload results of products{few}"),
         (len(policy.resident), "stay resident"),
         (policy.hold, "a GPU hold weights"),
         (len(spec.late), "updated in the next step"),

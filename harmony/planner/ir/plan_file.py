@@ -161,7 +161,8 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "BACKWARD packs", packs_text(spec.backward_packs)
     some = f", of {spec.saved_runs} microbatches" if spec.saved and spec.saved_runs else ""
     yield "activations saved for", packs_text(spec.saved) + some
-    yield "results of products kept for", packs_text(spec.products)
+    some = f", of {spec.products_runs} microbatches" if spec.products_runs else ""
+    yield "results of products kept for", packs_text(spec.products) + some
     yield "of those on the host", packs_text(policy.offload)
     yield "weights held F to B", f"{policy.hold} packs a GPU"
     yield "weights resident", packs_text(policy.resident)

@@ -57,6 +57,8 @@ def _check_cover(what: str, ranges: Sequence[tuple[int, int]], end: int) -> None
 
 def _check_rounds(graph: LayerGraph, spec: StepSpec) -> None:
     if spec.rounds == 1:
+        if spec.interleaved:
+            raise PlanError("one round has no other to be interleaved with. Use more rounds")
         return
     count = spec.num_microbatches(0, TaskKind.FORWARD)
     if not 1 <= spec.rounds <= count or -(-count // -(-count // spec.rounds)) != spec.rounds:
@@ -88,6 +90,12 @@ def _check_saved(spec: StepSpec) -> None:
         raise PlanError(
             f"saved_runs is between 0 (all) and {most}, the microbatches of a round, not"
             f" {spec.saved_runs}"
+        )
+    left = most - (spec.saved_runs if spec.saved else 0)
+    if not 0 <= spec.products_runs <= left:
+        raise PlanError(
+            f"products_runs is between 0 (all) and {left}, the microbatches of a round of which"
+            f" not everything is saved, not {spec.products_runs}"
         )
     if spec.phase is not Phase.TRAIN or spec.forward_size != spec.backward_size:
         raise PlanError(

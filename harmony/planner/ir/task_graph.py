@@ -4,7 +4,8 @@ The order is the one of plain PyTorch in pack-major form (input-batch grouping):
 that the step before has left, ascending; FORWARD packs ascending, each with all its microbatches;
 BACKWARD packs descending; after each BACKWARD pack the ACCUMULATEs of its gradient parts and its
 UPDATE, or NORMS if that is late (just-in-time tasks, PVLDB 15(11), 2022). Of several rounds each
-has FORWARD and BACKWARD packs, with its own microbatches. Edges are derived from the
+has FORWARD and BACKWARD packs, with its own microbatches, one after the other or the FORWARD packs
+of a round between the BACKWARD packs of the round before. Edges are derived from the
 reads and writes, nothing else.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import networkx as nx
 
@@ -37,7 +39,38 @@ from harmony.planner.ir.tasks import (
     weights,
 )
 
+T = TypeVar("T")
+
 _OWN_LAYERS = frozenset({TensorKind.WEIGHTS, TensorKind.STATE})
+
+
+def stages_in_order(spec: StepSpec) -> Iterator[tuple[TaskKind, Pack, int]]:
+    """The packs to run, each with its kind and round."""
+    forward = () if spec.phase is Phase.BACKWARD else spec.forward_packs
+    trains = spec.phase in (Phase.TRAIN, Phase.BACKWARD)
+    backward = spec.backward_packs[::-1] if trains else ()
+    if not spec.interleaved:
+        for number in range(spec.rounds):
+            yield from ((TaskKind.FORWARD, pack, number) for pack in forward)
+            yield from ((TaskKind.BACKWARD, pack, number) for pack in backward)
+        return
+    yield from ((TaskKind.FORWARD, pack, 0) for pack in forward)
+    for number in range(spec.rounds):
+        following = forward if number + 1 < spec.rounds else ()
+        for packs, others in interleaved(backward, following):
+            yield from ((TaskKind.BACKWARD, pack, number) for pack in packs)
+            yield from ((TaskKind.FORWARD, pack, number + 1) for pack in others)
+
+
+def interleaved(
+    backward: Sequence[T], forward: Sequence[T]
+) -> Iterator[tuple[Sequence[T], Sequence[T]]]:
+    """Spread what is FORWARD of a round over what is BACKWARD of the round before."""
+    begun = 0
+    for turn, each in enumerate(backward, 1):
+        due = (2 * turn * len(forward) + len(backward)) // (2 * len(backward))
+        yield (each,), forward[begun:due]
+        begun = due
 
 
 @dataclass(frozen=True)
@@ -73,13 +106,13 @@ def build_tasks(graph: LayerGraph, spec: StepSpec) -> TaskGraph:
     backward = backward_packs(graph, spec)
     if spec.phase is Phase.TRAIN and spec.late:
         _add_late_updates(tasks, backward)
-    for number in range(spec.rounds):
-        if spec.phase is not Phase.BACKWARD:
-            needed = _needed_later(graph, spec, backward)
-            for pack in spec.forward_packs:
-                _add_forward(tasks, pack, needed, number)
-        if spec.phase in (Phase.TRAIN, Phase.BACKWARD):
-            _add_backward(tasks, backward, number)
+    by_pack = {item.pack: item for item in backward}
+    needed, parts = _needed_later(graph, spec, backward), _shared_parts(spec, backward)
+    for kind, pack, number in stages_in_order(spec):
+        if kind is TaskKind.FORWARD:
+            _add_forward(tasks, pack, needed, number)
+        else:
+            _add_backward(tasks, pack, by_pack.get(pack), parts, number)
     tasks.graph = _edges(tasks)
     return tasks
 
@@ -201,25 +234,27 @@ def _parameters(graph: LayerGraph, pack: Pack) -> list[TensorRef]:
     return [own, *used] if own.nbytes(graph) else used
 
 
-def _add_backward(tasks: TaskGraph, backward: Sequence[BackwardPack], number: int) -> None:
-    """Append every B of a round; behind those of the last one A and U, or N where U is late."""
+def _add_backward(
+    tasks: TaskGraph,
+    pack: Pack,
+    item: BackwardPack | None,
+    parts: dict[tuple[int, int, Pack], int],
+    number: int,
+) -> None:
+    """Append B[pack] of a round; behind that of the last one A and U, or N where U is late."""
     spec = tasks.spec
-    by_pack = {item.pack: item for item in backward}
-    parts = _shared_parts(spec, backward)
-    for pack in reversed(spec.backward_packs):
-        item = by_pack.get(pack)
-        if item is not None:
-            for task, samples in _microbatches(tasks, TaskKind.BACKWARD, pack, number):
-                _add_one_backward(tasks, item, task, samples, parts)
-        is_last = number == spec.rounds - 1
-        sums = _sums(tasks, pack, item, parts) if is_last else []
-        for addends in sums:
-            _accumulate(tasks, addends)
-        totals = [addends[0] for addends in sums]
-        if totals and pack in spec.late:
-            _add(tasks, Task(TaskKind.NORMS, pack), totals, [])
-        elif totals and spec.phase is Phase.TRAIN:
-            _add_update(tasks, Task(TaskKind.UPDATE, pack), totals)
+    if item is not None:
+        for task, samples in _microbatches(tasks, TaskKind.BACKWARD, pack, number):
+            _add_one_backward(tasks, item, task, samples, parts)
+    is_last = number == spec.rounds - 1
+    sums = _sums(tasks, pack, item, parts) if is_last else []
+    for addends in sums:
+        _accumulate(tasks, addends)
+    totals = [addends[0] for addends in sums]
+    if totals and pack in spec.late:
+        _add(tasks, Task(TaskKind.NORMS, pack), totals, [])
+    elif totals and spec.phase is Phase.TRAIN:
+        _add_update(tasks, Task(TaskKind.UPDATE, pack), totals)
 
 
 def _add_late_updates(tasks: TaskGraph, backward: Sequence[BackwardPack]) -> None:

@@ -363,7 +363,11 @@ class StepSpec:
             One share with equal sizes only, ``Phase.TRAIN``.
         products: packs, of the same kind as ``saved``, whose FORWARDs leave the results of their
             products (of matrices, convolutions, attention) for the BACKWARD, which recomputes the
-            rest: of all microbatches, but for those of which the pack saves everything.
+            rest.
+        products_runs: of how many microbatches a round they leave that, spread evenly over those
+            of which the pack does not save everything; 0 for all of these.
+        interleaved: whether the FORWARDs of a round run between the BACKWARDs of the round before,
+            pack by pack, so that what they leave for the host has the time of both to get there.
     """
 
     minibatch: int
@@ -378,6 +382,8 @@ class StepSpec:
     late: tuple[Pack, ...] = ()
     rounds: int = 1
     products: tuple[Pack, ...] = ()
+    products_runs: int = 0
+    interleaved: bool = False
 
     @cached_property
     def _saved(self) -> frozenset[Pack]:
@@ -396,24 +402,37 @@ class StepSpec:
         """What the FORWARD of a pack leaves of a microbatch for its BACKWARD; None for nothing."""
         if self.saves(pack, replica, samples):
             return saved(pack, samples)
-        return products(pack, samples) if pack in self._products else None
+        if pack not in self._products:
+            return None
+        index, count = self._place(replica, samples)
+        wanted = self.saved_runs if pack in self._saved else 0
+        # Its place among the microbatches of which not everything is saved.
+        index, count = index - index * wanted // count, count - wanted
+        chosen = _is_chosen(index, count, self.products_runs or count)
+        return products(pack, samples) if chosen else None
 
     def saves(self, pack: Pack, replica: int, samples: Samples) -> bool:
         """Whether the BACKWARD of a pack uses what its FORWARD of a microbatch saved."""
         if pack not in self._saved:
             return False
+        index, count = self._place(replica, samples)
+        return _is_chosen(index, count, self.saved_runs or count)
+
+    def _place(self, replica: int, samples: Samples) -> tuple[int, int]:
+        """Which microbatch of its round one is, and of how many."""
         low, count = self.shares[replica][0], self.runs_of_round(replica)
-        index = (samples[0] - low) // self.forward_size % count
-        wanted = self.saved_runs or count
-        return (index + 1) * wanted // count > index * wanted // count
+        return (samples[0] - low) // self.forward_size % count, count
 
     def runs_of_round(self, replica: int) -> int:
         """Microbatches of a replica in each round; the last round may have fewer."""
         return -(-self.num_microbatches(replica, TaskKind.FORWARD) // self.rounds)
 
-    def a_round_before(self, samples: Samples) -> Samples | None:
-        """The microbatch that has this one's place in the round before; None in the first."""
-        back = self.runs_of_round(0) * self.forward_size
+    def an_earlier_round(self, samples: Samples) -> Samples | None:
+        """The microbatch with this one's place in the last round that is over when it begins.
+
+        None if there is none.
+        """
+        back = self.runs_of_round(0) * self.forward_size * (2 if self.interleaved else 1)
         low = samples[0] - back
         return None if self.rounds == 1 or low < 0 else (low, low + self.forward_size)
 
@@ -438,6 +457,11 @@ class StepSpec:
 
     def _size(self, kind: TaskKind) -> int:
         return self.forward_size if kind is TaskKind.FORWARD else self.backward_size
+
+
+def _is_chosen(index: int, count: int, wanted: int) -> bool:
+    """Whether one of ``count`` is among the ``wanted`` that are spread evenly over them."""
+    return (index + 1) * wanted // count > index * wanted // count
 
 
 @dataclass

@@ -40,7 +40,7 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
     spec = tasks.spec
     # Where the devices of a ring take turns, one may still read what another one would write over.
     alone = spec.rounds > 1 and placement.num_devices == 1
-    steps = StepList(spec if alone else None, tasks.layers.output_ids)
+    steps = StepList(tasks if alone else None)
     resident = find_resident(placement, policy)
     slots = [
         SlotWriter(steps, placement, d, policy, resident.refs_on(d))

@@ -76,6 +76,21 @@ def slot_nbytes(refs: Iterable[TensorRef], graph: LayerGraph) -> int:
     return sum(aligned(ref.nbytes(graph)) for ref in refs)
 
 
+def _middles(groups: Sequence[Group]) -> dict[int, Group]:
+    """Positions at which gradients that have begun to grow are fetched, if there is a slot.
+
+    In the middle of the group before, when what was in the slot has left; where rounds are
+    interleaved that is a FORWARD, which may be short, so in the BACKWARD in front of it.
+    """
+    found, earlier = {}, None
+    for before, group in pairwise(groups):
+        if group.grown:
+            into = earlier if earlier and earlier.gradients and not before.gradients else before
+            found[(into.first + into.last + 1) // 2] = group
+        earlier = before
+    return found
+
+
 @dataclass(eq=False)
 class _Holding:
     """Weights that stay in one slot for one group, or for neighbours that share them."""
@@ -131,7 +146,7 @@ class SlotWriter:
         self.free = list(range(self.weight_slots.count))
         self.here: set[TensorRef] = set()
         self.fetched = 0
-        self.middles = {(a.first + a.last + 1) // 2: b for a, b in pairwise(groups) if b.grown}
+        self.middles = _middles(groups)
         self.written_late = _written_late(placement)
         self.expected: list[TensorRef] = []
         self.stages = StagePool()

@@ -7,12 +7,13 @@ enforced without knowing what the instructions are for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from harmony.planner.ir.schedule import HOST_STREAM, Instruction, Op
-from harmony.planner.ir.tasks import StepSpec, Task, TensorKind, TensorRef
+from harmony.planner.ir.tasks import Task, TaskGraph, TensorKind, TensorRef
 
 HOST_PROGRAM = -1
 Cell = Hashable
@@ -31,16 +32,17 @@ class PlacedInstruction(NamedTuple):
 class StepList:
     """The steps written so far."""
 
-    def __init__(self, reused: StepSpec | None = None, kept: Collection[int] = ()) -> None:
+    def __init__(self, reused: TaskGraph | None = None) -> None:
         """Begin an empty list.
 
         Args:
-            reused: a four-tuple whose rounds use the same host memory for values; None for none.
-            kept: ids of the values of which the host is to have all in the end.
+            reused: tasks whose rounds use the same host memory for values; None for none.
         """
         self.steps: list[PlacedInstruction] = []
-        self._reused, self._kept = reused, kept
+        self._reused = reused
         self._memory_of: dict[TensorRef, TensorRef] = {}
+        # By its bytes what has come back from the host, whose memory there is free again.
+        self._free: dict[int, deque[TensorRef]] = defaultdict(deque)
         self._number: dict[Cell, int] = {}
         self.stage_of: dict[TensorRef, tuple[int, int]] = {}
 
@@ -57,6 +59,8 @@ class StepList:
         """Copy ``ref`` from the host, where it is (a part of) ``source``."""
         step = Instruction("h2d", Op.SWAP_IN, ref=ref)
         self._add(device, step, self._host_cells(source), [(device, ref)])
+        if ref.is_kept and self._reused is not None:  # one BACKWARD reads it, and nobody else
+            self._free[ref.nbytes(self._reused.layers)].append(ref)
 
     def swap_out(self, device: int, ref: TensorRef, stage: int | None = None) -> None:
         """Copy ``ref`` to the host; a part of a gradient to a staging buffer."""
@@ -111,9 +115,15 @@ class StepList:
         return [("host", self._memory_of.get(ref, ref))]
 
     def _over(self, ref: TensorRef) -> TensorRef | None:
-        """The value of the round before in whose memory on the host this one can lie."""
-        if self._reused is None or ref.samples is None or ref.first in self._kept:
+        """The value of an earlier round in whose memory on the host this one can lie."""
+        tasks = self._reused
+        if tasks is None or ref.samples is None:
             return None
-        samples = self._reused.a_round_before(ref.samples)
+        if ref.is_kept:
+            free = self._free[ref.nbytes(tasks.layers)]
+            return free.popleft() if free else None
+        if ref.first in tasks.layers.output_ids:  # of those the host is to have all in the end
+            return None
+        samples = tasks.spec.an_earlier_round(ref.samples)
         before = None if samples is None else replace(ref, samples=samples)
         return before if before in self._memory_of else None

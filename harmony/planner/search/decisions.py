@@ -128,7 +128,10 @@ def _sizes(candidate: Candidate) -> str:
 
 def _rounds(candidate: Candidate) -> str:
     spec = candidate.spec
-    return "one" if spec.rounds == 1 else f"{spec.rounds} of {spec.runs_of_round(0)} microbatches"
+    if spec.rounds == 1:
+        return "one"
+    found = f"{spec.rounds} of {spec.runs_of_round(0)} microbatches"
+    return f"{found}, interleaved" if spec.interleaved else found
 
 
 def _packs(candidate: Candidate) -> str:
@@ -165,6 +168,8 @@ def _activations(candidate: Candidate) -> str:
         out = len({*spec.products}.intersection(offload))
         where = "kept" if not out else "offloaded" if out == len(spec.products) else "kept or out"
         found.append(f"results of products {where} in {len(spec.products)} packs")
+        if spec.products_runs:
+            found.append(f"of {spec.products_runs} of {spec.runs_of_round(0)} microbatches")
     return ", ".join(found) or "used at once"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from harmony.planner.ir.tasks import Pack, Phase, TaskKind
+from harmony.planner.ir.tasks import Pack, Phase, StepSpec, TaskKind
 from harmony.planner.lower.resident import can_stay
 from harmony.planner.search.candidates import Candidate, Question
 from harmony.planner.search.memory_estimate import peaks_nbytes
@@ -37,6 +37,9 @@ recompute."""
 
 OFFLOADED = (1.0, 0.5, 0.25)
 """Shares of the packs with no room for their activations whose activations are offloaded."""
+
+FILLED = (1.0, 0.85)
+"""Shares of a link's time that results of products fill, where it cannot carry all."""
 
 FAR = 8
 PARTS = (0.75, 0.5, 0.37, 0.25, 0.12)
@@ -182,19 +185,138 @@ def keeping_products(
             yield found
 
 
-def mixing(found: Candidate) -> Iterator[Candidate]:
-    """Variants of a candidate that save everything of some microbatches, or fetch earlier."""
+def mixing(question: Question, found: Candidate, shape: Outline) -> Iterator[Candidate]:
+    """Variants of a candidate that save everything of some microbatches, or fetch earlier.
+
+    Args:
+        shape: its outline.
+    """
     spec = found.spec
     runs = spec.runs_of_round(0)
     least = min(spec.runs_of_round(r) for r in range(len(spec.shares)))
-    parts = () if spec.saved else PARTS
+    counts: set[int] = set()
+    if not spec.saved and not spec.products_runs:
+        counts = {round(part * runs) for part in PARTS}
+        counts |= {_carried(question, shape, found, share)[0] for share in FILLED}
     for ahead in sorted({found.policy.lookahead, 2 * found.policy.lookahead, FAR}):
         policy = replace(found.policy, lookahead=ahead)
         if ahead != found.policy.lookahead:
             yield replace(found, policy=policy)
-        for some in sorted({round(part * runs) for part in parts} & set(range(1, least))):
+        for some in sorted(counts & set(range(1, least))):
             mixed = replace(spec, saved=spec.products, saved_runs=some)
             yield replace(found, spec=mixed, policy=policy)
+
+
+def thinning(
+    question: Question, found: Candidate, shape: Outline, *, few: bool = False
+) -> Iterator[Candidate]:
+    """Variants of a candidate that keep results of products of as many microbatches as the link
+    carries while their FORWARDs run, or of none but those that stay on the device.
+
+    Args:
+        shape: its outline.
+        few: whether one is enough, to see whether it is worth looking closer.
+    """
+    spec = found.spec
+    out = {*found.policy.offload}
+    stay = tuple(pack for pack in spec.products if pack not in out)
+    if stay and len(stay) < len(spec.products):
+        offload = tuple(pack for pack in found.policy.offload if pack not in spec.products)
+        yield replace(
+            found,
+            spec=replace(spec, products=stay),
+            policy=replace(found.policy, offload=offload),
+        )
+    least = min(spec.runs_of_round(r) for r in range(len(spec.shares)))
+    for share in FILLED[:1] if few else FILLED:
+        some = _carried(question, shape, found, share)[1]
+        for ahead in sorted({FAR} if few else {found.policy.lookahead, FAR}):
+            if 0 < some < least and not spec.saved:
+                yield replace(
+                    found,
+                    spec=replace(spec, products_runs=some),
+                    policy=replace(found.policy, lookahead=ahead),
+                )
+
+
+def interleaving(
+    question: Question, found: Candidate, shape: Outline, *, few: bool = False
+) -> Iterator[Candidate]:
+    """Variants of a candidate whose rounds are interleaved, so that the link has the time of
+    FORWARD and BACKWARD for what leaves: for everything that is saved, of as many microbatches as
+    it carries.
+
+    Args:
+        found, shape: what offloads results of products, and its outline.
+        few: whether some are enough, to see whether it is worth looking closer.
+    """
+    spec = found.spec
+    if spec.rounds == 1 or spec.saved or spec.products_runs:
+        return
+    runs = spec.runs_of_round(0)
+    out = tuple(pack for pack in spec.products if pack in found.policy.offload)
+    there = tuple(pack for pack in spec.products if pack not in found.policy.offload)
+    kept: list[StepSpec] = []
+    for share in FILLED[:1] if few else FILLED:
+        everything, products = _carried(question, shape, found, share, both=True)
+        if everything >= runs:
+            kept.append(replace(spec, saved=out, products=there))
+        elif everything:
+            kept.append(replace(spec, saved=out, saved_runs=everything))
+        elif products < runs:
+            kept.append(replace(spec, products_runs=max(1, products)))
+    kept.append(spec)
+    for mixed in dict.fromkeys(kept):
+        for ahead in sorted({runs} if few else {max(1, runs - 1), runs}):
+            policy = replace(found.policy, lookahead=min(FAR, ahead), hold=0)
+            yield replace(found, spec=replace(mixed, interleaved=True), policy=policy)
+
+
+def _carried(
+    question: Question, shape: Outline, found: Candidate, share: float, *, both: bool = False
+) -> tuple[int, int]:
+    """Of how many microbatches of a round the link to the host carries everything that is saved,
+    beside results of products of the others, and of how many it carries those alone.
+
+    Args:
+        found, shape: what offloads results of products of all microbatches, and its outline.
+        share: of the time of the FORWARDs, or of ``both`` FORWARDs and BACKWARDs, in which the
+            link copies.
+    """
+    seconds = others = products = saved = 0.0
+    size, runs = _size(found), 1
+    for stage in shape.stages:
+        forward = stage.kind is TaskKind.FORWARD
+        if (not forward and not both) or not stage.product_runs or stage.products:
+            continue
+        runs = stage.num_runs
+        facts = question.packer.facts(stage.pack, size)
+        seconds += stage.run_s * runs
+        others += stage.gradients + (stage.outputs * runs if forward else 0)
+        if forward:
+            others -= facts.products * runs
+            products += facts.products * runs
+            saved += facts.saved * runs
+    if not products or saved <= products:
+        return 0, 0
+    room = share * seconds * _leaving_bytes_per_s(question) - others
+    everything = int(runs * (room - products) / (saved - products))
+    return max(0, everything), max(0, int(runs * room / products))
+
+
+def _size(found: Candidate) -> int:
+    low, high = found.spec.shares[0]
+    return min(found.spec.forward_size, high - low)
+
+
+def _leaving_bytes_per_s(question: Question) -> float:
+    """What each device can send to the host while all others do."""
+    machine = question.machine
+    rates = [device.d2h_bytes_per_s for device in machine.devices]
+    rates += [switch.d2h_bytes_per_s / len(switch.devices) for switch in machine.switches]
+    if machine.host.memory_bytes_per_s and not machine.cpu_share:
+        rates.append(machine.host.memory_bytes_per_s / machine.num_devices)
+    return min(rates)
 
 
 def _may_reside(room: _Room) -> bool:

@@ -46,13 +46,20 @@ def _peak(
     packer: Packer, shape: Outline, spec: StepSpec, policy: Policy, here: list[StageOutline]
 ) -> int:
     kept, peak = 0, 0
+    if shape.interleaved:  # of one round or the next
+        kept = sum(_kept_nbytes(stage) for stage in here if stage.kind is TaskKind.FORWARD)
     for stage in here:
-        if stage.kind is TaskKind.FORWARD:
-            kept += stage.saved * stage.saved_runs + stage.products * stage.product_runs
+        if stage.kind is TaskKind.FORWARD and not shape.interleaved:
+            kept += _kept_nbytes(stage)
         peak = max(peak, kept + _stage_nbytes(packer, shape, spec, policy, stage))
-        if stage.kind is TaskKind.BACKWARD:
-            kept -= stage.saved * stage.saved_runs + stage.products * stage.product_runs
+        if stage.kind is TaskKind.BACKWARD and not shape.interleaved:
+            kept -= _kept_nbytes(stage)
     return _slots_nbytes(packer, spec, policy, here) + peak
+
+
+def _kept_nbytes(stage: StageOutline) -> int:
+    """What all microbatches of a pack leave on the device for its BACKWARD."""
+    return stage.saved * stage.saved_runs + stage.products * stage.product_runs
 
 
 def _slots_nbytes(packer: Packer, spec: StepSpec, policy: Policy, here: list[StageOutline]) -> int:
@@ -78,6 +85,8 @@ def _stage_nbytes(
     # With few microbatches it reaches into the next packs, whose values are as large.
     ahead = 1 + policy.lookahead
     found = parked(policy, shape.ring, stage.num_runs) * max(inputs, outputs)
+    if shape.interleaved:  # of the other round, too
+        found *= 2
     if not backward:
         found += ahead * (inputs + outputs) + facts.forward_workspace
     elif stage.saved_runs == stage.num_runs:
@@ -86,11 +95,12 @@ def _stage_nbytes(
         found += ahead * (2 * inputs + outputs) + facts.backward_workspace
     if stage.updates_here:
         found += facts.updating
+    # Those of the next packs arrive while this one runs; of another round they leave as well.
+    times = 2 if shape.interleaved else 1
     if stage.saved_runs and not stage.saved:
-        # Those of the next packs arrive while this one runs.
         alive = 1 + -(-ahead * stage.saved_runs // stage.num_runs)
-        found += min(ahead, alive) * facts.saved
+        found += times * min(ahead, alive) * facts.saved
     if stage.product_runs and not stage.products:
         alive = 1 + -(-ahead * stage.product_runs // stage.num_runs)
-        found += min(ahead, alive) * facts.products
+        found += times * min(ahead, alive) * facts.products
     return found

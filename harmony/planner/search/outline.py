@@ -37,7 +37,8 @@ class StageOutline:
         products: bytes of the results of products of each microbatch of which no more is saved
             that stay on the device from FORWARD to BACKWARD.
         product_runs: how many microbatches those are, wherever they stay.
-        burst: bytes that a saved microbatch moves at once, where only some are saved.
+        burst: bytes that a microbatch which leaves most moves at once, where others leave less.
+        bursts: how many microbatches those are.
         shares: whether other packs may use some of its parameters too.
     """
 
@@ -62,16 +63,22 @@ class StageOutline:
     products: int = 0
     product_runs: int = 0
     burst: int = 0
+    bursts: int = 0
     shares: bool = False
 
 
 @dataclass(frozen=True)
 class Outline:
-    """The stages of one replica in order, and how many devices it wraps around."""
+    """The stages of one replica in order, and how many devices it wraps around.
+
+    Attributes:
+        interleaved: whether the next round's FORWARD stages run between the BACKWARD stages.
+    """
 
     stages: tuple[StageOutline, ...]
     ring: int
     replicas: int
+    interleaved: bool = False
 
 
 def outline(packer: Packer, machine: Machine, spec: StepSpec, policy: Policy) -> Outline:
@@ -88,7 +95,7 @@ def outline(packer: Packer, machine: Machine, spec: StepSpec, policy: Policy) ->
                 stage.seat = seats.get(stage.pack.first, stage.seat)
     _keep_weights(stages, policy, ring)
     maker.connect(stages)
-    return Outline(tuple(stages), ring, replicas)
+    return Outline(tuple(stages), ring, replicas, spec.interleaved)
 
 
 def _sequence(packer: Packer, spec: StepSpec) -> list[tuple[TaskKind, Pack]]:
@@ -135,6 +142,7 @@ class _Maker:
         count = self.num_runs[kind]
         runs = (self.spec.saved_runs or count) if self.saved.get(first) == pack.last else 0
         given = count - runs if self.products.get(first) == pack.last else 0
+        given = min(given, self.spec.products_runs or given)
         resident = self.resident.get(first) == pack.last
         seconds = facts.forward_s
         if backward:
@@ -172,7 +180,10 @@ class _Maker:
             if (stage.saved_runs or stage.product_runs) and first in self.offload:
                 moved = facts.saved * stage.saved_runs + facts.products * stage.product_runs
                 moved //= stage.num_runs
-                stage.burst = facts.saved if 0 < stage.saved_runs < stage.num_runs else 0
+                if 0 < stage.saved_runs < stage.num_runs:
+                    stage.burst, stage.bursts = facts.saved, stage.saved_runs
+                elif 0 < stage.product_runs < stage.num_runs:
+                    stage.burst, stage.bursts = facts.products, stage.product_runs
                 if backward:
                     stage.inputs += moved
                 else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from harmony.planner.ir.policy import LEAN, Policy
@@ -29,7 +29,14 @@ from harmony.planner.search.candidates import (
     policies,
 )
 from harmony.planner.search.estimate import Estimator
-from harmony.planner.search.keeping import filled, keeping_products, mixing, offloading
+from harmony.planner.search.keeping import (
+    filled,
+    interleaving,
+    keeping_products,
+    mixing,
+    offloading,
+    thinning,
+)
 
 NEAR = 1.06
 """The finer choices are tried where the coarse ones took at most this times the best."""
@@ -156,21 +163,47 @@ class Ranking:
         """
         if self._best_s <= ENOUGH * self._bound_s():
             return
-        tried: list[tuple[float, int, Candidate]] = []
         # What a policy changes is small beside what is kept; the finer choices vary it.
         bases = {base.spec: base for base in reversed(self._bases)}
-        for number, base in enumerate(bases.values()):
+        best = self._best_for_products(bases.values())
+        near = {near.spec: near for base in best[:CLOSER] for near in self._neighbours(base)}
+        best = self._best_for_products(near.values())
+        for base in best[:CLOSER]:
+            self._keep_products(base, self._memory())
+
+    def _best_for_products(self, bases: Iterable[Candidate]) -> list[Candidate]:
+        """Candidates that keep nothing, those first that do best with results of products."""
+        tried: list[tuple[float, int, Candidate]] = []
+        for number, base in enumerate(bases):
             for candidate in self._products_of(base, self._memory(), few=True):
                 tried.append((self._fitting(candidate, base, self._memory()), number, base))
-        best = [base for seconds, _, base in sorted(tried, key=lambda item: item[:2])]
-        for base in [*dict.fromkeys(best)][:CLOSER]:
-            self._keep_products(base, self._memory())
+        best = [base for _, _, base in sorted(tried, key=lambda item: item[:2])]
+        return [*dict.fromkeys(best)]
+
+    def _neighbours(self, base: Candidate) -> Iterator[Candidate]:
+        """A candidate, and likes of it with a few packs, or microbatches a round, more or less."""
+        yield base
+        spec = base.spec
+        where = layout(self.question, len(spec.shares))
+        count, runs = len(spec.backward_packs), spec.runs_of_round(0)
+        counts = {count + more * where.ring for more in (-2, -1, 0, 1, 2)}
+        size = spec.backward_size
+        for found in coinciding(self.question, where, size, base.policy, counts):
+            if spec.rounds == 1:
+                yield found
+            else:
+                several = {max(1, runs - 1), runs, runs + 1, runs + runs // 2}
+                yield from in_rounds(self.question, found, several)
 
     def _products_of(
         self, base: Candidate, memory_nbytes: int, *, few: bool = False
     ) -> Iterator[Candidate]:
         shape = self.estimator.shape(base)
-        yield from keeping_products(self.question, base, shape, memory_nbytes, few=few)
+        for found in keeping_products(self.question, base, shape, memory_nbytes, few=few):
+            yield found
+            shape = self.estimator.shape(found)
+            yield from thinning(self.question, found, shape, few=few)
+            yield from interleaving(self.question, found, shape, few=few)
 
     def _keep_products(self, base: Candidate, memory_nbytes: int) -> None:
         """Estimate what a candidate can keep of results of products, alone and beside others."""
@@ -179,7 +212,7 @@ class Ranking:
             seconds = self._fitting(candidate, base, memory_nbytes)
             if seconds < best_s:
                 best_s, best = seconds, candidate
-        for candidate in mixing(best):
+        for candidate in mixing(self.question, best, self.estimator.shape(best)):
             self._fitting(candidate, base, memory_nbytes)
 
     def _bound_s(self) -> float:
@@ -206,7 +239,7 @@ class Ranking:
         packs and slots as several that did not fit is left out.
         """
         while True:
-            left = [c for c in self._known if bool(c.spec.products) is selective]
+            left = [c for c in self._known if is_selective(c) is selective]
             left = [c for c in left if c not in self._done and self.may_be_tried(c)]
             if not left:
                 return
@@ -247,7 +280,7 @@ class Ranking:
         base, memory = self._base[candidate]
         lacking = needed_nbytes - self.question.memory_nbytes
         before = set(self._known)
-        keep = self._keep_products if candidate.spec.products else self._keep
+        keep = self._keep_products if is_selective(candidate) else self._keep
         keep(base, memory - lacking - lacking // 8)
         self._smaller |= self._known.keys() - before
 
@@ -369,11 +402,16 @@ def handicap(candidate: Candidate) -> float:
     return 1.0 if len(candidate.policy.resident) == len(candidate.spec.backward_packs) else STREAMS
 
 
+def is_selective(candidate: Candidate) -> bool:
+    """Whether it is one of those that are looked at once all others have been."""
+    return bool(candidate.spec.products) or candidate.spec.interleaved
+
+
 def _twins(candidate: Candidate) -> tuple[int, ...]:
     """What candidates have in common that mostly fit together, or do not."""
     spec, policy = candidate.spec, candidate.policy
     counts = len(spec.shares), spec.backward_size, len(spec.backward_packs), spec.rounds
-    return (*counts, policy.weight_slots, bool(spec.products))
+    return (*counts, policy.weight_slots, bool(spec.products), spec.interleaved)
 
 
 def family(candidate: Candidate) -> tuple[bool, ...]:
@@ -389,4 +427,5 @@ def family(candidate: Candidate) -> tuple[bool, ...]:
         handicap(candidate) == 1.0,
         policy.mirror,
         spec.rounds > 1,
+        spec.interleaved,
     )

@@ -38,7 +38,7 @@ from harmony.planner.search.decisions import decide, without_choice
 from harmony.planner.search.keeping import knows_products
 from harmony.planner.search.overlap import with_late_updates
 from harmony.planner.search.packing import Budget, Packer, check_layers, suggest_memory
-from harmony.planner.search.ranking import ENOUGH, Ranking, family, handicap
+from harmony.planner.search.ranking import ENOUGH, Ranking, family, handicap, is_selective
 from harmony.planner.search.trial import Fitting, TooLarge, Trial, Tried, tried_runs
 
 __all__ = ["Plan", "Policy", "choose"]
@@ -231,7 +231,7 @@ class _Search:
             # What fits by all means is the time to beat for what was not tried.
             found = self._most_promising(self._frugal())
         like = self.question.like
-        if knows_products(self.question) and (found or (like and like.spec.products)):
+        if knows_products(self.question) and (found or (like and is_selective(like))):
             self.ranking.fill_selective()
             found = self._most_promising(found, selective=True)
         found += [unequal for tried in found[:1] for unequal in self._unequal(tried)]
@@ -348,8 +348,8 @@ class _Search:
             if alike[family(candidate)] >= MAX_ALIKE:
                 continue
             spec = candidate.spec
-            packing = spec.backward_packs, spec.backward_size, spec.shares, spec.rounds
-            if selective and packing in packings:
+            packing = (spec.backward_packs, spec.backward_size, spec.shares, spec.rounds)
+            if selective and (packing, spec.interleaved) in packings:
                 continue
             # An estimate that turned out far too low must not be what the search ends with.
             more = SURPRISED if step_s < WORTHWHILE * best_s else 1
@@ -360,7 +360,7 @@ class _Search:
             if tried is None:
                 refused += 1
                 continue
-            packings.add(packing)
+            packings.add((packing, spec.interleaved))
             lowered += tried_runs(candidate)
             alike[family(candidate)] += 1
             found.append(tried)

@@ -12,10 +12,12 @@ for a share of the step slows the others down by that share.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from harmony.core.machine import Machine
 from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.task_graph import interleaved
 from harmony.planner.ir.tasks import TaskKind
 from harmony.planner.search.outline import Outline, StageOutline
 
@@ -108,8 +110,42 @@ def step_s(shape: Outline, machine: Machine, policy: Policy, rounds: int) -> flo
         return sketch(shape, machine, policy).step_s
     grown = replace(shape, stages=tuple(map(_grown, shape.stages)))
     middle = replace(shape, stages=tuple(map(_without_update, grown.stages)))
+    if shape.interleaved:
+        return _interleaved_s(grown, middle, machine, policy, rounds)
     body_s = sketch(middle, machine, policy).compute_s
     return (rounds - 1) * body_s + sketch(grown, machine, policy).step_s
+
+
+def _interleaved_s(
+    grown: Outline, middle: Outline, machine: Machine, policy: Policy, rounds: int
+) -> float:
+    """FORWARD of the first round; then, in turn, BACKWARD of one and FORWARD of the next one;
+    BACKWARD of the last.
+
+    In between, copies have the time of a BACKWARD pack and of the FORWARDs behind it.
+    """
+    forward, backward = _by_kind(middle)
+    first_s = sketch(replace(middle, stages=forward), machine, policy).compute_s
+    pairs = interleaved(backward, forward)
+    body_s = sum(_together_s(machine, (*stages, *others)) for stages, others in pairs)
+    last_s = sketch(replace(grown, stages=_by_kind(grown)[1]), machine, policy).step_s
+    return first_s + (rounds - 1) * body_s + last_s
+
+
+def _together_s(machine: Machine, stages: Sequence[StageOutline]) -> float:
+    """Seconds of some stages of one device whose copies hide behind all that they compute."""
+    device = machine.devices[0]
+    compute = sum(s.num_runs * (s.run_s + device.task_overhead_s) for s in stages)
+    coming = sum(s.weights + s.num_runs * s.inputs for s in stages)
+    leaving = sum((s.slot if s.updates_here else s.gradients) for s in stages)
+    leaving += sum(s.num_runs * s.outputs for s in stages)
+    return max(compute, coming / device.h2d_bytes_per_s, leaving / device.d2h_bytes_per_s)
+
+
+def _by_kind(shape: Outline) -> tuple[tuple[StageOutline, ...], tuple[StageOutline, ...]]:
+    """FORWARD and BACKWARD stages."""
+    forward = tuple(stage for stage in shape.stages if stage.kind is TaskKind.FORWARD)
+    return forward, tuple(stage for stage in shape.stages if stage.kind is TaskKind.BACKWARD)
 
 
 def _grown(stage: StageOutline) -> StageOutline:
@@ -237,7 +273,7 @@ def _run_stage(
         forward = stage.kind is TaskKind.FORWARD
         rate = min(rates.d2h, rates.least_d2h) if forward else min(rates.h2d, rates.least_h2d)
         late_s = stage.burst / rate - min(policy.lookahead, count - 1) * run_s
-        end += stage.saved_runs * max(0.0, late_s)
+        end += stage.bursts * max(0.0, late_s)
     lane.busy[0] += count * run_s
     lane.busy[1] += count * input_s
     lane.compute, lane.last_run_s = end, run_s

@@ -187,6 +187,8 @@ def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
         saved_runs=0,
         rounds=1,
         products=(),
+        products_runs=0,
+        interleaved=False,
     )
 
 
