@@ -23,6 +23,7 @@ from harmony.engine.facade import ShownForward, Wrapper, check_module
 from harmony.engine.options import (
     EngineOptions,
     check_loss,
+    check_nonfinite,
     check_options,
     check_types_of,
     pinned_plan,
@@ -187,11 +188,7 @@ class Harmony(Wrapper):
         check_loss(loss_fn)
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = current_options()
-        if detect_nonfinite and (options.precision or precision) == "fp16":
-            raise ConfigError(
-                'detect_nonfinite=True with precision="fp16": gradients that are not finite are '
-                "expected there, such a step is skipped and the loss scaled by less. Leave one out"
-            )
+        check_nonfinite(detect_nonfinite, options.precision or precision)
         share = local_share(process_group)
         chosen = choose_devices(devices, device_memory, share)
         peers = peers_of(process_group)

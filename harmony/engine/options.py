@@ -147,6 +147,19 @@ def check_loss(loss_fn: object) -> None:
         raise ConfigError(f"loss_fn={str(loss_fn)[:80]}: a function of the output and the targets")
 
 
+def check_nonfinite(detects: bool, precision: str) -> None:
+    """Refuse to look for what is expected: steps of fp16 whose gradients are not finite.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if detects and precision == "fp16":
+        raise ConfigError(
+            'detect_nonfinite=True with precision="fp16": gradients that are not finite are '
+            "expected there, such a step is skipped and the loss scaled by less. Leave one out"
+        )
+
+
 def check_types_of(optimizer_kwargs: object, batch_dims: object, seed: object) -> None:
     """Refuse options of other types than they can have.
 

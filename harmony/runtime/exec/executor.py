@@ -16,7 +16,7 @@ import torch
 from harmony.capture import Captured
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
-from harmony.errors import ExecutionError, HarmonyError, PlanError, text_of
+from harmony.errors import ExecutionError, PlanError, text_of
 from harmony.planner.ir.kinds import span_kinds
 from harmony.planner.ir.schedule import HOST, DeviceSpec, Schedule, Slots
 from harmony.planner.ir.tasks import Pack, TaskKind, TensorKind, TensorRef
@@ -24,6 +24,7 @@ from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.device_program import DeviceProgram, Surroundings
 from harmony.runtime.exec.event_issue import Events
+from harmony.runtime.exec.failed_step import raise_error
 from harmony.runtime.exec.memory_bound import BOUND_RUNS, MemoryBound, is_held
 from harmony.runtime.exec.residents import Residents
 from harmony.runtime.exec.room import gather
@@ -434,17 +435,8 @@ class Executor:
             context.drain()
         for program in prepared.programs:
             program.clear()
-        torn = bool(step.updated)
         try:
-            if isinstance(error, KeyboardInterrupt) and not where:
-                raise KeyboardInterrupt(f"Ctrl-C twice stopped the step. {_state_after(step)}")
-            if not where or not isinstance(error, Exception):
-                raise error
-            if isinstance(error, HarmonyError) and not torn:
-                raise error
-            if any(native.is_lost(context.device) for context in self.contexts):
-                raise native.device_lost(where, error, _state_after(step), torn=torn) from error
-            raise ExecutionError(_explain(where, error, step), where, torn=torn) from error
+            raise_error(where, error, step, [context.device for context in self.contexts])
         finally:
             del error
 
@@ -478,27 +470,6 @@ def _check_updates(schedule: Schedule, optimizer: PackOptimizer | None) -> None:
             f"first update, but the plan updates {Pack(updated[0].first, updated[0].last)} on "
             "its device. Plan again"
         )
-
-
-def _explain(where: str, error: BaseException, step: Step) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = (
-            f"out of memory, though the plan expected to fit: {text_of(error)}. Use a smaller "
-            "microbatch_size, or a device_memory below what the GPU really has free"
-        )
-    else:
-        reason = f"{type(error).__name__}: {text_of(error)}"
-    return f"{where} failed. {reason}. {_state_after(step)}."
-
-
-def _state_after(step: Step) -> str:
-    """What a step that did not come to its end has left."""
-    if not step.updated:
-        return "No parameter was changed: all are of the step before"
-    return (
-        f"Parameters of {', '.join(step.updated)} may be of the step after already, the others "
-        "are of the step before: go back to a checkpoint"
-    )
 
 
 __all__ = ["HOST", "Executor", "Job", "PreparedSchedule"]
