@@ -143,6 +143,7 @@ MIXING: dict[str, tuple[Any, Any]] = {
     "two_means": (two_means, (WANTED, UNEVEN.float())),
     "all_ones": (two_means, (WANTED, torch.ones(SAMPLES, CLASSES))),
     "module": (Contrast(), LABELS),
+    "first": (lambda o, t: F.mse_loss(o[:4], t[:4]), WANTED),
 }
 
 
@@ -286,12 +287,14 @@ class Mixes(nn.Module):
             h = h + self.offsets
         elif self.how == "size":
             h = h.view(SAMPLES, 4, 4).flatten(1)
+        elif self.how == "many":
+            h = h * (2.0 if len(h) > 8 else 1.0)
         elif self.how == "rank":
             h = h + h[:, :1].argsort(0) / len(h)
         return self.last(h.tanh())
 
 
-KINDS = ["norm", "attention", "mean", "neighbour", "buffer", "size", "rank"]
+KINDS = ["norm", "attention", "mean", "neighbour", "buffer", "size", "many", "rank"]
 
 
 @pytest.mark.parametrize("form", ["step", "dropin"])
@@ -318,6 +321,14 @@ def test_a_module_that_mixes_samples_sees_the_whole_batch(
     refused = wrap(Mixes(how), F.cross_entropy, mode="dp")
     with pytest.raises(harmony.HarmonyError, match="mode='dp'"):
         refused.train_step(INPUTS, LABELS)
+
+
+def test_a_larger_batch_that_is_another_path_is_not_parted(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    model = wrap(Mixes("many"), F.cross_entropy, mode="dp")
+    model.train_step(INPUTS[:8], LABELS[:8])
+    with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*makes something else"):
+        model.train_step(INPUTS, LABELS)
 
 
 class Gated(nn.Module):

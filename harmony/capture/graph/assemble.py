@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,26 @@ class Sizes:
             )
         return linear
 
+    def foresees(self, trace: Trace, num_samples: int) -> bool:
+        """Whether a trace for so many samples has these steps, and sizes linear in the samples.
+
+        Otherwise the forward decides by the number of samples, as in ``if len(x) > 16`` and
+        ``x[:4]``, or counts with it.
+        """
+        if difference(self.trace, trace, (self.num_samples[0], num_samples)) is not None:
+            return False
+        steps = zip(self.trace.steps, self.other.steps, trace.steps, strict=True)
+        leaves = (zip(*(step.leaves for step in same), strict=True) for same in steps)
+        one, two = self.num_samples
+        share = (num_samples - one) / (two - one) if one != two else None
+        told = all(_on_a_line(numbers, share) for same in leaves for numbers in same)
+        return told and all(
+            len({len(shape) for shape in shapes}) == 1
+            and all(_on_a_line(sizes, share) for sizes in zip(*shapes, strict=True))
+            for number in set(range(len(trace.values))) - _value_dependent(trace)
+            for shapes in [[t.values[number].shape for t in (self.trace, self.other, trace)]]
+        )
+
     def _linear(self, number: int) -> tuple[int, int] | None:
         one, two = self.trace.values[number].nbytes, self.other.values[number].nbytes
         a, b = self.num_samples
@@ -88,6 +109,19 @@ class Sizes:
         if rest or fixed < 0 or len(self.batch_dims(number)) > 1:
             return None
         return per_sample, fixed
+
+
+def _on_a_line(found: Sequence[object], share: float | None) -> bool:
+    """Whether the third is a number that lies between or beyond two others by this share.
+
+    Args:
+        share: None where nothing tells how numbers depend on the samples.
+    """
+    if not all(isinstance(number, (int, float)) for number in found):
+        plain = all(isinstance(value, (str, type(None))) for value in found)
+        return not plain or found[0] == found[2]
+    one, two, three = (float(number) for number in found)  # type: ignore[arg-type]
+    return share is None or math.isclose(one + (two - one) * share, three, rel_tol=1e-9)
 
 
 class OneSize(Sizes):

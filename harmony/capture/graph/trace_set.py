@@ -83,6 +83,14 @@ class TraceSet:
             finally:
                 tracer.leaves = leaves
 
+    def foreseen(self, num_samples: int) -> bool:
+        """Whether so many samples take the path of the first ones, as `Sizes.foresees` has it.
+
+        Raises:
+            CaptureError: as `of`.
+        """
+        return num_samples == 1 or self._sizes.foresees(self.of(num_samples).trace, num_samples)
+
     def other_length(self, tracer: Tracer, num_samples: int) -> OtherLength | None:
         """Trace a batch of another length for one number of samples, where that is enough.
 

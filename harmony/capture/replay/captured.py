@@ -120,6 +120,13 @@ class Captured:
         """
         self.traces.of(num_samples)
 
+    def foreseen(self, num_samples: int) -> bool:
+        """Whether so many samples take the path of the others; so does what cannot be traced."""
+        try:
+            return self.traces.foreseen(num_samples)
+        except CaptureError:  # whoever traces them meets it again
+            return True
+
     def other_length(self, tracer: Tracer, batch: Batch) -> Sizes | None:
         """Trace a batch that may differ from this one in length (`TraceSet.other_length`)."""
         if self.only_size is not None or not self._batch.differs_in_length(batch):

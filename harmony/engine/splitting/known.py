@@ -18,17 +18,24 @@ from harmony.runtime.host.arena import ArenaView
 
 
 class Splitting:
-    """Tried once, with the first batch that has more than one sample."""
+    """Tried with the first batch that has more than one sample.
+
+    And with a larger one of which the forward makes something that the others do not show.
+    """
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
         self._weigher = LossWeigher(captured)
         self._rules: Mapping[int, Rule] = {}
-        self._tried = False
+        self._foreseen = 0
+        self._is_settled = False
 
     def is_open(self, graph: LayerGraph, minibatch: int) -> bool:
         """Whether a batch of so many samples has something to show that is not known."""
-        if self._tried or minibatch < 2:
+        if self._is_settled or minibatch <= max(self._foreseen, 1):
+            return False
+        if self._foreseen and self._captured.foreseen(minibatch):
+            self._foreseen = minibatch
             return False
         return any(graph.values[v].batch_dim is not None for v in graph.input_ids)
 
@@ -54,7 +61,8 @@ class Splitting:
         """
         if not self.is_open(graph, minibatch):
             return None
-        self._tried = True
+        self._foreseen = minibatch
+        self._is_settled = asked is not None
         if not self._is_needed(graph, minibatch, asked):
             return Verdict()
         model = Model(self._captured, graph, weights, self._weigher, loss_name)
@@ -62,6 +70,7 @@ class Splitting:
         with torch.autograd.set_detect_anomaly(False):
             verdict = try_splitting(model, context, inputs, minibatch, asked)
         self._rules = verdict.rules
+        self._is_settled |= bool(verdict.whole_batch)
         return verdict
 
     def weigh(

@@ -95,7 +95,11 @@ def try_splitting(
     most = min(num_samples, 2 * asked) if asked else num_samples
     wanted = most if most <= HARDLY_MORE else FEW
     last: Exception | None = None
-    for count in dict.fromkeys((wanted, min(3, most), 2)):
+    counts = tuple(dict.fromkeys((wanted, min(3, most), 2)))
+    few = {wanted, min(2, wanted), num_samples}
+    if asked is None and not all(map(model.captured.foreseen, few)):
+        counts = (num_samples,)  # few of them do not show what it does with many
+    for count in counts:
         for place in (context, None) if count == 2 else (context,):
             try:
                 with warnings.catch_warnings():  # of what nobody asked for
@@ -106,7 +110,7 @@ def try_splitting(
             except _FailedError as failed:
                 # If the whole batch fails too, that is for its measurement to say.
                 return Verdict(f"the forward fails for {count} samples of a batch ({failed})")
-    return Verdict(f"not even 2 samples could be compared ({last})")
+    return Verdict(f"not even {counts[-1]} samples could be compared ({last})")
 
 
 class _FailedError(Exception):
