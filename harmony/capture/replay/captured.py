@@ -28,6 +28,7 @@ from harmony.capture.replay.replay import GuardError, Values, run_step
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.trace.tracer import Tracer
 from harmony.core.layergraph import LayerGraph
+from harmony.errors import CaptureError
 
 _SHOW_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _SHOW_STATISTICS |= {"buffers", "named_buffers", "_buffers", "get_buffer", "state_dict"}
