@@ -7,12 +7,12 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
 
 from harmony.capture import Batch, autocast_dtype, form_of, form_of_leaf, irregular_input
 from harmony.capture.guards.torch_settings import torch_settings
 from harmony.errors import ConfigError
 from harmony.planner.ir.tasks import Phase
+from harmony.runtime.host.arena import Modules
 
 CallKey = tuple[Any, ...]
 """All of a call that changes what is computed, but for the number of samples."""
@@ -39,7 +39,7 @@ class CallKind(Enum):
 
 
 def call_key_of(
-    net: nn.Module,
+    modules: Modules,
     call: Call,
     kind: CallKind,
     batch_dims: Mapping[str, int | None],
@@ -52,6 +52,7 @@ def call_key_of(
     else the forward's Python reads is looked at by the guards of each capture.
 
     Args:
+        modules: of the model.
         batch_dims: as for `harmony.capture.capture`.
 
     Raises:
@@ -75,7 +76,7 @@ def call_key_of(
         )
     described = tuple(map(_describe, batch.leaves, batch.batch_dims))
     form = kind, str(batch.structure.spec), batch.structure.places, described
-    key = (*form, autocast_dtype(), torch_settings(), _state_of(net))
+    key = (*form, autocast_dtype(), torch_settings(), _state_of(modules))
     return key, batch, whole
 
 
@@ -88,10 +89,10 @@ def _describe(leaf: Any, batch_dim: int | None) -> Any:
     return form_of_leaf(leaf, batch_dim)
 
 
-def _state_of(net: nn.Module) -> tuple[Any, ...]:
-    """What is trained, and the modes and hooks of the modules, in one walk over them."""
+def _state_of(modules: Modules) -> tuple[Any, ...]:
+    """What is trained, and the modes and hooks of the modules."""
     found: list[Any] = []
-    for module in net.modules():
+    for _, module in modules:
         held = module.__dict__
         found.append(module.training)
         found += [p.requires_grad for p in module._parameters.values() if p is not None]

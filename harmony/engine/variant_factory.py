@@ -47,7 +47,13 @@ from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.exec.watchdog import Watching
-from harmony.runtime.host.arena import ArenaView, HostArena, tensors_of
+from harmony.runtime.host.arena import (
+    ArenaView,
+    HostArena,
+    Modules,
+    tensors_in,
+    tensors_of,
+)
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.host.pinned_memory import HostBuffer
@@ -121,11 +127,14 @@ class VariantFactory:
             params = dict(self._net.named_parameters())
             self._optimizer.settle(params, lambda: self._options.groups_of(self._net))
 
-    def take_in(self) -> str | None:
+    def take_in(self, modules: Modules) -> str | None:
         """Let the arena hold the module's tensors, whatever was done to them since the last call.
 
         Where parameters are others, or something has another form, the captures are of another
         model: they are to be forgotten, and what is new moves into the arena with the next one.
+
+        Args:
+            modules: of the model, as they are now.
 
         Returns:
             How the model is another; None if it is not.
@@ -133,12 +142,13 @@ class VariantFactory:
         if self.arenas is None:
             check_plain(self._net)
             return None
-        weights, now = self.arenas[0], tensors_of(self._net)
+        weights = self.arenas[0]
         with torch._C.DisableTorchFunctionSubclass():  # it asks where they are, not what they hold
-            if weights.holds(now):
+            if weights.holds(tensors_in(modules)):
                 weights.refresh()
                 return None
             check_plain(self._net)
+            now = tensors_of(self._net)
             difference = weights.difference(now)
             if difference is None:
                 weights.take_in(now)

@@ -39,6 +39,7 @@ from harmony.profiling.model_profile import ModelProfile
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.stage import Values
+from harmony.runtime.host.arena import Modules
 
 OTHER_WAY = "the forward goes another way for other values"
 
@@ -79,9 +80,10 @@ class VariantCache:
 
     def paths(self, kind: CallKind, call: Call) -> tuple[Paths, Batch]:
         """Return what the signature of a call has led to, and its inputs."""
-        if self._factory.take_in() is not None:
+        modules = list(self._net.named_modules())  # of one walk, which takes its time
+        if self._factory.take_in(modules) is not None:
             self.forget()
-        key, batch, whole = self.key(kind, call)
+        key, batch, whole = self.key(kind, call, modules)
         found = use_last(self._paths, key)
         if whole is not None and found.dynamic is None:
             found.dynamic = self._as_it_is(whole, batch.num_samples)
@@ -97,13 +99,18 @@ class VariantCache:
             )
         return DynamicOnlyError(why, type(self._net).__name__, eager=True)
 
-    def key(self, kind: CallKind, call: Call) -> tuple[PathsKey, Batch, str | None]:
+    def key(
+        self, kind: CallKind, call: Call, modules: Modules | None = None
+    ) -> tuple[PathsKey, Batch, str | None]:
         """What paths are kept by, the inputs, and why a call runs whole, as it is.
 
         A plan may be one for updates that wait, or not.
+
+        Args:
+            modules: of the model, where they are known.
         """
-        batch_dims = self._batch_dims[kind]
-        key, batch, whole = call_key_of(self._net, call, kind, batch_dims)
+        modules = modules or list(self._net.named_modules())
+        key, batch, whole = call_key_of(modules, call, kind, self._batch_dims[kind])
         return (key, kind is CallKind.TRAIN_STEP and self._factory.waits()), batch, whole
 
     def check_current(self, generation: int) -> None:

@@ -349,6 +349,23 @@ def _warn_of_holders(left: Mapping[str, Any]) -> None:
         )
 
 
+Modules = Sequence[tuple[str, nn.Module]]
+"""The modules of a model by their names, as `nn.Module.named_modules` has them."""
+
+
+def tensors_in(modules: Modules) -> dict[str, torch.Tensor]:
+    """Return what `tensors_of` does, of modules that are known: another walk takes its time."""
+    found: dict[str, torch.Tensor] = {}
+    for members in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for prefix, module in modules:
+            for name, tensor in getattr(module, members).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{prefix}.{name}" if prefix else name] = tensor
+    return found
+
+
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers of a module by their canonical names."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
