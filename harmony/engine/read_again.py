@@ -94,9 +94,9 @@ class ReadAgain:
 
     def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
         """Note the values that a parameter has before somebody has its memory."""
-        self.note_detached(param)
+        self.note_alias(param)
 
-    def note_detached(self, param: torch.Tensor) -> None:
+    def note_alias(self, param: torch.Tensor) -> None:
         """Note the values that a parameter has before somebody has its memory."""
         if self._names is None:
             self._names = {id(self._arena.tensors[name]): name for name in self._versions}

@@ -3,15 +3,17 @@
 PyTorch counts the in-place operations on a tensor, but what is written through ``param.data``
 counts for the tensor that ``.data`` made, not for the parameter. So while weights live elsewhere,
 `torch.nn.Parameter` has a ``data`` property that does what PyTorch's does and takes a note. What
-``param.detach()`` returns counts for the parameter, but not what an array writes that is made of
-it: ``detach()`` takes a note as well, and values are compared, since most who call it only read.
+``param.detach()`` or a view returns counts for the parameter, but not what an array writes that is
+made of it, nor a storage: the methods that return these take a note as well, and values are
+compared, since most who call them only read.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,14 @@ _PLAIN = torch.Tensor.data  # the descriptor that all tensors share
 _lock = threading.Lock()  # of what Parameter has: it is there while anybody watches
 _watches: weakref.WeakSet[Listener] = weakref.WeakSet()
 _MANY = 64
+_ALIASES = (
+    *("detach", "numpy", "untyped_storage", "__dlpack__", "__getitem__", "as_strided", "chunk"),
+    *("diagonal", "expand", "expand_as", "flatten", "movedim", "narrow", "permute", "ravel"),
+    *("reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t"),
+    *("transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
+)
+_TURNED = ("T", "mT", "H", "mH")
+"""Methods, and properties, that return what has the memory of a parameter."""
 
 
 class Listener(Protocol):
@@ -29,8 +39,8 @@ class Listener(Protocol):
     def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
         """``alias`` is to be handed out as its ``data``; None: its ``data`` is to be replaced."""
 
-    def note_detached(self, param: torch.Tensor) -> None:
-        """It is to be detached, or an array made of it."""
+    def note_alias(self, param: torch.Tensor) -> None:
+        """It is to be detached, or a view, an array or a storage of it to be handed out."""
 
 
 def listen(listener: Listener) -> None:
@@ -39,8 +49,8 @@ def listen(listener: Listener) -> None:
         _watches.add(listener)
         if "data" not in nn.Parameter.__dict__:
             nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
-            nn.Parameter.detach = _detach  # type: ignore[assignment]
-            nn.Parameter.numpy = _numpy  # type: ignore[assignment]
+            for name, method in _TELLING.items():
+                setattr(nn.Parameter, name, method)
 
 
 class DataWatch:
@@ -50,14 +60,14 @@ class DataWatch:
         # Parameters live as long as their model, which holds this; ids need no hash of a tensor.
         self._given: dict[int, list[weakref.ref[torch.Tensor]]] = {id(p): [] for p in params}
         self._touched: set[int] = set()
-        self._detached: dict[int, torch.Tensor] = {}
+        self._before: dict[int, torch.Tensor] = {}
         if self._given:
             listen(self)
 
     def may_have_changed(self, param: torch.Tensor) -> bool:
         """Whether its ``data`` was asked for or set since the last time, or is still in use.
 
-        Or whether it was detached since then, and has other values.
+        Or whether a tensor or an array of its memory was made since then, and it has other values.
         """
         key = id(param)
         given = self._given.get(key)
@@ -66,13 +76,13 @@ class DataWatch:
         _forget_dead(given)
         found = bool(given) or key in self._touched
         self._touched.discard(key)
-        before = self._detached.pop(key, None)
+        before = self._before.pop(key, None)
         return found or (before is not None and not torch.equal(before, fingerprint(param)))
 
-    def note_detached(self, param: torch.Tensor) -> None:
+    def note_alias(self, param: torch.Tensor) -> None:
         """Note its values, the first time."""
-        if id(param) in self._given and id(param) not in self._detached:
-            self._detached[id(param)] = fingerprint(param)
+        if id(param) in self._given and id(param) not in self._before:
+            self._before[id(param)] = fingerprint(param)
 
     def note_data(self, param: torch.Tensor, alias: torch.Tensor | None) -> None:
         """Note what is handed out."""
@@ -100,20 +110,21 @@ def _set(param: torch.Tensor, value: torch.Tensor) -> None:
     _PLAIN.__set__(param, value)  # type: ignore[attr-defined]
 
 
-def _detach(param: torch.Tensor) -> torch.Tensor:
-    _tell_detached(param)
-    return torch.Tensor.detach(param)
+def _telling(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that does what PyTorch's does, and tells of it before."""
+
+    @functools.wraps(plain)
+    def method(param: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for watch in list(_watches):
+            watch.note_alias(param)
+        _leave_class()
+        return plain(param, *args, **kwargs)
+
+    return method
 
 
-def _numpy(param: torch.Tensor, *, force: bool = False) -> Any:
-    _tell_detached(param)  # a frozen one needs no detach()
-    return torch.Tensor.numpy(param, force=force)
-
-
-def _tell_detached(param: torch.Tensor) -> None:
-    for watch in list(_watches):
-        watch.note_detached(param)
-    _leave_class()
+_TELLING: dict[str, Any] = {name: _telling(getattr(torch.Tensor, name)) for name in _ALIASES}
+_TELLING |= {name: property(_telling(getattr(torch.Tensor, name).__get__)) for name in _TURNED}
 
 
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
@@ -126,7 +137,8 @@ def _leave_class() -> None:
     """Let the class be as PyTorch made it where nobody watches any more."""
     with _lock:
         if not _watches and "data" in nn.Parameter.__dict__:
-            del nn.Parameter.data, nn.Parameter.detach, nn.Parameter.numpy
+            for name in ("data", *_TELLING):
+                delattr(nn.Parameter, name)
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:

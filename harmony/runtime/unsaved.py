@@ -208,7 +208,7 @@ class Unsaved:
         if self in _open:
             self.about_to_change([param], lambda: None)
 
-    def note_detached(self, param: torch.Tensor) -> None:
+    def note_alias(self, param: torch.Tensor) -> None:
         """Go on: who detaches a parameter mostly reads, and operations in place are seen."""
 
 

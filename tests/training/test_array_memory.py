@@ -6,6 +6,7 @@ No version counter tells of that.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,3 +138,84 @@ def test_an_array_of_a_frozen_weight_that_stays_on_a_gpu(vgpus: VirtualGPUs) -> 
         expected.backward()
         optimizer.step()
         assert torch.equal(model.train_step(x, y), expected), step
+
+
+def by_view(param: torch.Tensor) -> None:
+    with torch.no_grad():
+        param.view(-1).numpy()[:] *= 0.5
+
+
+def by_rows(param: torch.Tensor) -> None:
+    np.asarray(torch.flatten(param[1:]).detach())[:] *= 0.5
+    with torch.no_grad():
+        for row in param:
+            row.numpy()[0] += 0.5
+
+
+def by_transpose(param: torch.Tensor) -> None:
+    param.T.detach().numpy()[3] *= 0.5
+
+
+def by_storage(param: torch.Tensor) -> None:
+    param.untyped_storage().fill_(0)
+
+
+def by_typed_storage(param: torch.Tensor) -> None:
+    param.storage()[3] = 0.5
+
+
+def by_dlpack(param: torch.Tensor) -> None:
+    np.from_dlpack(param.detach())[:] *= 0.5
+
+
+def by_twin(param: torch.Tensor) -> None:
+    torch.empty(0).set_(param.untyped_storage(), 0, param.shape).mul_(0.5)
+
+
+WRITES = [by_view, by_rows, by_transpose, by_storage, by_typed_storage, by_dlpack, by_twin]
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_and_gone_at_once_counts(
+    vgpus: VirtualGPUs, write: Any, precision: str
+) -> None:
+    """To a weight that stays on the GPU, or of which a copy in bf16 is computed with."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))]
+    nets.append(copy.deepcopy(nets[0]))
+    models = [
+        harmony.Harmony(
+            net,
+            optimizer=torch.optim.SGD,
+            optimizer_kwargs={"lr": 0.1},
+            loss_fn=square_loss,
+            microbatch_size=len(vector_batch(0)[0]),
+            precision=precision,
+            updates=updates,
+            devices=1,
+        )
+        for net, updates in zip(nets, ("auto", "host"), strict=True)
+    ]
+    for step in range(4):
+        if step >= 2:
+            write(nets[0][1].weight)
+            with torch.no_grad():  # PyTorch counts this one
+                nets[1][1].weight.copy_(nets[0][1].weight.detach().clone())
+        first, second = (model.train_step(*vector_batch(step)) for model in models)
+        assert torch.equal(first, second), step
+
+
+def test_parameters_have_pytorchs_own_methods_when_nobody_watches(vgpus: VirtualGPUs) -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}}
+    model = harmony.Harmony(net, loss_fn=square_loss, devices=1, **options)
+    model.train_step(*vector_batch(0))
+    assert "view" in vars(nn.Parameter)
+    assert torch.equal(net[0].weight.T, torch.Tensor.transpose(net[0].weight, 0, 1))
+    model.close()
+    del model
+    net[0].weight.data  # noqa: B018  whoever asks next leaves the class as it was
+    assert not {"view", "data", "T", "__getitem__"} & vars(nn.Parameter).keys()
+    assert nn.Parameter.view is torch.Tensor.view

@@ -14,7 +14,7 @@ from harmony.capture.graph.params import dense_stride
 
 def shares_memory(tensor: torch.Tensor) -> bool:
     """Whether somebody else has a tensor's memory (a view of it, say), or it must stay there."""
-    if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
+    if tensor.is_inference() or torch.Tensor.untyped_storage(tensor).nbytes() > tensor.nbytes:
         return True
     return any(map(operator.gt, _holders(tensor), _ALONE[tensor._is_view()]))
 
@@ -45,7 +45,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int, int]:
     """How many hold a tensor's memory, the storage's object, and the tensor it is a view of."""
-    storage, base = tensor.untyped_storage(), tensor._base
+    storage, base = torch.Tensor.untyped_storage(tensor), tensor._base
     uses = torch._C._storage_Use_Count(storage._cdata)
     return uses, sys.getrefcount(storage), 0 if base is None else sys.getrefcount(base)
 

@@ -56,7 +56,7 @@ def _aliases(func: Any) -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+    return torch.Tensor.untyped_storage(tensor)
 
 
 def _key(tensor: torch.Tensor) -> int:
