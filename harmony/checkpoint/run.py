@@ -137,6 +137,12 @@ class Run:
         self._from = options.resume if outside else resume
         if self._folder is None and options.resume == "auto":
             raise ConfigError("--resume auto: from which folder? Add --checkpoint-dir DIR")
+        asked = every is not None or keep is not None or save_on_error or async_save
+        if self._folder is None and asked:
+            warn(
+                "this harmony.Run has no folder, so nothing is saved: give it one, or start the "
+                "script by harmony-run --checkpoint-dir DIR"
+            )
         self._objects = objects
         self._model = model
         if outside and session.keepings():

@@ -85,8 +85,8 @@ class DynamicRunner:
             self.say(
                 f"{reason.reason} ({reason.where}), so no recorded forward stands for the next: "
                 "the model is run as it is, on one GPU, its parameters streamed and all that its "
-                "backward needs kept on the host. To be planned, and to run on all GPUs, let the "
-                "forward return what it leaves, and take what changes as an input"
+                f"backward needs kept on the host. To be planned, and to run on all GPUs, "
+                f"{reason.remedy}"
             )
             return
         self.say(

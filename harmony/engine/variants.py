@@ -97,7 +97,8 @@ class VariantCache:
                 f"microbatch_size={size} parts the batch, but {why}, which cannot be parted: "
                 "leave microbatch_size out"
             )
-        return DynamicOnlyError(why, type(self._net).__name__, eager=True)
+        remedy = "give the forward ordinary tensors, whose dimension 0 counts samples"
+        return DynamicOnlyError(why, type(self._net).__name__, eager=True, remedy=remedy)
 
     def key(
         self, kind: CallKind, call: Call, modules: Modules | None = None
@@ -378,4 +379,5 @@ def _check_modes(net: nn.Module) -> None:
             type(net).__name__,
             eager=True,
             passing=True,
+            remedy="call the model outside of it",
         )

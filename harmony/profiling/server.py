@@ -161,7 +161,7 @@ def _measure_devices(
 
 
 def _sample_nbytes(usable: int) -> int:
-    return max(1 << 16, min(_LINK_SAMPLE_NBYTES, usable // 4))
+    return max(1, min(_LINK_SAMPLE_NBYTES, usable // 4))
 
 
 def _measure_links(

@@ -351,6 +351,17 @@ def test_a_module_that_is_wrapped_otherwise_is_refused() -> None:
         harmony.Harmony(harmony.Harmony(SkipMLP(), devices=1))
 
 
+def test_links_are_measured_where_there_is_hardly_any_memory(vgpus: VirtualGPUs) -> None:
+    vgpus(count=1, memory="64KiB")
+    model = harmony.Harmony(
+        nn.Linear(8, 8),
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=nn.functional.mse_loss,
+    )
+    assert model.train_step(torch.zeros(4, 8), torch.zeros(4, 8)) >= 0
+
+
 def test_a_module_on_a_gpu_is_refused_with_the_way_back(vgpus: VirtualGPUs) -> None:
     vgpus(count=1, memory="1MiB")
     model = harmony.Harmony(SkipMLP().to("vgpu:0"), devices=1)

@@ -8,6 +8,7 @@ from collections import UserDict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -221,6 +222,21 @@ def test_microbatches_of_what_cannot_be_parted_are_refused(vgpus: VirtualGPUs, f
     with pytest.raises(harmony.ConfigError, match="cannot be parted: leave microbatch_size out"):
         model.train_step(inputs(), torch.randint(0, 3, (NUM,)))
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_an_array_is_said_to_be_one_and_what_to_give(vgpus: VirtualGPUs) -> None:
+    class OfArrays(nn.Linear):
+        def forward(self, x: Any) -> torch.Tensor:
+            return super().forward(torch.as_tensor(x))
+
+    model = harmony.Harmony(
+        OfArrays(4, 4),
+        optimizer=torch.optim.SGD,
+        optimizer_kwargs={"lr": 0.1},
+        loss_fn=nn.functional.mse_loss,
+    )
+    with pytest.warns(harmony.HarmonyWarning, match=r"is an array \(ndarray\).*give the forward"):
+        model.train_step(np.ones((NUM, 4), dtype="float32"), torch.ones(NUM, 4))
 
 
 def test_a_model_of_scalars_trains(vgpus: VirtualGPUs) -> None:

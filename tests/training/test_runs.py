@@ -428,6 +428,11 @@ def test_without_a_folder_a_run_does_nothing(vgpus: VirtualGPUs, calm: None) -> 
 # Signals
 
 
+def test_when_to_save_without_a_folder_is_warned_of(vgpus: VirtualGPUs) -> None:
+    with pytest.warns(harmony.HarmonyWarning, match="no folder, so nothing is saved"):
+        harmony.Run(small(), every=2)
+
+
 def test_a_second_signal_does_what_it_did_before(
     vgpus: VirtualGPUs, tmp_path: Path, calm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

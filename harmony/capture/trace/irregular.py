@@ -85,6 +85,8 @@ def _hidden(leaf: Any) -> str | None:
         return None
     if isinstance(leaf, Iterator):
         return f"a {type(leaf).__name__}, which can be read once"
+    if hasattr(type(leaf), "__array__") and getattr(leaf, "ndim", True):
+        return f"an array ({type(leaf).__name__})"
     if _holds_data(leaf, 0):
         return f"a {type(leaf).__name__}, which holds tensors or arrays"
     return None

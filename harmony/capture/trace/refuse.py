@@ -41,20 +41,29 @@ class DynamicOnlyError(CaptureError):
         eager: whether its Python has to run as it is, once: no recording of it will do.
         passing: whether that holds for what was found now only; a later call may find it as it
             was when a trace was recorded.
+        remedy: what to do for it to be planned.
     """
 
     def __init__(
-        self, reason: str, where: str, *, eager: bool = False, passing: bool = False
+        self,
+        reason: str,
+        where: str,
+        *,
+        eager: bool = False,
+        passing: bool = False,
+        remedy: str = "let the forward return what it leaves, and take what changes as an input",
     ) -> None:
         super().__init__(f"{reason}, at {where}: the trace of one run does not stand for another")
         self.reason = reason
         self.where = where
         self.eager = eager
         self.passing = passing
+        self.remedy = remedy
 
     def again(self) -> DynamicOnlyError:
         """Return it without its traceback, which would keep all that was captured alive."""
-        return DynamicOnlyError(self.reason, self.where, eager=self.eager, passing=self.passing)
+        kept = {"eager": self.eager, "passing": self.passing}
+        return DynamicOnlyError(self.reason, self.where, remedy=self.remedy, **kept)
 
 
 @contextmanager
