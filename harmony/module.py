@@ -318,8 +318,8 @@ class Harmony(Wrapper):
             ConfigError: if no `harmony.Run` has looked for a checkpoint of this model, or this is
                 one of several processes and the model has no ``process_group``.
         """
-        if self.saving is not None:
-            self.saving.tell()
+        if (saving := self._checkpoints.last) is not None:
+            saving.tell()
         if self._engine.peers is None:
             check_alone()
         wanted = current_options().resume

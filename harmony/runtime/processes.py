@@ -18,7 +18,13 @@ def check_alone() -> None:
     Raises:
         ConfigError: where a launcher or ``init_process_group`` says that there are several.
     """
-    rank, count, said_by = _place()
+    rank, count, said_by = 0, 1, ""
+    told = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if dist.is_available() and dist.is_initialized():
+        rank, count, said_by = dist.get_rank(), dist.get_world_size(), "torch.distributed"
+    elif told[0].isdecimal() and told[1].isdecimal():
+        rank, count = int(told[0]), int(told[1])
+        said_by = f"RANK={rank} WORLD_SIZE={count}: torchrun or alike"
     if count > 1:
         raise ConfigError(
             f"this is process {rank} of {count} ({said_by}), and this model is not told to train "
@@ -50,13 +56,3 @@ def host_memory_of(asked_nbytes: int | None, share: tuple[int, int]) -> int | No
     if asked_nbytes is not None or share[1] == 1:
         return asked_nbytes
     return available_host_nbytes() // share[1]
-
-
-def _place() -> tuple[int, int, str]:
-    """The rank of this process, the number of processes, and who says so."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size(), "torch.distributed"
-    rank, count = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    if rank.isdecimal() and count.isdecimal():
-        return int(rank), int(count), f"RANK={rank} WORLD_SIZE={count}: torchrun or alike"
-    return 0, 1, ""

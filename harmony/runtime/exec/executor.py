@@ -123,6 +123,7 @@ class Executor:
         watching: Watching | None = None,
     ) -> None:
         self.contexts = list(contexts)
+        self._devices = [context.device for context in contexts]
         self._host = host
         self._place_of = place_of
         self._watching = watching
@@ -410,7 +411,7 @@ class Executor:
         step.threads[program.name] = threading.get_ident()
         try:
             if isinstance(program, DeviceProgram):
-                program.issue(step, [context.device for context in self.contexts])
+                program.issue(step, self._devices)
                 step.signals.issue(end)
                 program.finish(step)
             else:
@@ -436,7 +437,7 @@ class Executor:
         for program in prepared.programs:
             program.clear()
         try:
-            raise_error(where, error, step, [context.device for context in self.contexts])
+            raise_error(where, error, step, self._devices)
         finally:
             del error
 

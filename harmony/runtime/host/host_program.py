@@ -78,7 +78,8 @@ class HostProgram:
         for prepared in held:
             assert prepared.task is not None, "it updates"
             self._timed(prepared, prepared.task, step)
-        self._update_unused(step)
+        if step.exchange is not None and step.apply_updates:
+            self._update_unused(step)
 
     def _timed(self, prepared: _Prepared, task: Task, step: Step) -> None:
         label, host = prepared.label, self._host
@@ -121,8 +122,6 @@ class HostProgram:
 
     def _update_unused(self, step: Step) -> None:
         """Update what other processes have gradients of, and no layer of this forward uses."""
-        if step.exchange is None or not step.apply_updates:
-            return
         host = self._host
         mine = {n for p in self._prepared if p.is_update or p.is_late for n in p.names}
         names = [n for n in host.gradients.layout.places if n not in mine and host.has_gradient(n)]
