@@ -122,6 +122,24 @@ def test_costs_of_a_linear_layer_by_hand() -> None:
     assert tuple(costs_nbytes(captured, 8)[0]) == (0, 0, weight + gradient + bias, 8 * bias)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.last = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.cells(x)[0][:, -1])
+
+
+def test_what_recurrent_kernels_save_is_counted() -> None:
+    """Fake tensors do not tell: the workspace of oneDNN's LSTM is empty there."""
+    captured = capture(Recurrent(), (torch.randn(4, 6, 8),))
+    _, saved, backward = brute_force(captured, 0, 4)
+    found = costs_nbytes(captured, 4)[0]
+    assert found.saved_nbytes == saved > 32 * 1024
+    assert found.backward_nbytes == backward
+
+
 def test_costs_grow_with_the_microbatch() -> None:
     net = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 128))
     captured = capture(net, (torch.randn(8, 256),))

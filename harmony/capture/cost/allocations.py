@@ -16,6 +16,14 @@ GRANULE = 512
 
 _VIEW_COPY = torch.ops.aten.new_empty_strided.default
 
+_aten = torch.ops.aten
+_UNTOLD = frozenset({_aten.mkldnn_rnn_layer, _aten._cudnn_rnn, _aten.miopen_rnn})
+"""Recurrent kernels: what they save for their backward has no size on fake tensors."""
+
+
+class UntoldError(Exception):
+    """Fake tensors do not tell what a kernel allocates."""
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tracks the storages that are made inside it and are still alive.
@@ -56,6 +64,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._watch(leaf, counted=True)
         self.peak = max(self.peak, self.now)
         self._look_at_views(func, out)
+        if func.overloadpacket in _UNTOLD and isinstance(out[0], FakeTensor):
+            raise UntoldError(str(func))
         return out
 
     def _look_at_views(self, func: Any, out: Any) -> None:

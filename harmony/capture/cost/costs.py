@@ -42,7 +42,7 @@ def footprint_of(captured: Captured, layer: int, num_samples: int) -> Footprint:
         return _measure(captured, layer, num_samples, captured.trace_for(num_samples).real)
     except GuardError:
         return _estimate(captured, layer, num_samples)
-    except Exception:  # some fake kernels refuse what the real ones do, or values are looked at
+    except Exception:  # fake kernels refuse, or do not tell what real ones do; values are read
         try:
             return _measure(captured, layer, num_samples, real=True)
         except Exception:  # nor does it run on zeros: the user's code may check what it gets
