@@ -98,7 +98,8 @@ class DeviceContext:
     def taken_nbytes(self) -> tuple[int, int]:
         """Bytes of tensors: the most since the peak was reset, and now."""
         stats = torch.accelerator.memory_stats(self.device)  # each question makes all of them
-        return stats["allocated_bytes.all.peak"], stats["allocated_bytes.all.current"]
+        peak, now = (f"allocated_bytes.all.{which}" for which in ("peak", "current"))
+        return stats.get(peak, 0), stats.get(now, 0)  # before the first tensor there are none
 
     def free_nbytes(self) -> int:
         """Bytes that tensors could still have, what PyTorch's allocator keeps included."""
