@@ -45,7 +45,7 @@ class Many(nn.Module):
         h, _ = self.lstm(h)
         h = F.scaled_dot_product_attention(h, h, F.dropout(h, 0.2, self.training))
         h = h + 0.1 * torch.randn_like(h) + 0.1 * torch.rand(h.shape, device=h.device)
-        return self.out(h)
+        return self.out(h * (1 + torch.rand(()).item()))
 
 
 def trained(net: nn.Module, device: torch.device) -> list[torch.Tensor]:
