@@ -94,11 +94,20 @@ def assert_same(model: harmony.Harmony, losses: list[torch.Tensor], expected: Ru
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "offload", "some_runs", "rounds", "clip"),
-    [(1, True, (1, 0), 2, 0.1), (1, False, (1, 2), 1, None), (2, True, (0, 3), 1, 0.1)],
+    ("num_devices", "offload", "some_runs", "rounds", "clip", "part"),
+    [
+        (1, True, (1, 0), 4, 0.1, "0:2"),
+        (1, False, (1, 2), 1, None, "4:6"),
+        (2, True, (0, 3), 1, 0.1, "4:6"),
+    ],
 )
 def test_gpt_with_dropout(
-    num_devices: int, offload: bool, some_runs: tuple[int, int], rounds: int, clip: float | None
+    num_devices: int,
+    offload: bool,
+    some_runs: tuple[int, int],
+    rounds: int,
+    clip: float | None,
+    part: str,
 ) -> None:
     torch.manual_seed(0)
     net = GPT(dropout=0.1)
@@ -117,7 +126,8 @@ def test_gpt_with_dropout(
         max_grad_norm=clip,
     )
     text = str(schedule)
-    assert ("SwapIn P[2:3]@4:6" in text) is offload and "P[2:3]@4:6" in text
+    assert (f"SwapIn P[2:3]@{part}" in text) is offload and f"P[2:3]@{part}" in text
+    assert ("S[2:3]@2:4" in text) is (rounds > 1)
     assert_same(model, losses, train_tokens(net, 2, torch.optim.AdamW, ADAMW, max_norm=clip))
 
 

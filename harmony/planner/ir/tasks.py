@@ -368,6 +368,8 @@ class StepSpec:
             of which the pack does not save everything; 0 for all of these.
         interleaved: whether the FORWARDs of a round run between the BACKWARDs of the round before,
             pack by pack, so that what they leave for the host has the time of both to get there.
+            The FORWARDs of the first and the BACKWARDs of the last have no others beside them: of
+            these two rounds a pack that is in ``products`` too leaves no more than that.
     """
 
     minibatch: int
@@ -405,7 +407,8 @@ class StepSpec:
         if pack not in self._products:
             return None
         index, count = self._place(replica, samples)
-        wanted = self.saved_runs if pack in self._saved else 0
+        some = pack in self._saved and not self._is_alone(replica, samples)
+        wanted = self.saved_runs if some else 0
         # Its place among the microbatches of which not everything is saved.
         index, count = index - index * wanted // count, count - wanted
         chosen = _is_chosen(index, count, self.products_runs or count)
@@ -415,8 +418,16 @@ class StepSpec:
         """Whether the BACKWARD of a pack uses what its FORWARD of a microbatch saved."""
         if pack not in self._saved:
             return False
+        if pack in self._products and self._is_alone(replica, samples):
+            return False
         index, count = self._place(replica, samples)
         return _is_chosen(index, count, self.saved_runs or count)
+
+    def _is_alone(self, replica: int, samples: Samples) -> bool:
+        """Whether a microbatch is of the first or the last of interleaved rounds."""
+        each = self.runs_of_round(replica) * self.forward_size
+        number = (samples[0] - self.shares[replica][0]) // each
+        return self.interleaved and number in (0, self.rounds - 1)
 
     def _place(self, replica: int, samples: Samples) -> tuple[int, int]:
         """Which microbatch of its round one is, and of how many."""

@@ -120,8 +120,9 @@ class StepList:
         if tasks is None or ref.samples is None:
             return None
         if ref.is_kept:
-            free = self._free[ref.nbytes(tasks.layers)]
-            return free.popleft() if free else None
+            nbytes = ref.nbytes(tasks.layers)
+            large = [size for size, free in self._free.items() if free and size >= nbytes]
+            return self._free[min(large)].popleft() if large else None
         if ref.first in tasks.layers.output_ids:  # of those the host is to have all in the end
             return None
         samples = tasks.spec.an_earlier_round(ref.samples)

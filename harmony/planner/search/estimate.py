@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from harmony.planner.ir.tasks import Phase
+from dataclasses import replace
+
+from harmony.planner.ir.tasks import Phase, TaskKind
 from harmony.planner.search.candidates import Candidate, Layout, Question, finest, microbatch_sizes
 from harmony.planner.search.memory_estimate import host_nbytes, peaks_nbytes
 from harmony.planner.search.outline import Outline, outline
@@ -26,7 +28,8 @@ class Estimator:
         for phase in timed_phases(candidate.spec.phase):
             policy, shape = policy_for(candidate.policy, phase), self.shape(candidate, phase)
             rounds = for_phase(candidate.spec, phase).rounds
-            total += step_s(shape, self.question.machine, policy, rounds)
+            ends = self._ends(candidate)
+            total += step_s(shape, self.question.machine, policy, rounds, ends)
         return max(total, 1e-9)
 
     def peak_nbytes(self, candidate: Candidate) -> int:
@@ -56,7 +59,21 @@ class Estimator:
 
     def host_nbytes(self, candidate: Candidate) -> int:
         """Bytes of host memory that it needs, about."""
-        return host_nbytes(self.question.packer, self.shape(candidate), candidate.spec)
+        packer, ends = self.question.packer, self._ends(candidate)
+        found = host_nbytes(packer, self.shape(candidate), candidate.spec)
+        if ends is not None:  # nothing else takes the memory of what the first round has left
+            forward = (s for s in ends.stages if s.kind is TaskKind.FORWARD)
+            found += sum(s.outputs * s.num_runs for s in forward)
+        return found
+
+    def _ends(self, candidate: Candidate) -> Outline | None:
+        """The outline of the first and last of interleaved rounds, where they leave less."""
+        spec = candidate.spec
+        if not spec.interleaved or not {*spec.saved} & {*spec.products}:
+            return None
+        less = tuple(pack for pack in spec.saved if pack not in spec.products)
+        ends = replace(spec.first_rounds(1), saved=less, saved_runs=0)
+        return outline(self.question.packer, self.question.machine, ends, candidate.policy)
 
     def shape(self, candidate: Candidate, phase: Phase | None = None) -> Outline:
         """The outline of a round of a candidate; what is asked for again soon is remembered."""

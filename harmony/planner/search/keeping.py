@@ -260,6 +260,7 @@ def interleaving(
     for share in FILLED[:1] if few else FILLED:
         everything, products = _carried(question, shape, found, share, both=True)
         if everything >= runs:
+            kept.append(replace(spec, saved=out))
             kept.append(replace(spec, saved=out, products=there))
         elif everything:
             kept.append(replace(spec, saved=out, saved_runs=everything))

@@ -56,6 +56,12 @@ KEEPING = (
 RUNS_OF_ROUND = (4, 8, 16, 32, 64)
 """Microbatches of a round that are tried where a step may have several."""
 
+SAMPLES_OF_ROUND = (8, 16)
+"""Samples of a round that are tried where rounds are interleaved."""
+
+SHORT = 4
+"""Copies of interleaved rounds with fewer microbatches hide less well than they are estimated."""
+
 REFINED = 2
 """How many pairs of replicas and size get the finer choices."""
 
@@ -164,7 +170,7 @@ class Ranking:
         if self._best_s <= ENOUGH * self._bound_s():
             return
         # What a policy changes is small beside what is kept; the finer choices vary it.
-        bases = {base.spec: base for base in reversed(self._bases)}
+        bases = {base.spec: base for base in (*self._short(), *reversed(self._bases))}
         best = self._best_for_products(bases.values())
         near = {near.spec: near for base in best[:CLOSER] for near in self._neighbours(base)}
         best = self._best_for_products(near.values())
@@ -180,13 +186,25 @@ class Ranking:
         best = [base for _, _, base in sorted(tried, key=lambda item: item[:2])]
         return [*dict.fromkeys(best)]
 
+    def _short(self) -> Iterator[Candidate]:
+        """Candidates in rounds of few samples: all that interleaved ones need, of any size."""
+        if self.question.machine.num_devices > 1 or self.question.phase is not Phase.TRAIN:
+            return
+        where = layout(self.question, 1)
+        for size in self.estimator.sizes(where):
+            runs = {max(1, samples // size) for samples in SAMPLES_OF_ROUND}
+            for base in coinciding(self.question, where, size, POLICIES[0]):
+                yield from in_rounds(self.question, base, runs)
+
     def _neighbours(self, base: Candidate) -> Iterator[Candidate]:
         """A candidate, and likes of it with a few packs, or microbatches a round, more or less."""
         yield base
+        if self.question.machine.num_devices > 1:
+            return
         spec = base.spec
         where = layout(self.question, len(spec.shares))
         count, runs = len(spec.backward_packs), spec.runs_of_round(0)
-        counts = {count + more * where.ring for more in (-2, -1, 0, 1, 2)}
+        counts = {count + more for more in (-2, -1, 0, 1, 2)}
         size = spec.backward_size
         for found in coinciding(self.question, where, size, base.policy, counts):
             if spec.rounds == 1:
@@ -428,4 +446,5 @@ def family(candidate: Candidate) -> tuple[bool, ...]:
         policy.mirror,
         spec.rounds > 1,
         spec.interleaved,
+        spec.interleaved and spec.runs_of_round(0) < SHORT,
     )

@@ -100,8 +100,13 @@ def sketch(shape: Outline, machine: Machine, policy: Policy) -> Sketch:
     return found
 
 
-def step_s(shape: Outline, machine: Machine, policy: Policy, rounds: int) -> float:
+def step_s(
+    shape: Outline, machine: Machine, policy: Policy, rounds: int, ends: Outline | None = None
+) -> float:
     """Estimate the seconds of a step whose rounds are given in outline, each the same.
+
+    Args:
+        ends: of interleaved rounds the first and the last, where they differ.
 
     In all but the last one gradients are left on the host without an update; in all but the first
     they come back, as weights do. The one after begins where the compute of the one before ends.
@@ -111,13 +116,14 @@ def step_s(shape: Outline, machine: Machine, policy: Policy, rounds: int) -> flo
     grown = replace(shape, stages=tuple(map(_grown, shape.stages)))
     middle = replace(shape, stages=tuple(map(_without_update, grown.stages)))
     if shape.interleaved:
-        return _interleaved_s(grown, middle, machine, policy, rounds)
+        last = grown if ends is None else replace(ends, stages=tuple(map(_grown, ends.stages)))
+        return _interleaved_s(middle, last, machine, policy, rounds)
     body_s = sketch(middle, machine, policy).compute_s
     return (rounds - 1) * body_s + sketch(grown, machine, policy).step_s
 
 
 def _interleaved_s(
-    grown: Outline, middle: Outline, machine: Machine, policy: Policy, rounds: int
+    middle: Outline, ends: Outline, machine: Machine, policy: Policy, rounds: int
 ) -> float:
     """FORWARD of the first round; then, in turn, BACKWARD of one and FORWARD of the next one;
     BACKWARD of the last.
@@ -125,11 +131,14 @@ def _interleaved_s(
     In between, copies have the time of a BACKWARD pack and of the FORWARDs behind it.
     """
     forward, backward = _by_kind(middle)
-    first_s = sketch(replace(middle, stages=forward), machine, policy).compute_s
+    first, last = _by_kind(ends)
+    first_s = sketch(replace(ends, stages=first), machine, policy).step_s
+    # BACKWARD of the first round recomputes more.
+    more_s = sum(s.num_runs * s.run_s for s in last) - sum(s.num_runs * s.run_s for s in backward)
     pairs = interleaved(backward, forward)
     body_s = sum(_together_s(machine, (*stages, *others)) for stages, others in pairs)
-    last_s = sketch(replace(grown, stages=_by_kind(grown)[1]), machine, policy).step_s
-    return first_s + (rounds - 1) * body_s + last_s
+    last_s = sketch(replace(ends, stages=last), machine, policy).step_s
+    return first_s + (rounds - 1) * body_s + more_s + last_s
 
 
 def _together_s(machine: Machine, stages: Sequence[StageOutline]) -> float:

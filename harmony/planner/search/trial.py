@@ -93,12 +93,13 @@ class Trial:
         times, spec = [], candidate.spec
         if tried_runs(candidate) == candidate.num_runs:
             return self._whole(candidate)
-        for rounds in (FEW_ROUNDS - 1, FEW_ROUNDS):
+        few = _few_rounds(spec)
+        for rounds in (few - 1, few):
             found = self._whole(replace(candidate, spec=spec.first_rounds(rounds)))
             if isinstance(found, TooLarge):
                 return found
             times.append(found.total_s)
-        more_s = (spec.rounds - FEW_ROUNDS) * (times[1] - times[0])
+        more_s = (spec.rounds - few) * (times[1] - times[0])
         return Tried(candidate, {}, times[1] + more_s)
 
     def _whole(self, candidate: Candidate) -> Tried | TooLarge:
@@ -155,8 +156,13 @@ class Trial:
 
 def tried_runs(candidate: Candidate) -> int:
     """FORWARD and BACKWARD tasks that are lowered to find out what a candidate takes."""
-    some, rounds = FEW_ROUNDS - 1 + FEW_ROUNDS, candidate.spec.rounds
+    some, rounds = 2 * _few_rounds(candidate.spec) - 1, candidate.spec.rounds
     return candidate.num_runs * some // rounds if rounds > some else candidate.num_runs
+
+
+def _few_rounds(spec: StepSpec) -> int:
+    """So many that one more adds a round like all that follow."""
+    return FEW_ROUNDS + 1 if spec.interleaved else FEW_ROUNDS
 
 
 def timed_phases(phase: Phase) -> tuple[Phase, ...]:
