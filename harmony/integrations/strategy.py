@@ -43,7 +43,9 @@ class HarmonyStrategy(SingleDeviceStrategy):  # type: ignore[misc, unused-ignore
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Keep a batch of a step, or run all of them in the place of the last."""
-        trainer = self.lightning_module.trainer
+        module = self.lightning_module
+        assert module is not None, "a batch comes with its module"
+        trainer = module.trainer
         if not self._mean_loss or trainer.accumulate_grad_batches == 1 or kwargs:
             return super().training_step(*args, **kwargs)
         self._waiting.append(args)
