@@ -283,6 +283,7 @@ void decide_last_bits(Bits* bits, int64_t count, Bits exponent) {
 void give_own_bits(const at::Tensor& t) {
   bool is_known = t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
   if (!is_known || !is_vgpu(t) || !t.is_non_overlapping_and_dense() || t.numel() == 0) return;
+  c10::DeviceGuard guard(t.device());  // a default stream is that of the current device
   Accesses accesses;
   add_access(accesses, t, true);
   submit(t.device().index(), "own bits", accesses, [alias = host_alias(t)] {
