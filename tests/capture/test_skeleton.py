@@ -133,6 +133,21 @@ def test_inputs_that_are_changed_in_place_are_cloned() -> None:
     assert torch.equal(values[graph.output_ids[0]], net(x.clone()))
 
 
+def test_what_a_later_layer_changes_is_returned_as_it_was() -> None:
+    net, x = make("in_place"), vectors(4)
+    captured = capture(net, (x,))
+    shell = captured.make_shell(CPU)
+    shell.bind(tensors_of(net))
+    alone = {0: x}
+    for layer in captured.graph.layers:
+        one = layer.index
+        alone |= captured.run(one, one + 1, shell, dict(alone), 4, wanted=layer.outputs)
+    wanted = [value for layer in captured.graph.layers for value in layer.outputs]
+    last = captured.graph.num_layers
+    together = captured.run(0, last, shell, {0: x}, 4, wanted=wanted)
+    assert all(torch.equal(together[value], alone[value]) for value in wanted)
+
+
 def test_a_missing_value_is_named() -> None:
     captured = capture(GPT(), (ids(4),))
     with pytest.raises(CaptureError, match=r"layers \[2:3\] read value 2"):
