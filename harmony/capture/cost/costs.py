@@ -86,7 +86,11 @@ def on_stand_ins(
         )
 
     with pretending(real):
-        tensors = {name: bindable(shell.placeholder(name), device, real) for name in names}
+        masters = captured.template.masters
+        tensors = {
+            name: bindable(shell.placeholder(name), device, real, masters.get(name))
+            for name in names
+        }
         shell.bind(tensors)
         inputs: Values = {}
         for value in described.inputs:

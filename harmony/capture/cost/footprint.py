@@ -34,7 +34,7 @@ def measure(
     Args:
         run: runs the layer on its inputs, returns its outputs.
         inputs: tensors by value; those that require a gradient are leaves.
-        params: what the layer's parameters are bound to, with ``grad`` in place.
+        params: what the layer's parameters are bound to (`bindable`).
         seeds: outputs that the backward starts from.
     """
     known = [*inputs.values(), *params.values()]
@@ -66,8 +66,14 @@ def stand_in(
     return tensor.requires_grad_(requires_grad)
 
 
-def bindable(placeholder: torch.Tensor, device: torch.device, real: bool) -> torch.Tensor:
-    """Return a tensor to bind for a parameter or buffer, gradient included."""
+def bindable(
+    placeholder: torch.Tensor, device: torch.device, real: bool, master: torch.dtype | None
+) -> torch.Tensor:
+    """Return a tensor to bind for a parameter or buffer, whose gradients add up as in a step.
+
+    Args:
+        master: the type that gradients add up in, where that is another than the parameter's.
+    """
     make: Any = torch.zeros if real else torch.empty
     if placeholder.device.type != "meta":
         if real:
@@ -75,9 +81,22 @@ def bindable(placeholder: torch.Tensor, device: torch.device, real: bool) -> tor
         return torch.empty(placeholder.shape, dtype=placeholder.dtype, device=device)
     data = make(placeholder.shape, dtype=placeholder.dtype, device=device)
     param = nn.Parameter(data, requires_grad=placeholder.requires_grad)
-    if param.requires_grad:
+    if param.requires_grad and master is None:
         param.grad = torch.empty_like(param)
+    elif param.requires_grad:
+        slot = torch.empty(param.shape, dtype=master, device=device)
+        add: Any = param.register_post_accumulate_grad_hook
+        add(_adding_to(slot))
     return param
+
+
+def _adding_to(slot: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def hook(param: torch.Tensor) -> None:
+        assert param.grad is not None, "it was made just now"
+        slot.add_(param.grad)
+        param.grad = None
+
+    return hook
 
 
 def pretending(real: bool) -> AbstractContextManager[Any]:
