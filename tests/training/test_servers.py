@@ -335,6 +335,7 @@ def saved(rank: int, size: int) -> Any:
         draws.clear()
         for step in (2, 3):
             trained(model, step, draws)
+    model.close()  # the next model of these processes makes connections of its own
     torch.manual_seed(7)
     again, drawn = GPT(dropout=0.1, depth=1), list[float]()
     resumed = model_of(again, seed=3)
