@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import sys
 import os
 import random
 import shutil
+import sys
 import warnings
 from collections import Counter, OrderedDict
 from itertools import pairwise

@@ -49,7 +49,7 @@ class PeerGroup:
             ranks,
             timeout=_timeout_of(process_group),
             backend="gloo",
-            # Else a group is named by its ranks: a second one would find the first one's addresses.
+            # Else it is named by its ranks: a second one would find the first one's addresses.
             use_local_synchronization=len(ranks) != dist.get_world_size(),
         )
 
