@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -23,14 +23,6 @@ _PLAIN = torch.Tensor.data  # the descriptor that all tensors share
 _lock = threading.Lock()  # of what Parameter has: it is there while anybody watches
 _watches: weakref.WeakSet[Listener] = weakref.WeakSet()
 _MANY = 64
-_ALIASES = (
-    *("detach", "numpy", "untyped_storage", "__dlpack__", "__getitem__", "as_strided", "chunk"),
-    *("diagonal", "expand", "expand_as", "flatten", "movedim", "narrow", "permute", "ravel"),
-    *("reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t"),
-    *("transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
-)
-_TURNED = ("T", "mT", "H", "mH")
-"""Methods, and properties, that return what has the memory of a parameter."""
 
 
 class Listener(Protocol):
@@ -49,7 +41,7 @@ def listen(listener: Listener) -> None:
         _watches.add(listener)
         if "data" not in nn.Parameter.__dict__:
             nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
-            for name, method in _TELLING.items():
+            for name, method in _telling().items():
                 setattr(nn.Parameter, name, method)
 
 
@@ -110,21 +102,35 @@ def _set(param: torch.Tensor, value: torch.Tensor) -> None:
     _PLAIN.__set__(param, value)  # type: ignore[attr-defined]
 
 
-def _telling(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that does what PyTorch's does, and tells of it before."""
+@functools.cache
+def _telling() -> dict[str, Any]:
+    """Methods and properties that return memory of a parameter, by what PyTorch says of operators.
 
-    @functools.wraps(plain)
+    And those that are no operators.
+    """
+    found = {"numpy", "untyped_storage", "__dlpack__", "T", "H"}
+    for schema in torch._C._jit_get_all_schemas():
+        of_self = bool(schema.arguments) and schema.arguments[0].name == "self"
+        kinds = [returned.alias_info for returned in schema.returns]
+        if of_self and any(kind is not None and not kind.is_write for kind in kinds):
+            found.add(schema.name.removeprefix("aten::"))
+    names = {name for name in found if hasattr(torch.Tensor, name)} - {"data"}
+    return {name: _told(getattr(torch.Tensor, name)) for name in names}
+
+
+def _told(plain: Any) -> Any:
+    """Return a method, or a property, that does what PyTorch's does, and tells of it before."""
+    is_property = not callable(plain)
+    get = plain.__get__ if is_property else plain
+
+    @functools.wraps(get)
     def method(param: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         for watch in list(_watches):
             watch.note_alias(param)
         _leave_class()
-        return plain(param, *args, **kwargs)
+        return get(param, *args, **kwargs)
 
-    return method
-
-
-_TELLING: dict[str, Any] = {name: _telling(getattr(torch.Tensor, name)) for name in _ALIASES}
-_TELLING |= {name: property(_telling(getattr(torch.Tensor, name).__get__)) for name in _TURNED}
+    return property(method) if is_property else method
 
 
 def _tell(param: torch.Tensor, alias: torch.Tensor | None) -> None:
@@ -137,7 +143,7 @@ def _leave_class() -> None:
     """Let the class be as PyTorch made it where nobody watches any more."""
     with _lock:
         if not _watches and "data" in nn.Parameter.__dict__:
-            for name in ("data", *_TELLING):
+            for name in ("data", *_telling()):
                 delattr(nn.Parameter, name)
 
 

@@ -172,7 +172,22 @@ def by_twin(param: torch.Tensor) -> None:
     torch.empty(0).set_(param.untyped_storage(), 0, param.shape).mul_(0.5)
 
 
-WRITES = [by_view, by_rows, by_transpose, by_storage, by_typed_storage, by_dlpack, by_twin]
+def by_halves(param: torch.Tensor) -> None:
+    with torch.no_grad():
+        param.hsplit(2)[0].moveaxis(0, 1).numpy()[1] *= 0.5
+    param.detach().adjoint().cpu().numpy()[2] *= 0.5
+
+
+WRITES = [
+    by_view,
+    by_halves,
+    by_rows,
+    by_transpose,
+    by_storage,
+    by_typed_storage,
+    by_dlpack,
+    by_twin,
+]
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
