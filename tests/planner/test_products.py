@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from harmony.core.layergraph import LayerGraph
+from harmony.core.machine import Machine
 from harmony.errors import PlanError, ScheduleError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.plan import Plan
@@ -132,17 +133,20 @@ def test_interleaved_rounds_take_turns_pack_by_pack() -> None:
         build_tasks(GRAPH, replace(spec, rounds=1))
 
 
+def slow_link(update_s: float) -> tuple[LayerGraph, CostTable, Machine]:
+    graph = with_products(chain(12, weight=2**20, per_sample=2**14), 2**21)
+    layers = tuple(replace(x, saved_nbytes_per_sample=2**22) for x in graph.layers)
+    cost = LayerCost(1.0, 2.0, update_s, 0, 2**22, 0, 2**21, 0.6)
+    last = replace(cost, backward_nbytes=46 * 2**20)
+    table = CostTable(tuple({1: each} for each in (*[cost] * 11, last)))
+    return replace(graph, layers=layers), table, server(1, 90 * 2**20, 2 * 2**20)
+
+
 def test_a_search_interleaves_where_the_link_needs_the_time_of_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A forward takes 1 s and leaves what the link takes 2 s for, a backward as much."""
-    graph = with_products(chain(12, weight=2**20, per_sample=2**14), 2**21)
-    layers = tuple(replace(x, saved_nbytes_per_sample=2**22) for x in graph.layers)
-    graph = replace(graph, layers=layers)
-    cost = LayerCost(1.0, 2.0, 1e-3, 0, 2**22, 0, 2**21, 0.6)
-    last = replace(cost, backward_nbytes=46 * 2**20)
-    table = CostTable(tuple({1: each} for each in (*[cost] * 11, last)))
-    machine = server(1, 90 * 2**20, 2 * 2**20)
+    graph, table, machine = slow_link(update_s=1e-3)
     plan = search.choose(graph, table, machine, 32, microbatch_size=1)
     with monkeypatch.context() as patch:
         patch.setattr(ranking, "interleaving", lambda *_, **__: ())
@@ -150,6 +154,17 @@ def test_a_search_interleaves_where_the_link_needs_the_time_of_both(
     assert plan.spec.interleaved and plan.step_s < 0.97 * without.step_s
     assert Plan.from_json(plan.to_json()).spec == plan.spec
     assert any("interleaved rounds" in line for line in plan.describe())
+
+
+def test_updates_that_wait_hide_behind_whole_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that are not interleaved have some, and win where updates are long."""
+    graph, table, machine = slow_link(update_s=15.0)
+    machine = replace(machine, updates_overlap=True, updates_wait=True)
+    plan = search.choose(graph, table, machine, 32, microbatch_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking, "interleaving", lambda *_, **__: ())
+        without = search.choose(graph, table, machine, 32, microbatch_size=1)
+    assert without.spec.late and plan.step_s <= without.step_s
 
 
 def test_packs_whose_products_are_not_known_are_refused() -> None:

@@ -108,6 +108,7 @@ class Question:
         num_packs: of BACKWARD packs; None for any.
         recompute: whether all activations are recomputed, none kept or offloaded.
         like: compute the bits that this candidate computes; None for any.
+        interleaves: whether rounds may be interleaved.
     """
 
     packer: Packer
@@ -119,6 +120,7 @@ class Question:
     num_packs: int | None = None
     recompute: bool = False
     like: Candidate | None = None
+    interleaves: bool = True
 
     @property
     def memory_nbytes(self) -> int:

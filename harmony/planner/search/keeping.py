@@ -251,7 +251,7 @@ def interleaving(
         few: whether some are enough, to see whether it is worth looking closer.
     """
     spec = found.spec
-    if spec.rounds == 1 or spec.saved or spec.products_runs:
+    if not question.interleaves or spec.rounds == 1 or spec.saved or spec.products_runs:
         return
     runs = spec.runs_of_round(0)
     out = tuple(pack for pack in spec.products if pack in found.policy.offload)

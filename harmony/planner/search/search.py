@@ -142,8 +142,16 @@ def choose(
             f" {REMEDY}"
         ) from None
     plan = search.plan_of(best)
-    leaves = machine.updates_overlap and phase is Phase.TRAIN
-    return with_late_updates(plan, best, search.trial) if leaves else plan
+    if not machine.updates_overlap or phase is not Phase.TRAIN:
+        return plan
+    plan = with_late_updates(plan, best, search.trial)
+    if not best.tried.candidate.spec.interleaved:
+        return plan
+    # What waits hides behind a whole forward where rounds are not interleaved, else behind less.
+    search = _Search(replace(question, interleaves=False))
+    best = search.run()
+    other = with_late_updates(search.plan_of(best), best, search.trial)
+    return min(plan, other, key=lambda plan: plan.step_s)
 
 
 def ask(
