@@ -165,9 +165,11 @@ STEP_FAULTS = [
 
 def with_fault(monkeypatch: pytest.MonkeyPatch, calls: type, method: str, fault: Fault) -> None:
     right = getattr(calls, method)
-    monkeypatch.setattr(
-        calls, method, lambda self, *args: fault(self._engine, lambda: right(self, *args))
-    )
+
+    def wrong(self: Any, *args: Any, **options: Any) -> Any:
+        return fault(self._engine, lambda: right(self, *args, **options))
+
+    monkeypatch.setattr(calls, method, wrong)
 
 
 def prepared(dynamic: bool) -> harmony.Harmony:
