@@ -9,7 +9,6 @@ installation, for instance).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -42,7 +41,6 @@ Place = tuple[int, torch.Tensor]
 
 _DIGITS = 8
 _FEW_NBYTES = 1 << 20
-_AHEAD_NBYTES = 1 << 25
 _MOST_VIEWS = 512  # of one read; the system takes no more than 1024
 _READERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 _SUMMERS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -223,7 +221,6 @@ class _Reading:
         for span in self.known.spans:
             if work.is_over.is_set():
                 return
-            self._ask_ahead(span[1] + _AHEAD_NBYTES)
             spare = work.spare.get()
             try:
                 views = list(self._between(span[0], span[1], spare))
@@ -234,13 +231,6 @@ class _Reading:
             sums.append(work.pool.submit(self._sum, work, span, views, spare))
         for each in sums:
             each.result()
-
-    def _ask_ahead(self, end: int) -> None:
-        """Have the system read up to there, meanwhile: a first write to new memory takes time."""
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            with contextlib.suppress(OSError):  # it is only a hint
-                low = end - CHUNK_NBYTES
-                os.posix_fadvise(self._descriptor, low, CHUNK_NBYTES, os.POSIX_FADV_WILLNEED)
 
     def _sum(
         self, work: _Work, span: tuple[int, int, str], views: list[memoryview], spare: memoryview
