@@ -141,15 +141,24 @@ def choose(
             f"{error}. The {minibatch} samples have to be one microbatch: {graph.whole_batch}."
             f" {REMEDY}"
         ) from None
-    plan = search.plan_of(best)
-    if not machine.updates_overlap or phase is not Phase.TRAIN:
-        return plan
-    plan = with_late_updates(plan, best, search.trial)
+    leaves = machine.updates_overlap and phase is Phase.TRAIN
+    return _with_late_updates(search, best) if leaves else search.plan_of(best)
+
+
+def _with_late_updates(search: _Search, best: Fitting) -> Plan:
+    """Return the plan with the updates that are left to the next step.
+
+    They hide behind a whole forward where rounds are not interleaved, else behind less: where the
+    best plan's are, the best of the others is asked, too.
+    """
+    plan = with_late_updates(search.plan_of(best), best, search.trial)
     if not best.tried.candidate.spec.interleaved:
         return plan
-    # What waits hides behind a whole forward where rounds are not interleaved, else behind less.
-    search = _Search(replace(question, interleaves=False))
-    best = search.run()
+    search = _Search(replace(search.question, interleaves=False))
+    try:
+        best = search.run()
+    except DoesNotFitError:
+        return plan
     other = with_late_updates(search.plan_of(best), best, search.trial)
     return min(plan, other, key=lambda plan: plan.step_s)
 
