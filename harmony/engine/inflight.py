@@ -128,7 +128,8 @@ def backward_schedule(
     values = tuple(replace(v, is_output=v.id in reached) for v in graph.values)
     started = replace(graph, values=values)
     tasks = build_tasks(started, replace(plan.spec, phase=Phase.BACKWARD))
-    return checked_schedule(tasks, costs, plan.machine, plan.policy)
+    beside = plan.schedules.values()
+    return checked_schedule(tasks, costs, plan.machine, plan.policy, beside)
 
 
 def gradients_left(schedule: Schedule) -> frozenset[int]:

@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 import harmony
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.tasks import Phase
+from harmony.runtime.exec.executor import Executor, PreparedSchedule
+from harmony.runtime.step.step import HostValues
 from tests.training.conftest import VirtualGPUs
 from tests.training.models import SkipMLP, square_loss, vector_batch
 from tests.training.plain import gradients_of, params_of
@@ -393,3 +397,26 @@ def test_anomaly_mode_names_no_anomaly(vgpus: VirtualGPUs) -> None:
 
     with pytest.warns(UserWarning, match="Anomaly Detection"):
         same_training(SkipMLP(), loop)
+
+
+# What a step of a loop makes anew
+
+
+def test_forward_and_backward_take_turns_in_the_same_slots(
+    vgpus: VirtualGPUs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots of other sizes would be given back, and all be prepared again, twice a step."""
+    prepared, prepare = [], Executor.prepare
+
+    def counting(executor: Executor, schedule: Schedule, values: HostValues) -> PreparedSchedule:
+        prepared.append(schedule)
+        return prepare(executor, schedule, values)
+
+    monkeypatch.setattr(Executor, "prepare", counting)
+    model = wrapped(SkipMLP(), device_memory="24KiB")
+    for step in range(4):
+        x, y = vector_batch(step)
+        square_loss(model(x), y).backward()
+    assert [id(schedule) for schedule in prepared] == [
+        id(model.plan.schedules[phase]) for phase in (Phase.FORWARD, Phase.BACKWARD)
+    ]

@@ -10,9 +10,12 @@ events   Record and Wait for every ordering that the streams do not enforce
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from harmony.core.machine import Machine
 from harmony.planner.ir.policy import Policy
-from harmony.planner.ir.schedule import DeviceSpec, Schedule
+from harmony.planner.ir.schedule import DeviceSpec, Schedule, Slots
 from harmony.planner.ir.tasks import TaskGraph
 from harmony.planner.lower.events import add_events
 from harmony.planner.lower.place import Placement, place
@@ -22,7 +25,7 @@ from harmony.planner.lower.stays import find_stays
 from harmony.planner.lower.steps import StepList
 from harmony.planner.lower.values import ValueWriter
 
-__all__ = ["Policy", "lower"]
+__all__ = ["Policy", "in_the_same_slots", "lower"]
 
 
 def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> Schedule:
@@ -59,6 +62,31 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
         for index, item in enumerate(slots)
     )
     return Schedule(tasks.spec.minibatch, devices, tuple(map(tuple, programs)), tuple(host))
+
+
+def in_the_same_slots(schedules: Sequence[Schedule]) -> list[Schedule]:
+    """Return schedules that take turns on the devices, each with the largest slots of any.
+
+    So one can follow the other without giving memory back, and what a forward has left on a
+    device belongs to slots that are still there when its backward runs.
+    """
+    found = []
+    for schedule in schedules:
+        devices = tuple(
+            replace(
+                device,
+                weight_slots=_largest([s.devices[index].weight_slots for s in there]),
+                gradient_slots=_largest([s.devices[index].gradient_slots for s in there]),
+            )
+            for index, device in enumerate(schedule.devices)
+            for there in [[s for s in schedules if index < s.num_devices]]
+        )
+        found.append(replace(schedule, devices=devices))
+    return found
+
+
+def _largest(slots: Sequence[Slots]) -> Slots:
+    return Slots(max(s.count for s in slots), max(s.nbytes for s in slots))
 
 
 def _write(

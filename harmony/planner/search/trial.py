@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from harmony.planner.ir.policy import LEAN, Policy
 from harmony.planner.ir.schedule import Schedule
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
-from harmony.planner.lower.passes import lower
+from harmony.planner.lower.passes import in_the_same_slots, lower
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.predict.memory import Workspace, device_peak, host_nbytes, stash_nbytes
 from harmony.planner.predict.simulate import Simulation
@@ -104,9 +105,15 @@ class Trial:
 
     def _whole(self, candidate: Candidate) -> Tried | TooLarge:
         lowered, machine = {}, self.question.machine
-        for phase in timed_phases(candidate.spec.phase):
-            tasks = build_tasks(self.graph, for_phase(candidate.spec, phase))
-            schedule = lower(tasks, machine, policy_for(candidate.policy, phase))
+        phases = timed_phases(candidate.spec.phase)
+        made = [build_tasks(self.graph, for_phase(candidate.spec, phase)) for phase in phases]
+        schedules = in_the_same_slots(
+            [
+                lower(tasks, machine, policy_for(candidate.policy, phase))
+                for phase, tasks in zip(phases, made, strict=True)
+            ]
+        )
+        for phase, tasks, schedule in zip(phases, made, schedules, strict=True):
             needed = tuple(
                 device_peak(schedule, device, self.graph, self.workspace).nbytes
                 for device in range(schedule.num_devices)
@@ -237,14 +244,21 @@ def inference_schedule(
 
 
 def checked_schedule(
-    tasks: TaskGraph, costs: CostTable, machine: Machine, policy: Policy
+    tasks: TaskGraph,
+    costs: CostTable,
+    machine: Machine,
+    policy: Policy,
+    beside: Iterable[Schedule] = (),
 ) -> Schedule:
     """Return the schedule of some tasks, checked.
+
+    Args:
+        beside: what takes turns with it, and has slots large enough for both.
 
     Raises:
         ScheduleError: if the checker refuses it.
         DoesNotFitError: if a device needs more memory than it has.
     """
-    schedule = lower(tasks, machine, policy)
+    schedule = in_the_same_slots([lower(tasks, machine, policy), *beside])[0]
     verify(schedule, tasks.layers, costs, tasks.spec.phase, tasks)
     return schedule

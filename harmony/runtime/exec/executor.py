@@ -188,7 +188,10 @@ class Executor:
     def fits_slots(self, schedule: Schedule) -> bool:
         """Whether the slots that exist serve this schedule as they are."""
         return all(
-            _slot_sizes(schedule, index) == held for index, held in enumerate(self._slot_sizes)
+            _slot_sizes(schedule, index) == held
+            if index < schedule.num_devices
+            else not held.resident
+            for index, held in enumerate(self._slot_sizes)
         )
 
     def slots_nbytes(self) -> list[int]:
@@ -210,12 +213,13 @@ class Executor:
             self._reserve_residents(index, ())
 
     def _reserve_slots(self, schedule: Schedule) -> None:
+        for index, item in enumerate(schedule.devices):
+            self._host.set_stages(index, item.stages, self.contexts[index].device)
+        if self.fits_slots(schedule):
+            return
         # Devices that it leaves out too: weights that stay there would be of an earlier step.
         for index in range(len(self.contexts)):
             spec = wanted = _slot_sizes(schedule, index)
-            if index < schedule.num_devices:
-                stages = schedule.devices[index].stages
-                self._host.set_stages(index, stages, self.contexts[index].device)
             if wanted == self._slot_sizes[index]:
                 continue
             self._slot_sizes[index] = _NO_SLOTS  # until all of them are there
