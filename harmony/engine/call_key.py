@@ -48,8 +48,8 @@ def call_key_of(
 
     The last is None for a call that a recording can hold.
 
-    Beside the inputs it holds the modes and hooks of the modules, and PyTorch's settings. What
-    else the forward's Python reads is looked at by the guards of each capture.
+    Beside the inputs it holds which modules there are, their modes and hooks, and PyTorch's
+    settings. What else the forward's Python reads is looked at by the guards of each capture.
 
     Args:
         modules: of the model.
@@ -89,9 +89,31 @@ def _describe(leaf: Any, batch_dim: int | None) -> Any:
     return form_of_leaf(leaf, batch_dim)
 
 
+class _Parts:
+    """Which modules a model has, and where: equal to that of the same ones only.
+
+    It holds them, so that what takes the place of one is never known by the same number.
+    """
+
+    def __init__(self, modules: Modules) -> None:
+        self._modules = modules
+        found: list[Any] = []
+        for _, module in modules:
+            found += (id(module), type(module))
+            if children := module.__dict__["_modules"]:
+                found += (*children, *map(id, children.values()))
+        self._ids = tuple(found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Parts) and self._ids == other._ids
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+
 def _state_of(modules: Modules) -> tuple[Any, ...]:
-    """What is trained, and the modes and hooks of the modules."""
-    found: list[Any] = []
+    """Which modules there are, what is trained, and their modes and hooks."""
+    found: list[Any] = [_Parts(modules)]
     for _, module in modules:
         held = module.__dict__
         found.append(module.training)

@@ -32,6 +32,17 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(x)) * self.scale))
 
 
+class Glued(Net):
+    """Modules without parameters between the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.glue = nn.Sequential(nn.Tanh(), nn.LeakyReLU(0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.glue(self.norm(self.first(x))))
+
+
 def assign_statistics(net: nn.Module, _: object) -> None:
     net.norm.running_mean = torch.zeros(WIDTH)
 
@@ -127,6 +138,30 @@ def drop_norm(net: nn.Module, _: object) -> None:
     net.norm = nn.Identity()
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def other_kind(net: nn.Module, _: object) -> None:
+    """Another module with the very parameters of the one before it."""
+    first = Doubled(WIDTH, WIDTH)
+    first.weight, first.bias = net.first.weight, net.first.bias
+    net.first = first
+
+
+def other_activation(net: nn.Module, _: object) -> None:
+    net.glue[0] = nn.GELU()
+
+
+def other_order(net: nn.Module, _: object) -> None:
+    net.glue[0], net.glue[1] = net.glue[1], net.glue[0]
+
+
+def other_class(net: nn.Module, _: object) -> None:
+    net.last.__class__ = Doubled
+
+
 def parametrized(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     nn.utils.parametrizations.weight_norm(net.last)
     added = [p for n, p in net.last.named_parameters() if "weight" in n]
@@ -144,6 +179,13 @@ def test_layers_may_be_replaced_between_steps(
 ) -> None:
     torch.manual_seed(0)
     same_with_changes(Net(), changes, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_may_be_replaced_that_bring_no_parameters(vgpus: VirtualGPUs, form: str) -> None:
+    torch.manual_seed(0)
+    changes: dict[int, Change] = {1: other_kind, 2: other_activation, 3: other_order}
+    same_with_changes(Glued(), {**changes, 4: other_class}, form)
 
 
 def test_an_optimizer_with_state_sees_replaced_layers(vgpus: VirtualGPUs) -> None:
