@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from gpu_check import main, suite
 from gpu_check.page import as_text
-from gpu_check.steps import STEPS
+from gpu_check.steps import STEPS, TRAINING_PARTS
 from gpu_check.suite import run_tests
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,3 +66,72 @@ def test_each_test_that_fails_is_noted_and_each_file_when_it_is_done(tmp_path: P
     assert (one["passed"], one["failed"], one["skipped"]) == (1, 1, 1)
     assert two["what"].endswith("test_two.py") and two["passed"] == 1
     assert (total["passed"], total["failed"], total["skipped_tests"]) == (2, 1, 1)
+
+
+def test_each_file_of_training_is_in_one_part_and_parts_are_alike() -> None:
+    shared = suite.parts(TRAINING_PARTS)
+    every = [path.name for path in (ROOT / "tests" / "training").glob("test_*.py")]
+    first = [Path(name).name for name in suite.FIRST if name.endswith(".py")]
+    found = [Path(file).name for part in shared for file in part]
+    assert sorted(found + first) == sorted(every)
+    counts = [
+        sum((ROOT / file).read_text(encoding="utf-8").count("\ndef test_") for file in part)
+        for part in shared
+    ]
+    assert max(counts) - min(counts) <= 5, counts
+
+
+def test_a_part_that_was_interrupted_goes_on_with_what_had_not_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, *rest = suite.parts(TRAINING_PARTS)[0]
+    before = [
+        {"what": "failed", "test": f"{second}::test_x", "why": "a sum"},
+        {"what": first, "passed": 3, "skipped": 1},
+        {"what": second, "passed": 2, "failed": 1},
+        {"what": "tests", "passed": 5, "failed": 1, "skipped_tests": 1},
+    ]
+    asked: list[list[str]] = []
+
+    def ran(note: Any, words: Any, total: Any) -> bool:
+        asked.append(list(words))
+        assert dict(total) == {"passed": 3, "skipped": 1}
+        return True
+
+    monkeypatch.setattr(suite, "run_tests", ran)
+    noted: list[dict[str, Any]] = []
+    given = (0, TRAINING_PARTS, lambda **figures: noted.append(figures), False)
+    assert suite.run_part(*given, before)
+    assert noted == [before[1]] and asked[0][-len(rest) - 1 :] == [second, *rest]
+
+    noted.clear()
+    passed = [{"what": file, "passed": 1} for file in (first, second, *rest)]
+    assert suite.run_part(*given, passed) and len(asked) == 1
+    total = {"what": "tests", "passed": 2 + len(rest), "failed": 0, "skipped_tests": 0}
+    assert noted[-1] == total
+
+
+def test_what_an_interrupted_step_had_noted_stays_for_it_to_go_on_and_not_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main.subprocess, "Popen", _Ended)
+    goes_on = next(step for step in STEPS if step.goes_on)
+    another = next(step for step in STEPS if not step.goes_on)
+    for resume in (True, False):
+        for step in (goes_on, another):
+            main.figures_of(tmp_path, step).write_text('{"what": "x"}\n{"what": "y', "utf-8")
+            given = SimpleNamespace(out=tmp_path, small=True, resume=resume)
+            found = main.run_step(step, given)["figures"]
+            assert found == ([{"what": "x"}] if resume and step is goes_on else [])
+
+
+class _Ended:
+    """A process that has ended."""
+
+    pid = 2**30
+
+    def __init__(self, *words: Any, **how: Any) -> None:
+        pass
+
+    def wait(self, seconds: float | None = None) -> int:
+        return 0

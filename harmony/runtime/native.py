@@ -149,9 +149,24 @@ def is_lost(device: torch.device) -> bool:
 
 def pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor of a device to pinned memory of PyTorch's, in the current stream's order."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    _pinned_copies.add(host)
-    return host.copy_(tensor, non_blocking=True)
+    try:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        _pinned_copies.add(host)
+        return host.copy_(tensor, non_blocking=True)
+    except RuntimeError:
+        if is_lost(tensor.device):
+            _keep_pinned_copies()  # whoever has made others would drop them on the way out
+        raise
+
+
+def _keep_pinned_copies() -> None:
+    """Keep pinned memory of PyTorch's for good, once a GPU is lost.
+
+    PyTorch records an event when it is given back. On a lost GPU that raises, in a destructor: the
+    process would be aborted before anybody has saved anything.
+    """
+    for copy in _pinned_copies:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(copy))
 
 
 def device_lost(
@@ -162,10 +177,7 @@ def device_lost(
     Args:
         after: what parameters are like now.
     """
-    # PyTorch records an event when pinned memory is given back. On a lost GPU that raises, in a
-    # destructor: the process would be aborted before anybody has saved anything.
-    for copy in _pinned_copies:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(copy))
+    _keep_pinned_copies()
     first = text_of(error).partition("\n")[0]
     rescue = "start the script again from its last checkpoint"
     if not torn:

@@ -94,6 +94,9 @@ def run_all(args: argparse.Namespace) -> int:
     found |= {"commit": commit(), "steps": {}}
     if args.resume and results.exists():
         found = resumed(json.loads(results.read_text(encoding="utf-8")), found)
+    if not found["steps"]:
+        for step in STEPS:
+            forget(args.out, step)
     for step in STEPS:
         if step.name not in args.steps or found["steps"].get(step.name, {}).get("state") == "ok":
             continue
@@ -116,9 +119,9 @@ def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 def run_step(step: Step, args: argparse.Namespace) -> dict[str, Any]:
     """Run a step in a process of its own, and end it when its time is over."""
-    figures, log = args.out / f"{step.name}.jsonl", args.out / f"{step.name}.log"
-    if figures.is_file():
-        figures.unlink()
+    figures, log = figures_of(args.out, step), args.out / f"{step.name}.log"
+    if not (args.resume and step.goes_on):
+        forget(args.out, step)
     words = [sys.executable, str(ROOT / "scripts" / "gpu-check"), "--child", step.name]
     words += ["--out", str(args.out), *(["--small"] if args.small else [])]
     start_s = time.monotonic()
@@ -132,8 +135,7 @@ def run_step(step: Step, args: argparse.Namespace) -> dict[str, Any]:
             code = None
         finally:
             _end(process)
-    lines = figures.read_text(encoding="utf-8").splitlines() if figures.is_file() else []
-    found = [json.loads(line) for line in lines]
+    found = noted(figures)
     skipped = next((f["skipped"] for f in found if "skipped" in f), None)
     state = "timed out" if code is None else "FAILED" if code else "skipped" if skipped else "ok"
     return {
@@ -142,6 +144,23 @@ def run_step(step: Step, args: argparse.Namespace) -> dict[str, Any]:
         "figures": found,
         "error": last_lines(log) if state in ("FAILED", "timed out") else None,
     }
+
+
+def figures_of(out: Path, step: Step) -> Path:
+    """Where a step writes what it finds, a line each."""
+    return out / f"{step.name}.jsonl"
+
+
+def noted(figures: Path) -> list[dict[str, Any]]:
+    """What a step has written there so far; a line that it had not ended counts for nothing."""
+    lines = figures.read_text(encoding="utf-8").splitlines(True) if figures.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget(out: Path, step: Step) -> None:
+    """Remove what a step has found: it is to begin anew."""
+    if figures_of(out, step).is_file():
+        figures_of(out, step).unlink()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -158,13 +177,15 @@ def run_here(name: str, small: bool, out: Path) -> int:
 
         standin.install()
     step = next(step for step in STEPS if step.name == name)
-    with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+    before = noted(figures_of(out, step))
+    with figures_of(out, step).open("w", encoding="utf-8") as file:
 
         def note(**figures: Any) -> None:
             file.write(json.dumps(figures, default=str) + "\n")
             file.flush()
 
-        return 0 if step.run(note, small) else 1
+        good = step.run(note, small, before) if step.goes_on else step.run(note, small)
+        return 0 if good else 1
 
 
 def last_lines(log: Path, count: int = 12) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 
@@ -15,8 +14,14 @@ class Note(Protocol):
         """Note figures by name; ``what`` says of what, ``skipped`` why there are none."""
 
 
-Run = Callable[[Note, bool], bool]
-"""Runs a step, with tiny models if the second argument says so; returns whether all is well."""
+Run = Callable[..., bool]
+"""Runs a step; returns whether all is well.
+
+Takes a `Note`, whether models are to be tiny, and of a step that goes on what it had noted before.
+"""
+
+TRAINING_PARTS = 8
+"""Steps that the tests of training are cut into: two minutes each on two cores, of eight."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,23 @@ class Step:
         name: on the command line and in the results.
         what: it finds out.
         run: does it.
+        goes_on: whether, once interrupted or failed, it does not begin anew.
     """
 
     name: str
     what: str
     run: Run
+    goes_on: bool = False
 
 
 def _later(module: str, function: str, *args: Any) -> Run:
     """A function whose module is imported by the step that needs it."""
 
-    def run(note: Note, small: bool) -> bool:
+    def run(*given: Any) -> bool:
         import importlib
 
         found = getattr(importlib.import_module(f"gpu_check.{module}"), function)
-        return bool(partial(found, *args)(note, small))
+        return bool(found(*args, *given))
 
     return run
 
@@ -49,7 +56,7 @@ def _later(module: str, function: str, *args: Any) -> Run:
 STEPS = (
     Step("machine", "the machine, its GPUs, what is installed", _later("machine", "describe")),
     Step("exact", "training against plain PyTorch on the same GPU", _later("exact", "compare")),
-    Step("suite", "the tests that say most, on these GPUs", _later("suite", "run", False)),
+    Step("suite", "the tests that say most, on these GPUs", _later("suite", "run")),
     Step("memory", "what PyTorch reserves at most, of the limit", _later("limits", "run")),
     Step("links", "links as Harmony measures them and by copies", _later("links", "run")),
     Step("prediction", "predicted against measured steps", _later("speed", "predict")),
@@ -57,6 +64,14 @@ STEPS = (
     Step("speed-7B", "tokens/s of 7 billion parameters", _later("speed", "run", "7B")),
     Step("speed-14B", "tokens/s of 14 billion parameters", _later("speed", "run", "14B")),
     Step("largest", "the largest model that the host holds", _later("largest", "run")),
-    Step("training", "the other tests of training, on these GPUs", _later("suite", "run", True)),
+    *(
+        Step(
+            f"training-{part + 1}",
+            f"the other tests of training, part {part + 1} of {TRAINING_PARTS}",
+            _later("suite", "run_part", part, TRAINING_PARTS),
+            goes_on=True,
+        )
+        for part in range(TRAINING_PARTS)
+    ),
     Step("sanitizer", "a few steps under compute-sanitizer", _later("sanitizer", "run")),
 )

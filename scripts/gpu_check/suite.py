@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpu_check.steps import Note
 
@@ -21,25 +22,72 @@ FIRST: tuple[str, ...] = (
 )
 """What says most, for when time runs out."""
 
+_NO_TESTS = 5
+"""pytest's exit code where a file has no test that is to run, as one that draws all its cases."""
 
-def run(rest: bool, note: Note, small: bool) -> bool:
-    """Note for each file how many tests passed, and which did not.
+_ENDED = (0, 1, _NO_TESTS)
+"""Its exit codes where the last file is done."""
+
+
+def run(note: Note, small: bool) -> bool:
+    """Note for each file of `FIRST` how many tests passed, and which did not."""
+    words = ["--first-cases", *FIRST[:2]] if small else FIRST
+    return not _has_pytest(note) or run_tests(note, ["--device", "cuda", *words])
+
+
+def run_part(
+    part: int, num_parts: int, note: Note, small: bool, before: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Note the same of a part of the other files of tests/training, of each test the first case.
 
     Args:
-        rest: all of tests/training, of each test the first case.
+        before: what was noted when the step was interrupted, or failed: files that had passed are
+            not run again.
     """
-    if importlib.util.find_spec("pytest") is None:
-        note(skipped="pytest is not installed (scripts/gpu-check --fetch)")
+    if not _has_pytest(note):
         return True
-    words = ["--device", "cuda", "--first-cases"] if rest or small else ["--device", "cuda"]
-    named = FIRST[:2] if small else FIRST
-    if rest:
-        named = ("tests/training/test_rounds.py",) if small else ("tests/training",)
-    return run_tests(note, [*words, *named])
+    files = parts(num_parts)[part]
+    files = files[-1:] if small else files
+    passed = {found["what"]: found for found in before if not found.get("failed")}
+    total: Counter[str] = Counter()
+    for file in filter(passed.__contains__, files):
+        note(**passed[file])
+        for outcome in ("passed", "skipped"):
+            total[outcome] += passed[file].get(outcome, 0)
+    rest = [file for file in files if file not in passed]
+    words = ["--device", "cuda", "--first-cases", *rest]
+    return run_tests(note, words, total) if rest else _note_total(note, total)
 
 
-def run_tests(note: Note, words: Sequence[str]) -> bool:
-    """Run pytest with these words of its command line; note each file when it is done."""
+def parts(num_parts: int) -> list[list[str]]:
+    """Share the files of tests/training out, but `FIRST`, so that parts have as many tests."""
+    folder = ROOT / "tests" / "training"
+    sizes = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\ndef test_")
+        for path in sorted(folder.glob("test_*.py"))
+    }
+    shared: list[list[str]] = [[] for _ in range(num_parts)]
+    totals = [0] * num_parts
+    for file in sorted(sizes.keys() - set(FIRST), key=lambda file: (-sizes[file], file)):
+        least = totals.index(min(totals))
+        shared[least].append(file)
+        totals[least] += sizes[file]
+    return shared
+
+
+def _has_pytest(note: Note) -> bool:
+    found = importlib.util.find_spec("pytest") is not None
+    if not found:
+        note(skipped="pytest is not installed (scripts/gpu-check --fetch)")
+    return found
+
+
+def run_tests(note: Note, words: Sequence[str], total: Counter[str] | None = None) -> bool:
+    """Run pytest with these words of its command line; note each file when it is done.
+
+    Args:
+        total: outcomes of tests that were run before, to be added to.
+    """
     ours, theirs = os.pipe()
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "HARMONY_REPORTS": str(theirs)}
@@ -47,7 +95,7 @@ def run_tests(note: Note, words: Sequence[str]) -> bool:
     command += ["-p", "gpu_check.reports", *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs])
     os.close(theirs)
-    total: Counter[str] = Counter()
+    total = Counter() if total is None else total
     of_file: Counter[str] = Counter()
     file = ""
     with os.fdopen(ours, encoding="utf-8") as reports:
@@ -61,12 +109,18 @@ def run_tests(note: Note, words: Sequence[str]) -> bool:
             total[report["outcome"]] += 1
             if report["outcome"] == "failed":
                 note(what="failed", test=report["test"], why=report["why"])
-    if file:
+    code = process.wait()
+    if file and code in _ENDED:
         note(what=file, **of_file)
+    return _note_total(note, total) and code in (0, _NO_TESTS)
+
+
+def _note_total(note: Note, total: Counter[str]) -> bool:
+    """Note how many tests there were; returns whether any passed."""
     note(
         what="tests",
         passed=total["passed"],
         failed=total["failed"],
         skipped_tests=total["skipped"],
     )
-    return process.wait() == 0 and total["passed"] > 0
+    return total["passed"] > 0

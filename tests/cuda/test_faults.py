@@ -378,6 +378,30 @@ for _ in range(2):
     assert found.count("torn True") == 2 and "save model.state_dict()" not in found
 
 
+def test_pinned_copies_outlive_a_gpu_that_is_lost_while_one_more_is_made() -> None:
+    """PyTorch aborted the process: a layer's other buffers were dropped with the failed one."""
+    found = standin.run(
+        """
+import torch, harmony
+from torch import nn
+from tests.cuda import standin
+layers = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16)
+model = harmony.Harmony(
+    nn.Sequential(*layers), loss_fn=nn.functional.mse_loss, optimizer=torch.optim.SGD,
+    optimizer_kwargs={"lr": 0.1}, microbatch_size=4, devices=1, updates="host", mode="pp",
+)
+x = torch.randn(8, 16)
+standin.fail("host_alloc", 2, 719, "losing")
+try:
+    model.train_step(x, x)
+except harmony.DeviceLostError as error:
+    print("lost", error)
+""",
+        gpus=1,
+    )
+    assert "save model.state_dict() now" in found
+
+
 def test_a_checkpoint_for_which_a_call_fails_is_refused_by_name() -> None:
     """`AcceleratorError` was all that was said."""
     found = standin.run(

@@ -46,8 +46,15 @@ def computing(net: nn.Module, device: torch.device | None = None) -> Iterator[to
 
 
 def moved(values: Any, device: torch.device) -> Any:
-    """Return nested values with their tensors on a device."""
-    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, values)
+    """Return nested values with their tensors on a device; one tensor stays one."""
+    there: dict[int, torch.Tensor] = {}
+
+    def of(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return there.setdefault(id(x), x.to(device))
+
+    return tree_map(of, values)
 
 
 def gradients_of(net: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -225,6 +225,7 @@ def test_what_is_written_and_gone_at_once_counts(
 def test_parameters_have_pytorchs_own_methods_when_nobody_watches(vgpus: VirtualGPUs) -> None:
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
     options: dict[str, Any] = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}}
+    options["updates"] = "auto"  # on the GPU, where weights then stay
     model = harmony.Harmony(net, loss_fn=square_loss, devices=1, **options)
     model.train_step(*vector_batch(0))
     assert "view" in vars(nn.Parameter)

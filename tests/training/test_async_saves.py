@@ -86,10 +86,10 @@ def trained(net: nn.Module, **options: Any) -> harmony.Harmony:
     return harmony.Harmony(net, **{**settings, **options})
 
 
-def small() -> harmony.Harmony:
+def small(**options: Any) -> harmony.Harmony:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     return harmony.Harmony(
-        net, optimizer=torch.optim.AdamW, loss_fn=square_loss, devices=1, seed=1
+        net, optimizer=torch.optim.AdamW, loss_fn=square_loss, devices=1, seed=1, **options
     )
 
 
@@ -280,7 +280,7 @@ def test_state_on_gpus_for_which_the_host_has_no_room_is_not_copied(
     vgpus: VirtualGPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the system ends the process; a run goes on without this checkpoint."""
-    model = small()
+    model = small(updates="auto")
     with harmony.Run(model, tmp_path, every=1) as run:
         model.train_step(*batch(0))
         with monkeypatch.context() as scarce:

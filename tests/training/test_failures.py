@@ -364,7 +364,7 @@ def test_links_are_measured_where_there_is_hardly_any_memory(vgpus: VirtualGPUs)
 
 def test_a_module_on_a_gpu_is_refused_with_the_way_back(vgpus: VirtualGPUs) -> None:
     vgpus(count=1, memory="1MiB")
-    model = harmony.Harmony(SkipMLP().to("vgpu:0"), devices=1)
+    model = harmony.Harmony(SkipMLP().to(devices.device()), devices=1)
     with pytest.raises(harmony.HarmonyError, match=r"leave \.to\(\) and \.cuda\(\) out"):
         model(vector_batch(0)[0])
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -171,7 +171,7 @@ class OnDevice(TorchFunctionMode):
             with checkpointed(preserve_rng_state):
                 return run(*given)
         if any(x.device == self._device for x in tensors_in((args, kwargs))):
-            apply = getattr(apply, "__func__").__get__(_going_back(function, self._device))  # noqa: B009
+            apply = _applied_to(_going_back(function, self._device), apply)
         return self.call(apply, function.__name__, args, kwargs)
 
     def call_script(self, script: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -258,6 +258,19 @@ def _going_back(function: Any, device: torch.device) -> Any:
             return moved(own(ctx, *gradients), device)
 
     return type(function.__name__, (function,), {name: staticmethod(backward)})
+
+
+_APPLY = torch.autograd.Function.__dict__["apply"]  # before anything takes its place
+
+
+def _applied_to(function: Any, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the `apply` of a custom ``autograd.Function`` for another one.
+
+    It is a function of Python's where something has taken its place, and before torch 2.14.
+    """
+    python = getattr(apply, "__func__", None)
+    bound = _APPLY.__get__(None, function) if python is None else MethodType(python, function)
+    return cast("Callable[..., Any]", bound)
 
 
 _as_it_is = threading.local()
