@@ -21,7 +21,7 @@ from harmony.capture.guards.module_hooks import check_hooks
 from harmony.capture.guards.outside import Outside
 from harmony.capture.replay.captured import Captured
 from harmony.capture.replay.inputs import Batch, form_of_leaf
-from harmony.capture.replay.replay import GuardError
+from harmony.capture.replay.replay import GuardError, call_in_progress
 from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain, plain_attributes
 from harmony.capture.state.random_state import seed_python
@@ -43,6 +43,7 @@ __all__ = [
     "ModuleShell",
     "StreamedModule",
     "autocast_dtype",
+    "call_in_progress",
     "capture",
     "check_hooks",
     "form_of",

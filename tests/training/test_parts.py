@@ -370,6 +370,137 @@ def test_what_mixes_samples_once_it_is_trained_is_seen_before(
         model.train_step(INPUTS, targets)
 
 
+class Opens(nn.Module):
+    """A branch between samples that a count of steps opens, or a threshold out of reach."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).tanh()
+        return self.last(LATER[self.how](h, self.steps >= 2))
+
+
+def in_place(h: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
+    h = h.clone()
+    h[:, :4] += is_open * h[:, :4].mean(0)
+    return h
+
+
+LATER: dict[str, Any] = {
+    "mean": lambda h, is_open: h + torch.where(is_open, 1.0, 0.0) * h.mean(0, keepdim=True),
+    "ramp": lambda h, is_open: h + (is_open / 100) * h.std(0),
+    "roll": lambda h, is_open: torch.where(is_open, h.roll(1, 0), h),
+    "softmax": lambda h, is_open: h + is_open * h.softmax(0),
+    "product": lambda h, is_open: h + is_open * (h @ h.T @ h),
+    "first": lambda h, is_open: h + is_open * h[0],
+    "norm": lambda h, is_open: torch.where(is_open, F.batch_norm(h, None, None, training=True), h),
+    "cumsum": lambda h, is_open: h + is_open * h.cumsum(0),
+    "threshold": lambda h, _: h + F.relu(h.mean(0) - 5.0),
+    "clamp": lambda h, _: h.clamp(max=h.mean() + 100.0),
+    "in_place": in_place,
+}
+APART: dict[str, Any] = {
+    "factor": lambda h, is_open: h * torch.where(is_open, 2.0, 1.0),
+    "row": lambda h, is_open: h + is_open * h.softmax(1) * h.amax(1, keepdim=True),
+    "chosen": lambda h, _: h.index_add(0, (h[:, 0] > 0).nonzero()[:, 0], h[h[:, 0] > 0]),
+    "any": lambda h, _: torch.where((h > 2).any(), h.clamp(max=9.0), h),
+    "noise": lambda h, _: F.gumbel_softmax(h, dim=1),
+}
+LATER.update(APART)
+
+
+@pytest.mark.parametrize("how", list(LATER))
+def test_what_mixes_samples_in_a_later_step_is_seen_before(vgpus: VirtualGPUs, how: str) -> None:
+    torch.manual_seed(0)
+    model = wrap(Opens(how), F.cross_entropy, mode="dp")
+    if how in APART:
+        model.train_step(INPUTS, LABELS)
+        return
+    with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*mixes samples.*test_parts.py:\d+"):
+        model.train_step(INPUTS, LABELS)
+
+
+def test_a_branch_that_opens_later_is_trained_as_plain_pytorch_does(vgpus: VirtualGPUs) -> None:
+    torch.manual_seed(0)
+    net = Opens("mean")
+    twin = copy.deepcopy(net)
+    model = wrap(net, F.cross_entropy)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(4):
+        for each in (net, twin):
+            each.get_buffer("steps").fill_(step)
+        loss = model.train_step(INPUTS, LABELS)
+        optimizer.zero_grad()
+        whole = F.cross_entropy(twin(INPUTS), LABELS)
+        whole.backward()
+        optimizer.step()
+        assert torch.equal(loss, whole.detach()), step
+
+
+def errors(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (out - wanted).square().mean(1)
+
+
+def chosen_mean(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Over the samples with errors above a threshold, as at first all have."""
+    each = errors(out, wanted)
+    return each[each > 1e-6].mean()
+
+
+def chosen_ratio(out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    each = errors(out, wanted)
+    return (each * (each > 1e-6)).sum() / (each > 1e-6).sum()
+
+
+class Between(nn.Module):
+    """A term between samples that comes in with a count of steps."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, out: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return errors(out, wanted).mean() + (self.steps > 2) * self.what(out)
+
+
+BENDS: dict[str, Any] = {
+    "threshold": lambda o, t: errors(o, t).mean() + F.relu(o.mean(0).square().sum() - 500.0),
+    "other": lambda o, t: torch.where(errors(o, t).mean() > 50, o.abs().mean(), o.pow(2).mean()),
+    "clamp": lambda o, t: errors(o, t).mean().clamp(max=100.0),
+    "flooding": lambda o, t: (errors(o, t).mean() - 1e-3).abs() + 1e-3,
+    "larger": lambda o, t: torch.maximum(errors(o, t).mean(), 1e-3 * o.abs().mean()),
+    "chosen_mean": chosen_mean,
+    "chosen_ratio": chosen_ratio,
+    "std": Between(lambda o: o.std(0).sum()),
+    "largest": Between(lambda o: o.max()),
+    "gram": Between(lambda o: (o.T @ o / len(o)).square().sum()),
+    "distances": Between(lambda o: torch.cdist(o, o).mean()),
+}
+SUMS: dict[str, Any] = {
+    "mask": lambda o, t: (errors(o, t) * (o.detach().amax(1) > 0.1)).mean(),
+    "weights": lambda o, t: (
+        errors(o, t).mean(0) * 2.0 + 0.5 * o.square().mean(0).dot(torch.ones(5))
+    ),
+    "dot": lambda o, t: torch.dot(o.flatten(), t.flatten()) / len(o),
+    "logged": lambda o, t: (errors(o, t).mean().sqrt(), errors(o, t).mean())[1],
+}
+
+
+@pytest.mark.parametrize("name", [*BENDS, *SUMS])
+def test_a_loss_that_bends_later_is_that_of_the_whole_batch(vgpus: VirtualGPUs, name: str) -> None:
+    model = wrap(mlp(), (BENDS | SUMS)[name], mode="dp")
+    if name in SUMS:
+        model.train_step(INPUTS, WANTED)
+        return
+    with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*loss \(.*mixes samples"):
+        model.train_step(INPUTS, WANTED)
+
+
 def test_a_norm_over_the_batch_with_all_defaults(vgpus: VirtualGPUs) -> None:
     """A microbatch of one sample that nobody asked for, which BatchNorm1d refuses."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ No patches, no global state: several threads replay at once, each with its own s
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from harmony.capture.graph.trace import (
     assign_buffer,
 )
 from harmony.capture.replay.shell import ModuleShell
+from harmony.capture.trace.isolation import is_machinery
+from harmony.core.files import PACKAGE
 from harmony.errors import CaptureError
 
 Values = dict[int, torch.Tensor]
@@ -91,6 +94,19 @@ def run_step(step: Step, values: Values, shell: ModuleShell) -> None:
     _keep_outputs(step, out, values)
     for left, held in zip(step.left_behind, before_call, strict=True):
         values[left.value] = _take_back(left, held, shell)
+
+
+def call_in_progress() -> str:
+    """File and line of the user's call that this thread runs now; empty if it runs none."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is run_step.__code__:
+            return str(frame.f_locals["step"].where)
+        if not is_machinery(code.co_filename) and not code.co_filename.startswith(str(PACKAGE)):
+            return f"{code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def _arguments(

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _MEANS = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}
+_FILLED = frozenset({"geometric_", "log_normal_", "cauchy_"})
 _RATES = ("dropout", "dropout_p")
 
 
@@ -51,4 +52,8 @@ def _drawn(name: str, args: Any, kwargs: Any) -> float | None:
         low = kwargs.get("from", args[1] if len(args) > 1 else 0.0)
         high = kwargs.get("to", args[2] if len(args) > 2 else 1.0)
         return float(low + high) / 2
+    if name == "exponential_":
+        return 1 / float(kwargs.get("lambd", args[1] if len(args) > 1 else 1.0))
+    if name in _FILLED:
+        return 1.0
     return None

@@ -12,7 +12,9 @@ from harmony.capture import Captured
 from harmony.capture.loss.weights import LossWeigher
 from harmony.core.layergraph import Layer, LayerGraph
 from harmony.engine.splitting.compare import alike, best_groups, tolerance
+from harmony.engine.splitting.dataflow import Dataflow
 from harmony.engine.splitting.losses import LossTrial, Rule, Split
+from harmony.engine.splitting.recording import Recorder
 from harmony.engine.splitting.runner import LayerRunner
 from harmony.engine.splitting.samples import Dims, choose, taken, unsettled, with_other_neighbours
 from harmony.errors import CaptureError
@@ -117,7 +119,7 @@ class _FailedError(Exception):
     """The samples do not run together."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     """Some of the samples on their way through the layers."""
 
@@ -231,24 +233,50 @@ class _Trial:
 
     def _try(self, layer: Layer) -> None:
         self._runner.load(layer)
-        self._run(layer, self._whole)
+        recorded = self._recorded()
+        self._run(layer, self._whole, recorded.get(self._whole))
         if self._whole.failure:
             raise _FailedError(self._whole.failure)
         self._run(layer, self._others)
         for run in self._every_part():
-            self._run(layer, run)
+            self._run(layer, run, recorded.get(run))
         scalars = [v for v in layer.outputs if self._is_loss(v)]
         for value in layer.outputs:
             if value not in scalars:
                 self._compare(layer, value)
         if scalars and self._asked is None:
             self._try_losses(layer, scalars)
+        if recorded and layer.index not in self._mixing:
+            self._follow(layer, recorded)
 
-    def _run(self, layer: Layer, run: _Run) -> None:
+    def _recorded(self) -> dict[_Run, Recorder]:
+        """Return what notes the kernels of all samples and of the parts of one split."""
+        split = next((split for split in self._splits if not self._failure(split)), None)
+        if split is None or self._asked is not None:
+            return {}
+        return {run: Recorder() for run in (self._whole, *self._splits[split])}
+
+    def _follow(self, layer: Layer, recorded: Mapping[_Run, Recorder]) -> None:
+        """Find what mixes samples on the way to a result that does not show it yet."""
+        whole, *parts = recorded.values()
+        sizes = [run.num_samples for run in recorded][1:]
+        flow = Dataflow.of(whole, parts, sizes)
+        if flow is None:
+            return
+        for value in layer.outputs:
+            if self._is_loss(value):
+                node, what = flow.bend_in(value), f"the loss ({self._loss_name(value)})"
+            else:
+                node, what = flow.statistic_in(value), layer.name
+            if node is not None:
+                why = f"{what} mixes samples, or may do so in a later step: by {node.call}"
+                self._mixing.setdefault(layer.index, why)
+
+    def _run(self, layer: Layer, run: _Run, recorder: Recorder | None = None) -> None:
         if run.failure:
             return
         try:
-            run.env.update(self._runner.run(layer, run.env, run.num_samples))
+            run.env.update(self._runner.run(layer, run.env, run.num_samples, recorder))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the user's code raises for so many samples
@@ -265,6 +293,9 @@ class _Trial:
     def _is_loss(self, value: int) -> bool:
         known, found = self._graph.values[value], self._whole.env[value]
         return known.is_output and not found.dim() and found.is_floating_point()
+
+    def _loss_name(self, value: int) -> str:
+        return self._model.loss_name or self._graph.values[value].name
 
     def _compare(self, layer: Layer, value: int) -> None:
         """Compare what a layer has made of samples together with what of fewer, and of others."""
@@ -321,7 +352,7 @@ class _Trial:
             if rules.get(scalar):
                 self._rules[scalar] = rules[scalar][0]
             elif len(failed) < len(splits) or not splits:
-                what = self._model.loss_name or self._graph.values[scalar].name
+                what = self._loss_name(scalar)
                 self._mixing.setdefault(
                     layer.index,
                     f"the loss ({what}) mixes samples: that of a batch is not put together from"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import nn
 from harmony.capture import Captured, plain_attributes, seed_python
 from harmony.capture.state.determined import Determined
 from harmony.core.layergraph import Layer, LayerGraph
+from harmony.engine.splitting.recording import Recorder
 from harmony.engine.splitting.samples import unsettled
 from harmony.errors import text_of
 from harmony.runtime import native
@@ -106,13 +107,32 @@ class LayerRunner:
         if self._host is not None:
             self._host._held = {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def run(self, layer: Layer, inputs: Values, num_samples: int) -> Values:
-        """Return what the layer makes of its inputs, on the host."""
+    def run(
+        self, layer: Layer, inputs: Values, num_samples: int, recorder: Recorder | None = None
+    ) -> Values:
+        """Return what the layer makes of its inputs, on the host.
+
+        Args:
+            recorder: notes how it is made.
+        """
         self._check_ids(layer, inputs, num_samples)
-        with torch.no_grad(), self._bound(layer):
+        with torch.no_grad(), self._bound(layer) as tensors:
             env = {v: inputs[v].to(self.device) for v in layer.inputs}
-            found = self._call(layer, env, num_samples)
+            if recorder is None:
+                found = self._call(layer, env, num_samples)
+            else:
+                self._enter(recorder, env, tensors)
+                with recorder:
+                    found = self._call(layer, env, num_samples)
+                recorder.leave(found)
             return {v: tensor.cpu() for v, tensor in found.items()}
+
+    def _enter(self, recorder: Recorder, env: Values, tensors: Mapping[str, torch.Tensor]) -> None:
+        for value, tensor in env.items():
+            is_from_model = self._graph.values[value].requires_grad
+            recorder.enter([tensor], is_from_model=is_from_model)
+        for name, tensor in tensors.items():
+            recorder.enter([tensor], is_from_model=name in self._trained)
 
     def run_scalars(
         self, layer: Layer, inputs: Values, num_samples: int, wanted: Sequence[int]
