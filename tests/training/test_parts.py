@@ -408,7 +408,6 @@ APART: dict[str, Any] = {
     "row": lambda h, is_open: h + is_open * h.softmax(1) * h.amax(1, keepdim=True),
     "chosen": lambda h, _: h.index_add(0, (h[:, 0] > 0).nonzero()[:, 0], h[h[:, 0] > 0]),
     "any": lambda h, _: torch.where((h > 2).any(), h.clamp(max=9.0), h),
-    "noise": lambda h, _: F.gumbel_softmax(h, dim=1),
 }
 LATER.update(APART)
 
@@ -519,6 +518,36 @@ def test_a_size_that_was_asked_for_and_fails_is_one_error(vgpus: VirtualGPUs) ->
     model = wrap(net, F.cross_entropy, microbatch_size=1, mode="pp")
     with pytest.raises(harmony.HarmonyError, match="1 samples"):
         model.train_step(INPUTS, LABELS)
+
+
+DRAWN: dict[str, Any] = {
+    "normal": lambda h: torch.normal(h, 0.1),
+    "poisson": lambda h: h + torch.poisson(h.abs()),
+    "gumbel": lambda h: F.gumbel_softmax(h, dim=1),
+    "times": lambda h: h * torch.randint(1, 10, (len(h), 1), device=h.device) / 10,
+    "kept": lambda h: h * (torch.rand(len(h), 1, device=h.device) < 0.7),
+    "chosen": lambda h: h.gather(1, h.softmax(1).multinomial(3)).repeat(1, 6)[:, :16],
+    "gamma": lambda h: h * torch.distributions.Gamma(h.abs() + 1, 1.0).sample(),
+    "dirichlet": lambda h: h * torch.distributions.Dirichlet(h.abs() + 1).sample(),
+    "uniform": lambda h: h + torch.empty_like(h).uniform_(-1, 1),
+}
+
+
+class Draws(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(DRAWN[self.how](self.first(x)))
+
+
+@pytest.mark.parametrize("how", list(DRAWN))
+def test_random_numbers_mix_nothing(vgpus: VirtualGPUs, how: str) -> None:
+    model = wrap(Draws(how), F.cross_entropy, mode="dp")
+    model.train_step(INPUTS, LABELS)
+    assert model.plan is not None and len(model.plan.spec.shares) == 2
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])

@@ -1,18 +1,27 @@
 """Runs layers as if nothing was random: dropout keeps everything, noise is its mean.
 
 Samples together draw other numbers than samples apart, so what they compute can be compared only
-where none are drawn.
+where none are drawn. A random order (``randperm``) stays: it is of all samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_MEANS = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}
-_FILLED = frozenset({"geometric_", "log_normal_", "cauchy_"})
+_LIKELY: dict[str, Callable[..., torch.Tensor]] = {
+    "normal": lambda mean, *_: mean,
+    "poisson": lambda rate, *_: rate.round(),
+    "binomial": lambda count, odds: (count * odds).round(),
+    "multinomial": lambda odds, *_: odds.argmax(-1, keepdim=True),
+    "_standard_gamma": lambda shape, *_: shape,
+    "_sample_dirichlet": lambda shape, *_: shape / shape.sum(-1, keepdim=True),
+}
+"""What is drawn by tensors, and what is likely by them."""
+
 _RATES = ("dropout", "dropout_p")
 
 
@@ -24,13 +33,12 @@ class Determined(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name == "bernoulli":
-            return torch.ones_like(args[0])
-        drawn = _drawn(name, args, kwargs)
+        if name in _LIKELY and isinstance(args[0], torch.Tensor):
+            drawn = func(*args, **kwargs)
+            return drawn.copy_(_LIKELY[name](*args[:2]))
+        drawn = _drawn(func, args, kwargs)
         if drawn is not None:
-            return args[0].fill_(drawn)
-        if name in _MEANS:
-            return func(*args, **kwargs).fill_(_MEANS[name])
+            return func(*args, **kwargs).fill_(drawn)
         args = list(args)
         for index, argument in enumerate(func._schema.arguments):
             if argument.name not in _RATES:
@@ -42,18 +50,28 @@ class Determined(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def _drawn(name: str, args: Any, kwargs: Any) -> float | None:
-    """What a kernel that fills its first argument with random numbers fills it with here."""
-    if name == "bernoulli_":
-        return 1.0
-    if name == "normal_":
-        return float(kwargs.get("mean", args[1] if len(args) > 1 else 0.0))
-    if name == "uniform_":
-        low = kwargs.get("from", args[1] if len(args) > 1 else 0.0)
-        high = kwargs.get("to", args[2] if len(args) > 2 else 1.0)
-        return float(low + high) / 2
-    if name == "exponential_":
-        return 1 / float(kwargs.get("lambd", args[1] if len(args) > 1 else 1.0))
-    if name in _FILLED:
-        return 1.0
+def _drawn(func: Any, args: Any, kwargs: Any) -> float | None:
+    """What a kernel that fills a tensor with random numbers fills it with here."""
+    name = func.overloadpacket.__name__.removesuffix("_like").rstrip("_")
+
+    def given(argument: str, otherwise: float) -> float:
+        names = [known.name for known in func._schema.arguments]
+        place = names.index(argument) if argument in names else len(args)
+        found = args[place] if place < len(args) else kwargs.get(argument)
+        return otherwise if found is None else float(found)
+
+    match name:
+        case "rand" | "uniform":
+            return (given("from", 0.0) + given("to", 1.0)) / 2
+        case "randn":
+            return 0.0
+        case "normal":
+            return given("mean", 0.0)
+        case "randint" | "random":
+            low = given("low", given("from", 0.0))
+            return float((low + given("high", given("to", low + 2.0))) // 2)
+        case "exponential":
+            return 1 / given("lambd", 1.0)
+        case "bernoulli" | "geometric" | "log_normal" | "cauchy":
+            return 1.0
     return None

@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         name = func.overloadpacket.__name__
-        reads = () if _makes_anew(name) else tuple(map(self._maker, tensors))
+        reads = [self._maker(tensor) for tensor in _read(name, tensors, args)]
         found = func(*args, **kwargs)
         schema = func._schema
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
@@ -203,11 +203,24 @@ def _geometry(tensor: torch.Tensor) -> _Geometry:
 
 
 _COPIES = frozenset({"_to_copy", "clone", "detach", "alias", "lift_fresh"})
-_ANEW = ("zeros_like", "ones_like", "empty_like", "full_like", "new_", "fill_", "zero_")
+_ANEW = ("zeros_like", "ones_like", "empty_like", "full_like", "new_")
 _SELECTING = frozenset({"index", "masked_select"})
 """What a mask of theirs chooses has a number of entries that follows from values."""
 
 
-def _makes_anew(name: str) -> bool:
-    """Whether only the form of its first argument counts."""
-    return name.startswith(_ANEW) or name in ("zero", "fill")
+def _read(
+    name: str, tensors: Sequence[torch.Tensor], args: Sequence[Any]
+) -> Sequence[torch.Tensor]:
+    """What a kernel reads of its tensors: not one that it overwrites, or that only has a form.
+
+    Nothing comes through a factor of Python that is 0; should it be another, that is noticed.
+    """
+    if name == "mul" and any(type(factor) in (int, float) and factor == 0 for factor in args):
+        return ()
+    is_overwritten = name in ("copy_", "fill_", "zero_") and _is_all(tensors[0])
+    return tensors[1:] if is_overwritten or name.startswith(_ANEW) else tensors
+
+
+def _is_all(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all of its memory."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
