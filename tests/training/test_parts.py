@@ -403,7 +403,18 @@ LATER: dict[str, Any] = {
     "clamp": lambda h, _: h.clamp(max=h.mean() + 100.0),
     "in_place": in_place,
 }
+
+
+def in_halves(h: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Written to memory that holds anything at first."""
+    out = torch.empty_like(h)
+    out[:, :8] = h[:, 8:]
+    out[:, 8:] = h[:, :8].sin()
+    return out
+
+
 APART: dict[str, Any] = {
+    "halves": in_halves,
     "factor": lambda h, is_open: h * torch.where(is_open, 2.0, 1.0),
     "row": lambda h, is_open: h + is_open * h.softmax(1) * h.amax(1, keepdim=True),
     "chosen": lambda h, _: h.index_add(0, (h[:, 0] > 0).nonzero()[:, 0], h[h[:, 0] > 0]),

@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.results: dict[int, int] = {}
         self._made: dict[StorageWeakRef, dict[_Geometry | None, int]] = {}
-        self._blank: set[int] = set()
+        self._blank: set[StorageWeakRef] = set()  # what nothing has been written to, or not to all
 
     def enter(self, tensors: Iterable[torch.Tensor], *, is_from_model: bool) -> None:
         """Note tensors that are there before."""
@@ -126,6 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if found is not None:
                 self.results[value] = found
         self._made.clear()
+        self._blank.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,11 +163,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         from_model = any(self.nodes[read].is_from_model for read in reads)
         place = call_in_progress()
-        is_blank = "empty" in name or (is_view and not self._blank.isdisjoint(reads))
         for tensor in made:
-            sketch = None if is_blank else Sketch.of(tensor)
-            if is_blank:
-                self._blank.add(len(self.nodes))
+            storage = _storage(tensor)
+            if storage is not None and "empty" in name:
+                self._blank.add(storage)
+            elif storage is not None and not is_view and _is_all(tensor):
+                self._blank.discard(storage)
+            is_known = "empty" not in name and not (is_view and storage in self._blank)
+            sketch = Sketch.of(tensor) if is_known else None
             plain = name.rstrip("_")
             self.nodes.append(Node(plain, place, reads, from_model, sketch, selects, is_view))
             if is_view:
