@@ -25,6 +25,7 @@ from harmony.engine.options import (
     check_loss,
     check_nonfinite,
     check_options,
+    check_shards,
     check_types_of,
     pinned_plan,
     watch_of,
@@ -39,6 +40,7 @@ from harmony.report.session import ModelRecord, Observer, Verified
 from harmony.report.text import print_report
 from harmony.runtime.hardware import Devices, choose_devices, memory_limit
 from harmony.runtime.peers.group import peers_of
+from harmony.runtime.peers.owners import Owners
 from harmony.runtime.processes import check_alone, host_memory_of, local_share
 from harmony.runtime.step.randomness import drawn_seed
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, check_optimizer_options
@@ -143,6 +145,12 @@ class Harmony(Wrapper):
             the backward, and every process takes the same step. All have to make the model, and
             then to make the same calls. Under `torchrun` with several processes on a server each
             has its share of the GPUs. See docs/servers.md.
+        shard_optimizer_state: whether each process of the group keeps the optimizer's state of
+            some parameters only, about an equal part of the bytes, updates these, and gets the
+            others from the processes that update them (ZeRO's first stage). Results and traffic
+            are the same. `optimizer.state_dict` then holds this process's part, a checkpoint all
+            of it. Not with ``overlap_updates``, nor with optimizers whose step is one of all
+            parameters.
 
     Raises:
         ConfigError: for an option that makes no sense, or in one of several processes without
@@ -178,6 +186,7 @@ class Harmony(Wrapper):
         detect_nonfinite: bool = False,
         watchdog: float | str | None = None,
         process_group: Any = None,
+        shard_optimizer_state: bool = False,
     ) -> None:
         super().__init__()
         if process_group is None:
@@ -189,6 +198,8 @@ class Harmony(Wrapper):
         check_optimizer_options(optimizer, optimizer_kwargs, param_groups, max_grad_norm)
         options = current_options()
         check_nonfinite(detect_nonfinite, options.precision or precision)
+        overlap_updates = overlap_updates or options.overlap_updates
+        check_shards(shard_optimizer_state, process_group, optimizer, overlap_updates)
         share = local_share(process_group)
         chosen = choose_devices(devices, device_memory, share)
         peers = peers_of(process_group)
@@ -210,13 +221,16 @@ class Harmony(Wrapper):
                 plan=pinned_plan(plan),
                 activations=activations,
                 updates=updates,
-                overlap_updates=overlap_updates or options.overlap_updates,
+                overlap_updates=overlap_updates,
                 replan=replan and options.replan,
                 precision=precision_of(options.precision or precision),
                 seed=seed if peers is None else peers.same_number(seed),
                 watch=watch_of(watchdog),
                 detect_nonfinite=detect_nonfinite,
                 peers=peers,
+                owners=Owners(peers.rank, peers.size)
+                if peers is not None and shard_optimizer_state
+                else None,
             ),
         )
         if options.verify:

@@ -9,8 +9,16 @@ from typing import Any
 
 from harmony.checkpoint.attributes import Attributes
 from harmony.checkpoint.saving import Saving
+from harmony.checkpoint.shards import RemoteState, answer, remote_state
 from harmony.checkpoint.store import step_name
-from harmony.checkpoint.training import Restored, load_training, own_part, part_of, snapshot
+from harmony.checkpoint.training import (
+    SHARD,
+    Restored,
+    load_training,
+    own_part,
+    part_of,
+    snapshot,
+)
 from harmony.checkpoint.writing import said_by_name
 from harmony.core.warn import warn
 from harmony.engine.engine import Engine
@@ -51,8 +59,12 @@ class Checkpoints:
         parts = [part_of(data) for data in peers.bytes_of_all(own)]
         try:
             with peers.all_of("the end of save_checkpoint", lambda: engine.num_steps):
-                if peers.group.rank == 0:
-                    self._save(root, keep, extra, async_save, objects, parts)
+                if peers.group.rank:
+                    answer(peers, engine.optimizer, engine.net)
+                else:
+                    held = [part.pop(SHARD, {}) for part in parts]
+                    with remote_state(peers, held, engine.net) as remote:
+                        self._save(root, keep, extra, async_save, objects, parts, remote)
         except PeerError as error:
             raise NotSavedError(f"the checkpoint of step {engine.num_steps}: {error}") from None
         return root / step_name(engine.num_steps)
@@ -65,8 +77,13 @@ class Checkpoints:
         async_save: bool,
         objects: Mapping[str, Any],
         parts: Sequence[Mapping[str, Any]],
+        remote: RemoteState | None = None,
     ) -> None:
-        """Write a checkpoint, with what each of several processes has of its own."""
+        """Write a checkpoint, with what each of several processes has of its own.
+
+        Args:
+            remote: the optimizer's state that other processes keep.
+        """
         engine = self._engine
         with engine.lock, engine.whole.naming("save_checkpoint", engine.devices):
             engine.whole.check()
@@ -77,7 +94,14 @@ class Checkpoints:
             self._wait()
             engine.late.flush()
             with said_by_name(root, engine.num_steps):
-                taken = snapshot(engine, self._attributes, objects, extra, parts)
+                taken = snapshot(engine, self._attributes, objects, extra, parts, remote)
+            if async_save and remote is not None:
+                warn(
+                    "the optimizer's state is shared out over processes (shard_optimizer_state), "
+                    "which give it to process 0 before they go on: checkpoints are written before "
+                    "training goes on"
+                )
+                async_save = False
             if async_save and (name := taken.unsaved.unseen()) is not None:
                 warn(
                     f"something holds the memory of {name} (.data, .detach(), a view or an array) "

@@ -32,6 +32,7 @@ class Snapshot:
         beside: files that Hugging Face's library reads, by name.
         tensors: those that something may change of which nobody hears; few bytes, mostly.
         unsaved: parameters and their optimizer state.
+        fetch: returns the values of a tensor, which another process may keep.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Snapshot:
     beside: dict[str, bytes]
     tensors: dict[Key, torch.Tensor]
     unsaved: Unsaved
+    fetch: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
     def write(
         self, root: Path, keep: int | None, may_change: Callable[[], None] = lambda: None
@@ -60,7 +62,7 @@ class Snapshot:
                     forms[stem][name] = tensor
                 files = {s: TensorFiles(writer, s, tensors) for s, tensors in forms.items()}
                 for (stem, name), tensor in self.tensors.items():
-                    files[stem].put(name, tensor)
+                    files[stem].put(name, self.fetch(tensor))
                 writer.json(VALUES, self.values)
                 for name, data in self.beside.items():
                     writer.write(name, data)
@@ -70,7 +72,7 @@ class Snapshot:
                 for unit in self.unsaved.units:
                     with self.unsaved.reading(unit) as tensors:
                         for (stem, name), tensor in tensors.items():
-                            files[stem].put(name, tensor)
+                            files[stem].put(name, self.fetch(tensor))
                 for file in files.values():
                     file.finish()
             if keep is not None:

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from harmony.checkpoint.module_tensors import buffers_besides, set_buffers, targ
 from harmony.checkpoint.optimizers import check_state, is_of, load_state, state_of
 from harmony.checkpoint.random_states import RandomStates
 from harmony.checkpoint.saving import STATE, VALUES, WEIGHTS, Snapshot
+from harmony.checkpoint.shards import RemoteState, described
 from harmony.checkpoint.store import Stored, found_in, places_of, read_manifest
 from harmony.checkpoint.tree import decode, encode
 from harmony.core.files import DAMAGED, check_types
@@ -35,6 +36,9 @@ from harmony.runtime.host.pinned_memory import new_tensor
 from harmony.runtime.interrupts import held_back
 from harmony.runtime.unsaved import Key, Unit, Unsaved
 from harmony.weights.checkpoint_files import StoredTensor
+
+SHARD = "shard"
+"""What of `own_part` describes the optimizer's state that a process keeps."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,13 @@ def snapshot(
     objects: Mapping[str, Any],
     extra: Any,
     processes: Sequence[Mapping[str, Any]] = (),
+    remote: RemoteState | None = None,
 ) -> Snapshot:
     """Note all that a run consists of; no parameter and no optimizer state is copied for it.
 
     Args:
         processes: what each of several processes has of its own (see `own_part`).
+        remote: the optimizer's state that other processes keep.
 
     Raises:
         ConfigError: if something cannot be saved.
@@ -76,6 +82,8 @@ def snapshot(
     changed, generators = attributes.changed()
     random = RandomStates.now()
     optimizer = state_of(engine.optimizer, engine.net)
+    if remote is not None:
+        remote.put_into(optimizer)
     held = {name: _of_object(name, held, engine.net) for name, held in objects.items()}
     data = {
         "extra": extra,
@@ -108,7 +116,8 @@ def snapshot(
             del tensors[key]
     two_packs = engine.two_packs_nbytes({unit.name: unit.nbytes for unit in units})
     unsaved = Unsaved(units, min(two_packs, available_host_nbytes() // 2))
-    return Snapshot(engine.num_steps, encoded, beside, tensors, unsaved)
+    taken = Snapshot(engine.num_steps, encoded, beside, tensors, unsaved)
+    return taken if remote is None else replace(taken, fetch=remote.fetch)
 
 
 def own_part(engine: Engine, objects: Mapping[str, Any], extra: Any) -> bytes:
@@ -124,6 +133,8 @@ def own_part(engine: Engine, objects: Mapping[str, Any], extra: Any) -> bytes:
         "objects": held,
         "random": {"host": tuple(random.host), "cuda": random.devices},
     }
+    if engine.options.owners is not None:
+        data[SHARD] = described(engine.optimizer, engine.net)
     tensors: dict[str, torch.Tensor] = {}
     values = json.dumps({name: encode(value, name, tensors) for name, value in data.items()})
     file = io.BytesIO()
@@ -183,7 +194,8 @@ def load_training(
         ConfigError, HarmonyError: as `Harmony.load_checkpoint`.
     """
     objects = _with_state(objects)
-    read, skipped = _newest(root, skip_damaged)
+    elsewhere = _kept_elsewhere(engine)
+    read, skipped = _newest(root, skip_damaged, elsewhere)
     stored = read.stored
     data, random, choices = _decoded(read, engine)
     optimizer, saved = data["optimizer"], data["objects"]
@@ -193,6 +205,8 @@ def load_training(
     for name, held in objects.items():
         if is_of(held, engine.net):
             check_state(held, engine.net, saved[name], name)
+    if optimizer is not None:
+        optimizer["state"] = {n: s for n, s in optimizer["state"].items() if n not in elsewhere}
     with _trying(stored):  # the one thing that can be tried first
         random.restore()
     with held_back(), engine.whole.together() as begun, _setting(stored):
@@ -304,14 +318,25 @@ class _Read:
     held: dict[str, torch.Tensor]
 
 
-def _newest(root: Path, skip_damaged: bool) -> tuple[_Read, tuple[str, ...]]:
+def _kept_elsewhere(engine: Engine) -> frozenset[str]:
+    """The parameters whose optimizer state other processes keep."""
+    owners = engine.options.owners
+    if owners is None:
+        return frozenset()
+    owners.assign(engine.net.named_parameters())
+    return frozenset(n for n, _ in engine.net.named_parameters() if not owners.is_mine(n))
+
+
+def _newest(
+    root: Path, skip_damaged: bool, elsewhere: frozenset[str]
+) -> tuple[_Read, tuple[str, ...]]:
     folders = found_in(root)
     if not folders:
         raise ConfigError(f"there are no checkpoints in {root}: no folder step-N")
     skipped: list[str] = []
     for number, folder in enumerate(folders):
         try:
-            return _read(folder), tuple(skipped)
+            return _read(folder, elsewhere), tuple(skipped)
         except ConfigError as error:
             skipped.append(str(error))
             older = folders[number + 1 :]
@@ -321,11 +346,23 @@ def _newest(root: Path, skip_damaged: bool) -> tuple[_Read, tuple[str, ...]]:
     raise ConfigError(f"no checkpoint in {root} is whole. {skipped[0]}")
 
 
-def _read(folder: Path) -> _Read:
+def _is_of(path: str, names: frozenset[str]) -> bool:
+    """Whether a tensor, by its path, is of the optimizer's state of one of these parameters."""
+    start = "optimizer.state."
+    name = path.removeprefix(start) if path.startswith(start) else ""
+    while name and name not in names:
+        name = name.rpartition(".")[0]
+    return bool(name)
+
+
+def _read(folder: Path, elsewhere: frozenset[str] = frozenset()) -> _Read:
     """Read all files of a checkpoint once.
 
     The module's weights are held beside it until all is known to be whole. Where that would take
     more than half of the host's free memory, they are compared only, and read again.
+
+    Args:
+        elsewhere: parameters whose optimizer state has no place here: it is compared only.
 
     Raises:
         ConfigError: naming what is damaged.
@@ -335,7 +372,8 @@ def _read(folder: Path) -> _Read:
     values = stored.json(VALUES)
     if not isinstance(values, dict):
         raise ConfigError(f"{folder / VALUES}: it is no JSON object")
-    known, weights = stored.tensors(STATE), stored.tensors(WEIGHTS)
+    every, weights = stored.tensors(STATE), stored.tensors(WEIGHTS)
+    known = {n: t for n, t in every.items() if not _is_of(n, elsewhere)}
     wanted, free = sum(t.nbytes for t in known.values()), available_host_nbytes()
     if wanted > free:
         raise DoesNotFitError(
@@ -347,6 +385,8 @@ def _read(folder: Path) -> _Read:
     state = {name: new_tensor(t.shape, t.dtype) for name, t in known.items()}
     held = {name: new_tensor(t.shape, t.dtype) for name, t in weights.items() if is_room}
     stored.read({**places_of(known, state), **places_of(weights, held)})
+    forms = {n: t for n, t in every.items() if n not in known}
+    state |= {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in forms.items()}
     return _Read(stored, values, state, weights, held)
 
 

@@ -245,14 +245,20 @@ class DynamicRunner:
         """
         optimizer, params = self._optimizer, list(self._net.parameters())
         assert optimizer is not None, "only train_step trains here"
-        if self.peers is not None:
-            self.peers.average_gradients()
-        optimizer.measure(params)
+        exchange = None if self.peers is None else self.peers.average_gradients()
+        optimizer.measure(params, share=None if exchange is None else exchange.share)
+        if exchange is not None:
+            exchange.agree()
         if optimizer.skips:
             return
         about_to_change(params)
         begun.append("all packs")
+        if exchange is not None:
+            exchange.begin_updates()
         optimizer.update_all(params)
+        if exchange is not None:
+            exchange.finish()
+            optimizer.has_stepped()  # where other processes update all
 
     def commit(self, ready: ReadyStep, replay: ReplayState, begun: list[str]) -> None:
         """Let the model have what a forward has changed.

@@ -113,7 +113,9 @@ class Engine:
         self.peers: Peers | None = None
         if options.peers is not None:
             same = {"precision": options.precision.name, "looks": options.detect_nonfinite}
-            self.peers = Peers(options.peers, net, self._optimizer, same, self.late.flush)
+            self.peers = Peers(
+                options.peers, net, self._optimizer, same, self.late.flush, options.owners
+            )
         self.eager = EagerRunner(net, self._contexts[0], options, self.variants, self.dynamic.say)
         self.dynamic.peers = self.eager.peers = self.peers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -67,16 +67,23 @@ def with_saved(graph: LayerGraph, nbytes: Mapping[int, Sequence[Footprint]]) -> 
     return replace(graph, layers=layers)
 
 
-def with_state(graph: LayerGraph, layout: ArenaLayout, update: UpdateCost) -> LayerGraph:
+def with_state(
+    graph: LayerGraph,
+    layout: ArenaLayout,
+    update: UpdateCost,
+    is_here: Callable[[str], bool] = lambda _: True,
+) -> LayerGraph:
     """Return the graph with the bytes of optimizer state, and of its updates, filled in.
 
     Args:
         layout: of the gradients.
+        is_here: whether this process keeps the state of a parameter.
     """
 
     def nbytes(names: Mapping[str, Place]) -> tuple[int, int]:
         temporary = max((update.temporary_of(place) for place in names.values()), default=0)
-        return sum(update.state_of(place) for place in names.values()), temporary
+        kept = (place for name, place in names.items() if is_here(name))
+        return sum(map(update.state_of, kept)), temporary
 
     def filled(part: Part, names: Mapping[str, Place]) -> Part:
         state, temporary = nbytes(names)

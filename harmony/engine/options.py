@@ -19,6 +19,7 @@ from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import load_plan
 from harmony.runtime.peers.group import PeerGroup
+from harmony.runtime.peers.owners import Owners
 from harmony.runtime.step.finite import check_finite
 from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.optimizer import Groups, OptimizerFactory, PackOptimizer
@@ -48,6 +49,7 @@ class EngineOptions:
     watch: Watch | None = None
     detect_nonfinite: bool = False
     peers: PeerGroup | None = None
+    owners: Owners | None = None
 
     def groups_of(self, net: nn.Module) -> Groups | None:
         """The parameter groups of a module, as it is now."""
@@ -95,6 +97,8 @@ class EngineOptions:
         )
         made.looks_first = self.detect_nonfinite
         made.is_shared = self.peers is not None
+        made.is_sharded = self.owners is not None
+        made.check_shardable()
         if self.precision.dtype is torch.float16:
             made.scaling = LossScaling()
         return made
@@ -157,6 +161,34 @@ def check_nonfinite(detects: bool, precision: str) -> None:
         raise ConfigError(
             'detect_nonfinite=True with precision="fp16": gradients that are not finite are '
             "expected there, such a step is skipped and the loss scaled by less. Leave one out"
+        )
+
+
+def check_shards(
+    shards: object, process_group: object, optimizer: object, overlap_updates: bool
+) -> None:
+    """Refuse to share out the optimizer's state where that makes no sense.
+
+    Raises:
+        ConfigError: naming what is missing, or in the way.
+    """
+    if not isinstance(shards, bool):
+        raise ConfigError(f"shard_optimizer_state={str(shards)[:80]}: True or False")
+    if shards and process_group is None:
+        raise ConfigError(
+            "shard_optimizer_state=True without process_group=: the state is shared out over the "
+            "processes of a group, as torch.distributed.group.WORLD"
+        )
+    if shards and optimizer is None:
+        raise ConfigError(
+            "shard_optimizer_state=True without optimizer=: your own optimizer has its state. Use "
+            "torch.distributed.optim.ZeroRedundancyOptimizer around it"
+        )
+    if shards and overlap_updates:
+        raise ConfigError(
+            "shard_optimizer_state=True with overlap_updates=True: an update that is left to the "
+            "next step is made when this process first reads the parameter, but all processes "
+            "have to take part in one that is shared out. Leave one of them out"
         )
 
 

@@ -22,10 +22,12 @@ from harmony.capture.graph.params import dense_stride, version_of
 from harmony.core.warn import warn
 from harmony.errors import ConfigError, ExecutionError, PeerError, text_of
 from harmony.runtime.host.host_state import HostState
-from harmony.runtime.peers.chunks import Chunk, cut
+from harmony.runtime.peers.chunks import Chunk, OwnedChunk, cut, cut_by_owner
 from harmony.runtime.peers.exchange import Arrived, Exchange
 from harmony.runtime.peers.group import PeerGroup
+from harmony.runtime.peers.owners import Owners
 from harmony.runtime.peers.same_values import digests_of, take_from_first
+from harmony.runtime.peers.sharded import ShardedExchange
 from harmony.runtime.unsaved import about_to_change
 from harmony.runtime.update.optimizer import PackOptimizer
 
@@ -68,6 +70,7 @@ class Peers:
         group: how they are reached.
         exchange: of the step that runs; None before it is agreed on.
         first_microbatch: the number of this process's first microbatch among those of all.
+        owners: who keeps the optimizer's state of which parameter; None where all have all.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Peers:
         optimizer: PackOptimizer | None,
         facts: Mapping[str, Any],
         flush: Callable[[], object],
+        owners: Owners | None = None,
     ) -> None:
         """Train with the processes of a group.
 
@@ -87,6 +91,7 @@ class Peers:
         self.group = group
         self.exchange: Exchange | None = None
         self.first_microbatch = 0
+        self.owners = owners
         self._net, self._optimizer, self._facts = net, optimizer, dict(facts)
         self._flush = flush
         self._announced, self._kind = False, ""
@@ -94,6 +99,8 @@ class Peers:
         self._is_open = True  # whether somebody may have given parameters other values
         self._marks: dict[str, tuple[int, int]] = {}
         self._chunks: tuple[tuple[Any, ...], tuple[Chunk, ...]] = ((), ())
+        self._owned: tuple[tuple[Any, ...], tuple[OwnedChunk, ...]] = ((), ())
+        self._hooked: torch.optim.Optimizer | None = None
         self._said: list[dict[str, Any]] = []
         self._warned = False
 
@@ -187,6 +194,8 @@ class Peers:
                     "given to other processes already. No parameter was changed"
                 )
             return False
+        if kind == TRAIN_STEP and self._optimizer is not None:
+            self._optimizer.check_shardable()
         self._announced, self._kind = True, kind
         row = self._header(
             kind, number, {"samples": samples, "microbatches": microbatches, "error": ""}
@@ -196,12 +205,27 @@ class Peers:
         self._look_at(agreement.samples)
         if kind != FORWARD:
             self.exchange = self._new_exchange()
+        if kind == TRAIN_STEP:
+            self.keep_own_state()
         return agreement.changed
 
-    def average_gradients(self) -> None:
-        """Let ``grad`` of every parameter be the average over all processes, and agree on it.
+    def keep_own_state(self) -> None:
+        """Let go of the optimizer's state that other processes keep."""
+        owners, optimizer = self.owners, self._optimizer
+        if owners is None or optimizer is None:
+            return
+        owners.assign(self._net.named_parameters())
+        optimizer.forget(p for n, p in self._net.named_parameters() if not owners.is_mine(n))
+        if self._hooked is not optimizer.full:
+            self._hooked = optimizer.full
+            optimizer.full.register_load_state_dict_post_hook(lambda _: self.values_were_set())
+            optimizer.full.register_step_pre_hook(_refuse_own_step)
 
-        For steps that no schedule runs with its updates; gradients have all been made.
+    def average_gradients(self) -> Exchange:
+        """Let ``grad`` be the average over all processes, of the parameters updated here.
+
+        For steps that no schedule runs with its updates; gradients have all been made. All have
+        still to agree on the updates.
         """
         exchange = self.exchange
         assert exchange is not None, "the step was announced"
@@ -217,14 +241,14 @@ class Peers:
                 place = gradient.detach()
             arrived[name] = Arrived(place, gradient is not None)
         exchange.arrived(arrived)
-        names = exchange.average()
+        names = exchange.mine(exchange.average())
         for name, param in self._trained():
             held = arrived[name].place
             if name not in names:
                 param.grad = None
             elif held is not None and (param.grad is None or not _same(param.grad, held)):
                 param.grad = held
-        exchange.agree()
+        return exchange
 
     def average_of(self, host: HostState) -> frozenset[str]:
         """Let the gradients of a backward on the host be the average over all processes.
@@ -274,10 +298,16 @@ class Peers:
 
     def _new_exchange(self) -> Exchange:
         trained = [(name, p.numel(), p.dtype) for name, p in reversed(list(self._trained()))]
-        key = tuple(trained)
+        key, names = tuple(trained), [name for name, _, _ in trained]
+        if self.owners is not None and self._kind == TRAIN_STEP:
+            self.owners.assign(self._net.named_parameters())
+            if self._owned[0] != key:
+                self._owned = key, cut_by_owner(trained, self.owners.of, self.group.size)
+            params, looks = dict(self._net.named_parameters()), bool(self._facts["looks"])
+            return ShardedExchange(self.group, self._owned[1], names, self.owners, params, looks)
         if self._chunks[0] != key:
             self._chunks = key, cut(trained)
-        return Exchange(self.group, self._chunks[1], [name for name, _, _ in trained])
+        return Exchange(self.group, self._chunks[1], names)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self._net.named_parameters() if p.requires_grad)
@@ -300,7 +330,11 @@ class Peers:
     def _form(self) -> str:
         """What the model is like; updates that are left need not be made for that."""
         with torch._C.DisableTorchFunctionSubclass():
-            return _hash(_form_of(self._net))
+            form = list(_form_of(self._net))
+            if self.owners is not None:
+                self.owners.assign(self._net.named_parameters())
+                form += sorted(self.owners.of.items())
+            return _hash(iter(form))
 
     def _changed_buffers(self) -> list[str]:
         """Buffers that were written to since all processes had the same."""
@@ -367,24 +401,47 @@ class Peers:
         """Let parameters and buffers that are not process 0's become so."""
         tensors = {**dict(self._net.named_parameters()), **dict(self._net.named_buffers())}
         states = {} if self._optimizer is None else _state_of(self._optimizer, self._net)
-        mine = digests_of(list(tensors.values()))
-        state = digests_of(list(states.values())).view(torch.uint8)
-        whole = hashlib.blake2b(bytes(state.tolist()), digest_size=8)
-        whole.update("\n".join(states).encode())
-        own = torch.tensor([*whole.digest(), *mine.view(torch.uint8).tolist()], dtype=torch.uint8)
-        rows = self.group.gather(own)
-        for rank in range(1, self.group.size):
-            if not torch.equal(rows[rank, :8], rows[0, :8]):
-                raise ConfigError(
-                    f"processes 0 and {rank} of {self.group.size} have another state of the "
-                    "optimizer: load the same checkpoint in all of them. Nothing was changed"
-                )
-        values = rows[:, 8:].contiguous().view(torch.int64)
+        own = [*self._digests_of(states), *digests_of(list(tensors.values())).tolist()]
+        rows = self.group.gather(torch.tensor(own, dtype=torch.int64).view(torch.uint8))
+        found = rows.contiguous().view(torch.int64)
+        values = found[:, len(own) - len(tensors) :]
+        self._compare_states(found[:, : len(own) - len(tensors)])
         different = (values != values[0]).any(0).tolist()
         taken = [t for t, d in zip(tensors.values(), different, strict=True) if d]
         about_to_change(t for t in taken if isinstance(t, nn.Parameter))
         take_from_first(self.group, taken)
         return any(different)
+
+    def _digests_of(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> list[int]:
+        """Numbers that are equal where the optimizer's state is: one, or one a parameter.
+
+        Where each process keeps the state of some parameters it is 0 for those without.
+        """
+        if self.owners is None:
+            return [_digest_of(states)]
+        names = (name for name, _ in self._net.named_parameters())
+        return [_digest_of({n: states[n]}) | 1 if n in states else 0 for n in names]
+
+    def _compare_states(self, found: torch.Tensor) -> None:
+        """Refuse states of the optimizer that differ, or that are not where they are wanted.
+
+        Args:
+            found: what `_digests_of` has returned, a row for each process.
+
+        Raises:
+            ConfigError: naming two processes.
+        """
+        expected = found[:1]
+        if self.owners is not None:  # each is compared with the process that keeps the state
+            owners = [self.owners.of[name] for name, _ in self._net.named_parameters()]
+            expected = found.gather(0, torch.tensor([owners]))
+            expected = torch.where(found == 0, found, expected.expand_as(found))
+        bad = (found != expected).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ConfigError(
+                f"processes 0 and {bad[0]} of {self.group.size} have another state of the "
+                "optimizer: load the same checkpoint in all of them. Nothing was changed"
+            )
 
     def _share_buffers(self) -> bool:
         """Let buffers that a process has changed be process 0's, as DDP does."""
@@ -428,13 +485,37 @@ def _options_of(optimizer: PackOptimizer | None) -> Iterator[object]:
                 yield key, value.tolist() if isinstance(value, torch.Tensor) else value
 
 
-def _state_of(optimizer: PackOptimizer, net: nn.Module) -> dict[str, torch.Tensor]:
+def _state_of(optimizer: PackOptimizer, net: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors of the optimizer's state, by the parameter's name and theirs."""
     found = {}
     for name, param in net.named_parameters():
         state = optimizer.full.state.get(param) or {}
-        found.update({f"{name}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)})
+        tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        if tensors:
+            found[name] = tensors
     return found
+
+
+def _digest_of(states: Mapping[str, Mapping[str, torch.Tensor]]) -> int:
+    """A number of 64 bits for the values of states, and their names."""
+    named = {f"{n}.{k}": v for n, held in states.items() for k, v in held.items()}
+    values = digests_of(list(named.values())).view(torch.uint8)
+    digest = hashlib.blake2b(bytes(values.tolist()), digest_size=8)
+    digest.update("\n".join(named).encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _refuse_own_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Refuse a step of all parameters, the state of some of which is elsewhere.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    raise ConfigError(
+        f"{type(optimizer).__name__}.step() with shard_optimizer_state=True: this process has the "
+        "state of its own parameters only. train_step updates all of them; in a loop of your own "
+        "use torch.distributed.optim.ZeroRedundancyOptimizer. Nothing was changed"
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

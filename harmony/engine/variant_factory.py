@@ -209,13 +209,21 @@ class VariantFactory:
             machine = replace(machine, updates_overlap=not self._steps_at_once())
         captured.graph = self._whole_for(captured, kind)
         host = self._host_state(captured, machine)
-        graph = with_state(captured.graph, host.gradients.layout, update)
+        graph = with_state(captured.graph, host.gradients.layout, update, self._keeps_state())
         host = replace(host, graph=graph)
         phase = kind.phase
         steady = self._measured.steady()
         watch = self._options.watch
         watching = None if watch is None else Watching(watch, session.say)
         return Variant(captured, graph, machine, host, self._contexts, phase, steady, watching)
+
+    def _keeps_state(self) -> Callable[[str], bool]:
+        """Whether this process keeps the optimizer's state of a parameter."""
+        owners = self._options.owners
+        if owners is None:
+            return lambda _: True
+        owners.assign(self._net.named_parameters())
+        return owners.is_mine
 
     def _whole_for(self, captured: Captured, kind: CallKind) -> LayerGraph:
         """Return the graph; of a whole batch, if the loss counts how often it is called."""
@@ -250,7 +258,11 @@ class VariantFactory:
         host = HostState(graph, *views, params, self._optimizer, self.generation)
         host.stages = self._stages
         update = self._measured.known_update or NO_UPDATE
-        self._record.facts.update(facts.of_memory(host, machine, update))
+        owners = self._options.owners
+        shares = 1 if owners is None else owners.size
+        self._record.facts.update(
+            facts.of_memory(host, machine, update, self._keeps_state(), shares)
+        )
         return host
 
     def _weight_arena(self, layout: ArenaLayout) -> HostArena:
@@ -293,6 +305,8 @@ class VariantFactory:
         """What the optimizer costs; measured once."""
         assert self._optimizer is not None
         known = self._measured.update(self._optimizer)
+        if self._options.owners is not None:  # on average, as the largest go round
+            known = replace(known, seconds=known.seconds / self._options.owners.size)
         dtype = self._options.precision.dtype
         if dtype is torch.bfloat16 and takes_all(self._optimizer.full):
             return known  # the kernel writes the copies in the same pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -44,11 +44,19 @@ def sparse_notice(net: nn.Module) -> str | None:
     )
 
 
-def of_memory(host: HostState, machine: Machine, update: UpdateCost) -> Facts:
+def of_memory(
+    host: HostState,
+    machine: Machine,
+    update: UpdateCost,
+    is_here: Callable[[str], bool] = lambda _: True,
+    shares: int = 1,
+) -> Facts:
     """Return what is known once the parameters lie in the arena.
 
     Args:
         update: what the optimizer costs; nothing where it is the user's.
+        is_here: whether this process keeps the optimizer's state of a parameter.
+        shares: over how many processes that is shared out.
     """
     arenas = (host.weights.arena, host.gradients.arena)
     pinned = all(buffer.pinned for arena in arenas for buffer in arena.buffers)
@@ -57,16 +65,21 @@ def of_memory(host: HostState, machine: Machine, update: UpdateCost) -> Facts:
     masters = sum(place.nbytes for place in host.weights.layout.masters().places.values())
     if masters:
         text += f", masters {format_bytes(masters)}"
-    places = host.gradients.layout.places.values()
-    kept = sum(update.state_of(place) for place in places)
+    places = host.gradients.layout.places.items()
+    kept = sum(update.state_of(place) for name, place in places if is_here(name))
     state = sum(arena.nbytes for arena in arenas) + masters + kept
     memory = sum(device.memory_nbytes for device in machine.devices)
     return {
-        "precision": _precision(host, kept),
+        "precision": _precision(host, kept) + _shared(shares),
         "host arena": text,
         "training state": f"{format_bytes(state)}, {state / memory:.1f} times the "
         f"{format_bytes(memory)} of all GPUs",
     }
+
+
+def _shared(shares: int) -> str:
+    """Where the rest of the optimizer's state is."""
+    return "" if shares == 1 else f", the optimizer's state shared out over {shares} processes"
 
 
 def _precision(host: HostState, kept: int) -> str:

@@ -59,6 +59,8 @@ def plain_step(
             index += 1
         sums.append([param.grad for param in net.parameters()])
     for param, total, *others in zip(net.parameters(), *sums, strict=True):
+        if total is None:
+            continue
         for other in others:
             total += other
         param.grad = total / len(parts)

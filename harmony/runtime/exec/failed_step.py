@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from harmony.errors import ExecutionError, HarmonyError, text_of
+from harmony.errors import ExecutionError, HarmonyError, PeerError, text_of
 from harmony.runtime import native
 from harmony.runtime.step.step import Step
 
@@ -29,6 +29,8 @@ def raise_error(
             raise error
         if isinstance(error, HarmonyError) and not torn:
             raise error
+        if isinstance(error, PeerError):  # it says itself what is left
+            raise PeerError(text_of(error), where, torn=torn) from error
         if any(map(native.is_lost, devices)):
             raise native.device_lost(where, error, _state_after(step), torn=torn) from error
         raise ExecutionError(_explain(where, error, step), where, torn=torn) from error

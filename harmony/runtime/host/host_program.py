@@ -75,11 +75,18 @@ class HostProgram:
         if held and optimizer.together is not None:
             self._update_all(step)
             return
+        exchange = step.exchange if step.apply_updates else None
+        if exchange is not None and exchange.begin_updates():
+            step.updated.append("parameters that other processes update")
         for prepared in held:
             assert prepared.task is not None, "it updates"
             self._timed(prepared, prepared.task, step)
-        if step.exchange is not None and step.apply_updates:
+            if exchange is not None:
+                exchange.updated(prepared.names)
+        if exchange is not None:
             self._update_unused(step)
+            self._finish(step, exchange)
+            optimizer.has_stepped()  # where other processes update all
 
     def _timed(self, prepared: _Prepared, task: Task, step: Step) -> None:
         label, host = prepared.label, self._host
@@ -105,20 +112,29 @@ class HostProgram:
             self._average(step, step.exchange)
         self._host.publish_all()
         step.running[self.name] = "the look at the gradients"
-        step.approve()
-        if step.exchange is not None:
-            step.running[self.name] = "the agreement of all processes"
-            step.exchange.agree()
+        exchange = step.exchange
+        if exchange is None:
+            step.approve()
+        else:
+            exchange.approve(step.approve)
         if optimizer.max_norm is not None or optimizer.scaling is not None:
             step.running[self.name] = "the clipping of the gradients"
-            self._host.measure()
+            self._host.measure(None if exchange is None else exchange.share)
+        if exchange is not None:
+            step.running[self.name] = "the agreement of all processes"
+            exchange.agree()
 
     def _average(self, step: Step, exchange: Exchange) -> None:
         """Wait until the gradients are those of all processes."""
         host = self._host
         host.settle_all()
         exchange.arrived(host.gradients_of(host.gradients.layout.places))
-        host.averaged(exchange.average(step.signals.check))
+        host.averaged(exchange.mine(exchange.average(step.signals.check)))
+
+    def _finish(self, step: Step, exchange: Exchange) -> None:
+        """Wait for parameters that other processes update, and compute with these from now on."""
+        step.running[self.name] = "the new values of parameters that other processes update"
+        self._host.weights.arena.refresh(exchange.finish(step.signals.check))
 
     def _update_unused(self, step: Step) -> None:
         """Update what other processes have gradients of, and no layer of this forward uses."""

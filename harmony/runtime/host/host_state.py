@@ -17,7 +17,7 @@ from harmony.runtime.host.arena import ArenaView, Piece
 from harmony.runtime.host.pinned_memory import HostBuffer, view_bytes
 from harmony.runtime.peers.exchange import Arrived
 from harmony.runtime.update.clipping import norm_of
-from harmony.runtime.update.optimizer import Options, PackOptimizer
+from harmony.runtime.update.optimizer import Options, PackOptimizer, Share
 
 
 @dataclass
@@ -160,7 +160,7 @@ class HostState:
                 self.settle(ref)
 
     def averaged(self, names: Collection[str]) -> None:
-        """Note which parameters have a gradient in any process: the average lies in its place."""
+        """Note which parameters have a gradient: the average over processes lies in its place."""
         self._complete = {name: name in names for name in self.gradients.layout.places}
 
     def updated_by(self, pack: Pack) -> list[str]:
@@ -185,15 +185,15 @@ class HostState:
                 native.trace_host_access(f"N{pack}", gradient, write=False)
                 self._norms[id(self.params[name])] = norm_of(gradient)
 
-    def measure(self) -> None:
-        """Let the optimizer look at all gradients."""
+    def measure(self, share: Share | None = None) -> None:
+        """Let the optimizer look at all gradients; those of other processes by what they share."""
         optimizer, params = self.optimizer, self.params.values()
         assert optimizer is not None, "a step without an optimizer has no updates"
         writes = optimizer.scaling is not None
         for param in params:
             if param.grad is not None and id(param) not in self._norms:
                 native.trace_host_access("norm", param.grad, write=writes)
-        optimizer.measure(params, self._norms)
+        optimizer.measure(params, self._norms, share)
 
     def update(self, pack: Pack, names: Sequence[str]) -> None:
         """Run U[a:b]: update the parameters of the pack from their complete gradients.

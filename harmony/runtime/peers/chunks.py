@@ -7,8 +7,9 @@ is about the order in which a backward makes their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -76,3 +77,52 @@ def cut(
             start = stop
     close()
     return tuple(chunks)
+
+
+@dataclass(frozen=True)
+class OwnedChunk:
+    """Parts of gradients of one type that are exchanged together, by the process they belong to.
+
+    Each process adds up its own, and sends the new values of the same parameters to all.
+    """
+
+    dtype: torch.dtype
+    parts: tuple[tuple[Segment, ...], ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Of all processes."""
+        return tuple(segment for part in self.parts for segment in part)
+
+    def nbytes_of(self, rank: int) -> int:
+        """Bytes of what belongs to a process."""
+        return sum(s.stop - s.start for s in self.parts[rank]) * self.dtype.itemsize
+
+    def only(self, names: frozenset[str]) -> OwnedChunk:
+        """What there is of it of these parameters."""
+        parts = (tuple(s for s in part if s.name in names) for part in self.parts)
+        return OwnedChunk(self.dtype, tuple(parts))
+
+
+def cut_by_owner(
+    gradients: Iterable[tuple[str, int, torch.dtype]],
+    owners: Mapping[str, int],
+    size: int,
+    nbytes: int = CHUNK_NBYTES,
+) -> tuple[OwnedChunk, ...]:
+    """Cut gradients into chunks in which every process has about as many bytes of its own.
+
+    Args:
+        gradients: name, number of elements and type, in the order in which they are wanted.
+        owners: the process that each belongs to, by name.
+        size: how many processes there are.
+    """
+    given = list(gradients)
+    at = {name: index for index, (name, _, _) in enumerate(given)}
+    found: list[OwnedChunk] = []
+    for dtype in dict.fromkeys(dtype for _, _, dtype in given):
+        mine = [(name, count, kind) for name, count, kind in given if kind is dtype]
+        rows = [cut((g for g in mine if owners[g[0]] == r), nbytes // size) for r in range(size)]
+        for row in zip_longest(*rows):
+            found.append(OwnedChunk(dtype, tuple(c.segments if c else () for c in row)))
+    return tuple(sorted(found, key=lambda chunk: max(at[s.name] for s in chunk.segments)))

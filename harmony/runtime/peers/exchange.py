@@ -16,7 +16,7 @@ A gradient that a process does not have counts as zeros, if any process has it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ import torch
 
 from harmony.errors import ConfigError, PeerError, text_of
 from harmony.runtime import interrupts, native
-from harmony.runtime.peers.chunks import Chunk
+from harmony.runtime.peers.chunks import Chunk, OwnedChunk, Segment
 from harmony.runtime.peers.group import PeerGroup
 
 MARK_NBYTES = 16
@@ -57,7 +57,9 @@ class Exchange:
         is_agreed: whether all have come to the end, so that each may update.
     """
 
-    def __init__(self, group: PeerGroup, chunks: Sequence[Chunk], names: Sequence[str]) -> None:
+    def __init__(
+        self, group: PeerGroup, chunks: Sequence[Chunk | OwnedChunk], names: Sequence[str]
+    ) -> None:
         """Begin; the thread of the group waits for the first gradients from now on.
 
         Args:
@@ -131,6 +133,32 @@ class Exchange:
         self._say("", _nothing)
         self.is_agreed = True
 
+    # What another exchange than this one does as well: here each process updates all parameters.
+
+    def mine(self, names: Collection[str]) -> frozenset[str]:
+        """Those of these parameters that this process updates."""
+        return frozenset(names)
+
+    def approve(self, look: Callable[[], None]) -> None:
+        """Look at the averages; may raise."""
+        look()
+
+    @property
+    def share(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Lets all processes have a few numbers of each; None where all have the same."""
+        return None
+
+    def begin_updates(self) -> bool:
+        """Hear that updates begin; return whether other processes make some for this one."""
+        return False
+
+    def updated(self, names: Collection[str]) -> None:
+        """Hear that these parameters have their new values."""
+
+    def finish(self, check: Callable[[], None] = interrupts.check) -> frozenset[str]:
+        """Wait until all parameters have theirs; return those that another process has updated."""
+        return frozenset()
+
     def fail(self, why: str, *, wait: bool = True) -> None:
         """Let the others hear that this process has failed, if they do not know yet.
 
@@ -158,7 +186,9 @@ class Exchange:
 
     def _say(self, why: str, check: Callable[[], None]) -> torch.Tensor:
         """Tell all whether this process has failed, and what gradients it has; hear the same."""
-        row = self._row(why)
+        return self._said(self._row(why), check)
+
+    def _said(self, row: torch.Tensor, check: Callable[[], None]) -> torch.Tensor:
         rows = self._group.run(lambda: self._hear(row), check)
         if rows is None:
             assert self._ended is not None, "else it hears of all"
@@ -185,11 +215,16 @@ class Exchange:
             text = bytes(theirs.tolist()).rstrip(b"\0").decode(errors="replace")
             if text and self._ended is None:
                 self._ended = (
-                    f"process {rank} of {self._group.size} failed in this step: {text} [Process "
-                    f"{self._group.rank} has changed nothing either: all its parameters are of "
-                    "the step before]"
+                    f"process {rank} of {self._group.size} failed in this step: {text} "
+                    f"[{self._what_is_left()}]"
                 )
         return rows if self._ended is None else None
+
+    def _what_is_left(self) -> str:
+        return (
+            f"Process {self._group.rank} has changed nothing either: all its parameters are of "
+            "the step before"
+        )
 
     def _bits(self, rows: torch.Tensor, which: int) -> torch.Tensor:
         start = TEXT_NBYTES + which * len(self._names)
@@ -216,8 +251,9 @@ class Exchange:
         except BaseException as error:  # one that is lost is so for all that follows, too
             self._ended = text_of(error)
 
-    def _swap(self, chunk: Chunk, failed: bool) -> bool:
+    def _swap(self, chunk: Chunk | OwnedChunk, failed: bool) -> bool:
         """Average a chunk; return whether no process has failed."""
+        assert isinstance(chunk, Chunk)
         group, size, itemsize = self._group, self._group.size, chunk.dtype.itemsize
         numel = chunk.slice_numel(size)
         flat = self._memory("flat", size * numel * itemsize).view(chunk.dtype)
@@ -225,21 +261,26 @@ class Exchange:
         rows = self._memory("sent", size * row_nbytes).view(size, row_nbytes)
         found = self._memory("found", size * row_nbytes).view(size, row_nbytes)
         if not failed:
-            self._load(chunk, flat)
+            self._load(chunk.segments, flat)
+            flat[chunk.numel :] = 0
             rows[:, MARK_NBYTES:] = flat.view(torch.uint8).view(size, numel * itemsize)
         rows[:, :MARK_NBYTES] = int(failed)
         group.swap(rows, found)
         if bool(found[:, 0].any()):
             return False
-        parts = [part[MARK_NBYTES:].view(chunk.dtype) for part in found]
+        total = self._mean([part[MARK_NBYTES:].view(chunk.dtype) for part in found])
+        own = self._memory("own", numel * itemsize).copy_(total.view(torch.uint8))
+        group.collect(own, flat.view(torch.uint8).view(size, numel * itemsize))
+        self._store(chunk.segments, flat)
+        return True
+
+    def _mean(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Add these up in the order of the ranks, in the memory of the first, and divide."""
         total = parts[0]
         for part in parts[1:]:
             total += part
-        total /= size
-        own = self._memory("own", numel * itemsize).copy_(total.view(torch.uint8))
-        group.collect(own, flat.view(torch.uint8).view(size, numel * itemsize))
-        self._store(chunk, flat)
-        return True
+        total /= len(parts)
+        return total
 
     def _memory(self, name: str, nbytes: int) -> torch.Tensor:
         held = self._group.scratch.get(name)
@@ -247,9 +288,9 @@ class Exchange:
             held = self._group.scratch[name] = torch.empty(nbytes, dtype=torch.uint8)
         return held[:nbytes]
 
-    def _load(self, chunk: Chunk, flat: torch.Tensor) -> None:
+    def _load(self, segments: Sequence[Segment], flat: torch.Tensor) -> None:
         start = 0
-        for segment in chunk.segments:
+        for segment in segments:
             stop = start + segment.stop - segment.start
             gradient = self._gradients[segment.name]
             if gradient.has_value and gradient.place is not None:
@@ -259,11 +300,10 @@ class Exchange:
             else:
                 flat[start:stop] = 0
             start = stop
-        flat[start:] = 0
 
-    def _store(self, chunk: Chunk, flat: torch.Tensor) -> None:
+    def _store(self, segments: Sequence[Segment], flat: torch.Tensor) -> None:
         start = 0
-        for segment in chunk.segments:
+        for segment in segments:
             stop = start + segment.stop - segment.start
             place = self._gradients[segment.name].place
             if place is not None:

@@ -7,7 +7,7 @@ its own order: rows are only moved, and whoever has them adds them up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,9 @@ from harmony.runtime.exec.workers import Countdown, Worker
 
 T = TypeVar("T")
 
+WHOLE = "What this process has is of one step"
+"""What is left where others are lost while none of them changes anything."""
+
 
 class PeerGroup:
     """The processes of one model, of which this is number ``rank`` of ``size``.
@@ -31,6 +34,7 @@ class PeerGroup:
     Attributes:
         sent_nbytes: bytes that this process has handed over for others so far.
         scratch: memory that the exchange of gradients uses again and again.
+        after: what this process has, should the others be lost now.
     """
 
     def __init__(self, process_group: Any) -> None:
@@ -43,6 +47,7 @@ class PeerGroup:
         self.rank, self.size = dist.get_rank(process_group), len(ranks)
         self.sent_nbytes = 0
         self.scratch: dict[str, torch.Tensor] = {}
+        self.after = WHOLE
         self._lost: str | None = None
         self._worker = Worker("harmony-peers", awaited=False)  # others may never come
         self._group: Any = dist.new_group(
@@ -82,6 +87,34 @@ class PeerGroup:
         """Do what `gather` does, into memory that there is: uint8 of shape ``(size, n)``."""
         self._wait(lambda group: group.allgather([list(found.unbind())], [row]))
         self.sent_nbytes += (self.size - 1) * row.numel()
+
+    def swap_uneven(
+        self,
+        rows: torch.Tensor,
+        sent: Sequence[int],
+        found: torch.Tensor,
+        received: Sequence[int],
+    ) -> None:
+        """Do what `swap` does, with rows of different lengths that lie one behind the other.
+
+        Args:
+            rows, found: uint8, flat.
+            sent, received: bytes to and from each process.
+        """
+        given = list(received), list(sent)
+        self._wait(lambda group: group.alltoall_base(found, rows, *given))
+        self.sent_nbytes += sum(sent) - sent[self.rank]
+
+    def send(self, row: torch.Tensor, rank: int) -> None:
+        """Send ``row``, uint8, to a process that asks for as many bytes by `receive`."""
+        self._wait(lambda group: group.send([row], rank, 0))
+        self.sent_nbytes += row.numel()
+
+    def receive(self, nbytes: int, rank: int) -> torch.Tensor:
+        """Return what a process gives to `send`: uint8 of shape ``(nbytes,)``."""
+        row = torch.empty(nbytes, dtype=torch.uint8)
+        self._wait(lambda group: group.recv([row], rank, 0))
+        return row
 
     def from_first(self, row: torch.Tensor) -> None:
         """Let ``row``, uint8, be in all processes what it is in process 0."""
@@ -151,8 +184,7 @@ class PeerGroup:
             raise PeerError(
                 f"process {self.rank} of {self.size} has lost the others ({self._lost}): one of "
                 "them has ended, or did not come to the same step within the timeout of the "
-                "process group. What this process has is of one step. Start all of them again, "
-                "from a checkpoint"
+                f"process group. {self.after}. Start all of them again, from a checkpoint"
             )
 
     def close(self) -> None:

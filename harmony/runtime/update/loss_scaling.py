@@ -20,6 +20,7 @@ class LossScaling:
         self.scaler = torch.amp.GradScaler("cpu")
         self.skips = False
         self._looked = False
+        self._others: _Gradients | None = None
 
     def scale(self) -> float:
         """What the loss is multiplied by."""
@@ -34,6 +35,20 @@ class LossScaling:
             self.scaler.unscale_(found)  # type: ignore[arg-type]
             self.scaler.step(found)  # type: ignore[arg-type]
         self.skips = self._looked and not found.are_finite
+
+    def hear(self, looked: bool, skips: bool) -> None:
+        """Take over whether any process has looked at gradients, and found some infinite."""
+        if (looked, skips) != (self._looked, self.skips):
+            marker = nn.Parameter(torch.zeros(()))
+            marker.grad = torch.full((), float("inf" if skips else 0))
+            self._others = _Gradients([marker])  # the scaler knows it by its identity
+            self.scaler.unscale_(self._others)  # type: ignore[arg-type]
+        self._looked, self.skips = looked, skips
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether this step had gradients to look at."""
+        return self._looked
 
     def update(self) -> None:
         """Let the scale be that of the next step."""

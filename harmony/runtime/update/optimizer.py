@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from harmony.core.units import listed
 from harmony.errors import ConfigError
 from harmony.runtime.changes import note_changes
-from harmony.runtime.update.clipping import clip_factor, total_norm
+from harmony.runtime.update.clipping import clip_factor, norm_of_norms, norms_of, total_norm
 from harmony.runtime.update.coupling import FAILS, WRITES, closure_wanted, why_coupled
 from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.native_step import describe
@@ -22,6 +22,12 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 Options = Sequence[Mapping[str, Any]]
 """What the groups of an optimizer held at some time, group by group."""
+
+Share = Callable[[torch.Tensor], torch.Tensor]
+"""Lets all processes have a few numbers of each: float64, ``(n,)`` to ``(processes, n)``."""
+
+_NONE = -1.0
+"""In the place of a norm that a process does not know."""
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups as `torch.optim` takes them: ``{"params": [...], "lr": ..., ...}``."""
@@ -117,6 +123,7 @@ class PackOptimizer:
         looks_first: whether all gradients are to be looked at before any update.
         scaling: of the loss; None where it is not scaled.
         is_shared: whether other processes take the same step, for which all gradients wait.
+        is_sharded: whether each of them has the state of some parameters, and updates these.
     """
 
     def __init__(
@@ -136,11 +143,29 @@ class PackOptimizer:
         self.max_norm = max_norm
         self.last_norm: torch.Tensor | None = None
         self.looks_first = False
-        self.is_shared = False
+        self.is_shared = self.is_sharded = False
         self.scaling: LossScaling | None = None
         self._is_final = False
         self._factory, self._options = factory, options
         self._build(params, groups)
+
+    def check_shardable(self) -> None:
+        """Refuse a step of all parameters where each process is to update some of them.
+
+        Raises:
+            ConfigError: naming the optimizer, and why its step is one.
+        """
+        if self.is_sharded and self.together is not None:
+            raise ConfigError(
+                f"shard_optimizer_state=True with {type(self.full).__name__}, whose step is one "
+                f"of all parameters: {self.together}. Each process updates some of them only. "
+                "Leave shard_optimizer_state= out. Nothing was changed"
+            )
+
+    def forget(self, params: Iterable[nn.Parameter]) -> None:
+        """Let go of the state of these parameters, which another process keeps."""
+        for param in params:
+            self.full.state.pop(param, None)
 
     def settle(
         self, params: Mapping[str, nn.Parameter], groups: Callable[[], Groups | None]
@@ -248,7 +273,10 @@ class PackOptimizer:
         return f"{name} ({how})" if how else name
 
     def measure(
-        self, params: Iterable[nn.Parameter], known: Mapping[int, torch.Tensor] | None = None
+        self,
+        params: Iterable[nn.Parameter],
+        known: Mapping[int, torch.Tensor] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Look at all gradients before the first update.
 
@@ -259,15 +287,38 @@ class PackOptimizer:
         Args:
             params: all parameters in the order of ``module.parameters()``.
             known: norms of some gradients, by the identity of their parameter.
+            share: see `Share`; where each process has the gradients of some parameters only.
         """
         params = list(params)
         if self.scaling is not None:
             self.scaling.unscale(params)
         if self.max_norm is not None:
             float(self.max_norm)  # what is no number fails here, where nothing has changed
+        if share is not None:
+            self._measure_together(params, known or {}, share)
+        elif self.max_norm is not None:
             self.last_norm = total_norm(params, known or {})
         if self.skips:  # what would be clipped by its update
             self._clip(params)
+
+    def _measure_together(
+        self, params: list[nn.Parameter], known: Mapping[int, torch.Tensor], share: Share
+    ) -> None:
+        """Measure gradients of which each process has some; no two have the same one's."""
+        scaling = self.scaling
+        if scaling is None and self.max_norm is None:
+            return
+        norms = [None] * len(params) if self.max_norm is None else norms_of(params, known)
+        looked = scaling is not None and scaling.has_looked
+        said = [float(looked), float(looked and self.skips)]
+        said += [_NONE if norm is None else float(norm) for norm in norms]
+        found = share(torch.tensor(said, dtype=torch.float64)).amax(0).tolist()
+        if scaling is not None:
+            scaling.hear(bool(found[0]), bool(found[1]))
+        if self.max_norm is not None:
+            every = zip(params, found[2:], strict=True)
+            kept = [torch.tensor(n, dtype=p.dtype.to_real()) for p, n in every if n != _NONE]
+            self.last_norm = norm_of_norms(kept)
 
     def _factor(self) -> float:
         """What the update multiplies gradients by; 1.0 changes nothing."""
