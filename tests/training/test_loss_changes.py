@@ -64,9 +64,18 @@ def switch() -> tuple[Loss, Change]:
     return loss, lambda i: settings.update(sum=i % 2 == 0)
 
 
+def from_nothing() -> tuple[Loss, Change]:
+    settings = {"weight": 0.0}
+
+    def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(out, target) + settings["weight"] * out.pow(2).mean()
+
+    return loss, lambda i: settings.update(weight=0.5 * (i + 1))
+
+
 @pytest.mark.parametrize(
     "change",
-    [reduction, class_weights, class_weights_in_place, ignored, switch],
+    [reduction, class_weights, class_weights_in_place, ignored, switch, from_nothing],
     ids=lambda change: change.__name__,
 )
 def test_the_loss_of_two_replicas_follows_what_the_loss_reads(
@@ -102,6 +111,42 @@ def test_a_part_that_mixes_samples_is_refused_from_the_step_on_that_it_counts_in
 def test_a_loss_that_keeps_changing_gets_the_batch_as_a_whole(vgpus: VirtualGPUs) -> None:
     vgpus(count=1, memory="2MiB")
     assert worst(*switch(), steps=5, width=64, size=96, devices=1, parted=True) <= TOLERANCE
+
+
+def regularised(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(out, target) + 0.1 * out.pow(2).mean()
+
+
+def masked(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Two means, of which one leaves out entries."""
+    wanted, counts = F.one_hot(target.clamp(min=0), CLASSES), (target >= 0).float()
+    gaps = (out - wanted).square().mean(1)
+    return (gaps * counts).sum() / counts.sum() + 0.1 * gaps.mean()
+
+
+@pytest.mark.parametrize("loss", [regularised, masked])
+def test_two_means_are_parted_between_replicas_while_all_targets_count(
+    vgpus: VirtualGPUs, loss: Loss
+) -> None:
+    assert worst(loss, lambda _: None, mode="dp", devices=2) <= TOLERANCE
+
+
+@pytest.mark.parametrize("loss", [regularised, masked])
+def test_two_means_get_the_batch_as_a_whole_once_targets_do_not_count(
+    vgpus: VirtualGPUs, loss: Loss
+) -> None:
+    vgpus(count=1, memory="2MiB")
+    options: Any = {"width": 64, "size": 96, "devices": 1}
+    found = worst(loss, lambda _: None, ignored_from=2, parted=True, steps=4, **options)
+    assert found <= TOLERANCE
+
+
+def test_two_means_that_weigh_differently_are_not_parted(vgpus: VirtualGPUs) -> None:
+    model = trained(classifier(), regularised, mode="dp", devices=2)
+    inputs, targets = batch(0)
+    targets[:4] = -100
+    with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*targets that count.*samples"):
+        model.train_step(inputs, targets)
 
 
 @pytest.mark.parametrize("writes", [False, True])
@@ -140,12 +185,14 @@ def worst(
     steps: int = 3,
     width: int = 8,
     size: int = 12,
+    ignored_from: int | None = None,
     parted: bool = False,
     **options: Any,
 ) -> float:
     """The largest difference between the losses, and parameters, of some steps of both.
 
     Args:
+        ignored_from: the step from which on targets in the first part do not count.
         parted: whether the first batch has to be parted, for the test to say anything.
     """
     torch.manual_seed(0)
@@ -156,6 +203,8 @@ def worst(
     found = 0.0
     for index in range(steps):
         inputs, targets = batch(index, width, size)
+        if ignored_from is not None and index >= ignored_from:
+            targets[: size // 3] = -100
         ours = model.train_step(inputs, targets)
         if parted and index == 0:
             assert model.plan is not None

@@ -141,7 +141,6 @@ MIXING: dict[str, tuple[Any, Any]] = {
     "centred": (centred, WANTED),
     "picked": (picked, (WANTED, UNEVEN)),
     "two_means": (two_means, (WANTED, UNEVEN.float())),
-    "all_ones": (two_means, (WANTED, torch.ones(SAMPLES, CLASSES))),
     "module": (Contrast(), LABELS),
     "first": (lambda o, t: F.mse_loss(o[:4], t[:4]), WANTED),
 }

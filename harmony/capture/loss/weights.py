@@ -28,10 +28,17 @@ class LossWeights:
         weights: per microbatch, the factor of its scalar in the sum that is the whole batch's.
         doubt: why that sum may not be what plain PyTorch computes from the whole batch; None
             where it is.
+        depends_on_batch: whether the doubt is of this batch, and all is known of the loss: that
+            of another batch may be put together, and whether it may is known before it runs.
     """
 
     weights: Mapping[Range, float]
     doubt: str | None = None
+    depends_on_batch: bool = False
+
+
+class UnequalPartsError(UnknownRuleError):
+    """Two parts of the loss are known, and weigh the microbatches of this batch differently."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ class LossWeigher:
         try:
             found = self._weights(value, inputs, by_samples)
         except UnknownRuleError as doubt:
-            return LossWeights(by_samples, str(doubt))
+            of_batch = isinstance(doubt, UnequalPartsError)
+            return LossWeights(by_samples, str(doubt), depends_on_batch=of_batch)
         if any(map(math.isinf, found.values())):
             return LossWeights(by_samples, "a part of a microbatch is multiplied by 0")
         # Nothing counts in the whole batch: NaN, as in plain PyTorch.
@@ -319,12 +327,12 @@ def _agreed(found: Sequence[tuple[Term, Mapping[Range, float]]]) -> Mapping[Rang
     """Return the weights of all parts, if they are the same.
 
     Raises:
-        UnknownRuleError: naming two parts that count different things.
+        UnequalPartsError: naming two parts that count different things.
     """
     first, weights = found[0]
     for term, others in found[1:]:
         if not all(math.isclose(weights[s], others[s], rel_tol=_SAME) for s in weights):
-            raise UnknownRuleError(
+            raise UnequalPartsError(
                 f"the loss is the sum of {first.kind.value} ({first.where}) and "
                 f"{term.kind.value} ({term.where}), which weigh this batch's microbatches "
                 "differently"

@@ -96,11 +96,12 @@ class LossTrial:
         told = [s for s in scalars if any(_tells(whole, s) for _, whole in tries)]
         rules = {scalar: list(Rule) for scalar in told}
         failed: dict[Split, str] = {}
+        compared: set[tuple[int, Rule]] = set()
         for index, split in enumerate(splits):
             kept = {scalar: list(known) for scalar, known in rules.items()}
             try:
                 for trial, whole in tries:
-                    self._sift(kept, trial, whole, split, weigher)
+                    compared |= self._sift(kept, trial, whole, split, weigher)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever the user's code raises for so many samples
@@ -112,7 +113,10 @@ class LossTrial:
             rules = kept
             if not any(rules.values()):
                 break
-        return rules, failed
+        found = {
+            s: [rule for rule in known if (s, rule) in compared] for s, known in rules.items()
+        }
+        return found, failed
 
     def _possible(
         self, env: Values, of_model: Values, scalars: Sequence[int]
@@ -132,18 +136,22 @@ class LossTrial:
         whole: Scalars,
         split: Split,
         weigher: LossWeigher,
-    ) -> None:
-        """Leave of the rules of each scalar those that hold for a split."""
+    ) -> set[tuple[int, Rule]]:
+        """Leave of the rules of each scalar those that hold for a split; return the compared."""
         ranges = _ranges(split)
         parts = [self._part(trial, list(kept), samples) for samples in ranges]
+        compared = set()
         for scalar, rules in kept.items():
-            kept[scalar] = [
-                rule
-                for rule in rules
-                for weights in [_weights(rule, weigher, scalar, trial.of_model, ranges)]
-                if weights is not None
-                and self._same(scalar, whole, list(zip(ranges, parts, weights, strict=True)))
-            ]
+            for rule in list(rules):
+                weights = _weights(rule, weigher, scalar, trial.of_model, ranges)
+                if weights is None:
+                    rules.remove(rule)
+                elif weights:
+                    compared.add((scalar, rule))
+                    weighted = list(zip(ranges, parts, weights, strict=True))
+                    if not self._same(scalar, whole, weighted):
+                        rules.remove(rule)
+        return compared
 
     def _whole(self, trial: _Try, scalars: Sequence[int]) -> Scalars | None:
         """The scalars of all samples; None if there are none to compare with."""
@@ -247,7 +255,11 @@ def _weights(
     of_model: Values,
     ranges: Sequence[Samples],
 ) -> list[float] | None:
-    """What a rule gives for each part; None if it gives nothing."""
+    """What a rule gives for each part; None if it gives nothing.
+
+    An empty list is for a batch of which the rule itself says that its parts do not make it, as
+    it will say again of such a batch.
+    """
     if rule is not Rule.READ:
         known = rule.weights(ranges)
         return [known[samples] for samples in ranges]
@@ -255,6 +267,8 @@ def _weights(
         found = weigher.weigh(scalar, of_model, ranges)
     except Exception:  # the steps of some size cannot be had, or read on these values
         return None
+    if found.depends_on_batch:
+        return []
     return None if found.doubt is not None else [found.weights[samples] for samples in ranges]
 
 
