@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,6 +300,11 @@ class Harmony(Wrapper):
         """
         engine = self._engine
         self._bypass.watch(engine.factory.generation)
+        if engine.peers is not None and not self._own_loop.syncs:
+            raise ConfigError(
+                "train_step in model.no_sync(): it averages the gradients of its whole batch and "
+                "takes a step. Give it a larger batch instead, or accumulate in a loop of your own"
+            )
         if engine.options.optimizer is None:
             raise ConfigError(
                 "train_step needs an optimizer: Harmony(module, optimizer=torch.optim.AdamW). "
@@ -494,6 +499,24 @@ class Harmony(Wrapper):
             DoesNotFitError: if the host has no memory for the optimizer's state.
         """
         return self._checkpoints.load(Path(folder), objects, skip_damaged)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients add up in this process, without an average, as `DistributedDataParallel`.
+
+        In a loop of your own with a ``process_group``: a backward whose forward was in the block
+        adds the gradients of this process to ``param.grad``. The next backward of a forward that
+        was not averages what all have added up until then, once autograd has added its own::
+
+            for inputs, targets in parts[:-1]:
+                with model.no_sync():
+                    loss_fn(model(inputs), targets).backward()
+            loss_fn(model(inputs), targets).backward()  # of the last part
+
+        All processes enter it together. Without ``process_group`` it does nothing.
+        """
+        with self._own_loop.no_sync():
+            yield
 
     def synchronize(self) -> None:
         """Make the updates that the last step has left to the next one (`overlap_updates`)."""

@@ -54,6 +54,12 @@ class Checkpoints:
         with peers.all_of("save_checkpoint", lambda: engine.num_steps):
             engine.whole.check()
             engine.late.flush()
+            if peers.unsynced and any(p.grad is not None for p in engine.net.parameters()):
+                raise ConfigError(
+                    "save_checkpoint behind a backward in model.no_sync(): the gradients are this "
+                    "process's own, and only process 0's would be saved. Save behind the "
+                    "optimizer's step"
+                )
             with said_by_name(root, engine.num_steps):
                 own = own_part(engine, objects, extra)
         parts = [part_of(data) for data in peers.bytes_of_all(own)]

@@ -38,6 +38,7 @@ class ForwardCall:
         weights: how much the scalars of each microbatch count.
         in_flight: the host copies of its values; free again when the call dies.
         step: number of the forward.
+        syncs: whether its backward averages gradients over processes (see `Harmony.no_sync`).
         check: figures of what the first forward made, for its backward to compare with.
         plain: the same by plain PyTorch, and ``values`` what the forward returned: to verify it.
         outputs: ids of the values that the forward returned.
@@ -53,6 +54,7 @@ class ForwardCall:
     weights: Weights
     in_flight: InFlight
     step: int
+    syncs: bool = True
     check: SelfCheck | None = None
     plain: PlainForward | None = None
     values: Values = field(default_factory=dict)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from harmony.engine.minibatch import (
     load_inputs,
     to_device_of,
 )
-from harmony.engine.peers import BACKWARD, FORWARD
+from harmony.engine.peers import BACKWARD, FORWARD, FORWARD_ALONE
 from harmony.engine.planned import Planned
 from harmony.engine.step_result import ReadyStep
 from harmony.engine.variants import OTHER_WAY
@@ -46,6 +46,16 @@ class OwnLoop:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.whole, self.lock, self.devices = engine.whole, engine.lock, engine.devices
+        self.syncs = True
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let backwards of forwards in the block leave gradients of this process alone."""
+        before, self.syncs = self.syncs, False
+        try:
+            yield
+        finally:
+            self.syncs = before
 
     @alone
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,7 +131,8 @@ class OwnLoop:
 
     def _run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], ready: ReadyStep) -> Any:
         engine = self._engine
-        if self._announce(FORWARD, engine.num_steps, ready.planned):
+        kind = FORWARD if self.syncs else FORWARD_ALONE
+        if self._announce(kind, engine.num_steps, ready.planned):
             ready = engine.ready(CallKind.OWN_LOOP, args, kwargs, None)
         variant, plan = ready.variant, ready.planned.plan
         inputs, weights = ready.inputs, ready.weights
@@ -135,6 +146,7 @@ class OwnLoop:
             weights,
             in_flight,
             engine.num_steps,
+            self.syncs,
             check,
         )
         if engine.verifier is not None:
@@ -174,7 +186,9 @@ class OwnLoop:
         engine.variants.check_current(call.variant.host.generation)
         variant, host = call.variant, call.variant.host
         engine.variants.activate(variant)
-        self._announce(BACKWARD, call.step, call.planned)
+        averages = self._averages_now(call)
+        if averages:
+            self._announce(BACKWARD, call.step, call.planned)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
         prepared = variant.prepared_backward(call.planned, call.in_flight, frozenset(given))
         call.read_again.check(parameters_read(prepared.schedule, host.weights.layout))
@@ -196,12 +210,42 @@ class OwnLoop:
             stats = StepStats(call.step, None, minibatch, None, seconds, timeline, ran)
             engine.record.stepped(stats)
         names = frozenset().union(*host.touched.values())
-        if engine.peers is not None:
+        if engine.peers is not None and averages:
             names = engine.peers.average_of(host)
         made = engine.aliased.hand_out(names)
         if engine.verifier is not None:
             engine.verifier.after_backward(call, given, made)
         return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
+
+    def _averages_now(self, call: ForwardCall) -> bool:
+        """Whether a backward averages its own gradients.
+
+        Not in `no_sync`; and where parameters still have gradients of such backwards, what they
+        have together with these is averaged, once autograd has added them up.
+        """
+        peers = self._engine.peers
+        if peers is None:
+            return False
+        if call.syncs and not peers.unsynced:
+            return True
+        if call.syncs:
+            average = functools.partial(self._average_sums, call)
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(average)
+        peers.unsynced = True
+        return False
+
+    @alone
+    def _average_sums(self, call: ForwardCall) -> None:
+        """Average what parameters have as ``grad``, at the end of a backward."""
+        peers = self._engine.peers
+        assert peers is not None
+        if not peers.unsynced:  # an earlier forward of the same backward has seen to it
+            return
+        with self._together():
+            self._announce(BACKWARD, call.step, call.planned)
+            peers.average_gradients().agree()
+        peers.unsynced = False
 
     @alone
     def infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -35,6 +35,7 @@ HEADER_NBYTES = 2048
 """Of what each process says before a step."""
 
 TRAIN_STEP, FORWARD, BACKWARD = "train_step", "a forward", "a backward"
+FORWARD_ALONE = "a forward in no_sync"
 """Kinds of calls that all processes make together."""
 
 _MEANING = {
@@ -70,6 +71,7 @@ class Peers:
         group: how they are reached.
         exchange: of the step that runs; None before it is agreed on.
         first_microbatch: the number of this process's first microbatch among those of all.
+        unsynced: whether parameters may have gradients that are still to be averaged.
         owners: who keeps the optimizer's state of which parameter; None where all have all.
     """
 
@@ -91,6 +93,7 @@ class Peers:
         self.group = group
         self.exchange: Exchange | None = None
         self.first_microbatch = 0
+        self.unsynced = False
         self.owners = owners
         self._net, self._optimizer, self._facts = net, optimizer, dict(facts)
         self._flush = flush
@@ -203,7 +206,7 @@ class Peers:
         agreement = self._agree_on(row)
         self.first_microbatch = agreement.first
         self._look_at(agreement.samples)
-        if kind != FORWARD:
+        if kind not in (FORWARD, FORWARD_ALONE):
             self.exchange = self._new_exchange()
         if kind == TRAIN_STEP:
             self.keep_own_state()
@@ -277,7 +280,10 @@ class Peers:
         if not self._announced:
             row = self._header("", number, {"samples": 0, "microbatches": 0, "error": why[:900]})
             job: Callable[[], object] = partial(self._agree, row)
-        elif self._kind == FORWARD:  # the others wait for nothing of it, but for what comes next
+        elif self._kind in (
+            FORWARD,
+            FORWARD_ALONE,
+        ):  # the others wait for nothing of it, but for what comes next
             return
         else:
             job = partial(self._answer, why)

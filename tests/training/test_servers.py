@@ -133,6 +133,48 @@ def small_chunks(rank: int, size: int) -> Any:
     return other(params_of(net), params_of(expected))
 
 
+def accumulates(rank: int, size: int) -> Any:
+    """Backwards in no_sync add up what the next one averages, also one of two forwards."""
+    torch.manual_seed(0)
+    net = GPT(dropout=0.1, depth=1)
+    expected = copy.deepcopy(net)
+    model = model_of(net, optimizer=None, optimizer_kwargs=None, loss_fn=None, microbatch_size=4)
+    opts = [torch.optim.AdamW(n.parameters(), **ADAMW) for n in (net, expected)]
+    peers, count, quiet = model._engine.peers, 0, []
+    assert peers is not None
+    for _ in range(2):
+        parts = batches_for(size, 4)
+        opts[0].zero_grad()
+        for inputs, targets in (each[rank] for each in parts[:2]):
+            before = peers.group.sent_nbytes
+            with model.no_sync():
+                loss = token_loss(model(inputs), targets)
+            loss.backward()
+            quiet.append(peers.group.sent_nbytes - before - (size - 1) * HEADER_NBYTES)
+        sum(token_loss(model(x), y) for x, y in (each[rank] for each in parts[2:])).backward()
+        sums = []
+        for r in range(size):
+            expected.zero_grad()
+            losses = []
+            for index, each in enumerate(parts):
+                harmony.seed_microbatch(count + index, r, 0)
+                losses.append(token_loss(expected(each[r][0]), each[r][1]))
+                if index != 2:
+                    sum(losses).backward()
+                    losses.clear()
+            sums.append([param.grad for param in expected.parameters()])
+        for param, total, *others in zip(expected.parameters(), *sums, strict=True):
+            param.grad = sum(others, total) / size
+        count += len(parts)
+        for opt in opts:
+            opt.step()
+    with model.no_sync():
+        token_loss(model(inputs), targets).backward()
+    said = error_of(lambda: model.save_checkpoint(os.environ["TESTS_FOLDER"]))
+    refused = "behind a backward in model.no_sync()" in said
+    return other(params_of(net), params_of(expected)), quiet[1:], refused
+
+
 def low_precision(rank: int, size: int) -> Any:
     """One microbatch in each process, as one process has them: the test compares."""
     torch.manual_seed(0)
@@ -410,6 +452,7 @@ HERE = "tests.training.test_servers:"
 IN_TWO = (
     "steps",
     "small_chunks",
+    "accumulates",
     "low_precision",
     "buffers",
     "only_one_uses_it",
@@ -450,6 +493,12 @@ def test_processes_compute_what_plain_pytorch_does_and_send_what_the_formula_say
 @pytest.mark.parametrize("name", ["small_chunks", "buffers", "only_one_uses_it", "not_planned"])
 def test_plain_pytorch_is_met_in(two: dict[str, list[Any]], name: str) -> None:
     assert no_text(two[name]) == [[], []]
+
+
+def test_gradients_add_up_in_no_sync_and_are_averaged_behind_it(
+    two: dict[str, list[Any]],
+) -> None:
+    assert no_text(two["accumulates"]) == [([], [0, 0, 0], True)] * 2
 
 
 def test_one_process_with_the_same_microbatches_has_the_same_bits(
