@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +125,29 @@ def test_what_an_interrupted_step_had_noted_stays_for_it_to_go_on_and_not_for_ot
             given = SimpleNamespace(out=tmp_path, small=True, resume=resume)
             found = main.run_step(step, given)["figures"]
             assert found == ([{"what": "x"}] if resume and step is goes_on else [])
+
+
+def test_a_step_ends_when_the_check_is_told_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+
+    class Told(_Ended):
+        def wait(self, seconds: float | None = None) -> int:
+            signal.raise_signal(signal.SIGTERM)
+            return 0
+
+    monkeypatch.setattr(main.subprocess, "Popen", Told)
+    monkeypatch.setattr(main, "_end", ended.append)
+    monkeypatch.setattr(main, "commit", lambda: "0")
+    given = {"resume": False, "small": True, "steps": ["links"], "out": tmp_path}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            main.run_all(argparse.Namespace(**given))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(ended) == 1
 
 
 class _Ended:

@@ -88,6 +88,7 @@ def why_not() -> str | None:
 
 def run_all(args: argparse.Namespace) -> int:
     """Run the steps that were asked for, and write what is known after each."""
+    signal.signal(signal.SIGTERM, _stop)  # as at the end of a lease: no step runs on
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.json"
     found: dict[str, Any] = {"format": FORMAT, "version": VERSION, "small": args.small}
@@ -161,6 +162,10 @@ def forget(out: Path, step: Step) -> None:
     """Remove what a step has found: it is to begin anew."""
     if figures_of(out, step).is_file():
         figures_of(out, step).unlink()
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -56,7 +56,7 @@ def _later(module: str, function: str, *args: Any) -> Run:
 STEPS = (
     Step("machine", "the machine, its GPUs, what is installed", _later("machine", "describe")),
     Step("exact", "training against plain PyTorch on the same GPU", _later("exact", "compare")),
-    Step("suite", "the tests that say most, on these GPUs", _later("suite", "run")),
+    Step("suite", "the tests that say most, on these GPUs", _later("suite", "run"), True),
     Step("memory", "what PyTorch reserves at most, of the limit", _later("limits", "run")),
     Step("links", "links as Harmony measures them and by copies", _later("links", "run")),
     Step("prediction", "predicted against measured steps", _later("speed", "predict")),

@@ -15,12 +15,9 @@ from typing import Any
 from gpu_check.steps import Note
 
 ROOT = Path(__file__).resolve().parents[2]
-FIRST: tuple[str, ...] = (
-    "tests/training/test_cuda.py",
-    "tests/training/test_exact.py",
-    "tests/cuda",
-)
-"""What says most, for when time runs out."""
+Found = Mapping[str, Any]
+FIRST = ("tests/training/test_cuda.py", "tests/training/test_exact.py")
+"""What says most of the tests of training, for when time runs out."""
 
 _NO_TESTS = 5
 """pytest's exit code where a file has no test that is to run, as one that draws all its cases."""
@@ -29,25 +26,29 @@ _ENDED = (0, 1, _NO_TESTS)
 """Its exit codes where the last file is done."""
 
 
-def run(note: Note, small: bool) -> bool:
-    """Note for each file of `FIRST` how many tests passed, and which did not."""
-    words = ["--first-cases", *FIRST[:2]] if small else FIRST
-    return not _has_pytest(note) or run_tests(note, ["--device", "cuda", *words])
-
-
-def run_part(
-    part: int, num_parts: int, note: Note, small: bool, before: Sequence[Mapping[str, Any]]
-) -> bool:
-    """Note the same of a part of the other files of tests/training, of each test the first case.
+def run(note: Note, small: bool, before: Sequence[Found]) -> bool:
+    """Note for each file of `FIRST`, and of tests/cuda, how many tests passed, and which did not.
 
     Args:
         before: what was noted when the step was interrupted, or failed: files that had passed are
             not run again.
     """
-    if not _has_pytest(note):
-        return True
+    every = [*FIRST, *_tests_in("cuda")]
+    return _go_on(FIRST if small else every, ["--first-cases"] if small else [], note, before)
+
+
+def run_part(part: int, num_parts: int, note: Note, small: bool, before: Sequence[Found]) -> bool:
+    """Note the same of a part of the other files of tests/training, of a test the first case."""
     files = parts(num_parts)[part]
-    files = files[-1:] if small else files
+    return _go_on(files[-1:] if small else files, ["--first-cases"], note, before)
+
+
+def _go_on(
+    files: Sequence[str], words: Sequence[str], note: Note, before: Sequence[Found]
+) -> bool:
+    if importlib.util.find_spec("pytest") is None:
+        note(skipped="pytest is not installed (scripts/gpu-check --fetch)")
+        return True
     passed = {found["what"]: found for found in before if not found.get("failed")}
     total: Counter[str] = Counter()
     for file in filter(passed.__contains__, files):
@@ -55,16 +56,21 @@ def run_part(
         for outcome in ("passed", "skipped"):
             total[outcome] += passed[file].get(outcome, 0)
     rest = [file for file in files if file not in passed]
-    words = ["--device", "cuda", "--first-cases", *rest]
-    return run_tests(note, words, total) if rest else _note_total(note, total)
+    if not rest:
+        return _note_total(note, total)
+    return run_tests(note, ["--device", "cuda", *words, *rest], total)
+
+
+def _tests_in(folder: str) -> list[str]:
+    paths = sorted((ROOT / "tests" / folder).glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in paths]
 
 
 def parts(num_parts: int) -> list[list[str]]:
     """Share the files of tests/training out, but `FIRST`, so that parts have as many tests."""
-    folder = ROOT / "tests" / "training"
     sizes = {
-        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\ndef test_")
-        for path in sorted(folder.glob("test_*.py"))
+        file: (ROOT / file).read_text(encoding="utf-8").count("\ndef test_")
+        for file in _tests_in("training")
     }
     shared: list[list[str]] = [[] for _ in range(num_parts)]
     totals = [0] * num_parts
@@ -73,13 +79,6 @@ def parts(num_parts: int) -> list[list[str]]:
         shared[least].append(file)
         totals[least] += sizes[file]
     return shared
-
-
-def _has_pytest(note: Note) -> bool:
-    found = importlib.util.find_spec("pytest") is not None
-    if not found:
-        note(skipped="pytest is not installed (scripts/gpu-check --fetch)")
-    return found
 
 
 def run_tests(note: Note, words: Sequence[str], total: Counter[str] | None = None) -> bool:
