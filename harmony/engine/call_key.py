@@ -100,8 +100,8 @@ class _Parts:
         found: list[Any] = []
         for _, module in modules:
             found += (id(module), type(module))
-            if children := module.__dict__["_modules"]:
-                found += (*children, *map(id, children.values()))
+            if children := module._modules:
+                found += (*children.keys(), *map(id, children.values()))
         self._ids = tuple(found)
 
     def __eq__(self, other: object) -> bool:
