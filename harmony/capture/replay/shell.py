@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from types import FunctionType, MethodType
 from typing import Any
@@ -68,6 +69,9 @@ class ModuleShell:
         for name, slots in scripted.items():
             self._slots[name] += slots
         self.release(scripted)  # TorchScript makes copies of its own
+        for inner in self.modules.values():
+            if isinstance(inner, nn.RNNBase):
+                _leave_where_bound(inner)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,6 +123,24 @@ class ModuleShell:
     def placeholder(self, name: str) -> torch.Tensor:
         """What stands for a parameter (on the meta device) or buffer (its captured value)."""
         return self._placeholders[name]
+
+
+def _leave_where_bound(module: nn.RNNBase) -> None:
+    """Let a recurrent module take its weights as they are bound, and leave them there.
+
+    By itself it makes a new list of them in each forward that finds others, which would hold
+    device memory for good; and it has cuDNN move them to one piece of memory, so that what is
+    copied to where they were bound is never read.
+    """
+    known = weakref.ref(module)
+
+    def take() -> None:
+        found = known()
+        if found is not None:
+            names = found._flat_weights_names
+            found._flat_weights[:] = [getattr(found, name, None) for name in names]
+
+    module.__dict__["_update_flat_weights"] = take
 
 
 def is_compiled(module: nn.Module) -> bool:
