@@ -33,11 +33,16 @@ class Recurrent(nn.Module):
 
 def moved_as_cudnn_does(module: nn.RNNBase) -> None:
     """Give each weight on a device another memory, with its values."""
+    on_device = [
+        weight
+        for weight in module._flat_weights
+        if isinstance(weight, torch.Tensor)
+        and not isinstance(weight, FakeTensor)
+        and weight.device.type not in ("cpu", "meta")
+    ]
     with torch.no_grad():
-        for weight in module._flat_weights:
-            if isinstance(weight, torch.Tensor) and weight.device.type not in ("cpu", "meta"):
-                if not isinstance(weight, FakeTensor):
-                    weight.set_(weight.detach().clone())
+        for weight in on_device:
+            weight.set_(weight.detach().clone())
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
