@@ -83,7 +83,7 @@ def test_what_was_expected_stands_beside_what_was_measured(tmp_path: Path) -> No
     assert cells[at + 1] == "51.0 of 64.0 MiB"
     assert "Predicted and measured" in shown.texts["h2"]
     assert "a <warning>" in " ".join(shown.texts["p"]), "text of others is no markup"
-    assert any("What bounds it" in text for text in shown.texts["strong"])
+    assert any("Bottleneck: " in text for text in shown.texts["strong"])
     assert "host to GPU" in cells
 
 

@@ -18,9 +18,9 @@ from harmony.capture import Captured
 from harmony.capture.cost.work import work_of
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Device, Host, Machine
-from harmony.core.units import parse_rate
+from harmony.core.units import format_seconds, parse_rate
 from harmony.errors import DoesNotFitError
-from harmony.planner.ir.plan import Plan
+from harmony.planner.ir.plan import Decision, Plan
 from harmony.planner.ir.tasks import Phase
 from harmony.planner.predict.cost import CostTable
 from harmony.planner.search.candidates import Candidate, Question
@@ -270,8 +270,25 @@ def _with_memory_of(machine: Machine, other: Machine) -> Machine:
 def _explained(plan: Plan, first: Plan) -> Plan:
     """A plan with the reasons for what was settled by an earlier search."""
     known = {decision.name: decision for decision in first.decisions}
+    scale = plan.step_s / first.step_s if first.step_s else 1.0
     decisions = tuple(
-        known.get(decision.name, decision) if decision.name in SETTLED else decision
+        _by_counted_work(known[decision.name], scale)
+        if decision.name in SETTLED and decision.name in known
+        else decision
         for decision in plan.decisions
     )
     return replace(plan, decisions=decisions)
+
+
+def _by_counted_work(decision: Decision, scale: float) -> Decision:
+    """A decision with times that compare with those of a plan that took others into account."""
+    times = [seconds for _, seconds in decision.alternatives if isinstance(seconds, float)]
+    why = decision.why
+    if times:
+        why = why.replace(format_seconds(times[0]), format_seconds(times[0] * scale))
+        why += ", by counted work"
+    scaled = tuple(
+        (value, what * scale if isinstance(what, float) else what)
+        for value, what in decision.alternatives
+    )
+    return replace(decision, why=why, alternatives=scaled)

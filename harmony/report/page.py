@@ -140,7 +140,7 @@ def _section(view: PlanView, measured: Metrics | None, last: Timeline | None) ->
 def _conclusion(view: PlanView, predicted: Metrics, measured: Metrics | None) -> str:
     found = measured or predicted
     bound = BOTTLENECKS.get(found.bound, found.bound)
-    text = f"<strong>What bounds it: {escape(bound)}.</strong> {escape(found.advice)}"
+    text = f"<strong>Bottleneck: {escape(bound)}.</strong> {escape(found.advice)}"
     if view.plan.bound_s:
         times = view.step_s / view.plan.bound_s
         text += escape(
@@ -161,7 +161,8 @@ def _figures_table(view: PlanView, predicted: Metrics, measured: Metrics | None)
         samples.append(measured.samples_per_s or 0.0)
     rows.append(("samples/s", [f"{rate:.4g}" if rate else "-" for rate in samples]))
     if measured is not None and measured.tokens_per_s:
-        rows.append(("tokens/s", ["-", f"{measured.tokens_per_s:,.0f}"]))
+        tokens = measured.tokens_per_s / samples[1] if samples[1] else 0.0  # of a sample
+        rows.append(("tokens/s", [f"{tokens * rate:,.0f}" if tokens else "-" for rate in samples]))
     if share is not None:
         rows.append(("of the GPUs' peak", [f"{share.share:.0%}"]))
     for index in range(len(predicted.gpus)):
@@ -239,7 +240,10 @@ def _memory(view: PlanView) -> str:
         rows += [[f"gpu{index} at its peak", k, "", format_bytes(n)] for k, n in kinds.items()]
     for kind, nbytes in view.memory.host.items():
         rows.append(["host", kind, view.dtypes.get(kind, ""), format_bytes(nbytes)])
-    return _table(["where", "what", "type", "bytes"], rows, "left")
+    head = ["where", "what", "type", "bytes"]
+    if not any(row[2] for row in rows):
+        head, rows = [*head[:2], head[3]], [[*row[:2], row[3]] for row in rows]
+    return _table(head, rows, "left")
 
 
 def _plan(view: PlanView) -> str:
