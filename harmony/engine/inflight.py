@@ -11,8 +11,9 @@ from harmony.planner.ir.schedule import Op, Schedule
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, TensorKind
 from harmony.planner.predict.cost import CostTable
-from harmony.planner.search.trial import checked_schedule
+from harmony.planner.search.trial import checked_schedule, recomputing
 from harmony.runtime.exec.executor import Executor, PreparedSchedule
+from harmony.runtime.exec.left_behind import LeftBehind
 from harmony.runtime.exec.out_of_memory import with_room
 from harmony.runtime.host.arena_layout import ArenaLayout
 from harmony.runtime.step.step import HostValues
@@ -31,24 +32,30 @@ class InFlight:
     Attributes:
         values: what its forward leaves, beside what goes through the host meanwhile.
         prepared: by the id of the schedule; gone when the variant's device memory is.
+        left: where activations wait that its forward has left, if they are still there.
+        key: whose those are.
     """
 
     values: HostValues = field(default_factory=dict)
     prepared: dict[int, PreparedSchedule] = field(default_factory=dict)
     is_taken: bool = False
-    _gradients: dict[Reached, HostValues] = field(default_factory=dict)
+    left: LeftBehind | None = None
+    key: object = field(default_factory=object)
+    _gradients: dict[tuple[Reached, bool], HostValues] = field(default_factory=dict)
 
-    def backward_values(self, reached: Reached) -> HostValues:
+    def backward_values(self, reached: Reached, finds_kept: bool) -> HostValues:
         """Host copies for a backward from these outputs: the forward's, and gradients of its own.
 
         Which gradients go through the host depends on the outputs that the backward starts from.
         """
-        values = self._gradients.setdefault(reached, {})
+        values = self._gradients.setdefault((reached, finds_kept), {})
         values.update({k: s for k, s in self.values.items() if k[0] is TensorKind.VALUE})
         return values
 
     def free(self) -> None:
         """Let the next forward have it. May run on any thread: it is called when objects die."""
+        if self.left is not None:
+            self.left.let_go_of(self.key)
         self.is_taken = False
 
 
@@ -66,7 +73,7 @@ class InFlightPool:
         entries = self._taken.setdefault(minibatch, [])
         free = next((entry for entry in entries if not entry.is_taken), None)
         if free is None:
-            free = InFlight()
+            free = InFlight(left=self._executor.left)
             entries.append(free)
         free.is_taken = True
         return free
@@ -115,9 +122,12 @@ def differentiable_outputs(graph: LayerGraph) -> Reached:
 
 
 def backward_schedule(
-    plan: Plan, graph: LayerGraph, costs: CostTable, reached: Reached
+    plan: Plan, graph: LayerGraph, costs: CostTable, reached: Reached, finds_kept: bool
 ) -> Schedule:
     """Return the schedule of a backward that starts from some of the outputs only.
+
+    Args:
+        finds_kept: whether what its forward was to leave is there; else all is recomputed.
 
     Zeros for the other outputs would give gradients to parameters that have none in plain
     PyTorch, and would have to be moved.
@@ -127,9 +137,11 @@ def backward_schedule(
     """
     values = tuple(replace(v, is_output=v.id in reached) for v in graph.values)
     started = replace(graph, values=values)
-    tasks = build_tasks(started, replace(plan.spec, phase=Phase.BACKWARD))
-    beside = plan.schedules.values()
-    return checked_schedule(tasks, costs, plan.machine, plan.policy, beside)
+    spec, policy = replace(plan.spec, phase=Phase.BACKWARD), plan.policy
+    if not finds_kept:
+        spec, policy = recomputing(spec, policy)
+    tasks, beside = build_tasks(started, spec), plan.schedules.values()
+    return checked_schedule(tasks, costs, plan.machine, policy, beside)
 
 
 def gradients_left(schedule: Schedule) -> frozenset[int]:

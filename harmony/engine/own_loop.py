@@ -153,9 +153,9 @@ class OwnLoop:
             call.plain = engine.verifier.before_forward(call, args, kwargs)
         prepared = variant.prepared(ready.planned, Phase.FORWARD, in_flight)
         load_inputs(prepared, variant.graph, detached(inputs))
-        engine.last_timeline = variant.executor.run(
-            prepared, Job(replay, weights, check=check, ahead_nbytes=ready.planned.backward_nbytes)
-        )
+        ahead, key = ready.planned.backward_nbytes, in_flight.key
+        job = Job(replay, weights, check=check, ahead_nbytes=ahead, kept_for=key)
+        engine.last_timeline = variant.executor.run(prepared, job)
         joined = joined_outputs(prepared, variant.graph, weights)
         if engine.verifier is not None:
             call.values = {v: tensor.detach() for v, tensor in joined.items()}
@@ -190,16 +190,41 @@ class OwnLoop:
         if averages:
             self._announce(BACKWARD, call.step, call.planned)
         given = {v: g for v, g in zip(call.outputs, gradients, strict=True) if g is not None}
-        prepared = variant.prepared_backward(call.planned, call.in_flight, frozenset(given))
+        left = variant.executor.left
+        finds_kept = left.take(call.in_flight.key)
+        try:
+            prepared = self._run_backward(call, given, finds_kept)
+        finally:
+            if finds_kept:  # once; of a backward that fails nothing can be used again
+                left.let_go()
+        names = frozenset().union(*host.touched.values())
+        if engine.peers is not None and averages:
+            names = engine.peers.average_of(host)
+        assert engine.aliased is not None, "what ran before has made it"
+        made = engine.aliased.hand_out(names)
+        if engine.verifier is not None:
+            engine.verifier.after_backward(call, given, made)
+        return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
+
+    def _run_backward(
+        self, call: ForwardCall, given: Mapping[int, torch.Tensor], finds_kept: bool
+    ) -> PreparedSchedule:
+        """Run the packs backward, and return what has run.
+
+        Args:
+            finds_kept: whether what the forward has left is there; else all is recomputed.
+        """
+        engine, variant, host = self._engine, call.variant, call.variant.host
+        prepared = self._ready_backward(call, given, finds_kept)
         call.read_again.check(parameters_read(prepared.schedule, host.weights.layout))
-        load_gradients(prepared, variant.graph, given, call.weights)
         if engine.aliased is None:
             engine.aliased = AliasedGradients(host.gradients.arena, host.weights.arena.tensors)
         engine.aliased.take_back()
-        job = Job(call.replay, call.weights, check=call.check)
+        job = Job(call.replay, call.weights, check=call.check, finds_kept=finds_kept)
         timeline = variant.executor.run(prepared, job)
         if engine.options.detect_nonfinite:
-            _check_finite(call, prepared, given)
+            recompute = functools.partial(self._ready_backward, call, given, finds_kept=False)
+            _check_finite(call, prepared, given, recompute if finds_kept else lambda: prepared)
         variant.checked(call.planned.plan)
         pairs = zip(prepared.needs_nbytes, variant.executor.slots_nbytes(), strict=False)
         call.planned.backward_nbytes[:] = [needed + held for needed, held in pairs]
@@ -209,13 +234,18 @@ class OwnLoop:
             minibatch, ran = call.planned.plan.minibatch, prepared.schedule
             stats = StepStats(call.step, None, minibatch, None, seconds, timeline, ran)
             engine.record.stepped(stats)
-        names = frozenset().union(*host.touched.values())
-        if engine.peers is not None and averages:
-            names = engine.peers.average_of(host)
-        made = engine.aliased.hand_out(names)
-        if engine.verifier is not None:
-            engine.verifier.after_backward(call, given, made)
-        return [*input_gradients(prepared, call), *(made.get(name) for name in call.params)]
+        return prepared
+
+    def _ready_backward(
+        self, call: ForwardCall, given: Mapping[int, torch.Tensor], finds_kept: bool
+    ) -> PreparedSchedule:
+        """Return the backward from gradients of some outputs, ready to run from these."""
+        reached = frozenset(given)
+        prepared = call.variant.prepared_backward(
+            call.planned, call.in_flight, reached, finds_kept
+        )
+        load_gradients(prepared, call.variant.graph, given, call.weights)
+        return prepared
 
     def _averages_now(self, call: ForwardCall) -> bool:
         """Whether a backward averages its own gradients.
@@ -277,9 +307,16 @@ class OwnLoop:
 
 
 def _check_finite(
-    call: ForwardCall, prepared: PreparedSchedule, given: Mapping[int, torch.Tensor]
+    call: ForwardCall,
+    prepared: PreparedSchedule,
+    given: Mapping[int, torch.Tensor],
+    recompute: Callable[[], PreparedSchedule],
 ) -> None:
     """Refuse gradients that are not finite before anybody has them; find out where they began.
+
+    Args:
+        prepared: the backward that made them.
+        recompute: makes one ready that runs the forward again.
 
     Raises:
         NonFiniteError: naming the operation.
@@ -294,7 +331,7 @@ def _check_finite(
     if came is None and found is None:
         return
     look = FirstBad(call.variant.graph)
-    call.variant.executor.run(prepared, Job(call.replay, call.weights, look=look))
+    call.variant.executor.run(recompute(), Job(call.replay, call.weights, look=look))
     said = "the gradient of an output" if came is not None else f"the gradient of {found}"
     if came is None or look.in_forward:
         why = look.found() or "it is when the backward is repeated"

@@ -53,7 +53,7 @@ class Planned:
     measured: Measured
     asked: Asked | None = None
     backward_nbytes: list[int] = field(init=False, default_factory=list)
-    _backwards: dict[Reached, Schedule] = field(init=False, default_factory=dict)
+    _backwards: dict[tuple[Reached, bool], Schedule] = field(init=False, default_factory=dict)
 
     @cached_property
     def predicted(self) -> Timeline:
@@ -104,14 +104,24 @@ class Planned:
         plan, costs = self.plan, self.measured.costs
         return inference_schedule(self.graph, costs, plan.machine, plan.spec, plan.policy)
 
-    def backward(self, reached: Reached) -> Schedule:
-        """Return the backward from the outputs that a gradient has come for."""
-        if reached == differentiable_outputs(self.graph):
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether a forward of its own is to leave activations for its backward."""
+        return self.plan.spec.phase is Phase.BACKWARD and bool(self.plan.spec.kept)
+
+    def backward(self, reached: Reached, finds_kept: bool) -> Schedule:
+        """Return the backward from the outputs that a gradient has come for.
+
+        Args:
+            finds_kept: whether what its forward was to leave is there.
+        """
+        if reached == differentiable_outputs(self.graph) and finds_kept == self.keeps:
             return self.plan.schedules[Phase.BACKWARD]
-        if reached not in self._backwards:
+        key = reached, finds_kept
+        if key not in self._backwards:
             costs = self.measured.costs
-            self._backwards[reached] = backward_schedule(self.plan, self.graph, costs, reached)
-        return self._backwards[reached]
+            self._backwards[key] = backward_schedule(self.plan, self.graph, costs, *key)
+        return self._backwards[key]
 
 
 def microbatches_of(spec: StepSpec) -> list[Samples]:

@@ -379,11 +379,16 @@ class Variant:
         return self.in_flight_pool.prepare(schedule, in_flight, in_flight.values)
 
     def prepared_backward(
-        self, planned: Planned, in_flight: InFlight, reached: Reached
+        self, planned: Planned, in_flight: InFlight, reached: Reached, finds_kept: bool
     ) -> PreparedSchedule:
-        """Return the backward from the outputs that a gradient has come for, ready to run."""
-        values = in_flight.backward_values(reached)
-        return self.in_flight_pool.prepare(planned.backward(reached), in_flight, values)
+        """Return the backward from the outputs that a gradient has come for, ready to run.
+
+        Args:
+            finds_kept: whether what its forward was to leave is there.
+        """
+        values = in_flight.backward_values(reached, finds_kept)
+        schedule = planned.backward(reached, finds_kept)
+        return self.in_flight_pool.prepare(schedule, in_flight, values)
 
     def release(self) -> None:
         """Give the device memory back; the next `prepared` takes it again."""

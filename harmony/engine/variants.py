@@ -38,6 +38,7 @@ from harmony.planner.ir.tasks import StepSpec
 from harmony.profiling.model_profile import ModelProfile
 from harmony.report.session import ModelRecord
 from harmony.runtime.device import DeviceContext
+from harmony.runtime.exec.left_behind import let_all_go
 from harmony.runtime.exec.stage import Values
 from harmony.runtime.host.arena import Modules
 
@@ -315,6 +316,7 @@ class VariantCache:
         """Let a variant have the device memory; the others take theirs again when they run."""
         if variant is not self.active:
             self.before_others()
+            let_all_go()  # what other models have left may be in the way
             if self.active is not None:
                 self.active.release()
             self.active = variant

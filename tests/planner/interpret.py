@@ -118,6 +118,9 @@ class Interpreter:
             for ref in device.resident:
                 place = self.where[number, ref] = ("resident", ref)
                 self.memory[place] = TORN if ref.is_gradient_part else _start(ref)
+            for ref in device.found:
+                place = self.where[number, ref] = self._buffer()
+                self.memory[place] = _start(ref)
 
     def run(self) -> None:
         """Run the step.
@@ -297,6 +300,14 @@ class Interpreter:
 
     def _check_end(self) -> None:
         resident = {ref: n for n, d in enumerate(self.schedule.devices) for ref in d.resident}
+        left = {ref: n for n, d in enumerate(self.schedule.devices) for ref in d.left}
+        found = {ref: n for n, d in enumerate(self.schedule.devices) for ref in d.found}
+        if any((number, ref) in self.where for ref, number in found.items()):
+            raise WrongStepError("what was found there is still there")
+        for ref, number in left.items():
+            there = self.where.get((number, ref))
+            if there is None or self._load((there,)) != self.plain.final[ref]:
+                raise WrongStepError(f"{ref} is not left on its device")
         for ref, content in self.plain.final.items():
             if (
                 self._stays(ref)
@@ -304,6 +315,9 @@ class Interpreter:
                 and self._load((self.where[resident[ref], ref],)) != content
             ):
                 raise WrongStepError(f"{ref} is not what it should be on its device")
+            out = ref.is_kept and self.tasks.spec.phase is Phase.FORWARD and ref not in left
+            if out and self._load(self._host(ref)) != content:
+                raise WrongStepError(f"{ref} is not left on the host")
             if self._is_wanted(ref, resident) and self._load(self._host(ref)) != content:
                 raise WrongStepError(f"{ref} is not what it should be on the host")
 
@@ -313,6 +327,8 @@ class Interpreter:
     def _is_wanted(self, ref: TensorRef, resident: Iterable[TensorRef]) -> bool:
         if ref.is_parameter:
             return True
+        if ref.is_kept:
+            return False
         if ref.is_gradient_part or ref.kind is TensorKind.STATE:
             return ref.part == 0 and ref not in resident
         value = self.tasks.layers.values[ref.first]

@@ -18,12 +18,12 @@ import harmony.planner.check.verify
 import harmony.planner.ir.issue
 from harmony.core.layergraph import LayerGraph
 from harmony.errors import DoesNotFitError, PlanError, ScheduleError
-from harmony.planner.check.verify import verify
+from harmony.planner.check.verify import check_together, verify
 from harmony.planner.ir.policy import Policy
-from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.schedule import Instruction, Op, Schedule, Slots
 from harmony.planner.ir.task_graph import build_tasks
-from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
-from harmony.planner.lower.passes import lower
+from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph, TensorRef
+from harmony.planner.lower.passes import in_the_same_slots, lower
 from tests.toys import chain, packs, server, step, uniform_costs
 
 FOLDER = Path(harmony.planner.check.verify.__file__).parent
@@ -385,7 +385,86 @@ def too_small() -> None:
     verify(schedule, graph, uniform_costs(graph), Phase.TRAIN, tasks)
 
 
+def loop() -> tuple[tuple[Schedule, TaskGraph], tuple[Schedule, TaskGraph]]:
+    """A forward that leaves one pack's activations on the device and one's on the host."""
+    ends = packs(2, 4)
+    specs = [
+        replace(step(2, 1, ends, ends, phase=phase), saved=ends)
+        for phase in (Phase.FORWARD, Phase.BACKWARD)
+    ]
+    made = [one_gpu(chain(4), spec, Policy(offload=ends[:1])) for spec in specs]
+    forward, backward = in_the_same_slots([schedule for schedule, _ in made])
+    return (forward, made[0][1]), (backward, made[1][1])
+
+
+def changed(which: int, **fields: object) -> tuple[Schedule, TaskGraph]:
+    """The forward (0) or the backward (1) of a loop, whose device is another."""
+    schedule, tasks = loop()[which]
+    device = replace(schedule.devices[0], **fields)  # type: ignore[arg-type]
+    return replace(schedule, devices=(device,)), tasks
+
+
+def refused(schedule: Schedule, tasks: TaskGraph) -> None:
+    verify(schedule, tasks.layers, None, tasks.spec.phase, tasks)
+
+
+def nothing_left() -> None:
+    """The backward finds what its forward says nothing of; alone, each is right."""
+    backward = loop()[1]
+    refused(*backward)
+    check_together(changed(0, left=())[0], backward[0])
+
+
+def other_slots() -> None:
+    check_together(changed(0, weight_slots=Slots(3, 1))[0], loop()[1][0])
+
+
+def not_on_the_host() -> None:
+    forward = loop()[0][0]
+    out = tuple(item for item in forward.programs[0] if item.op is not Op.SWAP_OUT)
+    check_together(replace(forward, programs=(out,)), loop()[1][0])
+
+
+def left_but_dropped() -> None:
+    schedule, tasks = changed(0, left=(*loop()[0][0].devices[0].left, SAVED))
+    refused(schedule, tasks)
+
+
+def neither_left_nor_out() -> None:
+    schedule, tasks = changed(0, left=())
+    drops = [Instruction("compute", Op.DROP, ref=ref) for ref in loop()[0][0].devices[0].left]
+    refused(replace(schedule, programs=((*schedule.programs[0], *drops),)), tasks)
+
+
+def weights_are_left() -> None:
+    refused(*changed(0, left=(TensorRef.parse("W[0:2]"),)))
+
+
+def found_and_never_dropped() -> None:
+    schedule, tasks = loop()[1]
+    kept = schedule.devices[0].found[0]
+    program = (i for i in schedule.programs[0] if (i.op, i.ref) != (Op.DROP, kept))
+    refused(replace(schedule, programs=(tuple(program),)), tasks)
+
+
+def found_in_a_whole_step() -> None:
+    schedule, tasks = one_gpu()
+    device = replace(schedule.devices[0], left=(TensorRef.parse("S[0:2]@0:2"),))
+    refused(replace(schedule, devices=(device,)), tasks)
+
+
+SAVED = TensorRef.parse("S[0:2]@0:1")
+"""What goes to the host."""
+
 BY_HAND = {
+    nothing_left: (ScheduleError, "to be found on gpu0: no FORWARD leaves it there"),
+    other_slots: (ScheduleError, "slots of gpu0 are others"),
+    not_on_the_host: (ScheduleError, "comes from the host: no FORWARD leaves it there"),
+    left_but_dropped: (ScheduleError, "is to be left on gpu0, and is not there"),
+    neither_left_nor_out: (ScheduleError, "never reaches the host"),
+    weights_are_left: (ScheduleError, "cannot be left or found"),
+    found_and_never_dropped: (ScheduleError, "found there, is never dropped"),
+    found_in_a_whole_step: (ScheduleError, "nothing is left or found on a device"),
     no_program: (ScheduleError, "1 devices, and programs for 0"),
     no_operand: (ScheduleError, "Alloc does not say of what"),
     too_small: (DoesNotFitError, "gpu0 needs"),

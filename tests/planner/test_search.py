@@ -13,7 +13,7 @@ import pytest
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Host
 from harmony.errors import ConfigError, DoesNotFitError, PlanError
-from harmony.planner.check.verify import verify
+from harmony.planner.check.verify import check_together, verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op, Schedule
@@ -157,8 +157,14 @@ def test_phases_of_the_drop_in_form_share_packs_and_microbatches() -> None:
     assert plan.spec.forward_packs == plan.spec.backward_packs
     assert set(plan.schedules) == {Phase.FORWARD, Phase.BACKWARD}
     for phase, schedule in (*plan.schedules.items(), (Phase.INFER, inferring(MODEL, plan))):
-        tasks = build_tasks(MODEL, replace(plan.spec, phase=phase))
+        tasks = build_tasks(MODEL, for_phase(plan.spec, phase))
         verify(schedule, MODEL, COSTS, phase, tasks)
+    assert plan.spec.saved
+    check_together(plan.schedules[Phase.FORWARD], plan.schedules[Phase.BACKWARD])
+    again = choose(
+        MODEL, COSTS, server(2, memory=24 * MIB), 8, phase=Phase.BACKWARD, activations="recompute"
+    )
+    assert not again.spec.kept and plan.step_s < again.step_s
 
 
 def test_a_training_plan_can_infer() -> None:

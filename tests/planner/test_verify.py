@@ -9,12 +9,14 @@ import pytest
 
 from harmony.core.layergraph import LayerGraph
 from harmony.errors import DoesNotFitError, PlanError, ScheduleError
+from harmony.planner.check.peak import PeakMemory
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.schedule import Op, Schedule
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, StepSpec, TaskGraph
 from harmony.planner.lower.passes import lower
+from harmony.planner.predict.memory import Workspace, device_peak
 from tests.toys import chain, packs, server, step, uniform_costs, with_products
 
 TRAIN = step(3, 1, packs(2, 4), packs(2, 4, 6))
@@ -118,6 +120,32 @@ CASES = {
         step(3, 1, packs(2, 4), packs(1, 2, 4), phase=Phase.BACKWARD),
         1,
         Policy(1, 1, 1),
+    ),
+    "forward that leaves activations": (
+        chain(4),
+        replace(
+            step(2, 1, packs(1, 2, 4), packs(1, 2, 4), phase=Phase.FORWARD), saved=packs(1, 2, 4)
+        ),
+        1,
+        Policy(offload=packs(1)),
+    ),
+    "backward that finds them": (
+        chain(4),
+        replace(
+            step(2, 1, packs(1, 2, 4), packs(1, 2, 4), phase=Phase.BACKWARD), saved=packs(1, 2, 4)
+        ),
+        1,
+        Policy(offload=packs(1)),
+    ),
+    "backward that finds some of them, mirrored": (
+        chain(4, frozen=(0,)),
+        replace(
+            step(3, 1, packs(1, 2, 4), packs(1, 2, 4), phase=Phase.BACKWARD),
+            saved=packs(1, 2, 4),
+            saved_runs=2,
+        ),
+        2,
+        Policy(mirror=True),
     ),
     "backward to an input, read twice": (
         chain(4, input_gradient=True, frozen=(0,), skips=((-1, 2),)),
@@ -273,3 +301,18 @@ def test_what_was_measured_is_returned() -> None:
     assert checked.stash_nbytes == 3 * (1024 + 4)  # X2 for B[2:4], and the loss
     assert checked.peak_at[0].startswith("Run B[")
     assert 4 * 131072 < checked.peak_nbytes[0] < 4 * 131072 + 64 * 1024
+
+
+def test_what_is_found_counts_from_the_start() -> None:
+    graph, spec, num_devices, policy = CASES["backward that finds them"]
+    graph = with_products(graph)
+    schedule, _ = lowered(graph, spec, num_devices, policy)
+    (device,) = schedule.devices
+    nbytes = sum(-(-ref.nbytes(graph) // 512) * 512 for ref in device.found)
+    assert nbytes > 0
+    peak = PeakMemory(schedule, graph, None).of(0)
+    without = replace(schedule, devices=(replace(device, found=()),))
+    first = next(i for i, s in enumerate(schedule.programs[0]) if s.op is Op.RUN)
+    cut = replace(without, programs=(schedule.programs[0][:first],))
+    assert peak.values >= nbytes + PeakMemory(cut, graph, None).of(0).values
+    assert device_peak(schedule, 0, graph, Workspace(graph, None)).values == peak.values

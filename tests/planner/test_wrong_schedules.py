@@ -45,6 +45,8 @@ SMALL = {
             "resident, one pack of three",
             "resident, tied within the pack",
             "forward",
+            "forward that leaves activations",
+            "backward that finds them",
         )
     },
     "resident, all": (

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import harmony
+from harmony.core.layergraph import LayerGraph
 from harmony.engine.call_key import CallKind
-from harmony.planner.check.verify import verify
+from harmony.planner.check.verify import check_together, verify
 from harmony.planner.ir.policy import Policy
-from harmony.planner.ir.task_graph import build_tasks
+from harmony.planner.ir.schedule import Schedule
+from harmony.planner.ir.task_graph import backward_packs, build_tasks
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec
-from harmony.planner.lower.passes import lower
+from harmony.planner.lower.passes import in_the_same_slots, lower
+from harmony.planner.search.trial import for_phase, policy_for
 from tests import devices
 from tests import race_check as racecheck
 from tests.toys import halves
@@ -71,22 +74,55 @@ def use_plan(
     size: int,
     replicas: int,
     policy: Policy,
+    kept: str = "none",
 ) -> None:
-    """Make the model run this batch by a plan of the test's own, all phases verified."""
+    """Make the model run this batch by a plan of the test's own, all phases verified.
+
+    Args:
+        kept: of which packs activations wait for the backward: ``"none"``, ``"all"`` on the
+            device, ``"out"`` all on the host, ``"some"``: one on the device, one on the host, one
+            not at all, and of some microbatches only; ``"products"``: results of those alone.
+    """
     ready = model._engine.variants.ready(CallKind.OWN_LOOP, (call, {}, None))
     variant, planned = ready.variant, ready.planned
     minibatch = planned.plan.minibatch
     every = packs(cuts, variant.graph.num_layers)
-    spec = StepSpec(minibatch, size, size, every, every, halves(minibatch, replicas))
-    schedules = {}
-    for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.INFER):
-        tasks = build_tasks(variant.graph, replace(spec, phase=phase))
-        schedules[phase] = lower(tasks, planned.measured.machine, policy)
-        verify(schedules[phase], variant.graph, planned.measured.costs, phase, tasks)
-    own = replace(
-        planned.plan, spec=replace(spec, phase=Phase.BACKWARD), policy=policy, schedules=schedules
+    spec = StepSpec(
+        minibatch, size, size, every, every, halves(minibatch, replicas), Phase.BACKWARD
     )
+    spec, policy = _keeping(variant.graph, spec, policy, kept)
+    phases = (Phase.FORWARD, Phase.BACKWARD)
+    made = {phase: build_tasks(variant.graph, for_phase(spec, phase)) for phase in phases}
+    known = planned.measured
+    lowered = [lower(tasks, known.machine, policy_for(policy, p)) for p, tasks in made.items()]
+    schedules = dict(zip(phases, in_the_same_slots(lowered), strict=True))
+    for phase, tasks in made.items():
+        verify(schedules[phase], variant.graph, known.costs, phase, tasks)
+        assert Schedule.parse(str(schedules[phase])) == schedules[phase]
+    check_together(schedules[Phase.FORWARD], schedules[Phase.BACKWARD])
+    own = replace(planned.plan, spec=spec, policy=policy, schedules=schedules)
     variant.learn(replace(planned, plan=own))
+
+
+def _keeping(
+    graph: LayerGraph, spec: StepSpec, policy: Policy, kept: str
+) -> tuple[StepSpec, Policy]:
+    back = {item.pack for item in backward_packs(graph, spec)}
+    may = tuple(p for p in spec.backward_packs if p in back and graph.keepable(p.first, p.last))
+    mirrored = replace(policy, mirror=True)
+    if kept == "products":
+        some = tuple(pack for pack in may if graph.products_nbytes(pack.first, pack.last, 1))
+        return replace(spec, products=some), replace(mirrored, offload=some[1::2])
+    if kept == "all":
+        return replace(spec, saved=may), mirrored
+    if kept == "out":
+        return replace(spec, saved=may), replace(mirrored, offload=may)
+    if kept == "some":
+        saved, runs = tuple(p for i, p in enumerate(may) if i % 3 != 2), spec.runs_of_round(0)
+        least = min(runs, *(spec.runs_of_round(r) for r in range(len(spec.shares))))
+        found = replace(spec, saved=saved, saved_runs=least if least > 1 else 0)
+        return found, replace(mirrored, offload=saved[1::2])
+    return spec, policy
 
 
 @RANDOM
@@ -98,6 +134,7 @@ def use_plan(
     policy=POLICIES,
     wants=st.tuples(st.booleans(), st.booleans()),
     used=st.lists(st.sets(st.integers(0, 2), min_size=1), min_size=2, max_size=2),
+    kept=st.sampled_from(["none", "all", "out", "some", "products"]),
 )
 def test_gradients_of_inputs_and_parameters(
     cuts: list[int],
@@ -107,6 +144,7 @@ def test_gradients_of_inputs_and_parameters(
     policy: Policy,
     wants: tuple[bool, bool],
     used: list[set[int]],
+    kept: str,
 ) -> None:
     torch.set_num_threads(1)
     devices.provide(count=4, memory="64MiB")
@@ -118,7 +156,7 @@ def test_gradients_of_inputs_and_parameters(
     with racecheck.checked(ordered_frees=True):
         model = harmony.Harmony(copy.deepcopy(net), devices=num_devices, microbatch_size=size)
         leaves = [x.clone().requires_grad_(wants[0]), shift.clone().requires_grad_(wants[1])]
-        use_plan(model, tuple(leaves), cuts, size, replicas, policy)
+        use_plan(model, tuple(leaves), cuts, size, replicas, policy, kept)
         calls = [model(*leaves) for _ in used]
         losses = [
             sum(square_loss(out[i], target) for i in which)

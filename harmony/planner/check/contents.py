@@ -74,6 +74,11 @@ class Contents:
             memory = self.memories[index, ref]
             memory.author = NOTHING if ref.is_gradient_part else START
             memory.alive = True
+        self.left = {ref: i for i, device in enumerate(schedule.devices) for ref in device.left}
+        self.found = {ref: i for i, device in enumerate(schedule.devices) for ref in device.found}
+        for ref, index in self.found.items():
+            self.memories[index, ref].author = START
+            self.memories[index, ref].alive = True
 
     def do(self, at: Position, step: Instruction) -> None:
         """Follow one instruction."""
@@ -104,10 +109,22 @@ class Contents:
         """
         for cell, memory in self.memories.items():
             is_resident = isinstance(cell, tuple) and self.resident.get(cell[1]) == cell[0]
-            if memory.alive and memory.written is not None and not is_resident:
+            if memory.alive and isinstance(cell, tuple) and self.found.get(cell[1]) == cell[0]:
+                raise ScheduleError(f"{_name(cell)}, found there, is never dropped")
+            is_left = isinstance(cell, tuple) and self.left.get(cell[1]) == cell[0]
+            if memory.alive and memory.written is not None and not (is_resident or is_left):
                 raise refuse(self.schedule, memory.written[1], f"{_name(cell)} is never dropped")
         for part in self.stages.parts():
             raise ScheduleError(f"{part} is swapped out and never added")
+        if (self.left and phase is not Phase.FORWARD) or (
+            self.found and phase is not Phase.BACKWARD
+        ):
+            raise ScheduleError(f"nothing is left or found on a device in a step to {phase.value}")
+        for ref, index in self.left.items():
+            there = self.memories[index, ref]
+            if not there.alive or there.author != self.authors.final.get(ref):
+                device = program_name(self.schedule, index)
+                raise ScheduleError(f"{ref} is to be left on {device}, and is not there")
         for ref, author in self.authors.final.items():
             asked_for: list[_Memory] = []
             if ref.is_parameter and ref in self.resident:
@@ -126,6 +143,8 @@ class Contents:
         if ref.is_gradient_part:
             # An update on the device uses up the gradient there.
             return ref.part == 0 and (phase is not Phase.TRAIN or ref not in self.resident)
+        if ref.is_kept:
+            return phase is Phase.FORWARD and ref not in self.left
         if ref.kind is TensorKind.VALUE_GRADIENT:
             return self.graph.values[ref.first].producer == MODEL_INPUT
         return ref.kind is TensorKind.VALUE and ref.first in kept
@@ -293,6 +312,8 @@ class Contents:
         for copy in copies:
             if _within(ref, copy):
                 return copy
+        if ref in self.found:  # the FORWARDs have left it there, and not on the host
+            return None
         return ref if (ref.kind, ref.first) in self.given else None
 
     def _on_device(self, ref: TensorRef) -> _Memory:

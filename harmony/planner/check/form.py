@@ -53,6 +53,7 @@ def check_form(schedule: Schedule, graph: LayerGraph) -> dict[TensorRef, int]:
         raise ScheduleError(f"{schedule.num_devices} devices, and programs for {count}")
     look = _Look(schedule, graph)
     resident = look.resident()
+    look.kept()
     for number, (_, program) in enumerate(schedule.all_programs()):
         for index, step in enumerate(program):
             look.at(Position(number, index), step)
@@ -80,6 +81,16 @@ class _Look:
                     raise ScheduleError(f"{ref} is resident on two devices, or twice on one")
                 found[ref] = index
         return found
+
+    def kept(self) -> None:
+        """Look at what passes from a schedule of FORWARDs to one of BACKWARDs on a device."""
+        seen: set[TensorRef] = set()
+        for index, device in enumerate(self.schedule.devices):
+            for ref in (*device.left, *device.found):
+                if not ref.is_kept or not self._exists(ref) or ref in seen:
+                    name = program_name(self.schedule, index)
+                    raise ScheduleError(f"{ref} cannot be left or found on {name}")
+                seen.add(ref)
 
     def at(self, place: Position, step: Instruction) -> None:
         """Look at the instruction of a place."""

@@ -55,11 +55,15 @@ def brought(graph: LayerGraph, phase: Phase, spec: StepSpec | None) -> frozenset
     """Kinds and ids of the values and gradients that are on the host when a step begins.
 
     Inputs of the model; where a BACKWARD runs in a step of its own also what its FORWARD left
-    there for it (without a four-tuple: anything), and the gradients of the outputs.
+    there for it (without a four-tuple: any value), and the gradients of the outputs. What its
+    FORWARD saved is there too, unless the schedule says that it is on a device.
     """
     there = {(TensorKind.VALUE, v) for v in graph.input_ids}
     if phase is Phase.BACKWARD:
         left = range(len(graph.values)) if spec is None else read_by_backward(graph, spec)
         there |= {(TensorKind.VALUE, v) for v in left}
         there |= {(TensorKind.VALUE_GRADIENT, v) for v in graph.output_ids}
+    if phase is Phase.BACKWARD and spec is not None:
+        there |= {(TensorKind.SAVED, pack.first) for pack in spec.saved}
+        there |= {(TensorKind.PRODUCTS, pack.first) for pack in spec.products}
     return frozenset(there)

@@ -57,7 +57,9 @@ class PeakMemory:
         fixed = self._fixed(index)
         top = Peak(-1, fixed, 0, 0)
         alive: dict[TensorRef, int] = {}
-        in_use = 0
+        for ref in self.schedule.devices[index].found:
+            alive[ref] = _in_blocks(ref.nbytes(self.graph))
+        in_use = sum(alive.values())
         for at, step in enumerate(self.schedule.programs[index]):
             born = step.writes
             if step.op is Op.ALLOC and step.ref is not None:

@@ -33,10 +33,13 @@ from harmony.planner.check.contents import Contents
 from harmony.planner.check.form import check_form
 from harmony.planner.check.kept import brought, left_behind
 from harmony.planner.check.peak import Peak, PeakMemory
+from harmony.planner.check.together import check_together
 from harmony.planner.ir.issue import Position, excerpt, issue_order, program_name, refuse
 from harmony.planner.ir.schedule import Instruction, Op, Schedule
 from harmony.planner.ir.tasks import Phase, Task, TaskGraph, TaskKind, state
 from harmony.planner.predict.cost import CostTable
+
+__all__ = ["Checked", "check_together", "verify"]
 
 
 @dataclass(frozen=True)

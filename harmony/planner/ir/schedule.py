@@ -21,6 +21,9 @@ Tensors that a device's ``resident=`` names (weights, their gradients, optimizer
 of their own there from step to step: they are neither taken nor dropped. Their UPDATE is a Run of
 that device, and a SwapOut writes the new weights to the host.
 
+In a loop of one's own FORWARDs and BACKWARDs have a schedule each. What the first leave on a
+device for the second is ``left=`` there when the one ends and ``found=`` when the other begins.
+
 Memory of a device changes hands only in the order of its compute stream: Alloc and Drop are
 compute instructions, and a copy on another stream must be ordered after the Alloc and before the
 Drop by events. So the bytes in use are a property of the program, not of timing, and no allocator
@@ -134,6 +137,8 @@ class DeviceSpec:
         weight_slots, gradient_slots: buffers that exist during the whole step.
         stages: host staging buffers, for gradient parts that are added on the host.
         resident: tensors that are on the device when a step begins and when it ends.
+        left: what FORWARDs leave on the device for BACKWARDs of a schedule of their own.
+        found: what such BACKWARDs find on the device when that schedule begins.
     """
 
     memory_nbytes: int
@@ -141,12 +146,15 @@ class DeviceSpec:
     gradient_slots: Slots = Slots()
     stages: Slots = Slots()
     resident: tuple[TensorRef, ...] = ()
+    left: tuple[TensorRef, ...] = ()
+    found: tuple[TensorRef, ...] = ()
 
     def __str__(self) -> str:
-        resident = f" resident={','.join(map(str, self.resident))}" if self.resident else ""
+        named = (("resident", self.resident), ("left", self.left), ("found", self.found))
+        lists = "".join(f" {name}={','.join(map(str, refs))}" for name, refs in named if refs)
         return (
             f"memory={self.memory_nbytes} weight_slots={self.weight_slots}"
-            f" gradient_slots={self.gradient_slots} stages={self.stages}{resident}"
+            f" gradient_slots={self.gradient_slots} stages={self.stages}{lists}"
         )
 
 
@@ -202,7 +210,7 @@ class Schedule:
 _HEADER = re.compile(r"schedule minibatch=(\d+)")
 _DEVICE = re.compile(
     r"device gpu(\d+) memory=(\d+) weight_slots=(\d+)x(\d+) gradient_slots=(\d+)x(\d+)"
-    r" stages=(\d+)x(\d+)(?: resident=(\S+))?"
+    r" stages=(\d+)x(\d+)(?: resident=(\S+))?(?: left=(\S+))?(?: found=(\S+))?"
 )
 _RUN = re.compile(r"Run (\S+) \((.*?)\) ->\s*(.*)")
 _EVENT = re.compile(r"(Record|Wait) e(\d+)")
@@ -241,9 +249,9 @@ class _Parser:
         elif match := _DEVICE.fullmatch(line):
             n = [int(group) for group in match.groups()[:8]]
             slots = (Slots(n[2], n[3]), Slots(n[4], n[5]), Slots(n[6], n[7]))
-            refs = match[9].split(",") if match[9] else []
-            resident = tuple(TensorRef.parse(ref) for ref in refs)
-            self.devices.append(DeviceSpec(n[1], *slots, resident))
+            lists = (match[number].split(",") if match[number] else () for number in (9, 10, 11))
+            refs = (tuple(map(TensorRef.parse, each)) for each in lists)
+            self.devices.append(DeviceSpec(n[1], *slots, *refs))
         elif line.startswith("program "):
             self.current = self.programs.setdefault(line.split()[1], [])
         elif self.current is None:

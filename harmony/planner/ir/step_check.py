@@ -97,10 +97,10 @@ def _check_saved(spec: StepSpec) -> None:
             f"products_runs is between 0 (all) and {left}, the microbatches of a round of which"
             f" not everything is saved, not {spec.products_runs}"
         )
-    if spec.phase is not Phase.TRAIN or spec.forward_size != spec.backward_size:
+    if spec.phase is Phase.INFER or spec.forward_size != spec.backward_size:
         raise PlanError(
-            "activations are kept for the backward only in a training step whose FORWARD and"
-            f" BACKWARD microbatches are equal, not {spec.forward_size} and"
+            "activations are kept for a backward, and only where FORWARD and BACKWARD"
+            f" microbatches are equal, not {spec.forward_size} and"
             f" {spec.backward_size} samples. Leave saved= out"
         )
     both = set(spec.forward_packs).intersection(spec.backward_packs)

@@ -352,7 +352,8 @@ class StepSpec:
             (Harmony-PP), N shares are Harmony-DP.
         phase: which tasks the step has.
         saved: BACKWARD packs that are FORWARD packs as well and whose BACKWARD uses what their
-            FORWARD saved instead of recomputing it; ``Phase.TRAIN`` with equal sizes only.
+            FORWARD saved instead of recomputing it; with equal sizes only. Where BACKWARDs have a
+            step of their own, that is there when it begins.
         saved_runs: of how many microbatches a replica saves that, of each of those packs, spread
             evenly; 0 for all of them. So a link, or memory, that is too small for all can be used.
         late: BACKWARD packs that are updated at the start of the step after, each before its next

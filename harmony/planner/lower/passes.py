@@ -21,7 +21,7 @@ from harmony.planner.lower.events import add_events
 from harmony.planner.lower.place import Placement, place
 from harmony.planner.lower.resident import Residents, find_resident
 from harmony.planner.lower.slots import SlotWriter
-from harmony.planner.lower.stays import find_stays
+from harmony.planner.lower.stays import Origin, Stay, find_stays
 from harmony.planner.lower.steps import StepList
 from harmony.planner.lower.values import ValueWriter
 
@@ -49,7 +49,8 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
         SlotWriter(steps, placement, d, policy, resident.refs_on(d))
         for d in range(placement.num_devices)
     ]
-    _write(placement, steps, slots, policy, resident)
+    stays = find_stays(placement, policy)
+    _write(placement, steps, slots, policy, resident, stays)
     *programs, host = add_events(steps.steps, placement.num_devices)
     devices = tuple(
         DeviceSpec(
@@ -58,6 +59,8 @@ def lower(tasks: TaskGraph, machine: Machine, policy: Policy | None = None) -> S
             item.gradient_slots,
             item.stages.slots,
             resident.refs_on(index),
+            tuple(s.ref for s in stays if s.lasts and s.device == index),
+            tuple(s.ref for s in stays if s.origin is Origin.FOUND and s.device == index),
         )
         for index, item in enumerate(slots)
     )
@@ -95,6 +98,7 @@ def _write(
     slots: list[SlotWriter],
     policy: Policy,
     resident: Residents,
+    stays: list[Stay],
 ) -> None:
     """Write all instructions but events, in the one order that every program keeps.
 
@@ -110,7 +114,6 @@ def _write(
         d2h     SwapOut dW; compute Drop W, after the last Run of a group
         compute Run U, d2h SwapOut W, of weights that stay on their device
     """
-    stays = find_stays(placement, policy)
     values = ValueWriter(steps, stays, placement.num_devices, policy.lookahead)
     reads, writes = placement.tasks.reads, placement.tasks.writes
     for task in placement.order:

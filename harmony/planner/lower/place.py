@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from harmony.core.machine import Machine
 from harmony.errors import PlanError
-from harmony.planner.ir.tasks import Pack, Task, TaskGraph, TaskKind
+from harmony.planner.ir.tasks import Pack, Phase, Task, TaskGraph, TaskKind
 
 TaskGroup = tuple[TaskKind, Pack]
 """A group of tasks that share the weights on the device: FORWARD or BACKWARD of a pack."""
@@ -45,6 +45,7 @@ class Placement:
         position: of each FORWARD and BACKWARD task among those of its device.
         order: all tasks, in the order that every program keeps.
         runs: per device, its tasks in order.
+        forward_device: where each FORWARD pack of a replica runs, in this step or before it.
     """
 
     tasks: TaskGraph
@@ -54,6 +55,7 @@ class Placement:
     position: dict[Task, int]
     order: tuple[Task, ...]
     runs: tuple[tuple[Task, ...], ...]
+    forward_device: dict[tuple[int, Pack], int]
 
     def is_next(self, earlier: Task, later: Task) -> bool:
         """Whether ``later`` belongs to the very next pack of the sequence."""
@@ -75,22 +77,29 @@ def place(tasks: TaskGraph, machine: Machine, *, mirror: bool = False) -> Placem
     """Bind every FORWARD and BACKWARD task to a device and order all tasks.
 
     Args:
-        mirror: whether BACKWARD of a pack runs where its FORWARD ran.
+        mirror: whether BACKWARD of a pack runs where its FORWARD ran, be it in a step before.
 
     Raises:
         PlanError: if there are more replicas than devices.
     """
-    replicas = len(tasks.spec.shares)
+    spec = tasks.spec
+    replicas = len(spec.shares)
     turn: dict[TaskGroup, int] = {}
     for task in tasks.tasks:
         if task.samples is not None:
             turn.setdefault((task.kind, task.pack), len(turn))
+    is_apart = spec.phase is Phase.BACKWARD
+    forward_turn = {pack: number for number, pack in enumerate(spec.forward_packs)}
     ring = ring_size(machine.num_devices, replicas, len(turn))
+    forward_ring = ring
+    if is_apart and forward_turn:
+        forward_ring = ring_size(machine.num_devices, replicas, len(forward_turn))
+        ring = forward_ring if mirror else ring
     num_devices = replicas * ring
 
     def seat(task: Task) -> int:
         """Place in the ring of its replica."""
-        forward = turn.get((TaskKind.FORWARD, task.pack)) if mirror else None
+        forward = forward_turn.get(task.pack) if mirror and task.pack in forward_turn else None
         return (turn[task.kind, task.pack] if forward is None else forward) % ring
 
     device = {task: r * ring + seat(task) for task, r in tasks.replica_of.items()}
@@ -101,9 +110,13 @@ def place(tasks: TaskGraph, machine: Machine, *, mirror: bool = False) -> Placem
             position[task] = len(runs[device[task]])
             runs[device[task]].append(task)
     order = _order(tasks, device)
-    return Placement(
-        tasks, num_devices, device, turn, position, order, tuple(tuple(run) for run in runs)
-    )
+    forward_device = {
+        (replica, pack): replica * forward_ring + number % forward_ring
+        for pack, number in forward_turn.items()
+        for replica in range(replicas)
+    }
+    every = tuple(tuple(run) for run in runs)
+    return Placement(tasks, num_devices, device, turn, position, order, every, forward_device)
 
 
 def _order(tasks: TaskGraph, device: dict[Task, int]) -> tuple[Task, ...]:

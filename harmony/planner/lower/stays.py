@@ -14,7 +14,7 @@ from harmony.core.layergraph import MODEL_INPUT
 from harmony.errors import PlanError
 from harmony.planner.ir.policy import Policy
 from harmony.planner.ir.task_graph import covers, kept_values
-from harmony.planner.ir.tasks import Task, TensorKind, TensorRef
+from harmony.planner.ir.tasks import Phase, Task, TaskKind, TensorKind, TensorRef
 from harmony.planner.lower.place import Placement
 
 
@@ -24,6 +24,7 @@ class Origin(Enum):
     MADE = "by a Run"
     HOST = "from the host"
     PEER = "from another device"
+    FOUND = "there when the step begins"
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Stay:
         written: position of the last Run that writes it, -1 if it only arrives.
         leaves: whether it goes to the host after it was written.
         targets: the stays it is sent to after it was written.
+        lasts: whether it is still there when the step ends.
     """
 
     ref: TensorRef
@@ -49,6 +51,7 @@ class Stay:
     written: int = -1
     leaves: bool = False
     targets: list[Stay] = field(default_factory=list)
+    lasts: bool = False
 
 
 def find_stays(placement: Placement, policy: Policy) -> list[Stay]:
@@ -73,6 +76,8 @@ class _Finder:
     def find(self) -> list[Stay]:
         tasks = self.placement.tasks
         kept = kept_values(self.graph, tasks.spec)
+        if tasks.spec.phase is Phase.BACKWARD:
+            self._find_left()
         for task in tasks.tasks:
             if task not in self.placement.device:
                 continue
@@ -84,10 +89,29 @@ class _Finder:
                     self._write(task, ref)
                     if ref.kind is TensorKind.VALUE and ref.first in kept:
                         self.newest[ref][1].leaves = True
+                    elif ref.is_kept and tasks.spec.phase is Phase.FORWARD:
+                        stay = self.newest[ref][1]
+                        stay.leaves = self._is_offloaded(ref)
+                        stay.lasts = not stay.leaves
         for ref, (_, stay) in self.newest.items():
             # Complete only with the part of the last pack that adds to it.
             stay.leaves |= self._is_given(ref)
         return self.stays
+
+    def _find_left(self) -> None:
+        """Note what FORWARDs of a step before have left on the devices."""
+        spec, placement = self.placement.tasks.spec, self.placement
+        for pack in spec.kept:
+            for replica in range(len(spec.shares)):
+                device = placement.forward_device[replica, pack]
+                for samples in spec.microbatches(replica, TaskKind.FORWARD):
+                    ref = spec.kept_by(pack, replica, samples)
+                    if ref is None or self._is_offloaded(ref):
+                        continue
+                    if device >= placement.num_devices:
+                        raise _elsewhere(f"B{pack}", placement.num_devices - 1)
+                    stay = self.here[device, ref] = Stay(ref, device, Origin.FOUND, [])
+                    self.stays.append(stay)
 
     def _is_given(self, ref: TensorRef) -> bool:
         """Whether the caller gets it: the gradient of an input of the model."""
@@ -97,11 +121,9 @@ class _Finder:
     def _read(self, task: Task, ref: TensorRef) -> None:
         device, position = self.placement.device[task], self.placement.position[task]
         stay = self.here.get((device, ref))
-        if ref.is_kept and stay is None:
-            raise PlanError(
-                f"{task} runs on gpu{device}, but what its FORWARD left for it is on another"
-                " device. Use Policy(mirror=True), or leave the pack out of saved= and products="
-            )
+        is_apart = self.placement.tasks.spec.phase is Phase.BACKWARD
+        if ref.is_kept and stay is None and not (is_apart and self._is_offloaded(ref)):
+            raise _elsewhere(task, device)
         if stay is not None and self._still_here(stay, task, position):
             stay.runs.append(position)
             return
@@ -153,3 +175,10 @@ class _Finder:
             self.made.setdefault(ref.first, []).append(ref)
         stay.written = position
         self.newest[ref] = (task, stay)
+
+
+def _elsewhere(task: object, device: int) -> PlanError:
+    return PlanError(
+        f"{task} runs on gpu{device}, but what its FORWARD left for it is on another"
+        " device. Use Policy(mirror=True), or leave the pack out of saved= and products="
+    )

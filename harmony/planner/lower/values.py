@@ -23,6 +23,7 @@ class ValueWriter:
         previous: per stay the one before of the same value on the same device.
         copied: stays whose first copy, or its Alloc, is written.
         expecting: per stay those that have memory and wait for what it will hold.
+        unread: per device what is there when the step begins and nothing reads.
     """
 
     def __init__(
@@ -40,16 +41,21 @@ class ValueWriter:
         self.copied: set[Stay] = set()
         self.expecting: dict[Stay, list[Stay]] = defaultdict(list)
         self.previous: dict[Stay, Stay] = {}
+        self.unread: list[list[Stay]] = [[] for _ in range(num_devices)]
         latest: dict[tuple[int, TensorRef], Stay] = {}
         for stay in stays:
             if (stay.device, stay.ref) in latest:
                 self.previous[stay] = latest[stay.device, stay.ref]
             latest[stay.device, stay.ref] = stay
-            self.uses[stay] = len(stay.runs) + stay.leaves + len(stay.targets)
-            self.due[stay] = stay.runs[-1]
+            self.uses[stay] = len(stay.runs) + stay.leaves + len(stay.targets) + stay.lasts
+            self.due[stay] = stay.runs[-1] if stay.runs else -1
             for position in stay.runs:
                 self.users[stay.device, position].append(stay)
-            if stay.origin is not Origin.MADE:
+            if stay.origin is Origin.FOUND:
+                self.alive[stay.device, stay.ref] = stay
+                if not stay.runs:
+                    self.unread[stay.device].append(stay)
+            elif stay.origin is not Origin.MADE:
                 self.arrivals[stay.device].append(stay)
         for waiting in self.arrivals:
             waiting.sort(key=lambda stay: stay.runs[0])
@@ -60,6 +66,8 @@ class ValueWriter:
         A copy whose source does not exist yet waits for a later Run; before the Run that needs
         it the source does exist, since Runs are written in a topological order.
         """
+        while self.unread[device]:
+            self._drop(self.unread[device].pop())
         position, left = self.done[device], []
         for at, stay in enumerate(self.arrivals[device]):
             if stay.runs[0] - self.lookahead > position:
@@ -89,9 +97,10 @@ class ValueWriter:
             self._drop(stay)
 
     def finish(self, device: int) -> None:
-        """Drop what is still on a device."""
+        """Drop what is still on a device and is not to stay there."""
         for stay in [stay for (at, _), stay in self.alive.items() if at == device]:
-            self._drop(stay)
+            if not stay.lasts:
+                self._drop(stay)
 
     def _is_possible(self, stay: Stay) -> bool:
         """Whether the copy can be written now without hurrying anything else."""

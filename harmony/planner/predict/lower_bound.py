@@ -102,7 +102,7 @@ def _parts(graph: LayerGraph, index: int, phase: Phase) -> tuple[bool, bool]:
     # In a chain something flows back through every layer after the first that is trained; what
     # branches off may get nothing, so only layers with gradients of their own count.
     trained = graph.layers[index].gradient_nbytes > 0
-    return phase is Phase.TRAIN or trained, trained
+    return phase is Phase.TRAIN, trained  # a backward may find what its forward has kept
 
 
 def _traffic(

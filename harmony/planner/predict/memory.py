@@ -111,8 +111,9 @@ def device_usage(
         The position of an instruction that changes them, the bytes of values after it began, and
         the workspace that it takes while it runs.
     """
-    alive: dict[TensorRef, int] = {}
-    values = 0
+    found = schedule.devices[index].found
+    alive = {ref: _blocks(ref.nbytes(graph)) for ref in found}
+    values = sum(alive.values())
     for at, step in enumerate(schedule.programs[index]):
         if step.op not in _CHANGES:
             continue

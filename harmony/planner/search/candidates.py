@@ -281,11 +281,17 @@ def coinciding(
             continue
         packs = table.packs(end, count)
         if packs is not None:
-            spec = _spec(question, where, size, packs[:-1], packs)
+            spec = _spec(question, where, size, _forward_of(question, packs), packs)
             yield Candidate(where.mode, spec, mirrored)
     if question.like is not None:
         packs = question.like.spec.backward_packs
-        yield Candidate(where.mode, _spec(question, where, size, packs[:-1], packs), mirrored)
+        spec = _spec(question, where, size, _forward_of(question, packs), packs)
+        yield Candidate(where.mode, spec, mirrored)
+
+
+def _forward_of(question: Question, packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
+    """The FORWARD packs of some BACKWARD packs: the last one's is part of its BACKWARD."""
+    return packs[:-1] if question.phase is Phase.TRAIN else packs
 
 
 def in_rounds(question: Question, base: Candidate, runs: Iterable[int]) -> Iterator[Candidate]:

@@ -64,7 +64,15 @@ class Estimator:
         if ends is not None:  # nothing else takes the memory of what the first round has left
             forward = (s for s in ends.stages if s.kind is TaskKind.FORWARD)
             found += sum(s.outputs * s.num_runs for s in forward)
+        if candidate.spec.phase is Phase.BACKWARD and candidate.spec.kept:
+            shape = self.shape(candidate, Phase.FORWARD)
+            found += shape.replicas * sum(s.outputs * s.num_runs for s in shape.stages)
         return found
+
+    def forward_shape(self, candidate: Candidate) -> Outline:
+        """The outline that has the FORWARDs of a candidate."""
+        apart = candidate.spec.phase is Phase.BACKWARD
+        return self.shape(candidate, Phase.FORWARD if apart else None)
 
     def _ends(self, candidate: Candidate) -> Outline | None:
         """The outline of the first and last of interleaved rounds, where they leave less."""

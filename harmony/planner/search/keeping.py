@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from harmony.planner.ir.tasks import Pack, Phase, StepSpec, TaskKind
 from harmony.planner.lower.resident import can_stay
 from harmony.planner.search.candidates import Candidate, Question
-from harmony.planner.search.memory_estimate import peaks_nbytes
-from harmony.planner.search.outline import Outline, StageOutline
+from harmony.planner.search.memory_estimate import peaks_nbytes, slots_nbytes
+from harmony.planner.search.outline import Outline, StageOutline, outline, with_backward
 
 ORDERS = (
     ("saved", "held"),
@@ -41,6 +41,10 @@ OFFLOADED = (1.0, 0.5, 0.25)
 FILLED = (1.0, 0.85)
 """Shares of a link's time that results of products fill, where it cannot carry all."""
 
+OF_OUTPUTS = 6
+"""So many times the bytes of a loop's outputs are left to the caller's loss: of logits in bf16 an
+fp32 copy, its logarithms and their gradient, and the gradient in bf16 take seven."""
+
 FAR = 8
 PARTS = (0.75, 0.5, 0.37, 0.25, 0.12)
 """Shares of the microbatches whose activations are offloaded, where a link cannot carry all."""
@@ -57,7 +61,7 @@ class _Room:
 
     def forward(self, seat: int) -> list[StageOutline]:
         """FORWARD stages of a device whose packs are BACKWARD packs, in order."""
-        both = set(self.base.spec.backward_packs)
+        both = {*with_backward(self.question.packer, self.base.spec)}
         return [
             stage
             for stage in self.shape.stages
@@ -71,9 +75,10 @@ class _Room:
 
 
 def can_keep(question: Question, base: Candidate) -> bool:
-    """Whether a candidate may keep anything: in a whole step of equal microbatches."""
+    """Whether a candidate may keep anything: in a step with a backward, of equal microbatches."""
     spec = base.spec
-    return question.phase is Phase.TRAIN and spec.forward_size == spec.backward_size
+    trains = question.phase in (Phase.TRAIN, Phase.BACKWARD)
+    return trains and spec.forward_size == spec.backward_size
 
 
 def filled(
@@ -83,11 +88,11 @@ def filled(
 
     Args:
         base: keeps nothing, and runs BACKWARD of a pack where its FORWARD ran.
-        shape: its outline.
+        shape: its outline; in a loop of one's own that of its FORWARDs.
     """
     if not can_keep(question, base):
         return
-    peaks = peaks_nbytes(question.packer, shape, base.spec, base.policy)
+    peaks = _taken(question, base, shape)
     room = _Room(question, base, shape, tuple(memory_nbytes - peak for peak in peaks))
     seen = {base}
     for order in ORDERS:
@@ -99,9 +104,30 @@ def filled(
             yield found
 
 
+def _taken(question: Question, base: Candidate, shape: Outline) -> list[int]:
+    """Bytes that nothing may be kept in, of each device of a ring.
+
+    Between FORWARDs and BACKWARDs of a loop of one's own the caller's loss may run there.
+    """
+    packer, spec, policy = question.packer, base.spec, base.policy
+    peaks = list(peaks_nbytes(packer, shape, spec, policy))
+    if question.phase is not Phase.BACKWARD:
+        return peaks
+    graph = packer.graph
+    outputs = sum(graph.values[v].nbytes(spec.minibatch) for v in graph.output_ids)
+    backward = outline(packer, question.machine, spec, policy)
+    slots = slots_nbytes(packer, backward, spec, policy)
+    least = [nbytes + OF_OUTPUTS * outputs for nbytes in slots]
+    return [
+        max(of)
+        for of in zip(peaks, peaks_nbytes(packer, backward, spec, policy), least, strict=True)
+    ]
+
+
 def knows_products(question: Question) -> bool:
     """Whether it is known of some layer what the results of its products take."""
-    return any(layer.products_nbytes_per_sample for layer in question.packer.graph.layers)
+    known = any(layer.products_nbytes_per_sample for layer in question.packer.graph.layers)
+    return known and question.phase is Phase.TRAIN
 
 
 def offloading(question: Question, found: Candidate, *, few: bool = False) -> Iterator[Candidate]:
@@ -113,7 +139,7 @@ def offloading(question: Question, found: Candidate, *, few: bool = False) -> It
     if question.recompute or not can_keep(question, found):
         return
     spec = found.spec
-    may = set(spec.backward_packs).difference(spec.saved)
+    may = set(with_backward(question.packer, spec)).difference(spec.saved)
     graph = question.packer.graph
     left = [p for p in spec.forward_packs if p in may and graph.keepable(p.first, p.last)]
     for share in OFFLOADED[: 2 if few else None]:
@@ -322,6 +348,8 @@ def _leaving_bytes_per_s(question: Question) -> float:
 
 def _may_reside(room: _Room) -> bool:
     """Whether weights may stay between steps: one share, and devices that can update."""
+    if room.question.phase is not Phase.TRAIN:
+        return False
     can_update = all(device.update_bytes_per_s for device in room.question.machine.devices)
     trained = any(stage.gradients for stage in room.shape.stages)
     return len(room.base.spec.shares) == 1 and (can_update or not trained)
@@ -341,7 +369,7 @@ def _fill(room: _Room, order: Sequence[str]) -> Candidate:
                 spare -= _take_products(room, seat, spare, saved, products)
             elif what == "resident":
                 spare -= _take_resident(room, seat, spare, resident)
-            else:
+            elif room.question.phase is Phase.TRAIN:
                 spare -= _take_held(room, seat, spare, resident, held)
     spec, policy = room.base.spec, room.base.policy
     return replace(

@@ -7,7 +7,7 @@ candidate leaves, which keeping activations or weights on a device can use.
 from __future__ import annotations
 
 from harmony.planner.ir.policy import Policy
-from harmony.planner.ir.tasks import StepSpec, TaskKind
+from harmony.planner.ir.tasks import Phase, StepSpec, TaskKind
 from harmony.planner.search.outline import Outline, StageOutline
 from harmony.planner.search.packing import Packer
 
@@ -31,6 +31,16 @@ def peaks_nbytes(
     return tuple(_peak(packer, shape, spec, policy, stages) for stages in here)
 
 
+def slots_nbytes(
+    packer: Packer, shape: Outline, spec: StepSpec, policy: Policy
+) -> tuple[int, ...]:
+    """Bytes that the slots and resident packs of each device of a ring take all the time."""
+    here: list[list[StageOutline]] = [[] for _ in range(shape.ring)]
+    for stage in shape.stages:
+        here[stage.seat].append(stage)
+    return tuple(_slots_nbytes(packer, spec, policy, stages) for stages in here)
+
+
 def host_nbytes(packer: Packer, shape: Outline, spec: StepSpec) -> int:
     """Bytes of host memory that a step takes; see `memory.host_nbytes`."""
     graph = packer.graph
@@ -48,6 +58,8 @@ def _peak(
     kept, peak = 0, 0
     if shape.interleaved:  # of one round or the next
         kept = sum(_kept_nbytes(stage) for stage in here if stage.kind is TaskKind.FORWARD)
+    if spec.phase is Phase.BACKWARD and not any(s.kind is TaskKind.FORWARD for s in here):
+        kept = sum(_kept_nbytes(stage) for stage in here)  # it is there when the step begins
     for stage in here:
         if stage.kind is TaskKind.FORWARD and not shape.interleaved:
             kept += _kept_nbytes(stage)

@@ -85,13 +85,15 @@ def outline(packer: Packer, machine: Machine, spec: StepSpec, policy: Policy) ->
     """Return the outline of a step."""
     replicas = len(spec.shares)
     sequence = _sequence(packer, spec)
-    ring = min(machine.num_devices // replicas, max(1, len(sequence)))
+    is_apart = policy.mirror and spec.phase is Phase.BACKWARD
+    turns = len(spec.forward_packs) if is_apart else len(sequence)
+    ring = min(machine.num_devices // replicas, max(1, turns))
     maker = _Maker(packer, spec, policy)
     stages = [maker.stage(kind, pack, turn % ring) for turn, (kind, pack) in enumerate(sequence)]
     if policy.mirror:
-        seats = {s.pack.first: s.seat for s in stages if s.kind is TaskKind.FORWARD}
+        seats = {pack.first: turn % ring for turn, pack in enumerate(spec.forward_packs)}
         for stage in stages:
-            if stage.pack != spec.backward_packs[-1]:
+            if is_apart or stage.pack != spec.backward_packs[-1]:
                 stage.seat = seats.get(stage.pack.first, stage.seat)
     _keep_weights(stages, policy, ring)
     maker.connect(stages)
@@ -104,16 +106,22 @@ def _sequence(packer: Packer, spec: StepSpec) -> list[tuple[TaskKind, Pack]]:
     if spec.phase is not Phase.BACKWARD:
         found += [(TaskKind.FORWARD, pack) for pack in spec.forward_packs]
     if spec.phase in (Phase.TRAIN, Phase.BACKWARD):
-        # Where nothing is trained, and nothing before it, there is no BACKWARD.
-        lowest = 0 if spec.phase is Phase.BACKWARD else _first_trained(packer)
-        end = packer.graph.num_layers
-        packs = [p for p in spec.backward_packs if p.last > lowest or p.last == end]
-        found += [(TaskKind.BACKWARD, pack) for pack in reversed(packs)]
+        found += [(TaskKind.BACKWARD, pack) for pack in reversed(with_backward(packer, spec))]
     return found
 
 
-def _first_trained(packer: Packer) -> int:
+def with_backward(packer: Packer, spec: StepSpec) -> list[Pack]:
+    """The packs that run backward: where nothing is trained, and nothing before it, none does."""
+    lowest, end = _first_trained(packer, spec), packer.graph.num_layers
+    fused = end if spec.phase is Phase.TRAIN else end + 1
+    return [p for p in spec.backward_packs if p.last > lowest or p.last == fused]
+
+
+def _first_trained(packer: Packer, spec: StepSpec) -> int:
     graph = packer.graph
+    given = spec.phase is not Phase.TRAIN  # in a whole step nobody takes gradients of inputs
+    if given and any(graph.values[v].requires_grad for v in graph.input_ids):
+        return 0
     own = (layer.index for layer in graph.layers if layer.gradient_nbytes)
     tied = (s.layers[0] for s in graph.shared if s.gradient_nbytes)
     return min(min(own, default=graph.num_layers), min(tied, default=graph.num_layers))
@@ -207,6 +215,8 @@ class _Maker:
         size = self.size[TaskKind.FORWARD]
         count = self.num_runs[TaskKind.FORWARD]
         rest = count - (self.spec.saved_runs or count)
+        if self.spec.phase is Phase.FORWARD:  # what is kept may be gone when the backward runs
+            rest = count
         return {
             pack.first: self.packer.facts(pack, size).inputs
             * (rest if pack.first in self.saved else count)

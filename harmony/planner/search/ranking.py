@@ -337,7 +337,7 @@ class Ranking:
             for candidate in packed(self.question, where, size, policy, few=True):
                 best_s = min(best_s, self._add(candidate))
         bare_s = best_s
-        if self.question.phase is Phase.TRAIN:
+        if self.question.phase in (Phase.TRAIN, Phase.BACKWARD):
             for base in coinciding(self.question, where, size, POLICIES[0]):
                 for each in (base, *in_rounds(self.question, base, RUNS_OF_ROUND[1::2])):
                     best_s = min(best_s, self._keep(each, self._memory(), few=True))
@@ -349,7 +349,7 @@ class Ranking:
                 self._add(candidate)
 
     def _refine_kept(self, where: Layout, size: int) -> None:
-        if self.question.phase is not Phase.TRAIN:
+        if self.question.phase not in (Phase.TRAIN, Phase.BACKWARD):
             return
         counts = self._good_counts(where, size)
         for policy in KEEPING:
@@ -375,7 +375,8 @@ class Ranking:
         """Estimate what a candidate can keep; return the best seconds."""
         best_s, best = self._add(base), base
         self._bases.append(base)
-        for candidate in filled(self.question, base, self.estimator.shape(base), memory_nbytes):
+        shape = self.estimator.forward_shape(base)
+        for candidate in filled(self.question, base, shape, memory_nbytes):
             seconds = self._fitting(candidate, base, memory_nbytes)
             if seconds < best_s:
                 best_s, best = seconds, candidate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from harmony.core.machine import Machine
 from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
 from harmony.errors import DoesNotFitError
-from harmony.planner.check.verify import verify
+from harmony.planner.check.verify import check_together, verify
 from harmony.planner.ir.policy import LEAN, Policy
 from harmony.planner.ir.schedule import Schedule
 from harmony.planner.ir.task_graph import build_tasks
@@ -140,9 +140,24 @@ class Trial:
         needed = self._host_nbytes(schedules, phase)
         for each, found in tried.lowered.items():
             verify(found.schedule, self.graph, self.costs, each, found.tasks)
+        if phase is Phase.BACKWARD and tried.candidate.spec.kept:
+            check_together(schedules[Phase.FORWARD], schedules[Phase.BACKWARD])
+            self._check_recomputing(tried.candidate, schedules)
         chosen = tried.lowered[phase]
         timeline = chosen.simulation.timeline(labels=False, peak_nbytes=chosen.peak_nbytes)
         return Fitting(tried, schedules, timeline, needed)
+
+    def _check_recomputing(
+        self, candidate: Candidate, schedules: Mapping[Phase, Schedule]
+    ) -> None:
+        """Make sure of the backward that finds nothing kept.
+
+        Raises:
+            DoesNotFitError: if it does not fit.
+        """
+        spec, policy = recomputing(candidate.spec, candidate.policy)
+        tasks, beside = build_tasks(self.graph, spec), schedules.values()
+        checked_schedule(tasks, self.costs, self.question.machine, policy, beside)
 
     def _host_nbytes(self, schedules: dict[Phase, Schedule], phase: Phase) -> int:
         """Bytes of host memory that all phases together need."""
@@ -187,33 +202,40 @@ def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
     if spec.phase is phase:
         return spec
     if spec.phase is not Phase.TRAIN or phase is Phase.TRAIN:
-        return replace(spec, phase=phase)
+        return replace(_keeping_nothing(spec) if phase is Phase.INFER else spec, phase=phase)
     # The last pack of a training step has no FORWARD; here it needs one.
     packs = (*spec.forward_packs, spec.backward_packs[-1])
     size = min(spec.forward_size, spec.backward_size)
     return replace(
-        spec,
+        _keeping_nothing(spec),
         phase=phase,
         forward_packs=packs,
         forward_size=size,
-        saved=(),
-        saved_runs=0,
         rounds=1,
-        products=(),
-        products_runs=0,
         interleaved=False,
     )
+
+
+def _keeping_nothing(spec: StepSpec) -> StepSpec:
+    return replace(spec, saved=(), saved_runs=0, products=(), products_runs=0)
+
+
+def recomputing(spec: StepSpec, policy: Policy) -> tuple[StepSpec, Policy]:
+    """The same packs and microbatches with nothing kept for the backward."""
+    return _keeping_nothing(spec), replace(policy, offload=())
 
 
 def policy_for(policy: Policy, phase: Phase) -> Policy:
     """The same choices for another phase.
 
-    Only a whole training step keeps anything, but what stays between steps is there in inference.
+    Weights stay in whole training steps, and those that stay between steps in inference too;
+    activations stay where a backward follows.
     """
     if phase is Phase.TRAIN:
         return policy
-    resident = policy.resident if phase is Phase.INFER else ()
-    return replace(policy, hold=0, offload=(), resident=resident, mirror=False)
+    if phase is Phase.INFER:
+        return replace(policy, hold=0, offload=(), mirror=False)
+    return replace(policy, hold=0, resident=())
 
 
 def inference_schedule(

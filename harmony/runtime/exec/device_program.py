@@ -35,6 +35,7 @@ class Surroundings:
         place_of: form of a value for a number of samples.
         saved: host memory for what forwards save and is not to stay on the device.
         residents: per device, the weights that stay there.
+        kept: per device, what forwards have left there for their backwards.
     """
 
     host: HostState
@@ -44,6 +45,7 @@ class Surroundings:
     place_of: Callable[[int, int], Place]
     saved: dict[TensorRef, HostBuffer]
     residents: Sequence[Residents]
+    kept: Sequence[SavedForwards]
 
 
 @dataclass
@@ -89,7 +91,7 @@ class DeviceProgram:
         self._stage = stage
         self._around = around
         self._env = around.envs[index]
-        self._saved: SavedForwards = {}
+        self._saved = around.kept[index]
         self._staged: dict[TensorRef, int] = {}
         self._tasks = TaskIssuer(stage, self._env, around.host, self._saved)
         self._residents = around.residents[index]
@@ -97,6 +99,7 @@ class DeviceProgram:
         self._packs = packs_of(program)
         self._writers = writers_of(program)
         self._moves = [(step.op, step.ref) for step in program]
+        self._reads = {ref for step in program for ref in step.reads}
         self._kinds = kinds
         self._base = context.new_event(timing=True)
         self._base_s = 0.0
@@ -324,7 +327,10 @@ class DeviceProgram:
     def _drop(self, at: int, instruction: Instruction) -> Issue:
         ref, env = _ref(instruction), self._env
         if ref.is_kept:
-            return _dropping(ref, self._saved, (Op.SWAP_IN, ref) in self._moves[at:])
+            # Its backward may be in another schedule, behind this one.
+            is_out = (Op.SWAP_OUT, ref) in self._moves[:at] and ref not in self._reads
+            comes_back = is_out or (Op.SWAP_IN, ref) in self._moves[at:]
+            return _dropping(ref, self._saved, comes_back)
         if not ref.is_value:
             return _nothing
 

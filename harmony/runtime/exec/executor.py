@@ -18,13 +18,14 @@ from harmony.core.timeline import Timeline
 from harmony.core.units import format_bytes
 from harmony.errors import ExecutionError, PlanError, text_of
 from harmony.planner.ir.kinds import span_kinds
-from harmony.planner.ir.schedule import HOST, DeviceSpec, Schedule, Slots
+from harmony.planner.ir.schedule import HOST, DeviceSpec, Op, Schedule, Slots
 from harmony.planner.ir.tasks import Pack, TaskKind, TensorKind, TensorRef
 from harmony.runtime import native
 from harmony.runtime.device import DeviceContext, streams_restored
 from harmony.runtime.exec.device_program import DeviceProgram, Surroundings
 from harmony.runtime.exec.event_issue import Events
 from harmony.runtime.exec.failed_step import raise_error
+from harmony.runtime.exec.left_behind import LeftBehind
 from harmony.runtime.exec.memory_bound import BOUND_RUNS, MemoryBound, is_held
 from harmony.runtime.exec.residents import Residents
 from harmony.runtime.exec.room import gather
@@ -60,6 +61,7 @@ class PreparedSchedule:
         tokens: of a run's hand-overs: its signals, the beginnings of its programs, their ends.
         needs_nbytes: per device, what the last run took beyond what was there before it.
         excess: how its last run broke the limit of device memory, if that was looked at; else "".
+        leaves: whether it leaves activations for a backward to come.
     """
 
     schedule: Schedule
@@ -73,6 +75,7 @@ class PreparedSchedule:
     num_runs: int = 0
     needs_nbytes: list[int] = field(default_factory=list)
     excess: str = ""
+    leaves: bool = False
 
 
 @dataclass
@@ -95,6 +98,8 @@ class Job:
         loss_scale: what the loss is multiplied by for the backward.
         exchange: of the gradients with other processes, before the updates.
         limit_nbytes: of each device's memory, to be held in the first two runs of a schedule.
+        kept_for: whose backward is to find what this run leaves.
+        finds_kept: whether it is a backward that finds what its forward has left.
     """
 
     replay: ReplayState
@@ -109,10 +114,16 @@ class Job:
     loss_scale: float = 1.0
     exchange: Exchange | None = None
     limit_nbytes: int | None = None
+    kept_for: object = None
+    finds_kept: bool = False
 
 
 class Executor:
-    """The devices, their threads and their memory, kept from step to step."""
+    """The devices, their threads and their memory, kept from step to step.
+
+    Attributes:
+        left: what a forward has left for its backward, in a loop of the caller's own.
+    """
 
     def __init__(
         self,
@@ -130,6 +141,7 @@ class Executor:
         layouts = (host.weights.layout, host.gradients.layout)
         self._stages = [Stage(context, code, host.graph, *layouts) for context in self.contexts]
         self._envs: list[Env] = [{} for _ in contexts]
+        self.left = LeftBehind(self._devices)
         self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
         self._residents = [Residents(context, host, ()) for context in self.contexts]
         self._workers = [Worker(f"harmony-gpu{i}") for i in range(len(contexts))]
@@ -150,7 +162,8 @@ class Executor:
         graph, device = self._host.graph, self.contexts[0].device
         reserve_values(schedule, graph, values, self._place_of, device)
         events = Events.of(schedule, self.contexts)
-        saved = reserve_saved(schedule, graph, device)
+        comes, goes = (_moves_kept(schedule, op) for op in (Op.SWAP_IN, Op.SWAP_OUT))
+        saved = reserve_saved(schedule, graph, device, self.left.on_host if comes != goes else {})
         around = Surroundings(
             self._host,
             values,
@@ -159,6 +172,7 @@ class Executor:
             self._place_of,
             saved,
             list(self._residents),
+            self.left.on_devices,
         )
         kinds = span_kinds(schedule, graph)
         programs = [
@@ -183,6 +197,7 @@ class Executor:
             {i: values[TensorKind.VALUE, i] for i in ids if graph.values[i].is_output},
             events.count,
             native.new_tokens(events.count + 3 * (len(programs) + 1)),
+            leaves=(goes and not comes) or any(device.left for device in schedule.devices),
         )
 
     def fits_slots(self, schedule: Schedule) -> bool:
@@ -206,6 +221,7 @@ class Executor:
 
     def release(self) -> None:
         """Give all device memory back; what was prepared must be prepared anew."""
+        self.left.forget()
         self._slot_sizes = [_NO_SLOTS] * len(self.contexts)
         for index, (stage, env) in enumerate(zip(self._stages, self._envs, strict=True)):
             stage.set_slots([], [])
@@ -217,6 +233,7 @@ class Executor:
             self._host.set_stages(index, item.stages, self.contexts[index].device)
         if self.fits_slots(schedule):
             return
+        self.left.forget()
         # Devices that it leaves out too: weights that stay there would be of an earlier step.
         for index in range(len(self.contexts)):
             spec = wanted = _slot_sizes(schedule, index)
@@ -263,6 +280,9 @@ class Executor:
             ExecutionError: if a task fails; names the task.
         """
         self._wait_for_caller()
+        if not job.finds_kept:
+            self.left.let_go()
+        self.left.make_room()
         bound, limit = None, job.limit_nbytes
         is_new = prepared.num_runs < BOUND_RUNS
         if limit is not None and is_new and is_held(self.contexts[0].device, limit):
@@ -274,6 +294,8 @@ class Executor:
             if bound is not None:
                 bound.lift()
         prepared.excess = "" if bound is None else bound.excess()
+        if prepared.leaves:
+            self.left.keep_for(job.kept_for)
         return timeline
 
     def _held_nbytes(self) -> list[int]:
@@ -292,7 +314,9 @@ class Executor:
             self._check_room([needed - held for needed, held in pairs])
         owns_room = self._owns_room(prepared)
         if not owns_room:
-            self._check_room(prepared.needs_nbytes)
+            found = self.left.nbytes()
+            pairs = zip(prepared.needs_nbytes, found, strict=False)
+            self._check_room([needed - nbytes for needed, nbytes in pairs])
         step = self._new_step(prepared, job, bound, owns_room)
         for context, stage in zip(self.contexts, self._stages, strict=True):
             torch.accelerator.reset_peak_memory_stats(context.device)
@@ -440,6 +464,7 @@ class Executor:
             context.drain()
         for program in prepared.programs:
             program.clear()
+        self.left.let_go()
         try:
             raise_error(where, error, step, self._devices)
         finally:
@@ -448,11 +473,12 @@ class Executor:
     def _timeline(self, prepared: PreparedSchedule, step: Step) -> Timeline:
         timeline = Timeline(spans=list(step.spans), step_s=step.now_s())
         prepared.needs_nbytes.clear()
-        for context, program in zip(self.contexts, prepared.programs, strict=False):
+        left = self.left.nbytes()  # of a forward; a backward has taken it
+        for context, program, nbytes in zip(self.contexts, prepared.programs, left, strict=False):
             timeline.spans.extend(program.spans())
             peak, used = context.taken_nbytes()
             timeline.peak_nbytes.append(peak)
-            prepared.needs_nbytes.append(peak - used)
+            prepared.needs_nbytes.append(peak - used + nbytes)
         return timeline
 
 
@@ -463,7 +489,13 @@ def _slot_sizes(schedule: Schedule, index: int) -> DeviceSpec:
     """What a schedule wants to have on a device from step to step; nothing where it has none."""
     if index >= schedule.num_devices:
         return _NO_SLOTS
-    return replace(schedule.devices[index], memory_nbytes=0, stages=Slots())
+    return replace(schedule.devices[index], memory_nbytes=0, stages=Slots(), left=(), found=())
+
+
+def _moves_kept(schedule: Schedule, op: Op) -> bool:
+    """Whether a kind of instruction copies what forwards leave for their backwards."""
+    steps = (step for program in schedule.programs for step in program)
+    return any(step.op is op and step.ref is not None and step.ref.is_kept for step in steps)
 
 
 def _check_updates(schedule: Schedule, optimizer: PackOptimizer | None) -> None:

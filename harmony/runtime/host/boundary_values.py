@@ -46,17 +46,23 @@ def reserve_values(
 
 
 def reserve_saved(
-    schedule: Schedule, graph: LayerGraph, device: torch.device
+    schedule: Schedule,
+    graph: LayerGraph,
+    device: torch.device,
+    found: dict[TensorRef, HostBuffer],
 ) -> dict[TensorRef, HostBuffer]:
-    """Make room on the host for what forwards save and send there."""
-    found: dict[TensorRef, HostBuffer] = {}
+    """Make room on the host for what forwards save and send there.
+
+    Args:
+        found: what there is already; new ones are added.
+    """
     for program in schedule.programs:
         for step in program:
             ref = step.ref
             if step.op is Op.SWAP_OUT and ref is not None and ref.is_kept:
                 if step.over is not None:
                     found[ref] = found[step.over]
-                else:
+                elif ref not in found or found[ref].tensor.numel() < ref.nbytes(graph):
                     found[ref] = saved_buffer(ref, ref.nbytes(graph), device)
     return found
 
