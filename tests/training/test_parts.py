@@ -369,6 +369,44 @@ def test_what_mixes_samples_once_it_is_trained_is_seen_before(
         model.train_step(INPUTS, targets)
 
 
+class OfIds(nn.Module):
+    """Ids come in, and what samples have to do with each other shows only where they differ."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.embed, self.last = nn.Embedding(9, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids).mean(1)
+        if self.how == "mean":
+            h = h - h.mean(0)
+        return self.last(h.tanh()).repeat(1 if self.how == "mean" else 2, 1)
+
+
+@pytest.mark.parametrize("size", ["auto", 4])
+@pytest.mark.parametrize("how", ["mean", "rows"])
+def test_a_first_batch_of_the_same_samples_decides_nothing(
+    vgpus: VirtualGPUs, how: str, size: Any
+) -> None:
+    """As of zeros, to warm up: two samples were the same together and apart, in any order."""
+    torch.manual_seed(0)
+    net = OfIds(how)
+    twin = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=2, microbatch_size=size)
+    for step in range(2):
+        ids = torch.randint(0, 9, (SAMPLES, 3)) * step
+        for each in (model, twin):
+            each.zero_grad()
+        found, expected = model(ids), twin(ids)
+        if how == "rows" or size == "auto":
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=TOLERANCE)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        if step and (how == "rows" or size == "auto"):
+            assert_near(net, twin)
+
+
 class Opens(nn.Module):
     """A branch between samples that a count of steps opens, or a threshold out of reach."""
 

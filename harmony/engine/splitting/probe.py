@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,15 @@ from harmony.engine.splitting.dataflow import Dataflow
 from harmony.engine.splitting.losses import LossTrial, Rule, Split
 from harmony.engine.splitting.recording import Recorder
 from harmony.engine.splitting.runner import LayerRunner
-from harmony.engine.splitting.samples import Dims, choose, taken, unsettled, with_other_neighbours
+from harmony.engine.splitting.samples import (
+    Dims,
+    choose,
+    show_nothing,
+    taken,
+    told_apart,
+    unsettled,
+    with_other_neighbours,
+)
 from harmony.errors import CaptureError
 from harmony.runtime.device import DeviceContext
 from harmony.runtime.exec.rows import joined, rows_of
@@ -101,18 +110,44 @@ def try_splitting(
     few = {wanted, min(2, wanted), num_samples}
     if asked is None and not all(map(model.captured.foreseen, few)):
         counts = (num_samples,)  # few of them do not show what it does with many
+    dims = {value.id: value.batch_dim for value in model.graph.values}
+    apart = show_nothing(inputs, dims, _read_of_samples(model.graph))
     for count in counts:
         for place in (context, None) if count == 2 else (context,):
             try:
-                with warnings.catch_warnings():  # of what nobody asked for
-                    warnings.simplefilter("ignore")
-                    return _Trial(model, place, inputs, num_samples, count, asked).verdict()
+                if apart:
+                    with suppress(_FailedError):  # these may be no possible ones
+                        others = told_apart(inputs, dims, seed=3)
+                        return _tried(model, place, others, num_samples, count, asked)
+                return _tried(model, place, inputs, num_samples, count, asked)
             except torch.OutOfMemoryError as error:
                 last = error
             except _FailedError as failed:
                 # If the whole batch fails too, that is for its measurement to say.
                 return Verdict(f"the forward fails for {count} samples of a batch ({failed})")
     return Verdict(f"not even {counts[-1]} samples could be compared ({last})")
+
+
+def _tried(
+    model: Model,
+    place: DeviceContext | None,
+    inputs: Values,
+    num_samples: int,
+    count: int,
+    asked: int | None,
+) -> Verdict:
+    with warnings.catch_warnings():  # of what nobody asked for
+        warnings.simplefilter("ignore")
+        return _Trial(model, place, inputs, num_samples, count, asked).verdict()
+
+
+def _read_of_samples(graph: LayerGraph) -> set[int]:
+    """The inputs of the model that layers read, but for those of the loss alone."""
+    scalars = {v for v in graph.output_ids if graph.values[v].batch_dim is None}
+    layers = [layer for layer in graph.layers if scalars.isdisjoint(layer.outputs)]
+    return {v for layer in layers or graph.layers for v in layer.inputs}.intersection(
+        graph.input_ids
+    )
 
 
 class _FailedError(Exception):

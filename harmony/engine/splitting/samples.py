@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -68,6 +68,35 @@ def with_other_neighbours(few: Values, dims: Dims, kept: int, seed: int) -> Valu
             noise = torch.randn(other.shape, generator=generator).to(other) * spread.to(other)
             other = other + noise
         found[value] = torch.cat([tensor.narrow(dim, 0, kept), other], dim)
+    return found
+
+
+def show_nothing(inputs: Values, dims: Dims, read: Collection[int]) -> bool:
+    """Whether all samples are the same, in all that is read of them: as of a batch to warm up."""
+    told = [(inputs[v], dims[v]) for v in read if v in inputs and dims[v] is not None]
+    return bool(told) and all(_is_repeated(tensor, dim or 0) for tensor, dim in told)
+
+
+def _is_repeated(tensor: torch.Tensor, dim: int) -> bool:
+    return torch.equal(tensor, tensor.narrow(dim, 0, 1).expand_as(tensor))
+
+
+def told_apart(inputs: Values, dims: Dims, seed: int) -> Values:
+    """Return samples that differ, in place of those that are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    found = dict(inputs)
+    for value, tensor in inputs.items():
+        dim = dims[value]
+        if dim is None or not tensor.numel() or not _is_repeated(tensor, dim):
+            continue
+        if tensor.is_floating_point() or tensor.is_complex():
+            noise = torch.randn(tensor.shape, generator=generator)
+            found[value] = tensor + noise.to(tensor.device).to(tensor.dtype)
+            continue
+        low, high = (int(bound) for bound in tensor.aminmax())
+        low, high = min(low, 0), max(high, 1)  # there may be no more classes than these
+        other = torch.randint(low, high + 1, tensor.shape, generator=generator)
+        found[value] = other.to(tensor.device).to(tensor.dtype)
     return found
 
 
