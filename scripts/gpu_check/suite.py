@@ -115,11 +115,11 @@ def run_tests(note: Note, words: Sequence[str], total: Counter[str] | None = Non
 
 
 def _note_total(note: Note, total: Counter[str]) -> bool:
-    """Note how many tests there were; returns whether any passed."""
+    """Note how many tests there were; returns whether there were any."""
     note(
         what="tests",
         passed=total["passed"],
         failed=total["failed"],
         skipped_tests=total["skipped"],
     )
-    return total["passed"] > 0
+    return total.total() > 0
