@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from harmony.cli import main as cli
+from harmony.core.units import format_bytes, format_rate, format_seconds
 from harmony.errors import ConfigError
 from harmony.profiling.model_profile import load_profile
+from harmony.profiling.plan_request import PlanRequest, machine_and_costs
 from harmony.profiling.presets import PRESETS
 
 pytest.importorskip("transformers")
@@ -85,6 +88,29 @@ def test_adapters_are_all_that_is_trained_with_lora(folder: Path) -> None:
     masters = profile.graph.master_nbytes()
     assert 4 * adapters <= masters < 5 * adapters, "frozen weights have none"
     assert profile.dtypes["masters"] == "fp32" and profile.dtypes["weights"] == "bf16"
+
+
+def test_each_of_several_servers_keeps_and_updates_its_part_of_the_state(folder: Path) -> None:
+    profile = profile_of_config(str(folder), 4)
+    asked = PlanRequest(gpu="RTX 3060", host_memory_nbytes=8 << 30)
+    alone = machine_and_costs(asked, profile, 4)
+    all_of_it = machine_and_costs(replace(asked, servers=4), profile, 4)
+    parts = replace(asked, servers=4, shard_optimizer_state=True, network_bytes_per_s=1e9)
+    part = machine_and_costs(parts, profile, 4)
+    state = [task.profile.graph.state_nbytes() for task in (alone, all_of_it, part)]
+    assert state[0] == state[1] == 8 * NUM_PARAMS
+    assert 0 <= state[2] - 2 * NUM_PARAMS < 4 * (LAYERS + 3)
+    updates = [sum(r[4].update_s for r in t.costs.by_layer) for t in (alone, all_of_it, part)]
+    assert updates[0] == updates[1] == pytest.approx(4 * updates[2])
+    assert [t.machine.updates_wait for t in (alone, all_of_it, part)] == [False, True, True]
+    nbytes = 2 * 3 * 4 * NUM_PARAMS // 4
+    sent, takes = format_bytes(nbytes), format_seconds(nbytes / 1e9)
+    assert f"a step sends {sent} from each" in " ".join(all_of_it.notes)
+    assert f"{sent} from each, {takes} at {format_rate(1e9)}" in " ".join(part.notes)
+    with pytest.raises(ConfigError, match="add --servers N"):
+        machine_and_costs(replace(parts, servers=1), profile, 4)
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        machine_and_costs(replace(parts, overlap_updates=True), profile, 4)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def parse_plan(argv: Sequence[str]) -> PlanRequest:
         args = parser.parse_args([*words_of(args.config, parser), *argv])
     _check_model(args)
     args.compare, args.link_bytes_per_s = tuple(args.compare), rate(args.link)
+    args.servers, args.network_bytes_per_s = args.servers or 1, rate(args.network)
     return PlanRequest(**named(args, PlanRequest))
 
 
@@ -141,6 +142,19 @@ def make_parser() -> Parser:
         help="updates wait for the norm of all gradients",
     )
     add("--overlap-updates", action="store_true", help="updates may run into the next step")
+    add("--servers", **COUNT, help="that train together, each such a machine (default: 1)")
+    add(
+        "--shard-optimizer-state",
+        action="store_true",
+        help="each server keeps and updates its part of it",
+    )
+    add(
+        "--network",
+        metavar="RATE",
+        action=Read,
+        convert=checked_rate,
+        help="of each server, each way, e.g. 12.5GB/s",
+    )
     add("--minibatch", **COUNT, help="samples of a step (default: the profile's; of --model 8)")
     add(
         "--microbatch",

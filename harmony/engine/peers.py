@@ -7,7 +7,6 @@ of the step. Whoever cannot begin says so here, so that nobody waits for what ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,15 @@ from torch import nn
 
 from harmony.capture.graph.params import dense_stride, version_of
 from harmony.core.warn import warn
+from harmony.engine.peer_facts import (
+    compare_states,
+    form_of,
+    hash_of,
+    options_of,
+    refuse_own_step,
+    state_digests,
+    state_of,
+)
 from harmony.errors import ConfigError, ExecutionError, PeerError, text_of
 from harmony.runtime.host.host_state import HostState
 from harmony.runtime.peers.chunks import Chunk, OwnedChunk, cut, cut_by_owner
@@ -222,7 +230,7 @@ class Peers:
         if self._hooked is not optimizer.full:
             self._hooked = optimizer.full
             optimizer.full.register_load_state_dict_post_hook(lambda _: self.values_were_set())
-            optimizer.full.register_step_pre_hook(_refuse_own_step)
+            optimizer.full.register_step_pre_hook(refuse_own_step)
 
     def average_gradients(self) -> Exchange:
         """Let ``grad`` be the average over all processes, of the parameters updated here.
@@ -324,7 +332,7 @@ class Peers:
             "kind": kind,
             "step": number,
             "model": self._form(),
-            "optimizer": _hash(_options_of(self._optimizer)),
+            "optimizer": hash_of(options_of(self._optimizer)),
             "open": self._is_open,
             "buffers": bool(self._changed_buffers()),
             **more,
@@ -336,11 +344,11 @@ class Peers:
     def _form(self) -> str:
         """What the model is like; updates that are left need not be made for that."""
         with torch._C.DisableTorchFunctionSubclass():
-            form = list(_form_of(self._net))
+            form = list(form_of(self._net))
             if self.owners is not None:
                 self.owners.assign(self._net.named_parameters())
                 form += sorted(self.owners.of.items())
-            return _hash(iter(form))
+            return hash_of(iter(form))
 
     def _changed_buffers(self) -> list[str]:
         """Buffers that were written to since all processes had the same."""
@@ -406,48 +414,20 @@ class Peers:
     def _make_same(self) -> bool:
         """Let parameters and buffers that are not process 0's become so."""
         tensors = {**dict(self._net.named_parameters()), **dict(self._net.named_buffers())}
-        states = {} if self._optimizer is None else _state_of(self._optimizer, self._net)
-        own = [*self._digests_of(states), *digests_of(list(tensors.values())).tolist()]
+        states = {} if self._optimizer is None else state_of(self._optimizer, self._net)
+        own = [
+            *state_digests(states, self._net, self.owners),
+            *digests_of(list(tensors.values())).tolist(),
+        ]
         rows = self.group.gather(torch.tensor(own, dtype=torch.int64).view(torch.uint8))
         found = rows.contiguous().view(torch.int64)
         values = found[:, len(own) - len(tensors) :]
-        self._compare_states(found[:, : len(own) - len(tensors)])
+        compare_states(found[:, : len(own) - len(tensors)], self._net, self.owners)
         different = (values != values[0]).any(0).tolist()
         taken = [t for t, d in zip(tensors.values(), different, strict=True) if d]
         about_to_change(t for t in taken if isinstance(t, nn.Parameter))
         take_from_first(self.group, taken)
         return any(different)
-
-    def _digests_of(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> list[int]:
-        """Numbers that are equal where the optimizer's state is: one, or one a parameter.
-
-        Where each process keeps the state of some parameters it is 0 for those without.
-        """
-        if self.owners is None:
-            return [_digest_of(states)]
-        names = (name for name, _ in self._net.named_parameters())
-        return [_digest_of({n: states[n]}) | 1 if n in states else 0 for n in names]
-
-    def _compare_states(self, found: torch.Tensor) -> None:
-        """Refuse states of the optimizer that differ, or that are not where they are wanted.
-
-        Args:
-            found: what `_digests_of` has returned, a row for each process.
-
-        Raises:
-            ConfigError: naming two processes.
-        """
-        expected = found[:1]
-        if self.owners is not None:  # each is compared with the process that keeps the state
-            owners = [self.owners.of[name] for name, _ in self._net.named_parameters()]
-            expected = found.gather(0, torch.tensor([owners]))
-            expected = torch.where(found == 0, found, expected.expand_as(found))
-        bad = (found != expected).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise ConfigError(
-                f"processes 0 and {bad[0]} of {self.group.size} have another state of the "
-                "optimizer: load the same checkpoint in all of them. Nothing was changed"
-            )
 
     def _share_buffers(self) -> bool:
         """Let buffers that a process has changed be process 0's, as DDP does."""
@@ -471,69 +451,9 @@ class Peers:
             )
 
 
-def _form_of(net: nn.Module) -> Iterator[object]:
-    for name, param in net.named_parameters():
-        stride = dense_stride(param.shape, param.stride())
-        yield name, tuple(param.shape), stride, str(param.dtype), param.requires_grad
-    for name, buffer in net.named_buffers():
-        yield name, tuple(buffer.shape), str(buffer.dtype)
-
-
-def _options_of(optimizer: PackOptimizer | None) -> Iterator[object]:
-    """What decides an update, as far as it is made of numbers."""
-    if optimizer is None:
-        return
-    yield type(optimizer.full).__qualname__, optimizer.max_norm
-    for group, options in zip(optimizer.full.param_groups, optimizer.options(), strict=True):
-        yield len(group["params"])
-        for key, value in sorted(options.items()):
-            if isinstance(value, (bool, int, float, str, tuple, torch.Tensor, type(None))):
-                yield key, value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def _state_of(optimizer: PackOptimizer, net: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors of the optimizer's state, by the parameter's name and theirs."""
-    found = {}
-    for name, param in net.named_parameters():
-        state = optimizer.full.state.get(param) or {}
-        tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-        if tensors:
-            found[name] = tensors
-    return found
-
-
-def _digest_of(states: Mapping[str, Mapping[str, torch.Tensor]]) -> int:
-    """A number of 64 bits for the values of states, and their names."""
-    named = {f"{n}.{k}": v for n, held in states.items() for k, v in held.items()}
-    values = digests_of(list(named.values())).view(torch.uint8)
-    digest = hashlib.blake2b(bytes(values.tolist()), digest_size=8)
-    digest.update("\n".join(named).encode())
-    return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _refuse_own_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Refuse a step of all parameters, the state of some of which is elsewhere.
-
-    Raises:
-        ConfigError: with the remedy.
-    """
-    raise ConfigError(
-        f"{type(optimizer).__name__}.step() with shard_optimizer_state=True: this process has the "
-        "state of its own parameters only. train_step updates all of them; in a loop of your own "
-        "use torch.distributed.optim.ZeroRedundancyOptimizer. Nothing was changed"
-    )
-
-
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are of the same memory."""
     return one.data_ptr() == other.data_ptr()
-
-
-def _hash(values: Iterator[object]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for value in values:
-        digest.update(repr(value).encode())
-    return digest.hexdigest()
 
 
 def _quietly(job: Callable[[], object]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harmony.core.machine import Machine
-from harmony.core.units import format_bytes, format_rate
+from harmony.core.units import format_bytes, format_rate, format_seconds
 from harmony.errors import ConfigError
 from harmony.planner.ir.plan import Plan
 from harmony.planner.predict.cost import CostTable
@@ -44,6 +44,9 @@ class PlanRequest:
         tf32: whether products of fp32 may run as TF32.
         clips: whether gradients are clipped by their norm, also where the profile does not say so.
         overlap_updates: whether updates may run into the next step.
+        servers: how many train together, each such a machine with its part of the batch.
+        shard_optimizer_state: whether each of them keeps its part of the optimizer's state.
+        network_bytes_per_s: of each server's network, each way.
         plan: a saved plan to show instead of searching for one.
         save_plan, save_profile: where to keep the plan, and what was counted of the model.
         report: a file that shows the plan as well.
@@ -72,6 +75,9 @@ class PlanRequest:
     tf32: bool = False
     clips: bool = False
     overlap_updates: bool = False
+    servers: int = 1
+    shard_optimizer_state: bool = False
+    network_bytes_per_s: float | None = None
     plan: Path | None = None
     save_plan: Path | None = None
     save_profile: Path | None = None
@@ -126,13 +132,13 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
         ConfigError: if something is missing or unknown.
         PlanError: if the profile says nothing about the machine.
     """
+    check_servers(request)
     gpu = _gpu_of(request, profile)
     if gpu is None:
         machine, notes = _measured_machine(request, profile)
         machine = _with_updates(machine, request, profile)
         source = f"measured on {profile.device}"
-        notes = (*notes, *profile.host_notes)
-        return Task(profile, profile.costs, machine, minibatch, source, notes)
+        return _of_server(request, profile, profile.costs, machine, minibatch, source, notes)
     if request.host_memory_nbytes is None:
         raise ConfigError(
             "--host-memory: how much memory has the host of that machine? E.g. 256GiB"
@@ -149,15 +155,71 @@ def machine_and_costs(request: PlanRequest, profile: ModelProfile, minibatch: in
         link_bytes_per_s=request.link_bytes_per_s,
     )
     costs, source = profile.costs_on(gpu, host.bytes_per_s, minibatch, tf32=request.tf32)
-    notes = (*_notes(gpu, host, machine), *profile.host_notes)
+    notes = _notes(gpu, host, machine)
     machine = _with_updates(machine, request, profile)
-    return Task(profile, costs, machine, minibatch, source, notes)
+    return _of_server(request, profile, costs, machine, minibatch, source, notes)
+
+
+def check_servers(request: PlanRequest) -> None:
+    """Refuse what several servers cannot do, or one does not have.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in ("shard_optimizer_state", "network_bytes_per_s"):
+        if request.servers == 1 and getattr(request, name):
+            option = name.removesuffix("_bytes_per_s").replace("_", "-")
+            raise ConfigError(f"--{option} is about several servers: add --servers N")
+    if request.shard_optimizer_state and request.overlap_updates:
+        raise ConfigError("--shard-optimizer-state and --overlap-updates: leave one of them out")
+
+
+def _of_server(
+    request: PlanRequest,
+    profile: ModelProfile,
+    costs: CostTable,
+    machine: Machine,
+    minibatch: int,
+    source: str,
+    notes: tuple[str, ...],
+) -> Task:
+    """What one of several servers is to do: its host keeps and updates its part of the state."""
+    if request.shard_optimizer_state:
+        parts, graph = request.servers, profile.graph
+        layers = tuple(replace(x, state_nbytes=-(-x.state_nbytes // parts)) for x in graph.layers)
+        shared = tuple(replace(x, state_nbytes=-(-x.state_nbytes // parts)) for x in graph.shared)
+        profile = replace(profile, graph=replace(graph, layers=layers, shared=shared))
+        rows = (
+            {size: replace(cost, update_s=cost.update_s / parts) for size, cost in row.items()}
+            for row in costs.by_layer
+        )
+        costs = CostTable(tuple(rows))
+    if request.servers > 1:
+        notes = (*notes, _network_note(request, profile))
+    return Task(profile, costs, machine, minibatch, source, (*notes, *profile.host_notes))
+
+
+def _network_note(request: PlanRequest, profile: ModelProfile) -> str:
+    """What a server sends in a step: gradients, or half of that in gradients, half in weights."""
+    count = request.servers
+    nbytes = 2 * (count - 1) * profile.graph.gradient_nbytes() // count
+    takes = ""
+    if request.network_bytes_per_s is not None:
+        rate = request.network_bytes_per_s
+        takes = f", {format_seconds(nbytes / rate)} at {format_rate(rate)} (not in the step time)"
+    state = ""
+    if request.shard_optimizer_state:
+        state = f"; each keeps 1/{count} of the optimizer's state"
+    return (
+        f"{count} servers like this one, each with a batch of its own: a step sends "
+        f"{format_bytes(nbytes)} from each{takes}{state}"
+    )
 
 
 def _with_updates(machine: Machine, request: PlanRequest, profile: ModelProfile) -> Machine:
     """The machine, without updates on its GPUs where they have to wait for all gradients."""
     machine = replace(machine, updates_overlap=request.overlap_updates)
-    if not (profile.clips or request.clips):
+    if not (profile.clips or request.clips or request.servers > 1):
         return machine
     devices = tuple(replace(device, update_bytes_per_s=0.0) for device in machine.devices)
     return replace(machine, devices=devices, updates_wait=True)

@@ -19,6 +19,7 @@ from harmony.runtime.peers.chunks import cut_by_owner
 from harmony.runtime.peers.exchange import MARK_NBYTES, TEXT_NBYTES
 from harmony.runtime.peers.owners import Owners
 from harmony.runtime.update.clipping import norm_of, norm_of_norms
+from harmony.runtime.update.loss_scaling import LossScaling
 from harmony.runtime.update.optimizer import PackOptimizer
 from tests import devices
 from tests.training.conftest import VirtualGPUs
@@ -437,6 +438,21 @@ def test_a_process_lost_in_the_middle_of_the_updates_ends_the_others(
         assert said.startswith(f"PeerError: process {rank} of 4 has lost the others (")
         assert "Some parameters are of this step, others of the step before. Start all" in said
         assert again == said
+
+
+@pytest.mark.parametrize("has_some", [True, False])
+def test_a_process_whose_own_gradients_are_finite_skips_the_step_with_the_others(
+    has_some: bool,
+) -> None:
+    scaling, param = LossScaling(), nn.Parameter(torch.ones(2))
+    before = scaling.scale()
+    param.grad = torch.ones(2) if has_some else None
+    scaling.unscale([param])
+    assert not scaling.skips
+    scaling.hear(looked=True, skips=True)
+    assert scaling.skips
+    scaling.update()
+    assert scaling.scale() == before / 2
 
 
 def test_norms_of_gradients_of_several_types_are_put_together_as_pytorch_does() -> None:

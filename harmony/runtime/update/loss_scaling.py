@@ -20,7 +20,7 @@ class LossScaling:
         self.scaler = torch.amp.GradScaler("cpu")
         self.skips = False
         self._looked = False
-        self._others: _Gradients | None = None
+        self._known: list[_Gradients] = []  # the scaler knows them by their identities
 
     def scale(self) -> float:
         """What the loss is multiplied by."""
@@ -30,6 +30,7 @@ class LossScaling:
         """Divide the gradients of all parameters, and see whether they are finite."""
         self.scaler.update(self.scale())  # forgets what a step that has failed had found
         found = _Gradients([param for param in params if param.grad is not None])
+        self._known = [found]
         self._looked = bool(found.param_groups[0]["params"])
         if self._looked:
             self.scaler.unscale_(found)  # type: ignore[arg-type]
@@ -41,8 +42,8 @@ class LossScaling:
         if (looked, skips) != (self._looked, self.skips):
             marker = nn.Parameter(torch.zeros(()))
             marker.grad = torch.full((), float("inf" if skips else 0))
-            self._others = _Gradients([marker])  # the scaler knows it by its identity
-            self.scaler.unscale_(self._others)  # type: ignore[arg-type]
+            self._known.append(_Gradients([marker]))
+            self.scaler.unscale_(self._known[-1])  # type: ignore[arg-type]
         self._looked, self.skips = looked, skips
 
     @property
