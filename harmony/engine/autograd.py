@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -152,8 +153,8 @@ def needs_graph(net: nn.Module, call: Any) -> bool:
     return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(call))
 
 
-def check_surroundings() -> None:
-    """Refuse a call from inside of a function transform.
+def check_surroundings(net: nn.Module, call: Any) -> None:
+    """Refuse a call from inside of a function transform, or one that tangents go into.
 
     Raises:
         HarmonyError: naming what to use instead.
@@ -163,6 +164,14 @@ def check_surroundings() -> None:
             "a Harmony model inside of torch.func (grad, vjp, vmap, jacrev, ...): it runs on real "
             "batches only. Use loss.backward() or torch.autograd.grad, or transform the module "
             "itself before you wrap it"
+        )
+    if forward_ad._current_level < 0:
+        return
+    given = [x for x in tree_leaves(call) if isinstance(x, torch.Tensor)]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (*given, *net.parameters())):
+        raise HarmonyError(
+            "a Harmony model inside of torch.autograd.forward_ad: its outputs would have no "
+            "tangents. Use loss.backward() or torch.autograd.grad, or call the module itself"
         )
 
 

@@ -109,7 +109,7 @@ class OwnLoop:
             if found.eager:
                 break
         self.whole.check()
-        check_surroundings()
+        check_surroundings(engine.net, (args, kwargs))
         engine.options.precision.refuse(OTHER_WAY)
         engine.runs_whole((args, kwargs, None))
         if engine.options.detect_nonfinite and torch.is_grad_enabled():
@@ -125,7 +125,7 @@ class OwnLoop:
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.whole.check()
-        check_surroundings()
+        check_surroundings(self._engine.net, (args, kwargs))
         run = functools.partial(self._run_forward, args, kwargs)
         return self._engine.in_room(CallKind.OWN_LOOP, (args, kwargs, None), run)[1]
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import harmony
@@ -218,6 +219,15 @@ def test_a_second_derivative_is_refused(vgpus: VirtualGPUs) -> None:
     with pytest.raises(harmony.HarmonyError, match="second derivative"):
         out.sum().backward(create_graph=True)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_forward_that_tangents_go_into_is_refused(vgpus: VirtualGPUs) -> None:
+    model = wrapped(SkipMLP())
+    x = vector_batch(0)[0]
+    with forward_ad.dual_level():
+        model(x)
+        with pytest.raises(harmony.HarmonyError, match="forward_ad"):
+            model(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 # Parameters that change in between

@@ -408,6 +408,22 @@ def asked_to_end(rank: int, size: int) -> Any:
     return None
 
 
+def some(rank: int, size: int) -> Any:
+    """Two of the processes train a model, and then another; the others do not come."""
+    group = dist.new_group([1, 3])
+    if rank not in (1, 3):
+        return []
+    found = []
+    for _ in range(2):
+        torch.manual_seed(rank)  # what differs is taken from the first
+        net = nn.Linear(24, 24)
+        model = model_of(net, loss_fn=square_loss, process_group=group)
+        model.train_step(*vector_batch(rank, 4))
+        found.append(params_of(net))
+        model.close()
+    return found
+
+
 def lost(rank: int, size: int) -> Any:
     """Process 1 ends in the middle of a step."""
     torch.manual_seed(0)
@@ -472,7 +488,7 @@ def two() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def four() -> dict[str, list[Any]]:
-    return on_servers(4, HERE + "steps", HERE + "lost")
+    return on_servers(4, HERE + "steps", HERE + "some", HERE + "lost")
 
 
 def no_text(found: list[Any]) -> list[Any]:
@@ -488,6 +504,12 @@ def test_processes_compute_what_plain_pytorch_does_and_send_what_the_formula_say
     for differ, (sent, formula) in no_text(request.getfixturevalue(size)["steps"]):
         assert not differ
         assert sent == formula
+
+
+def test_some_of_the_processes_train_one_model_after_the_other(four: dict[str, list[Any]]) -> None:
+    none, first, nobody, third = no_text(four["some"])
+    assert not none and not nobody and len(first) == 2
+    assert not [differ for a, b in zip(first, third, strict=True) if (differ := other(a, b))]
 
 
 @pytest.mark.parametrize("name", ["small_chunks", "buffers", "only_one_uses_it", "not_planned"])

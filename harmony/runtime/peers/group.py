@@ -50,13 +50,7 @@ class PeerGroup:
         self.after = WHOLE
         self._lost: str | None = None
         self._worker = Worker("harmony-peers", awaited=False)  # others may never come
-        self._group: Any = dist.new_group(
-            ranks,
-            timeout=_timeout_of(process_group),
-            backend="gloo",
-            # Else it is named by its ranks: a second one would find the first one's addresses.
-            use_local_synchronization=len(ranks) != dist.get_world_size(),
-        )
+        self._group: Any = _connected(ranks, _timeout_of(process_group))
 
     # On the thread of the group
 
@@ -224,6 +218,20 @@ def _ranks_of(process_group: Any) -> list[int]:
             "torch.distributed.group.WORLD"
         )
     return list(dist.get_process_group_ranks(process_group))
+
+
+def _connected(ranks: list[int], timeout: timedelta | None) -> Any:
+    """Return connections between these processes that nobody else has, in the order of ranks."""
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(ranks, timeout=timeout, backend="gloo")
+    # PyTorch names a group of some of the processes by their ranks, if the others do not have to
+    # come: the second one would find the addresses of the first. Here each has a number more.
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    those = "-".join(map(str, ranks))
+    number = store.add(f"harmony/{those}/made by {rank}", 1)
+    own = dist.PrefixStore(f"harmony/{those}/{number}", store)
+    wait = timeout or dist.default_pg_timeout
+    return dist.ProcessGroupGloo(own, ranks.index(rank), len(ranks), wait)
 
 
 def _timeout_of(process_group: Any) -> timedelta | None:
