@@ -168,7 +168,8 @@ def check_surroundings(net: nn.Module, call: Any) -> None:
     if forward_ad._current_level < 0:
         return
     given = [x for x in tree_leaves(call) if isinstance(x, torch.Tensor)]
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (*given, *net.parameters())):
+    unpack: Any = forward_ad.unpack_dual
+    if any(unpack(x).tangent is not None for x in (*given, *net.parameters())):
         raise HarmonyError(
             "a Harmony model inside of torch.autograd.forward_ad: its outputs would have no "
             "tangents. Use loss.backward() or torch.autograd.grad, or call the module itself"

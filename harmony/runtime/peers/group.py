@@ -226,10 +226,11 @@ def _connected(ranks: list[int], timeout: timedelta | None) -> Any:
         return dist.new_group(ranks, timeout=timeout, backend="gloo")
     # PyTorch names a group of some of the processes by their ranks, if the others do not have to
     # come: the second one would find the addresses of the first. Here each has a number more.
-    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    c10d, rank = dist.distributed_c10d, dist.get_rank()
+    store = c10d._get_default_store()
     those = "-".join(map(str, ranks))
     number = store.add(f"harmony/{those}/made by {rank}", 1)
-    own = dist.PrefixStore(f"harmony/{those}/{number}", store)
+    own = c10d.PrefixStore(f"harmony/{those}/{number}", store)
     wait = timeout or dist.default_pg_timeout
     return dist.ProcessGroupGloo(own, ranks.index(rank), len(ranks), wait)
 
