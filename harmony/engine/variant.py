@@ -24,13 +24,14 @@ from harmony.engine.other_lengths import (
 from harmony.engine.planned import Asked, Measured, Planned, microbatches_of
 from harmony.engine.splitting import Splitting, Verdict
 from harmony.errors import PlanError
-from harmony.planner.check.verify import verify
+from harmony.planner.check.verify import check_together, verify
 from harmony.planner.ir.plan import Plan
 from harmony.planner.ir.plan_file import check_plan
 from harmony.planner.ir.task_graph import build_tasks
 from harmony.planner.ir.tasks import Phase, Samples
 from harmony.planner.predict.cost import CostTable, LayerCost
 from harmony.planner.search.candidates import REMEDY, Candidate
+from harmony.planner.search.trial import for_phase
 from harmony.profiling.layer_times import KnownTimes, measure_layers
 from harmony.profiling.steady import Steady, choose_steadily
 from harmony.profiling.update_times import UpdateCost
@@ -361,8 +362,11 @@ class Variant:
                 f"the plan parts a batch of {plan.minibatch} samples, but {why}. {REMEDY}"
             )
         check_plan(plan, self.graph, measured.machine, self._phase)
-        tasks = build_tasks(self.graph, plan.spec)
-        verify(plan.schedule, self.graph, measured.costs, plan.spec.phase, tasks)
+        for phase, schedule in plan.schedules.items():
+            tasks = build_tasks(self.graph, for_phase(plan.spec, phase))
+            verify(schedule, self.graph, measured.costs, phase, tasks)
+        if plan.spec.phase is Phase.BACKWARD:
+            check_together(plan.schedules[Phase.FORWARD], plan.schedule)
 
     def prepared(
         self, planned: Planned, phase: Phase, in_flight: InFlight | None = None

@@ -165,6 +165,8 @@ def test_phases_of_the_drop_in_form_share_packs_and_microbatches() -> None:
         MODEL, COSTS, server(2, memory=24 * MIB), 8, phase=Phase.BACKWARD, activations="recompute"
     )
     assert not again.spec.kept and plan.step_s < again.step_s
+    said = next(d.chosen for d in again.decisions if d.name == "activations")
+    assert said == f"recomputed in {len(again.spec.backward_packs)} packs"
 
 
 def test_a_training_plan_can_infer() -> None:

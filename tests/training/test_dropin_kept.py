@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 import harmony
 from harmony.planner.ir.policy import Policy
+from harmony.planner.ir.schedule import Instruction, Op
+from harmony.planner.ir.tasks import Phase
 from harmony.runtime.exec.stage import Stage
 from tests import devices
 from tests.training import mixed
@@ -244,6 +247,22 @@ def test_a_loss_of_some_of_the_outputs_finds_it_too(
     found, recomputed = both(net, model, run, backwards)
     assert found == len(CUTS) + 1
     assert recomputed == 0
+
+
+def test_a_plan_of_the_callers_whose_forward_leaves_nothing_is_refused(
+    vgpus: VirtualGPUs,
+) -> None:
+    net, x = GPT(dropout=0.0), token_batch(0)[0]
+    model = keeping(net)
+    model(x)
+    forward = model.plan.schedules[Phase.FORWARD]
+    (device,), (program,) = forward.devices, forward.programs
+    drops = [Instruction("compute", Op.DROP, ref=ref) for ref in device.left]
+    bare = replace(forward, devices=(replace(device, left=()),), programs=((*program, *drops),))
+    wrong = replace(model.plan, schedules={**model.plan.schedules, Phase.FORWARD: bare})
+    other = harmony.Harmony(net, devices=1, microbatch_size=8, mode="pp", plan=wrong)
+    with pytest.raises(harmony.PlanError, match="never reaches the host"):
+        other(x)
 
 
 @pytest.mark.parametrize("memory", ["4MiB", "700KiB"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from harmony.core.units import format_seconds
 from harmony.planner.ir.plan import Decision
+from harmony.planner.ir.tasks import Phase
 from harmony.planner.search.candidates import Candidate
 
 MAX_ALTERNATIVES = 6
@@ -158,7 +159,8 @@ def _boundary(candidate: Candidate) -> str:
 def _activations(candidate: Candidate) -> str:
     spec, offload = candidate.spec, candidate.policy.offload
     there = len({*spec.saved}.intersection(offload))
-    again = len(spec.backward_packs) - 1 - len(spec.kept)
+    fused = spec.phase is Phase.TRAIN  # the last pack has no forward of its own
+    again = len(spec.backward_packs) - fused - len(spec.kept)
     parts = [("kept", len(spec.saved) - there), ("offloaded", there), ("recomputed", again)]
     found = [f"{what} in {count} packs" for what, count in parts if count > 0]
     if spec.saved and spec.saved_runs:
