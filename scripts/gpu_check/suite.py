@@ -53,8 +53,8 @@ def _go_on(
     total: Counter[str] = Counter()
     for file in filter(passed.__contains__, files):
         note(**passed[file])
-        for outcome in ("passed", "skipped"):
-            total[outcome] += passed[file].get(outcome, 0)
+        total.update(passed=passed[file].get("passed", 0))
+        total.update(skipped=passed[file].get("skipped_tests", 0))
     rest = [file for file in files if file not in passed]
     if not rest:
         return _note_total(note, total)
@@ -102,7 +102,7 @@ def run_tests(note: Note, words: Sequence[str], total: Counter[str] | None = Non
             report = json.loads(line)
             before, file = file, report["test"].partition("::")[0]
             if before not in ("", file):
-                note(what=before, **of_file)
+                _note_file(note, before, of_file)
                 of_file.clear()
             of_file[report["outcome"]] += 1
             total[report["outcome"]] += 1
@@ -110,8 +110,14 @@ def run_tests(note: Note, words: Sequence[str], total: Counter[str] | None = Non
                 note(what="failed", test=report["test"], why=report["why"])
     code = process.wait()
     if file and code in _ENDED:
-        note(what=file, **of_file)
+        _note_file(note, file, of_file)
     return _note_total(note, total) and code in (0, _NO_TESTS)
+
+
+def _note_file(note: Note, file: str, outcomes: Counter[str]) -> None:
+    """Note a file; `skipped` would say that the whole step is."""
+    named = {"skipped": "skipped_tests"}
+    note(what=file, **{named.get(outcome, outcome): n for outcome, n in outcomes.items()})
 
 
 def _note_total(note: Note, total: Counter[str]) -> bool:
