@@ -26,7 +26,7 @@ from harmony.capture.replay.shell import ModuleShell
 from harmony.capture.state.python_state import is_plain, plain_attributes
 from harmony.capture.state.random_state import seed_python
 from harmony.capture.trace.irregular import form_of, irregular_input
-from harmony.capture.trace.isolation import autocast_dtype, undisturbed
+from harmony.capture.trace.isolation import autocast_dtype, no_cast_cache, undisturbed
 from harmony.capture.trace.refuse import DynamicOnlyError, or_eager
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "irregular_input",
     "is_plain",
     "is_product",
+    "no_cast_cache",
     "or_eager",
     "plain_attributes",
     "running_on",

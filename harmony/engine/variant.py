@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 import torch
 
-from harmony.capture import Captured, Footprint, GuardError, undisturbed
+from harmony.capture import Captured, Footprint, GuardError, no_cast_cache, undisturbed
 from harmony.capture.cost.costs import costs_nbytes
 from harmony.core.layergraph import LayerGraph
 from harmony.core.machine import Machine
@@ -109,15 +109,16 @@ class Variant:
         self, inputs: Values, minibatch: int, asked: int | None, loss_name: str
     ) -> None:
         """Find out whether batches may be parted (see `Splitting.found`)."""
-        verdict = self._splitting.found(
-            self.captured_graph,
-            self.host.weights,
-            self._contexts[0],
-            inputs,
-            minibatch,
-            asked,
-            loss_name,
-        )
+        with no_cast_cache():
+            verdict = self._splitting.found(
+                self.captured_graph,
+                self.host.weights,
+                self._contexts[0],
+                inputs,
+                minibatch,
+                asked,
+                loss_name,
+            )
         if verdict is None:
             return
         if self._kin is not None and verdict != self._kin._verdict:  # other sizes may work
@@ -288,7 +289,7 @@ class Variant:
         planned = self._plans.get(minibatch)
         if planned is None:
             # What counts the work of a layer may run it, with the random numbers that it draws.
-            with undisturbed(self.device):
+            with undisturbed(self.device), no_cast_cache():
                 planned = self._new_plan(minibatch, measured, asked, pinned, like)
             self._plans[minibatch] = planned
         return planned

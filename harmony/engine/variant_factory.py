@@ -15,6 +15,7 @@ from torch import nn
 from harmony.capture import (
     Captured,
     capture,
+    no_cast_cache,
     or_eager,
     undisturbed,
 )
@@ -288,7 +289,7 @@ class VariantFactory:
         sizes = sizes or self.sizes_to_measure(minibatch, variant.graph)
         update = self.update_cost() if kind is CallKind.TRAIN_STEP else None
         known = self._measured.times()
-        with undisturbed(self._contexts[0].device):
+        with undisturbed(self._contexts[0].device), no_cast_cache():
             measured = variant.measure(inputs, sizes, update, known)
         self._measured.keep()
         return measured

@@ -262,6 +262,42 @@ def test_with_and_without_autocast_by_turns(vgpus: VirtualGPUs) -> None:
     same_training(SkipMLP(), loop)
 
 
+class Deep(nn.Module):
+    """Several times as large as the GPU; what it notes makes its decisions ones of data."""
+
+    def __init__(self, dynamic: bool) -> None:
+        super().__init__()
+        self.dynamic = dynamic
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(64 + i, 256), nn.GELU(), nn.Linear(256, 65 + i))
+            for i in range(6)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+            if self.dynamic and x.detach().float().mean() > 1e6:
+                x = x * 2
+        return x
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_autocast_of_the_caller_keeps_no_weights_on_the_gpu(
+    vgpus: VirtualGPUs, dynamic: bool
+) -> None:
+    """Its cache of casts holds on to weights until it ends, behind the caller's forward."""
+    vgpus(count=1, memory="600KiB")
+    torch.manual_seed(0)
+    net = Deep(dynamic)
+    twin, x = copy.deepcopy(net), torch.randn(8, 64)
+    for each in (harmony.Harmony(net, devices=1), twin):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = each(x).float().square().mean()
+        loss.backward()
+    for param, other in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, other.grad, rtol=3e-2, atol=1e-6)
+
+
 def test_generator_and_discriminator_by_turns(vgpus: VirtualGPUs) -> None:
     """Both wrapped; the discriminator is called twice, and in the generator's graph."""
     torch.manual_seed(0)

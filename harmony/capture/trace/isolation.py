@@ -37,6 +37,21 @@ def undisturbed(device: torch.device) -> Iterator[None]:
                 torch.get_device_module(device).set_rng_state(on_device, device)
 
 
+@contextmanager
+def no_cast_cache() -> Iterator[None]:
+    """Let autocast keep no copies of weights meanwhile.
+
+    It keeps them, and the weights with them, until the outermost autocast of the thread ends:
+    that may be the caller's.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def user_frame() -> str:
     """File and line of the innermost call that is neither torch's nor ours."""
     frame: Any = sys._getframe(1)

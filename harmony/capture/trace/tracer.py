@@ -34,7 +34,12 @@ from harmony.capture.state.caller_arguments import Containers, place_of
 from harmony.capture.state.python_state import PlainState
 from harmony.capture.trace.fake_kernels import refusals_unlogged
 from harmony.capture.trace.intercept import recording
-from harmony.capture.trace.isolation import autocast_dtype, undisturbed, user_frame_of
+from harmony.capture.trace.isolation import (
+    autocast_dtype,
+    no_cast_cache,
+    undisturbed,
+    user_frame_of,
+)
 from harmony.capture.trace.kernels import KernelWatch
 from harmony.capture.trace.leaf_watch import LeafMustOpenError
 from harmony.capture.trace.leaves import open_leaf
@@ -110,7 +115,11 @@ class Tracer:
             raise self._first_time.again()
         for _ in range(_MOST_OPENED):
             try:
-                with undisturbed(self.device), self.outside.undone(), refusals_unlogged():
+                with ExitStack() as stack:
+                    stack.enter_context(undisturbed(self.device))
+                    stack.enter_context(no_cast_cache())
+                    stack.enter_context(self.outside.undone())
+                    stack.enter_context(refusals_unlogged())
                     return without_dead_steps(self._attempt(num_samples, first))
             except LeafMustOpenError as request:
                 self._open(request)
