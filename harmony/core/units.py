@@ -73,6 +73,8 @@ def parse_bytes_with_unit(text: str | int) -> int:
 
 def _size(text: object) -> float:
     match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
+    if isinstance(text, str) and text.startswith("-") and _NUMBER.fullmatch(text[1:]):
+        raise ConfigError(f"a size must be positive, not {text[:40]!r}. Write it like 64MiB")
     if match is None or match[2].lower() not in _SUFFIXES:
         raise ConfigError(f"not a size: {str(text)[:40]!r}. Write it like 64MiB, 1.5GB or 8G")
     value = float(match[1]) * _SUFFIXES[match[2].lower()]

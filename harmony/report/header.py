@@ -73,8 +73,12 @@ def of_memory(
         "precision": _precision(host, kept) + _shared(shares),
         "host arena": text,
         "training state": f"{format_bytes(state)}, {state / memory:.1f} times the "
-        f"{format_bytes(memory)} of all GPUs",
+        f"{format_bytes(memory)} of all GPUs{_beside(host)}",
     }
+
+
+def _beside(host: HostState) -> str:
+    return "" if host.optimizer is not None else "; the state of your optimizer comes on top"
 
 
 def _shared(shares: int) -> str:

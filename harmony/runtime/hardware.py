@@ -89,13 +89,17 @@ def _named_devices(
     if any(device.type == "vgpu" for device in chosen) and not available_devices():
         _start_virtual(1 + max(device.index or 0 for device in chosen), device_memory)
     chosen = [torch.device(device.type, device.index or 0) for device in chosen]
+    twice = sorted({str(device) for device in chosen if chosen.count(device) > 1})
+    if twice:
+        raise ConfigError(f"devices={str(names)[:80]}: {twice[0]} is named twice; name each once")
     found = available_devices()
     absent = [str(device) for device in chosen if device not in found]
     if absent:
         there = ", ".join(map(str, found)) or "none"
         if found and found[0].type not in {device.type for device in chosen}:
             there += ", and PyTorch uses one kind of device in a process: start one without them"
-        raise ConfigError(f"devices={absent}: there are {there}. Name those")
+        remedy = "Name those, or leave devices= out"
+        raise ConfigError(f"devices={absent}: there are {there}. {remedy}")
     return _with_kernels(chosen, named=True)
 
 

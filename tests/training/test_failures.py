@@ -331,6 +331,8 @@ def test_workers_of_a_data_loader_may_be_forked_from_a_model_that_trains(
         ({"devices": 0}, "at least one device"),
         ({"devices": 99}, "99 devices asked for"),
         ({"device_memory": "much"}, "not a size"),
+        ({"device_memory": "-2GiB"}, "must be positive"),
+        ({"devices": [0, "vgpu:0"]}, "named twice"),
         ({"optimizer_kwargs": {"lr": 1.0}}, "without an optimizer"),
         ({"device_memory": "64"}, "device_memory: 64: in which unit"),
         ({"loss_fn": nn.CrossEntropyLoss}, r"give an object of it: loss_fn=CrossEntropyLoss\(\)"),
