@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -288,3 +289,24 @@ def test_the_planner_keeps_what_there_is_room_for(vgpus: VirtualGPUs, memory: st
     )
     assert max(plan.peak_nbytes) <= plan.machine.devices[0].memory_nbytes
     assert model.last_timeline.peak_nbytes[0] <= plan.peak_nbytes[0]
+
+
+@pytest.mark.parametrize("memory", ["105KiB", "111KiB"])
+def test_what_waits_is_counted_whole_where_memory_is_short(
+    vgpus: VirtualGPUs, memory: str
+) -> None:
+    """With it lie tensors that autograd's graph begins at; "others have taken" those, it said."""
+    vgpus(count=2, memory=memory)
+    torch.manual_seed(0)
+    widths = [16, 200, 40, 180, 30, 160, 8]
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+    net = nn.Sequential(*(each for layer in layers for each in (layer, nn.Tanh())))
+    twin = copy.deepcopy(net)
+    model = harmony.Harmony(net, devices=2, microbatch_size=1, mode="pp")
+    for step in range(3):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        for each in (model, twin):
+            each.zero_grad()
+            each(x).square().mean().backward()
+        for name, gradient in gradients_of(net).items():
+            torch.testing.assert_close(gradient, gradients_of(twin)[name], rtol=1e-5, atol=1e-8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -107,22 +107,28 @@ class Trial:
         lowered, machine = {}, self.question.machine
         phases = timed_phases(candidate.spec.phase)
         made = [build_tasks(self.graph, for_phase(candidate.spec, phase)) for phase in phases]
-        schedules = in_the_same_slots(
-            [
-                lower(tasks, machine, policy_for(candidate.policy, phase))
-                for phase, tasks in zip(phases, made, strict=True)
-            ]
-        )
-        for phase, tasks, schedule in zip(phases, made, schedules, strict=True):
-            needed = tuple(
-                device_peak(schedule, device, self.graph, self.workspace).nbytes
-                for device in range(schedule.num_devices)
-            )
-            if max(needed) > self.question.memory_nbytes:
-                return TooLarge(max(needed))
+        alone = [
+            lower(tasks, machine, policy_for(candidate.policy, phase))
+            for phase, tasks in zip(phases, made, strict=True)
+        ]
+        schedules = in_the_same_slots(alone)
+        needed = [self._needed(schedule) for schedule in schedules]
+        if not candidate.spec.kept and _largest(needed) > self.question.memory_nbytes:
+            # Nothing stays from one to the other, so each may have slots of its own.
+            schedules, needed = alone, [self._needed(schedule) for schedule in alone]
+        if _largest(needed) > self.question.memory_nbytes:
+            return TooLarge(_largest(needed))
+        for phase, tasks, schedule, peaks in zip(phases, made, schedules, needed, strict=True):
             simulation = Simulation(schedule, self.graph, self.costs, machine)
-            lowered[phase] = Lowered(tasks, schedule, needed, simulation)
+            lowered[phase] = Lowered(tasks, schedule, peaks, simulation)
         return Tried(candidate, lowered)
+
+    def _needed(self, schedule: Schedule) -> tuple[int, ...]:
+        """Bytes that a schedule takes of each device."""
+        return tuple(
+            device_peak(schedule, device, self.graph, self.workspace).nbytes
+            for device in range(schedule.num_devices)
+        )
 
     def verified(self, tried: Tried) -> Fitting:
         """Check the schedules of a candidate.
@@ -214,6 +220,10 @@ def for_phase(spec: StepSpec, phase: Phase) -> StepSpec:
         rounds=1,
         interleaved=False,
     )
+
+
+def _largest(needed: Iterable[Sequence[int]]) -> int:
+    return max(max(peaks) for peaks in needed)
 
 
 def _keeping_nothing(spec: StepSpec) -> StepSpec:

@@ -317,6 +317,7 @@ class Executor:
             found = self.left.nbytes()
             pairs = zip(prepared.needs_nbytes, found, strict=False)
             self._check_room([needed - nbytes for needed, nbytes in pairs])
+        before = self._used_nbytes() if prepared.leaves else []
         step = self._new_step(prepared, job, bound, owns_room)
         for context, stage in zip(self.contexts, self._stages, strict=True):
             torch.accelerator.reset_peak_memory_stats(context.device)
@@ -326,10 +327,16 @@ class Executor:
         with held_back() as held, held.stopped_by(partial(step.signals.fail, "")):
             self._issue(prepared, step)
             self._raise_failure(prepared, step)
+        if prepared.leaves:
+            pairs = zip(self._used_nbytes(), before, strict=True)
+            self.left.taken_nbytes = [max(0, now - then) for now, then in pairs]
         prepared.num_runs += 1
         if prepared.num_runs == 1:
             give_back_freed()  # what capture, measuring and planning have left
         return self._timeline(prepared, step)
+
+    def _used_nbytes(self) -> list[int]:
+        return [context.taken_nbytes()[1] for context in self.contexts]
 
     def _new_step(
         self, prepared: PreparedSchedule, job: Job, bound: MemoryBound | None, owns_room: bool

@@ -29,11 +29,13 @@ class LeftBehind:
     Attributes:
         on_devices: per device; of what waits on the host, what autograd knows of it.
         on_host: memory for that; it is kept for the next forward.
+        taken_nbytes: per device, what the last forward has not given back.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.on_devices: list[SavedForwards] = [{} for _ in devices]
         self.on_host: dict[TensorRef, HostBuffer] = {}
+        self.taken_nbytes = [0] * len(devices)
         self._devices = frozenset(devices)
         self._key: object = None
 
@@ -82,10 +84,8 @@ class LeftBehind:
 
     def nbytes(self) -> list[int]:
         """Bytes that are on each device."""
-        return [
-            sum(kept.memory.device_nbytes for kept in saved.values()) if saved else 0
-            for saved in self.on_devices
-        ]
+        pairs = zip(self.taken_nbytes, self.on_devices, strict=True)
+        return [nbytes if saved else 0 for nbytes, saved in pairs]
 
 
 def let_all_go() -> None:

@@ -115,11 +115,6 @@ class SavedMemory:
         """Bytes that leave for the host, and come back."""
         return sum(aligned(size) for size in self.sizes)
 
-    @property
-    def device_nbytes(self) -> int:
-        """Bytes that are on the device now."""
-        return sum(0 if memory is None else memory.numel() for memory in self._pieces)
-
     def copy_to(self, host: HostBuffer) -> None:
         """Copy to the host, on the current stream."""
         for memory, target in zip(self._pieces, self._chunks(host), strict=True):
