@@ -208,11 +208,13 @@ DROP_IN = """model = harmony.Harmony(net, microbatch_size=2, devices=2, device_m
     square_loss(model(inputs), targets).backward()"""
 
 WRONG = """from harmony.runtime.exec.stage import Stage
-    backward = Stage.backward
+    backward, saved = Stage.backward, Stage.backward_saved
     def twice(*args):
         made, gradients = backward(*args)
         return made, {v: 2 * g for v, g in gradients.items()}
-    Stage.backward = twice
+    def saved_twice(*args):
+        return {v: 2 * g for v, g in saved(*args).items()}
+    Stage.backward, Stage.backward_saved = twice, saved_twice
     """
 
 
@@ -228,7 +230,8 @@ def test_harmony_run_verify(
 ) -> None:
     monkeypatch.setattr(cli, "_set_up_gpus", lambda options, progress: None)
     monkeypatch.syspath_prepend("replaced")
-    monkeypatch.setattr(Stage, "backward", Stage.backward)
+    for name in ("backward", "backward_saved"):
+        monkeypatch.setattr(Stage, name, getattr(Stage, name))
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(body=WRONG + body if wrong else body))
     code = cli.main([str(script), "--verify"])
