@@ -9,6 +9,7 @@ import pytest
 
 from harmony.core.layergraph import MODEL_INPUT, Layer, LayerGraph, Value
 from harmony.core.machine import Device, Host, Machine
+from harmony.engine.inflight import backward_schedule
 from harmony.errors import DoesNotFitError
 from harmony.planner.check.verify import verify
 from harmony.planner.ir.policy import LEAN
@@ -106,6 +107,13 @@ def test_what_the_smallest_packs_have_room_for_is_not_refused(seed: int) -> None
             plan = choose(graph, costs, limit, minibatch, phase=phases[-1])
             assert max(plan.peak_nbytes) <= least * room
             inference_schedule(graph, costs, limit, plan.spec, plan.policy)
+            if plan.spec.phase is Phase.BACKWARD:  # from some outputs, with nothing kept
+                again = backward_schedule(plan, graph, costs, frozenset({graph.loss}), False)
+                peaks = [
+                    device_peak(again, d, graph, Workspace(graph, costs)).nbytes
+                    for d in range(again.num_devices)
+                ]
+                assert max(peaks) <= least * room
 
 
 def test_less_memory_than_any_layer_takes_is_refused() -> None:

@@ -291,6 +291,8 @@ def checked_schedule(
         ScheduleError: if the checker refuses it.
         DoesNotFitError: if a device needs more memory than it has.
     """
-    schedule = in_the_same_slots([lower(tasks, machine, policy), *beside])[0]
+    schedule, others = lower(tasks, machine, policy), list(beside)
+    if in_the_same_slots(others) == others:  # else each has slots of its own, for want of memory
+        schedule = in_the_same_slots([schedule, *others])[0]
     verify(schedule, tasks.layers, costs, tasks.spec.phase, tasks)
     return schedule
