@@ -25,20 +25,22 @@ def peaks_nbytes(
     packer: Packer, shape: Outline, spec: StepSpec, policy: Policy
 ) -> tuple[int, ...]:
     """Bytes that each device of a ring needs at most, slots and resident packs included."""
-    here: list[list[StageOutline]] = [[] for _ in range(shape.ring)]
-    for stage in shape.stages:
-        here[stage.seat].append(stage)
-    return tuple(_peak(packer, shape, spec, policy, stages) for stages in here)
+    return tuple(_peak(packer, shape, spec, policy, here) for here in _by_seat(shape))
 
 
 def slots_nbytes(
     packer: Packer, shape: Outline, spec: StepSpec, policy: Policy
 ) -> tuple[int, ...]:
     """Bytes that the slots and resident packs of each device of a ring take all the time."""
-    here: list[list[StageOutline]] = [[] for _ in range(shape.ring)]
+    return tuple(_slots_nbytes(packer, spec, policy, here) for here in _by_seat(shape))
+
+
+def _by_seat(shape: Outline) -> list[list[StageOutline]]:
+    """The stages of each device of a ring."""
+    found: list[list[StageOutline]] = [[] for _ in range(shape.ring)]
     for stage in shape.stages:
-        here[stage.seat].append(stage)
-    return tuple(_slots_nbytes(packer, spec, policy, stages) for stages in here)
+        found[stage.seat].append(stage)
+    return found
 
 
 def host_nbytes(packer: Packer, shape: Outline, spec: StepSpec) -> int:
