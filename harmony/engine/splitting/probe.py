@@ -15,6 +15,7 @@ from harmony.core.layergraph import Layer, LayerGraph
 from harmony.engine.splitting.compare import alike, best_groups, tolerance
 from harmony.engine.splitting.dataflow import Dataflow
 from harmony.engine.splitting.losses import LossTrial, Rule, Split
+from harmony.engine.splitting.mixing import mixing_kernel
 from harmony.engine.splitting.recording import Recorder
 from harmony.engine.splitting.runner import LayerRunner
 from harmony.engine.splitting.samples import (
@@ -217,10 +218,10 @@ class _Trial:
             torch.OutOfMemoryError: if they do not fit.
         """
         self._trace()
-        twins: dict[str, Layer] = {}
+        twins: dict[object, Layer] = {}
         with self._runner.on_device():
             for layer in self._graph.layers:
-                twin = twins.setdefault(layer.signature, layer)
+                twin = twins.setdefault(self._runner.kind_of_work(layer), layer)
                 if twin is layer:
                     self._try(layer)
                 else:
@@ -299,10 +300,9 @@ class _Trial:
         if flow is None:
             return
         for value in layer.outputs:
-            if self._is_loss(value):
-                node, what = flow.bend_in(value), f"the loss ({self._loss_name(value)})"
-            else:
-                node, what = flow.statistic_in(value), layer.name
+            is_loss = self._is_loss(value)
+            what = f"the loss ({self._loss_name(value)})" if is_loss else layer.name
+            node = mixing_kernel(flow, value, is_loss=is_loss)
             if node is not None:
                 why = f"{what} mixes samples, or may do so in a later step: by {node.call}"
                 self._mixing.setdefault(layer.index, why)
@@ -323,6 +323,8 @@ class _Trial:
         for run in (self._whole, self._others, *self._every_part()):
             if not run.failure:
                 run.env.update({v: run.env[w] for v, w in pairs})
+        origins = self._runner.origins
+        origins.update({v: origins[w] for v, w in pairs if w in origins})
         self._groups.update({v: self._groups[w] for v, w in pairs if w in self._groups})
 
     def _is_loss(self, value: int) -> bool:

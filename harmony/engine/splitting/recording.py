@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Flag
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -64,6 +68,15 @@ class Sketch:
         return Sketch(self.shape, self.dtype, norms, sums)
 
 
+class Origin(Flag):
+    """What a tensor is computed from; of none of them it is a constant of the forward."""
+
+    CONSTANT = 0
+    TRAINED = 1  # a parameter that is trained, or a value that requires a gradient
+    STATE = 2  # a buffer, or a parameter that is not trained
+    INPUT = 4  # an input of the model
+
+
 @dataclass(frozen=True)
 class Node:
     """A call of a kernel, or a tensor that was there before (without a name).
@@ -72,18 +85,28 @@ class Node:
         name: of the kernel, without overload.
         place: file and line of the user's code.
         reads: the nodes that made its tensors, by position of the argument.
-        is_from_model: whether a parameter, or a result that requires a gradient, is in it.
+        origin: of all that it is computed from.
         selects: whether it takes entries by a mask that the model has computed.
         is_view: whether it shares the memory of what it reads.
+        picked: sizes of the dimensions of which it takes entries by an index that is made of
+            buffers alone.
+        accumulated: size of the dimension along which it adds up entry by entry.
     """
 
     name: str
     place: str
     reads: tuple[int, ...]
-    is_from_model: bool
+    origin: Origin
     sketch: Sketch | None
     selects: bool = False
     is_view: bool = False
+    picked: tuple[int, ...] = ()
+    accumulated: tuple[int, ...] = ()
+
+    @property
+    def is_from_model(self) -> bool:
+        """Whether a parameter that is trained is in it."""
+        return Origin.TRAINED in self.origin
 
     @property
     def is_floating_point(self) -> bool:
@@ -109,11 +132,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: dict[StorageWeakRef, dict[_Geometry | None, int]] = {}
         self._blank: set[StorageWeakRef] = set()  # what nothing has been written to, or not to all
 
-    def enter(self, tensors: Iterable[torch.Tensor], *, is_from_model: bool) -> None:
-        """Note tensors that are there before."""
-        for tensor in tensors:
-            self.nodes.append(Node("", "", (), is_from_model, None))
-            self._write(tensor)
+    def enter(self, tensor: torch.Tensor, origin: Origin) -> None:
+        """Note a tensor that is there before."""
+        self.nodes.append(Node("", "", (), origin, None))
+        self._write(tensor)
+
+    def origin(self, value: int) -> Origin:
+        """Return of what a result was computed, once the layer has run."""
+        node = self.results.get(value)
+        return Origin.CONSTANT if node is None else self.nodes[node].origin
 
     def leave(self, results: Values) -> None:
         """Note what made the results of a layer, and bring the sketches to the host."""
@@ -144,36 +171,38 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return found  # of a constant, which is brought to the device once
         masks = [t for t in tensors if t.dtype is torch.bool] if name in _SELECTING else []
         masks = tensors if name == "nonzero" else masks
-        chosen = any(self._is_from_model(mask) for mask in masks)
-        self._note(name, known, made, is_view=aliases and not writes, selects=chosen)
+        node = Node(
+            name.rstrip("_"),
+            call_in_progress(),
+            known,
+            reduce(or_, (self.nodes[read].origin for read in known), Origin.CONSTANT),
+            None,
+            selects=any(Origin.TRAINED in self._origin_of(mask) for mask in masks),
+            is_view=aliases and not writes,
+            picked=tuple(
+                size
+                for size, index in _indexed(name, args)
+                if self._origin_of(index) is Origin.STATE
+            ),
+            accumulated=_accumulated(name, args),
+        )
+        self._note(node, made, is_blank="empty" in name)
         return found
 
-    def _is_from_model(self, tensor: torch.Tensor) -> bool:
+    def _origin_of(self, tensor: torch.Tensor) -> Origin:
         maker = self._maker(tensor)
-        return maker is not None and self.nodes[maker].is_from_model
+        return Origin.CONSTANT if maker is None else self.nodes[maker].origin
 
-    def _note(
-        self,
-        name: str,
-        reads: tuple[int, ...],
-        made: Sequence[torch.Tensor],
-        *,
-        is_view: bool,
-        selects: bool,
-    ) -> None:
-        from_model = any(self.nodes[read].is_from_model for read in reads)
-        place = call_in_progress()
+    def _note(self, node: Node, made: Sequence[torch.Tensor], *, is_blank: bool) -> None:
         for tensor in made:
             storage = _storage(tensor)
-            if storage is not None and "empty" in name:
+            if storage is not None and is_blank:
                 self._blank.add(storage)
-            elif storage is not None and not is_view and _is_all(tensor):
+            elif storage is not None and not node.is_view and _is_all(tensor):
                 self._blank.discard(storage)
-            is_known = "empty" not in name and not (is_view and storage in self._blank)
-            sketch = Sketch.of(tensor) if is_known else None
-            plain = name.rstrip("_")
-            self.nodes.append(Node(plain, place, reads, from_model, sketch, selects, is_view))
-            if is_view:
+            is_known = not is_blank and not (node.is_view and storage in self._blank)
+            self.nodes.append(replace(node, sketch=Sketch.of(tensor) if is_known else None))
+            if node.is_view:
                 self._view(tensor)
             else:
                 self._write(tensor)
@@ -218,11 +247,37 @@ def _read(
     """What a kernel reads of its tensors: not one that it overwrites, or that only has a form.
 
     Nothing comes through a factor of Python that is 0; should it be another, that is noticed.
+    Nor does it through a test for infinity or NaN.
     """
     if name == "mul" and any(type(factor) in (int, float) and factor == 0 for factor in args):
         return ()
+    is_infinite = len(args) > 1 and type(args[1]) is float and math.isinf(args[1])
+    if name in ("isinf", "isnan") or (
+        name in ("eq", "ne") and (is_infinite or args[0] is args[1])
+    ):
+        return ()
     is_overwritten = name in ("copy_", "fill_", "zero_") and _is_all(tensors[0])
     return tensors[1:] if is_overwritten or name.startswith(_ANEW) else tensors
+
+
+_ALONG = ("index_select", "gather", "index_add", "index_copy", "index_fill", "scatter")
+"""What has a dimension and an index as its next arguments."""
+
+
+def _indexed(name: str, args: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the sizes of dimensions that a kernel takes entries of, or writes, and the indices."""
+    if name.startswith(("index_put", "_index_put", "_unsafe_index")) or name == "index":
+        shape, indices = args[0].shape, args[1]
+        yield from ((shape[d], index) for d, index in enumerate(indices) if index is not None)
+    elif name.startswith(_ALONG) and args[0].dim():
+        yield args[0].shape[args[1]], args[2]
+    elif name in ("embedding", "take", "put", "put_"):
+        yield args[0].shape[0] if name == "embedding" else args[0].numel(), args[1]
+
+
+def _accumulated(name: str, args: Sequence[Any]) -> tuple[int, ...]:
+    is_one = name.lstrip("_").startswith(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"))
+    return (args[0].shape[args[1]],) if is_one and args[0].dim() else ()
 
 
 def _is_all(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from harmony.capture import Captured, plain_attributes, seed_python
 from harmony.capture.state.determined import Determined
 from harmony.core.layergraph import Layer, LayerGraph
-from harmony.engine.splitting.recording import Recorder
+from harmony.engine.splitting.recording import Origin, Recorder
 from harmony.engine.splitting.samples import unsettled
 from harmony.errors import text_of
 from harmony.runtime import native
@@ -49,6 +49,9 @@ class LayerRunner:
 
     Ids that are right for a whole batch may be out of range for a part of it. A real GPU is lost
     by that, and the process with it; so a layer with integers runs on the host first.
+
+    Attributes:
+        origins: of the inputs of the model, and of what layers have made for a recorder.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class LayerRunner:
         self._trained = {p.name for p in captured.params if p.requires_grad}
         self._params = {p.name for p in captured.params}
         self._held: dict[str, torch.Tensor] = {}
+        self.origins = dict.fromkeys(graph.input_ids, Origin.INPUT)
         is_real = context is not None and not native.is_virtual(context.device)
         self._host = LayerRunner(captured, graph, weights, None) if is_real else None
 
@@ -95,6 +99,11 @@ class LayerRunner:
                 yield
             finally:
                 self._held.clear()
+
+    def kind_of_work(self, layer: Layer) -> object:
+        """Return what layers that do the same with samples have in common."""
+        given = [v for v in layer.inputs if not self._graph.values[v].requires_grad]
+        return layer.signature, tuple(self.origins.get(v) for v in given)
 
     def load(self, layer: Layer) -> None:
         """Bring the parameters and buffers of a layer to the device, as if it were trained."""
@@ -125,14 +134,16 @@ class LayerRunner:
                 with recorder:
                     found = self._call(layer, env, num_samples)
                 recorder.leave(found)
+                self.origins.update({v: recorder.origin(v) for v in found})
             return {v: tensor.cpu() for v, tensor in found.items()}
 
     def _enter(self, recorder: Recorder, env: Values, tensors: Mapping[str, torch.Tensor]) -> None:
         for value, tensor in env.items():
-            is_from_model = self._graph.values[value].requires_grad
-            recorder.enter([tensor], is_from_model=is_from_model)
+            is_trained = self._graph.values[value].requires_grad
+            origin = self.origins.get(value, Origin.CONSTANT)
+            recorder.enter(tensor, origin | Origin.TRAINED if is_trained else origin)
         for name, tensor in tensors.items():
-            recorder.enter([tensor], is_from_model=name in self._trained)
+            recorder.enter(tensor, Origin.TRAINED if name in self._trained else Origin.STATE)
 
     def run_scalars(
         self, layer: Layer, inputs: Values, num_samples: int, wanted: Sequence[int]
