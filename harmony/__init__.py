@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from harmony.checkpoint.run import Run
     from harmony.core.version import __version__
     from harmony.errors import (
+        ArgumentError,
         CaptureError,
         ConfigError,
         DeviceLostError,
@@ -58,6 +59,7 @@ _HOMES = {
     "HarmonyError": "harmony.errors",
     "HarmonyWarning": "harmony.errors",
     "ConfigError": "harmony.errors",
+    "ArgumentError": "harmony.errors",
     "CaptureError": "harmony.errors",
     "PlanError": "harmony.errors",
     "DeviceLostError": "harmony.errors",
@@ -73,6 +75,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ArgumentError",
     "CaptureError",
     "ConfigError",
     "DeviceLostError",

@@ -2,6 +2,7 @@
 
 HarmonyError
  |- ConfigError          an option that makes no sense, before anything ran
+ |   `- ArgumentError    an argument that a function does not have; a TypeError, too
  |- CaptureError         the model cannot be turned into layers; names the layer
  |- PlanError            no valid plan
  |   |- DoesNotFitError  a layer, or the whole model, is larger than a limit
@@ -42,6 +43,10 @@ class HarmonyWarning(UserWarning):
 
 class ConfigError(HarmonyError, ValueError):
     """An option with an impossible value."""
+
+
+class ArgumentError(ConfigError, TypeError):
+    """An argument that there is not, one too many, or one that is missing."""
 
 
 class CaptureError(HarmonyError):

@@ -14,6 +14,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from harmony.checkpoint import Checkpoints, Restored, Saving
+from harmony.core.arguments import named_arguments
 from harmony.core.options import current_options
 from harmony.core.timeline import Timeline
 from harmony.engine.autograd import needs_graph
@@ -162,6 +163,7 @@ class Harmony(Wrapper):
     _own_loop: OwnLoop
     _checkpoints: Checkpoints
 
+    @named_arguments
     def __init__(
         self,
         module: nn.Module,
@@ -282,6 +284,7 @@ class Harmony(Wrapper):
     # Training
 
     @_disable_dynamo
+    @named_arguments
     def train_step(self, inputs: Any, targets: Any = None) -> torch.Tensor:
         """Train on one minibatch: forward, loss, backward and update, planned as a whole.
 

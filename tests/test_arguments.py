@@ -172,7 +172,10 @@ def test_a_configuration_is_options_that_the_command_line_overrides(
         ("virtual = 1", "virtual takes true or false"),
         ("gpus = true", "gpus takes a value"),
         ('config = "other.toml"', "there is no option config"),
-        ("gpus = 0", "--gpus 0: it takes a whole number"),
+        ("gpus = 0", "--config run.toml, line 1: --gpus 0: it takes a whole number"),
+        ('# GPUs\n\ngpus = 2\n"gpu-memory" = 64', "--config run.toml, line 4: --gpu-memory: "),
+        ('seed = 1\nmode = "fast"', "--config run.toml, line 2: argument --mode: invalid choice"),
+        ("seed = 1\ngpu_memry = 4", "--config run.toml, line 2: there is no option gpu_memry"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,3 +154,15 @@ def test_presets_are_the_models_that_are_published(name: str, billions: float) -
     assert sum(param.numel() for param in net.parameters()) / 1e9 == pytest.approx(
         billions, rel=0.01
     )
+
+
+def test_a_plan_needs_no_compiler(folder: Path, tmp_path: Path) -> None:
+    kept, empty = tmp_path / "kept", tmp_path / "empty"
+    empty.mkdir()
+    line = [sys.executable, "-m", "harmony", "plan", "--model", str(folder), *MACHINE]
+    environment = {**os.environ, "HARMONY_CACHE": str(kept), "PATH": str(empty)}
+    environment.pop("CXX", None)
+    ran = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert folder.name in ran.stdout
+    assert not list(kept.rglob("*.so"))

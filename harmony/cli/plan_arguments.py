@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -285,6 +286,7 @@ def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
+    lines = path.read_text(encoding="utf-8").splitlines()
     known = {
         option.removeprefix("--"): action
         for action in parser._actions
@@ -297,14 +299,27 @@ def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"--config {path}: there is no option {key}{hint}")
+            raise ConfigError(f"{_place(path, lines, key)}: there is no option {key}{hint}")
         if isinstance(value, bool) != (known[name].nargs == 0):
             wanted = "true or false" if known[name].nargs == 0 else "a value"
-            raise ConfigError(f"--config {path}: {key} takes {wanted}")
+            raise ConfigError(f"{_place(path, lines, key)}: {key} takes {wanted}")
         values = value if isinstance(value, list) else [value]
-        if value is not False:
-            words += [f"--{name}", *(str(one) for one in values if one is not True)]
+        if value is False:
+            continue
+        word = [f"--{name}", *(str(one) for one in values if one is not True)]
+        try:
+            parser.parse_args(word)
+        except ConfigError as error:
+            raise ConfigError(f"{_place(path, lines, key)}: {error}") from None
+        words += word
     return words
+
+
+def _place(path: Path, lines: Sequence[str], key: str) -> str:
+    """Where a key of a TOML file is, for people."""
+    begins = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+    found = [number for number, line in enumerate(lines, 1) if begins.match(line)]
+    return f"--config {path}, line {found[0]}" if found else f"--config {path}"
 
 
 def in_folder(name: str, text: str) -> Path:

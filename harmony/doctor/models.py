@@ -15,6 +15,13 @@ HOST_NBYTES = 16
 DEVICE_NBYTES = 8
 """Per parameter of the largest layer in fp32, on a GPU: its weights and its gradients."""
 
+_LESS_ON_HOST = (
+    "train adapters (LoRA), whose frozen weights take 2 bytes a parameter in bf16; or several "
+    "servers with shard_optimizer_state=True; or add host memory. What a model of yours takes: "
+    "harmony-run plan --model CONFIG --gpu NAME --host-memory SIZE --lora 16"
+)
+_LESS_ON_GPU = 'train with precision="bf16", which takes less of a GPU, or on larger GPUs'
+
 
 @dataclass(frozen=True)
 class Size:
@@ -74,13 +81,15 @@ def what_it_takes(size: Size, free: int, device: int | None, where: str) -> Find
         f"at least {format_bytes(layer)} of each GPU and activations"
     )
     figures = {"host_nbytes": host, "device_nbytes": layer, "num_params": int(size.num_params)}
-    lacking = []
+    lacking, remedies = [], []
     if host > free:
         lacking.append(f"{format_bytes(host - free)} of host memory more than is free")
+        remedies.append(_LESS_ON_HOST)
     if device is not None and layer > device:
         lacking.append(f"GPUs of more than {format_bytes(device)}")
+        remedies.append(_LESS_ON_GPU)
     name = f"a {size.name} model"
     if lacking:
-        remedy = f"it needs {' and '.join(lacking)}"
-        return warning(name, f"does not fit. {text}", remedy, fits=False, **figures)
+        text = f"does not fit: it needs {' and '.join(lacking)}. {text}"
+        return warning(name, text, "; ".join(remedies), fits=False, **figures)
     return ok(name, f"fits, on {where}. {text}", fits=True, **figures)

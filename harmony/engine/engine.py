@@ -38,7 +38,6 @@ from harmony.engine.variants import OTHER_WAY, VariantCache
 from harmony.engine.wholeness import Wholeness, alone
 from harmony.errors import DoesNotFitError, ExecutionError, text_of
 from harmony.planner.ir.tasks import TaskKind
-from harmony.profiling.model_profile import ModelProfile
 from harmony.report import header as facts
 from harmony.report import session
 from harmony.runtime.device import DeviceContext
@@ -259,12 +258,6 @@ class Engine:
                 "Where samples mix (BatchNorm in training) that is another training: give the "
                 f"model batches of {asked}, or use train_step, which parts them"
             )
-
-    @alone
-    def unmeasured(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelProfile:
-        """Return the profile of a `train_step` of a model that makes its loss; nothing runs."""
-        args, kwargs = self.options.precision.cast((args, kwargs))
-        return self.variants.unmeasured(name, CallKind.TRAIN_STEP, (args, kwargs, None))
 
     @alone
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,7 @@ from harmony.engine.wholeness import alone
 from harmony.errors import ConfigError, NonFiniteError
 from harmony.planner.ir.tasks import Phase
 from harmony.report.session import StepStats
+from harmony.runtime.changes import StepCount
 from harmony.runtime.exec.executor import Job, PreparedSchedule
 from harmony.runtime.step.finite import FirstBad, first_not_finite
 
@@ -47,6 +48,7 @@ class OwnLoop:
         self._engine = engine
         self.whole, self.lock, self.devices = engine.whole, engine.lock, engine.devices
         self.syncs = True
+        self._steps = StepCount()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -232,7 +234,10 @@ class OwnLoop:
         if engine.verifier is None:
             seconds = timeline.step_s
             minibatch, ran = call.planned.plan.minibatch, prepared.schedule
-            stats = StepStats(call.step, None, minibatch, None, seconds, timeline, ran)
+            name = min(frozenset().union(*host.touched.values()), default=None)
+            param = None if name is None else host.params[name]
+            step = self._steps.of_backward(param, call.step)
+            stats = StepStats(step, None, minibatch, None, seconds, timeline, ran)
             engine.record.stepped(stats)
         return prepared
 

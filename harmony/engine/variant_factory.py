@@ -179,7 +179,7 @@ class VariantFactory:
                 targets=targets,
                 output_loss=kind is CallKind.TRAIN_STEP and options.loss_fn is None,
                 batch_dims=options.batch_dims_of(kind),
-                target=self._contexts[0].device,
+                target=self._contexts[0].device if self._contexts else None,
                 known=known,
                 param_dtype=options.precision.dtype,
             )

@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 from harmony.core.files import is_file, is_folder
-from harmony.engine.engine import Engine
+from harmony.engine.call_key import CallKind
 from harmony.engine.options import EngineOptions
 from harmony.engine.precision import precision_of
+from harmony.engine.variant_factory import VariantFactory
 from harmony.errors import ConfigError
 from harmony.profiling.model_profile import ModelProfile
 from harmony.profiling.presets import PRESETS
-from harmony.runtime.device import available_devices
-from harmony.runtime.hardware import choose_devices
-from harmony.vgpu.api import virtual_gpus
+from harmony.report.session import ModelRecord
 from harmony.weights.meta_init import meta_init
 
 MOST_TOKENS = 2048
@@ -62,13 +61,14 @@ def profile_of_config(
     if length > takes:
         raise ConfigError(f"--tokens {length}: {name} takes {takes} tokens at most")
     options = EngineOptions(optimizer=torch.optim.AdamW, precision=precision_of(precision))
-    if not available_devices():  # one is needed to say what device the layers are for
-        virtual_gpus(count=1)
-    engine = Engine(net, choose_devices(1, None), options)
+    factory = VariantFactory(
+        net, [], options, options.make_optimizer(net), ModelRecord(name=name, facts={})
+    )
     ids = torch.zeros(minibatch, length, dtype=torch.long)
     what = f"{name}, {length} tokens a sample, {precision}"
     what += "" if lora is None else f", LoRA of rank {lora}"
-    return engine.unmeasured(what, (), {"input_ids": ids, "labels": ids, "use_cache": False})
+    call = (), {"input_ids": ids, "labels": ids, "use_cache": False}, None
+    return factory.unmeasured(what, CallKind.TRAIN_STEP, call, minibatch, None)
 
 
 def read_config(model: str) -> tuple[str, Mapping[str, Any]]:

@@ -23,6 +23,7 @@ class Measurements:
 
     Args:
         net: the model, by whose code the seconds of its layers are kept.
+        contexts: the devices; none where no layer is to run.
         limits: bytes to use of each device and of the host; None for what is free.
         warn: hears of measurements of earlier runs that cannot be used.
     """
@@ -74,7 +75,8 @@ class Measurements:
         """What the optimizer costs; measured again where its updates wait, or no longer do."""
         waits = optimizer.waits is not None
         if waits not in self._updates:
-            cache, context = self._opened(), self._contexts[0]
+            cache = self._opened()
+            context = self._contexts[0] if self._contexts else None
             if cache is None:
                 self._updates[waits] = measure_update(optimizer, context)
             else:
@@ -108,5 +110,5 @@ class Measurements:
         """What earlier runs measured; None where nothing is kept."""
         if not self._is_open:
             self._is_open = True
-            self._cache = open_cache(self._contexts, self._warn)
+            self._cache = open_cache(self._contexts, self._warn) if self._contexts else None
         return self._cache

@@ -105,6 +105,7 @@ class Metrics:
     keeps: str
     num_plans: int
     num_steps: int
+    num_batches: int
     measured: bool
     first_loss: float | None
     last_loss: float | None
@@ -174,6 +175,7 @@ def metrics_of(record: ModelRecord) -> Metrics:
         keeps=_keeps(plan),
         num_plans=len(record.runs),
         num_steps=record.num_steps,
+        num_batches=record.num_batches,
         measured=run.last is not None,
         first_loss=record.first_loss,
         last_loss=record.last_loss,

@@ -42,10 +42,11 @@ KEPT_RUNS = 8
 
 @dataclass(frozen=True)
 class StepStats:
-    """One training step as it was measured.
+    """One training step as it was measured; where a step accumulates, one of its backwards.
 
     Attributes:
-        step: its number, from 0.
+        step: its number, from 0. In a loop of one's own a step is the optimizer's, and the
+            backwards whose gradients add up have the same number.
         loss: the loss of the minibatch; None where the script computes it itself.
         num_samples: samples of the minibatch.
         num_tokens: tokens of the minibatch; None where the inputs are not tokens.
@@ -153,6 +154,7 @@ class ModelRecord:
         resumed: whether a `harmony.Run` has looked for a checkpoint of it.
         planned_for: in words what the plan is for and from, where it is not for this machine.
         observers: of this model alone.
+        num_steps: steps that were counted, and `num_batches`, the batches in them.
         total_steps: how many steps the run has, where a `harmony.Progress` has said so.
         forward_s: under ``--plan-only``, predicted seconds of a forward of its own.
     """
@@ -162,6 +164,7 @@ class ModelRecord:
     runs: list[PlanRun] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     num_steps: int = 0
+    num_batches: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
     profile: Callable[[], ModelProfile] | None = None
@@ -171,6 +174,7 @@ class ModelRecord:
     observers: list[Observer] = field(default_factory=list)
     total_steps: int | None = None
     _current: PlanRun | None = None
+    _last_step: int | None = None
 
     @property
     def run(self) -> PlanRun | None:
@@ -228,7 +232,9 @@ class ModelRecord:
         if self._current is None:
             raise RuntimeError("a step cannot finish before planned() was called")
         self._current.add(stats)
-        self.num_steps += 1
+        self.num_batches += 1
+        self.num_steps += stats.step != self._last_step
+        self._last_step = stats.step
         if stats.loss is not None:
             self.last_loss = stats.loss
             if self.first_loss is None:

@@ -241,6 +241,8 @@ def _step_text(figures: Metrics) -> Text:
 
 def _training_text(figures: Metrics) -> str:
     steps = "1 step" if figures.num_steps == 1 else f"{figures.num_steps} steps"
+    if figures.num_batches > figures.num_steps:
+        steps += f" of {figures.num_batches} batches (the figures are of one batch)"
     parts = [steps]
     if figures.first_loss is not None and figures.last_loss is not None:
         parts.append(f"loss {figures.first_loss:.4f} -> {figures.last_loss:.4f}")

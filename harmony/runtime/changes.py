@@ -79,6 +79,42 @@ class Changes:
         self._stepped.update(map(id, params))
 
 
+class StepCount:
+    """Tells the backwards of one step from those of the next, in a loop of the user's own.
+
+    A step is an optimizer's: backwards whose gradients add up are of one. The next one begins
+    where an optimizer has stepped, or where the gradient is gone or the parameter is another.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._param: torch.Tensor | None = None
+        self._version = 0
+        self._stepped = False
+
+    def of_backward(self, param: torch.Tensor | None, first: int) -> int:
+        """Number of the step of a backward, whose gradients have not been added up yet.
+
+        Args:
+            param: one that gets a gradient, always the same; None if there is none.
+            first: the number of the first step.
+        """
+        if self._step is None:
+            hear_steps(self)
+        version = 0 if param is None else version_of(param)
+        same = param is not None and param is self._param and version == self._version
+        if self._step is None:
+            self._step = first
+        elif not same or self._stepped or param is None or param.grad is None:
+            self._step += 1
+        self._param, self._version, self._stepped = param, version, False
+        return self._step
+
+    def note_stepped(self, params: Iterable[torch.Tensor]) -> None:
+        """Begin another step, if these are of the model."""
+        self._stepped = self._stepped or any(param is self._param for param in params)
+
+
 def note_changes(params: Iterable[torch.Tensor]) -> None:
     """Note that an optimizer has just changed these parameters, or may have."""
     if not _listeners:

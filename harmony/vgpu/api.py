@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.utils.backend_registration
 
+from harmony.core.arguments import named_arguments
 from harmony.core.units import parse_bytes, parse_rate
 from harmony.errors import ConfigError, VirtualGPUError
 from harmony.vgpu import access_trace, build
@@ -58,6 +59,7 @@ _library: ctypes.CDLL | None = None
 _current: dict[str, Any] = {}
 
 
+@named_arguments
 def virtual_gpus(
     count: int | None = None,
     memory: str | int | None = None,

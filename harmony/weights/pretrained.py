@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 
+from harmony.core.arguments import named_arguments
 from harmony.core.units import listed
 from harmony.errors import ConfigError
 from harmony.weights.checkpoint_files import StoredTensor, open_checkpoint
@@ -47,6 +48,7 @@ class _Wrapper(Protocol):
     def _weights_loaded(self) -> None: ...
 
 
+@named_arguments
 def load_pretrained(
     model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True
 ) -> Loaded:

@@ -160,3 +160,46 @@ def test_a_forward_is_put_back(vgpus: VirtualGPUs) -> None:
     replace_by_method(model)
     model.forward = before
     compare(plain, model)
+
+
+def test_an_argument_that_there_is_not_is_refused_with_the_nearest(vgpus: VirtualGPUs) -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(
+        TypeError, match=r"Harmony: there is no .* max_grad=; did you mean"
+    ) as said:
+        harmony.Harmony(net, max_grad=1.0)  # type: ignore[call-arg]
+    assert isinstance(said.value, harmony.HarmonyError)
+    assert "did you mean max_grad_norm=? It takes module, optimizer, " in str(said.value)
+    for wrong, message in (
+        (lambda: harmony.Harmony(), "missing a required argument: 'module'"),
+        (lambda: harmony.Harmony(net, None), "too many positional arguments"),
+        (lambda: harmony.Harmony(net).train_step(net, target=None), "did you mean targets="),
+        (lambda: harmony.Harmony(net).train_step(), "missing a required argument: 'inputs'"),
+        (lambda: harmony.virtual_gpus(memry="1GiB"), "did you mean memory="),
+        (lambda: harmony.load_pretrained(net, "here", stict=True), "did you mean strict="),
+    ):
+        with pytest.raises(harmony.ArgumentError, match=message):
+            wrong()  # type: ignore[no-untyped-call]
+
+
+def test_an_error_of_what_runs_inside_is_not_taken_for_one_of_the_arguments(
+    vgpus: VirtualGPUs,
+) -> None:
+    def loss_fn(output: torch.Tensor) -> torch.Tensor:
+        return output.sum()
+
+    model = harmony.Harmony(
+        nn.Linear(2, 2),
+        optimizer=torch.optim.SGD,
+        loss_fn=loss_fn,  # type: ignore[arg-type]
+    )
+    with pytest.raises(Exception, match="loss_fn") as said:
+        model.train_step(torch.ones(4, 2), torch.ones(4))
+    assert not isinstance(said.value, harmony.ArgumentError)
+
+
+def test_the_signature_is_the_one_that_is_written() -> None:
+    shown = inspect.signature(harmony.Harmony).parameters
+    assert {"module", "optimizer", "max_grad_norm", "process_group"} <= shown.keys()
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in shown.values())
+    assert list(inspect.signature(harmony.virtual_gpus).parameters)[:2] == ["count", "memory"]

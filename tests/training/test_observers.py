@@ -80,5 +80,40 @@ def test_a_loop_of_ones_own_is_heard_without_a_loss(vgpus: VirtualGPUs) -> None:
     model = harmony.Harmony(net(), devices=1)
     model.add_observer(observer)
     for _ in range(2):
+        model.zero_grad()
         nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
     assert observer.steps == [(0, None, 6), (1, None, 6)]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_the_optimizers_however_many_backwards_it_adds_up(
+    vgpus: VirtualGPUs, to_none: bool, fused: bool
+) -> None:
+    observer = Heard()
+    model = harmony.Harmony(net(), devices=1)
+    model.add_observer(observer)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    for number in range(6):
+        nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
+        if number % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+    assert [step for step, _, _ in observer.steps] == [0, 0, 0, 1, 1, 1]
+    assert (model.record.num_steps, model.record.num_batches) == (2, 6)
+
+
+def test_steps_of_an_optimizer_of_the_callers_own_are_told_by_the_parameters(
+    vgpus: VirtualGPUs,
+) -> None:
+    observer = Heard()
+    model = harmony.Harmony(net(), devices=1)
+    model.add_observer(observer)
+    for number in range(4):
+        nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
+        if number % 2:
+            with torch.no_grad():
+                for param in model.parameters():
+                    param -= 0.1 * param.grad
+                    param.grad.zero_()
+    assert [step for step, _, _ in observer.steps] == [0, 0, 1, 1]
