@@ -563,6 +563,12 @@ BENDS: dict[str, Any] = {
     "larger": lambda o, t: torch.maximum(errors(o, t).mean(), 1e-3 * o.abs().mean()),
     "chosen_mean": chosen_mean,
     "chosen_ratio": chosen_ratio,
+    "balance": lambda o, t: (errors(o, t) / (t > 9).sum().clamp(min=3)).sum(),
+    "rarity": lambda o, t: F.cross_entropy(
+        o, t.argmax(1), 1 / t.argmax(1).bincount(minlength=5).clamp(min=50)
+    ),
+    "share": lambda o, t: (errors(o, t) * (t[:, 0] < 9) / (t[:, 0] < 9).float().mean()).mean(),
+    "count": lambda o, t: (errors(o, t) * (1 + ((t[:, 0] > 9).cumsum(0) > 1))).mean(),
     "std": Between(lambda o: o.std(0).sum()),
     "largest": Between(lambda o: o.max()),
     "gram": Between(lambda o: (o.T @ o / len(o)).square().sum()),
@@ -574,6 +580,7 @@ SUMS: dict[str, Any] = {
         errors(o, t).mean(0) * 2.0 + 0.5 * o.square().mean(0).dot(torch.ones(5))
     ),
     "dot": lambda o, t: torch.dot(o.flatten(), t.flatten()) / len(o),
+    "condition": lambda o, t: errors(o, t).mean() * torch.where((t > 9).any(), 2.0, 1.0),
     "logged": lambda o, t: (errors(o, t).mean().sqrt(), errors(o, t).mean())[1],
 }
 
@@ -586,6 +593,24 @@ def test_a_loss_that_bends_later_is_that_of_the_whole_batch(vgpus: VirtualGPUs, 
         return
     with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*loss \(.*mixes samples"):
         model.train_step(INPUTS, WANTED)
+
+
+def test_a_factor_of_the_loss_that_the_batch_decides_later_is_that_of_the_batch(
+    vgpus: VirtualGPUs,
+) -> None:
+    net = mlp()
+    twin = copy.deepcopy(net)
+    model = wrap(net, SUMS["condition"], mode="dp")
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(3):
+        wanted = WANTED.clone()
+        wanted[-1] += 20.0 * step
+        loss = model.train_step(INPUTS, wanted)
+        optimizer.zero_grad()
+        whole = SUMS["condition"](twin(INPUTS), wanted)
+        whole.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, whole.detach(), rtol=TOLERANCE, atol=0.0)
 
 
 def test_a_norm_over_the_batch_with_all_defaults(vgpus: VirtualGPUs) -> None:

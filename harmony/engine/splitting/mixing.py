@@ -33,11 +33,11 @@ _CUTTING = frozenset(
 )
 """What lets nothing through below a bound, or above."""
 
-_ARITHMETIC = frozenset(
-    {"_to_copy", "copy", "fill", "mul", "add", "sub", "rsub", "div", "pow", "where"}
-    | {"maximum", "minimum", "fmod", "remainder", "masked_fill", "lerp", "addcmul", "addcdiv"}
+_PLACING = (
+    *("index", "gather", "scatter", "embedding", "take", "put", "loss", "grouped", "pack", "pad"),
+    *("attention", "segment", "interleave", "slice", "select"),
 )
-"""What takes integers for numbers, and not for places."""
+"""What takes integers for places; others take them for numbers."""
 
 
 def mixing_kernel(flow: Dataflow, value: int, *, is_loss: bool) -> Node | None:
@@ -46,7 +46,8 @@ def mixing_kernel(flow: Dataflow, value: int, *, is_loss: bool) -> Node | None:
     Args:
         is_loss: whether the result is a loss, which may be a sum over samples.
     """
-    for finder in (_Bends(flow) if is_loss else _Statistics(flow), _Openings(flow)):
+    finders = (_Bends(flow), _Weights(flow)) if is_loss else (_Statistics(flow),)
+    for finder in (*finders, _Openings(flow)):
         for index, node in enumerate(flow.nodes):
             finder.take(index, node)
         found = finder.found.get(flow.results.get(value, -1))
@@ -75,11 +76,9 @@ class _Statistics:
         """Take the next kernel."""
         is_statistic = self._is_statistic(index, node)
         if node.is_floating_point:
-            found = next((self.found[r] for r in node.reads if r in self.found), None)
-            is_constant = self._flow.kinds[index] is Kind.CONSTANT
-            if found is None and is_statistic and not is_constant:
+            found = self._read_by(node)
+            if found is None and is_statistic:
                 found = node
-            found = found or self._integer_in(node)
             if found is not None:
                 self.found[index] = found
         elif node.sketch is not None and not self._shows_samples(index, node):
@@ -97,13 +96,16 @@ class _Statistics:
             return True
         return kind is Kind.STATISTIC or (kind is Kind.CONSTANT and from_samples)
 
-    def _integer_in(self, node: Node) -> Node | None:
-        """Return the statistic in integers that a number of floating point is made of."""
+    def _read_by(self, node: Node) -> Node | None:
+        """Return the statistic that a number of floating point is made of."""
+        for read in node.reads:
+            if read in self.found:
+                return self.found[read]
         for read in node.reads:
             if read in self._integers:
                 sketch = self._flow.nodes[read].sketch
                 is_mask = sketch is not None and sketch.dtype is torch.bool
-                if is_mask or node.name in _ARITHMETIC:
+                if is_mask or not any(word in node.name for word in _PLACING):
                     return self._integers[read]
         return None
 
@@ -114,6 +116,26 @@ class _Statistics:
         if self._flow.kinds[index] not in ROWS:
             return False
         return any(bool((norms != norms[0]).any()) for norms in sketch.norms)
+
+
+class _Weights(_Statistics):
+    """Finds what of each sample's loss follows from other samples, but not from the model.
+
+    A factor of the whole loss that does is known before a step, and is no matter.
+    """
+
+    def take(self, index: int, node: Node) -> None:
+        """Take the next kernel."""
+        if not node.is_from_model:
+            super().take(index, node)
+            return
+        nodes, kinds = self._flow.nodes, self._flow.kinds
+        read = [r for r in node.reads if nodes[r].is_from_model]
+        found = next((self.found[r] for r in read if r in self.found), None)
+        if found is None and any(kinds[r] in ROWS for r in read):
+            found = self._read_by(node)
+        if found is not None:
+            self.found[index] = found
 
 
 class _Openings:
