@@ -445,6 +445,19 @@ def along_edges(h: torch.Tensor, may_meet: torch.Tensor) -> torch.Tensor:
     return h.index_add(0, target, h[source])
 
 
+def within_capacity(h: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Each expert takes so many tokens at most, as at first they are."""
+    chosen = F.one_hot(h[:, :3].argmax(1), 3)
+    kept = chosen * (chosen.cumsum(0) <= 20)
+    return h * kept.sum(1, keepdim=True)
+
+
+def with_neighbours(h: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
+    h = h.clone()
+    h[1:] += h[:-1].clone() * is_open
+    return h
+
+
 LATER: dict[str, Any] = {
     "mask": lambda h, is_open: attend(h, eye(h) | is_open),
     "fused_mask": lambda h, is_open: fused(h, eye(h) | is_open),
@@ -454,6 +467,10 @@ LATER: dict[str, Any] = {
     "edges": lambda h, is_open: along_edges(h, eye(h) | is_open),
     "nearest": lambda h, _: h + h[torch.cdist(h, h).argmin(1)],
     "shift": lambda h, is_open: h + h[torch.arange(len(h), device=h.device) - 1 * is_open],
+    "capacity": within_capacity,
+    "neighbours": with_neighbours,
+    "rank": lambda h, _: h * (1 + (torch.arange(len(h), device=h.device)[:, None] > 9)),
+    "size": lambda h, is_open: h * (1 + len(h) * is_open),
     "any": lambda h, _: torch.where((h > 2).any(), h.clamp(max=9.0), h),
     "largest": lambda h, _: h * (1 + (h.argmax(1).max() > 15)),
     "count": lambda h, _: h * (1 + ((h > 2).any(1).cumsum(0) > 1)[:, None]),
@@ -479,6 +496,12 @@ def in_halves(h: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def routed(h: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """The rows of each expert one after the other, and back."""
+    experts, order = h[:, :3].argmax(1).sort()
+    return (h[order] * (experts + 1)[:, None])[order.argsort()]
+
+
 def packed(h: torch.Tensor) -> torch.Tensor:
     """Attention over the tokens of all samples, which a mask keeps apart for good."""
     rows = h.flatten(0, 1)
@@ -492,6 +515,9 @@ APART: dict[str, Any] = {
     "row": lambda h, is_open: h + is_open * h.softmax(1) * h.amax(1, keepdim=True),
     "chosen": lambda h, _: h.index_add(0, (h[:, 0] > 0).nonzero()[:, 0], h[h[:, 0] > 0]),
     "overflow": lambda h, _: torch.where(torch.isinf(h).any(), h.clamp(max=9.0), h),
+    "places": lambda h, _: h * h[torch.arange(len(h), device=h.device), h.argmax(1)][:, None],
+    "routed": routed,
+    "tokens": lambda h, _: h * (torch.arange(h.numel(), device=h.device) % 16).view_as(h),
     "packed": lambda h, _: packed(h.view(len(h), 4, 4)).view(len(h), 16),
 }
 LATER.update(APART)

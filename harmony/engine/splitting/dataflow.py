@@ -27,6 +27,7 @@ class Kind(Enum):
     OF_SAMPLES = "they are put together"
     PERMUTED = "they are put together in another order"
     PAIRS = "they are parts of it, along several dimensions"
+    PIECE = "theirs have other sizes, along one dimension"
     STATISTIC = "none of these"
     UNKNOWN = "their shapes do not tell"
 
@@ -45,7 +46,9 @@ class Dataflow:
         kinds: of each node.
         sums: of each node, whether that of all samples is the sum or the mean of those of parts.
         shifting: nodes that take entries of other samples by an index that is a state.
-        adding: nodes that add up sample by sample.
+        counting: nodes that add up sample by sample, or compute with a number that follows from
+            how many there are.
+        growing: nodes that make more of more samples.
     """
 
     nodes: Sequence[Node]
@@ -53,7 +56,8 @@ class Dataflow:
     kinds: Sequence[Kind]
     sums: Sequence[bool]
     shifting: Set[int]
-    adding: Set[int]
+    counting: Set[int]
+    growing: Set[int]
 
     @classmethod
     def of(
@@ -68,7 +72,7 @@ class Dataflow:
         if any([node.name for node in part.nodes] != names for part in parts):
             return None
         kinds, sums = [], []
-        shifting, adding = set(), set()
+        shifting, counting, growing = set(), set(), set()
         columns = zip(whole.nodes, *(part.nodes for part in parts), strict=True)
         for index, (node, *found) in enumerate(columns):
             sketches = [part.sketch for part in found]
@@ -78,9 +82,12 @@ class Dataflow:
             sums.append(kinds[-1] is Kind.STATISTIC and _adds_up(node.sketch, sketches, sizes))
             if _add_up(node.picked, [part.picked for part in found]):
                 shifting.add(index)
-            if _add_up(node.accumulated, [part.accumulated for part in found]):
-                adding.add(index)
-        return cls(whole.nodes, whole.results, kinds, sums, shifting, adding)
+            is_counting = _add_up(node.accumulated, [part.accumulated for part in found])
+            if is_counting or any(part.numbers != node.numbers for part in found):
+                counting.add(index)
+            if any(one and node.sketch and one.shape != node.sketch.shape for one in sketches):
+                growing.add(index)
+        return cls(whole.nodes, whole.results, kinds, sums, shifting, counting, growing)
 
 
 def _kind(whole: Sketch | None, parts: Sequence[Sketch | None], sizes: Sequence[int]) -> Kind:
@@ -97,6 +104,7 @@ def _kind(whole: Sketch | None, parts: Sequence[Sketch | None], sizes: Sequence[
         if not all(_goes_on(part.shape, whole.shape, dim) for part in found):
             continue
         if sum(part.shape[dim] for part in found) != whole.shape[dim]:
+            kind = Kind.PIECE
             continue
         norms = [part.norms[dim] for part in found]
         aligned = best_groups(norms, whole.norms[dim], 0, sum(sizes))

@@ -33,6 +33,9 @@ _CUTTING = frozenset(
 )
 """What lets nothing through below a bound, or above."""
 
+_CUTTING_OUT = frozenset({"slice", "narrow", "as_strided", "unfold", "split", "split_with_sizes"})
+"""What makes pieces by number: of a batch other ones than of its parts."""
+
 _PLACING = (
     *("index", "gather", "scatter", "embedding", "take", "put", "loss", "grouped", "pack", "pad"),
     *("attention", "segment", "interleave", "slice", "select"),
@@ -46,8 +49,10 @@ def mixing_kernel(flow: Dataflow, value: int, *, is_loss: bool) -> Node | None:
     Args:
         is_loss: whether the result is a loss, which may be a sum over samples.
     """
-    finders = (_Bends(flow), _Weights(flow)) if is_loss else (_Statistics(flow),)
-    for finder in (*finders, _Openings(flow)):
+    finders: list[_Statistics | _Bends | _Openings] = [_Statistics(flow), _Openings(flow)]
+    if is_loss:
+        finders[:1] = [_Bends(flow), _Weights(flow)]
+    for finder in finders:
         for index, node in enumerate(flow.nodes):
             finder.take(index, node)
         found = finder.found.get(flow.results.get(value, -1))
@@ -61,7 +66,7 @@ class _Statistics:
 
     Numbers of floating point that are, stay so. Integers may be places (of tokens, of an expert's
     rows) that come out right in the end; they count where they become such numbers, or choose
-    among them, and nothing of samples shows in between.
+    among them, and nothing of samples shows in between. So do constants that number the samples.
 
     Attributes:
         found: of each node that depends on a statistic, what makes the first of them.
@@ -74,27 +79,28 @@ class _Statistics:
 
     def take(self, index: int, node: Node) -> None:
         """Take the next kernel."""
-        is_statistic = self._is_statistic(index, node)
+        if self._comes_out_right(index, node):
+            return
         if node.is_floating_point:
-            found = self._read_by(node)
-            if found is None and is_statistic:
-                found = node
+            found = self._read_by(node) or self._own(index, node)
             if found is not None:
                 self.found[index] = found
-        elif node.sketch is not None and not self._shows_samples(index, node):
+        else:
             read = next((self._integers[r] for r in node.reads if r in self._integers), None)
-            if read is not None or is_statistic:
-                self._integers[index] = read or node
+            found = read or self._own(index, node)
+            if found is not None:
+                self._integers[index] = found
 
-    def _is_statistic(self, index: int, node: Node) -> bool:
-        """Whether a kernel makes one thing of several samples, if only the same for all."""
+    def _own(self, index: int, node: Node) -> Node | None:
+        """Return a kernel that makes one thing of several samples, if only the same for all."""
         kind = self._flow.kinds[index]
         if node.origin is Origin.CONSTANT:
-            return False
+            return node if kind is Kind.STATISTIC and index in self._flow.growing else None
         from_samples = any(self._flow.kinds[read] in ROWS for read in node.reads)
-        if index in self._flow.adding:
-            return True
-        return kind is Kind.STATISTIC or (kind is Kind.CONSTANT and from_samples)
+        is_piece = kind is Kind.PIECE and node.name in _CUTTING_OUT
+        is_statistic = kind is Kind.STATISTIC or (kind is Kind.CONSTANT and from_samples)
+        is_statistic |= is_piece and from_samples
+        return node if is_statistic or index in self._flow.counting else None
 
     def _read_by(self, node: Node) -> Node | None:
         """Return the statistic that a number of floating point is made of."""
@@ -109,13 +115,23 @@ class _Statistics:
                     return self._integers[read]
         return None
 
-    def _shows_samples(self, index: int, node: Node) -> bool:
-        """Whether integers are those of the samples, and not the same for all."""
-        sketch = node.sketch
-        assert sketch is not None
-        if self._flow.kinds[index] not in ROWS:
+    def _comes_out_right(self, index: int, node: Node) -> bool:
+        """Whether integers, or constants, are those of the samples, and not the same for all."""
+        kind, is_constant = self._flow.kinds[index], node.origin is Origin.CONSTANT
+        if node.sketch is None or (node.is_floating_point and not is_constant):
+            return node.sketch is None
+        if kind not in ROWS:
+            return is_constant and kind is Kind.PAIRS
+        if any(read in self._integers and self._is_hidden(read) for read in node.reads):
             return False
-        return any(bool((norms != norms[0]).any()) for norms in sketch.norms)
+        return not self._is_hidden(index)
+
+    def _is_hidden(self, index: int) -> bool:
+        """Whether nothing of samples shows in a result."""
+        kind, sketch = self._flow.kinds[index], self._flow.nodes[index].sketch
+        if kind not in ROWS or sketch is None:
+            return kind is Kind.CONSTANT
+        return not any(bool((norms != norms[0]).any()) for norms in sketch.norms)
 
 
 class _Weights(_Statistics):

@@ -91,6 +91,7 @@ class Node:
         picked: sizes of the dimensions of which it takes entries by an index that is made of
             buffers alone.
         accumulated: size of the dimension along which it adds up entry by entry.
+        numbers: of Python that it computes with.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Node:
     is_view: bool = False
     picked: tuple[int, ...] = ()
     accumulated: tuple[int, ...] = ()
+    numbers: tuple[float, ...] = ()
 
     @property
     def is_from_model(self) -> bool:
@@ -132,9 +134,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made: dict[StorageWeakRef, dict[_Geometry | None, int]] = {}
         self._blank: set[StorageWeakRef] = set()  # what nothing has been written to, or not to all
 
-    def enter(self, tensor: torch.Tensor, origin: Origin) -> None:
+    def enter(self, tensor: torch.Tensor, origin: Origin, *, is_parameter: bool) -> None:
         """Note a tensor that is there before."""
-        self.nodes.append(Node("", "", (), origin, None))
+        sketch = None if is_parameter else Sketch.of(tensor)
+        self.nodes.append(Node("", "", (), origin, sketch))
         self._write(tensor)
 
     def origin(self, value: int) -> Origin:
@@ -185,6 +188,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if self._origin_of(index) is Origin.STATE
             ),
             accumulated=_accumulated(name, args),
+            numbers=_numbers(name, args),
         )
         self._note(node, made, is_blank="empty" in name)
         return found
@@ -278,6 +282,18 @@ def _indexed(name: str, args: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor
 def _accumulated(name: str, args: Sequence[Any]) -> tuple[int, ...]:
     is_one = name.lstrip("_").startswith(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"))
     return (args[0].shape[args[1]],) if is_one and args[0].dim() else ()
+
+
+_COMPUTING = frozenset(
+    {"mul", "add", "sub", "rsub", "div", "pow", "fmod", "remainder", "clamp", "clamp_min"}
+    | {"clamp_max", "lt", "le", "gt", "ge", "eq", "ne", "fill", "masked_fill", "floor_divide"}
+)
+"""What takes numbers of Python for values; others take them for sizes and dimensions."""
+
+
+def _numbers(name: str, args: Sequence[Any]) -> tuple[float, ...]:
+    known = name.rstrip("_") in _COMPUTING
+    return tuple(n for n in args if type(n) in (int, float)) if known else ()
 
 
 def _is_all(tensor: torch.Tensor) -> bool:

@@ -141,9 +141,11 @@ class LayerRunner:
         for value, tensor in env.items():
             is_trained = self._graph.values[value].requires_grad
             origin = self.origins.get(value, Origin.CONSTANT)
-            recorder.enter(tensor, origin | Origin.TRAINED if is_trained else origin)
+            origin = origin | Origin.TRAINED if is_trained else origin
+            recorder.enter(tensor, origin, is_parameter=False)
         for name, tensor in tensors.items():
-            recorder.enter(tensor, Origin.TRAINED if name in self._trained else Origin.STATE)
+            origin = Origin.TRAINED if name in self._trained else Origin.STATE
+            recorder.enter(tensor, origin, is_parameter=True)
 
     def run_scalars(
         self, layer: Layer, inputs: Values, num_samples: int, wanted: Sequence[int]
