@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -52,7 +53,7 @@ def choose(name: str) -> None:
         raise pytest.UsageError("--device cuda: PyTorch finds no GPU")
     TYPE, REAL = "cuda", True
     # Where optimizers run on GPUs, their last bits are not those of the reference's on the host.
-    harmony.Harmony.__init__.__kwdefaults__["updates"] = "host"
+    inspect.unwrap(harmony.Harmony.__init__).__kwdefaults__["updates"] = "host"
     # Products are then summed in the same order on each stream; cuBLAS reads it when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
