@@ -214,6 +214,9 @@ class Nvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return f"GPU-uuid-{handle}"
+
     def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
         return "NVIDIA GeForce RTX 4090"
 
@@ -261,6 +264,32 @@ def test_gpus_and_links_are_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert "3 memory errors" in found["GPU 0"].text
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(free=5))
     assert "other programs" in by_name(list(gpus.look_at_gpus()))["GPU 0"].remedy
+
+
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [([1, 0], "cuda:0 is GPU 1, cuda:1 is GPU 0"), ([1], "cuda:0 is GPU 1"), ([0, 1], None)],
+)
+def test_numbers_of_pytorch_that_are_not_the_drivers_are_said(
+    seen: list[int], text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(seen))
+    properties = [SimpleNamespace(uuid=f"uuid-{number}") for number in seen]
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties[index])
+    monkeypatch.setattr("harmony.runtime.native.can_run_kernels", lambda device: True)
+    monkeypatch.setattr("harmony.runtime.native.pin_range", lambda *place: "not here")
+    found = by_name(list(gpus.look_at_gpus()))
+    assert found["torch.cuda"].text == f"PyTorch sees {len(seen)} of 2 GPUs"
+    assert (found["numbers"].text if "numbers" in found else None) == text
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_settings_of_the_allocator_are_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "expandable_segments:True")
+    shown = by_name(list(software.look_at_torch()))["CUDA variables"]
+    assert f"{name}=expandable_segments:True" in shown.text
 
 
 def test_what_was_measured_is_shown_and_what_cannot_be_read_is_named(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -32,6 +32,27 @@ def look_at_gpus() -> Iterator[Finding]:
     for (a, one), (b, two) in combinations(enumerate(handles), 2):
         yield ok(f"GPU {a} - GPU {b}", _link_between(nvml, one, two))
     yield from _as_torch_sees_them(len(handles))
+    yield from _other_numbers(nvml, handles)
+
+
+def _other_numbers(nvml: Any, handles: Sequence[Any]) -> Iterator[Finding]:
+    """Which GPU each device of PyTorch is, where its numbers are not the driver's.
+
+    CUDA_VISIBLE_DEVICES leaves some out, and CUDA counts the fastest first where kinds differ.
+    """
+    import torch
+
+    numbers = {
+        _text(name).removeprefix("GPU-"): index
+        for index, handle in enumerate(handles)
+        if (name := _asked(nvml, "nvmlDeviceGetUUID", handle)) is not None
+    }
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ids = (str(torch.cuda.get_device_properties(index).uuid) for index in range(count))
+    known = {index: numbers[name] for index, name in enumerate(ids) if name in numbers}
+    if any(index != number for index, number in known.items()):
+        text = ", ".join(f"cuda:{index} is GPU {number}" for index, number in known.items())
+        yield ok("numbers", text, **{f"cuda:{index}": number for index, number in known.items()})
 
 
 def _nvml() -> Any:

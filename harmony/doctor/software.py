@@ -16,7 +16,12 @@ from harmony.vgpu.build import library
 
 OLDEST_TORCH = (2, 10)
 _LIBRARIES = ("numpy", "networkx", "psutil", "rich", "safetensors", "nvidia-ml-py")
-_CUDA = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_CUDA_ALLOC_CONF")
+_CUDA = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",  # its older name
+)
 
 
 def look_at_python() -> Iterator[Finding]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -75,3 +77,32 @@ def test_host_memory_is_what_is_predicted(
     assert model.plan is not None
     # A tensor begins at a multiple of 512 bytes, which counts in a model of 60 KB.
     assert taken == pytest.approx(model.plan.host_nbytes, rel=0.05)
+
+
+_ADDRESS_SPACE = """
+import resource, torch
+from harmony.errors import DoesNotFitError
+from harmony.runtime.host.pinned_memory import HostBuffer, new_tensor
+
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**26
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for take in (
+    lambda: HostBuffer(2**27, None, "the arena"),
+    lambda: new_tensor((2**27,), torch.uint8),
+):
+    try:
+        take()
+    except DoesNotFitError as error:
+        print(error)
+"""
+
+
+def test_address_space_that_the_system_refuses_is_a_refusal_by_name() -> None:
+    """Batch systems set `ulimit -v`, others forbid overcommit: memory is free and not given."""
+    command = [sys.executable, "-c", _ADDRESS_SPACE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    arena, tensor = done.stdout.splitlines()
+    assert arena.startswith("the arena needs 128 MiB of host memory, which the system refuses (")
+    assert "ulimit -v unlimited" in arena
+    assert tensor.startswith("a tensor of the host needs 128 MiB")

@@ -28,12 +28,22 @@ from harmony.runtime.host.limits import available_host_nbytes
 _HUGE_NBYTES = 1 << 21
 
 
-def _new_map(nbytes: int) -> mmap.mmap:
+def _new_map(nbytes: int, purpose: str) -> mmap.mmap:
     """Map new memory, in huge pages where the system has some.
 
     The first write to it, and pinning it, then takes one fault in 2 MiB instead of one in 4 KiB.
+
+    Raises:
+        DoesNotFitError: if the system gives no address space, however much memory is free.
     """
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise DoesNotFitError(
+            f"{purpose} needs {format_bytes(nbytes)} of host memory, which the system refuses "
+            f"({error.strerror}). Raise the limit of address space (ulimit -v unlimited), allow "
+            "more than is backed (sysctl vm.overcommit_memory=0), or use a smaller model"
+        ) from error
     if nbytes >= _HUGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel that was built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -48,7 +58,8 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     if tensor.nbytes < 2 * _HUGE_NBYTES:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(_new_map(tensor.nbytes), dtype=torch.uint8).view(dtype).view(shape)
+    memory = _new_map(tensor.nbytes, "a tensor of the host")
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 class HostBuffer:
@@ -76,7 +87,7 @@ class HostBuffer:
                 f"{format_bytes(free)} are free (psutil, cgroup limit included). Close other "
                 "programs, raise the container's memory limit, or use a smaller model or minibatch"
             )
-        self._memory = _new_map(size)
+        self._memory = _new_map(size, purpose)
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.pinned = False
         if device is not None:
