@@ -266,6 +266,18 @@ def test_gpus_and_links_are_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert "other programs" in by_name(list(gpus.look_at_gpus()))["GPU 0"].remedy
 
 
+def test_a_gpu_that_shares_the_hosts_memory_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(Nvml):
+        def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+            raise RuntimeError("Not Supported")
+
+    monkeypatch.setitem(sys.modules, "pynvml", Shared())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = by_name(list(gpus.look_at_gpus()))["GPU 0"]
+    assert (found.status, found.text) == ("ok", "NVIDIA GeForce RTX 4090, PCIe 1 x16 (of 4 x16)")
+    assert "free_nbytes" not in found.figures
+
+
 @pytest.mark.parametrize(
     ("seen", "text"),
     [([1, 0], "cuda:0 is GPU 1, cuda:1 is GPU 0"), ([1], "cuda:0 is GPU 1"), ([0, 1], None)],

@@ -81,13 +81,12 @@ def _without_nvml() -> Iterator[Finding]:
 
 def _gpu(nvml: Any, name: str, handle: Any) -> Finding:
     product = _text(nvml.nvmlDeviceGetName(handle))
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    figures: dict[str, Any] = {
-        "product": product,
-        "free_nbytes": int(memory.free),
-        "total_nbytes": int(memory.total),
-    }
-    text = f"{product}, {format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+    memory = _asked(nvml, "nvmlDeviceGetMemoryInfo", handle)  # one that shares the host's has none
+    figures: dict[str, Any] = {"product": product}
+    text = product
+    if memory is not None:
+        figures |= {"free_nbytes": int(memory.free), "total_nbytes": int(memory.total)}
+        text += f", {format_bytes(memory.free)} of {format_bytes(memory.total)} free"
     now, most = (
         tuple(_asked(nvml, f"nvmlDeviceGet{which}PcieLink{what}", handle) for what in _LINK)
         for which in ("Curr", "Max")
@@ -102,7 +101,7 @@ def _gpu(nvml: Any, name: str, handle: Any) -> Finding:
     if None not in (*now, *most) and now[1] < most[1]:  # the generation falls when it is idle
         remedy = "a link of fewer lanes is slower by as much: another slot, riser or setting"
         return warning(name, text, remedy, **figures)
-    if memory.free < memory.total // 2:
+    if memory is not None and memory.free < memory.total // 2:
         remedy = "other programs hold its memory (nvidia-smi shows which): end them"
         return warning(name, text, remedy, **figures)
     return ok(name, text, **figures)
