@@ -6,8 +6,10 @@ CUDA or only the virtual GPU has are in `harmony.runtime.native`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,24 @@ from harmony.runtime import native
 
 _MAX_ERRORS = 8
 """A stream reports one error a time; after so many it is the device that fails."""
+
+
+_FORKED = 0x40
+"""Of the flags of a process: it was forked and has begun no program since (linux/sched.h)."""
+
+
+@functools.cache
+def _settle_thread_pool() -> None:
+    """Let the calling thread make PyTorch's pool of threads anew, in a process that was forked.
+
+    Else the first thread that asks for it does, and the threads of autograd, one a device, ask at
+    the same time: one finds none, and PyTorch ends the process (ATen/ParallelOpenMP.cpp, "Invalid
+    thread pool!").
+    """
+    with suppress(OSError, ValueError, IndexError):  # only Linux tells
+        flags = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]
+        if int(flags) & _FORKED:
+            torch.set_num_threads(torch.get_num_threads())
 
 
 class DeviceContext:
@@ -28,6 +48,7 @@ class DeviceContext:
     """
 
     def __init__(self, device: torch.device) -> None:
+        _settle_thread_pool()
         self.device = device
         self.module = torch.get_device_module(device)
         with torch.accelerator.device_index(device.index):  # else it makes a context on GPU 0, too

@@ -6,6 +6,8 @@ import copy
 import logging
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -302,6 +304,30 @@ def test_a_forked_child_gets_an_error_and_the_parent_goes_on(vgpus: VirtualGPUs)
 
     assert forked() == expected
     model.train_step(x, y)
+
+
+FORKS = """
+import os, torch
+torch.set_num_threads(1)
+import harmony
+from torch import nn
+
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+calls, settle = [], torch.set_num_threads
+torch.set_num_threads = lambda count: (calls.append(count), settle(count))
+harmony.virtual_gpus(count=2, memory="8MiB")
+net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+model = harmony.Harmony(net, optimizer=torch.optim.SGD, loss_fn=nn.MSELoss(), mode="dp")
+model.train_step(torch.ones(4, 8), torch.ones(4, 8))
+os._exit(0 if calls == [1] else 7)
+"""
+
+
+def test_a_forked_process_makes_the_pool_of_threads_anew_before_autograd_does() -> None:
+    """Else two threads of autograd make it at once, now and then, and PyTorch aborts."""
+    done = subprocess.run([sys.executable, "-c", FORKS], timeout=120)
+    assert done.returncode == 0
 
 
 def test_workers_of_a_data_loader_may_be_forked_from_a_model_that_trains(
