@@ -284,3 +284,37 @@ def test_a_loss_that_counts_is_not_parted_between_gpus(vgpus: VirtualGPUs) -> No
     model = model_of(net, "step", Counting(), mode="dp")
     with pytest.raises(harmony.HarmonyError, match=r"calls.*microbatch_size="):
         model.train_step(torch.randn(8, 8), torch.arange(8) % 4)
+
+
+DRAWS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "rand": lambda out, g: out * torch.rand(CLASSES, generator=g),
+    "randperm": lambda out, g: out * out[:, torch.randperm(CLASSES, generator=g)],
+    "normal_": lambda out, g: out + torch.empty_like(out).normal_(generator=g),
+}
+
+
+@pytest.mark.parametrize("name", list(DRAWS))
+def test_a_loss_draws_from_a_generator_of_its_own_as_in_plain_pytorch(
+    vgpus: VirtualGPUs, name: str
+) -> None:
+    """Recording the loss drew, too, so that every step had the numbers of a later one."""
+
+    def drawing(generator: torch.Generator) -> Loss:
+        return lambda out, y: F.cross_entropy(DRAWS[name](out, generator), y)
+
+    torch.manual_seed(0)
+    net = classifier()
+    twin = copy.deepcopy(net)
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    options: Any = {"optimizer": torch.optim.SGD, "optimizer_kwargs": {"lr": 0.1}}
+    model = harmony.Harmony(net, loss_fn=drawing(ours), devices=1, **options)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(3):
+        inputs, targets = batch(step)
+        loss = model.train_step(inputs, targets)
+        optimizer.zero_grad()
+        whole = drawing(theirs)(twin(inputs), targets)
+        whole.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, whole.detach(), rtol=TOLERANCE, atol=0.0)
+        assert torch.equal(ours.get_state(), theirs.get_state())

@@ -595,6 +595,10 @@ BENDS: dict[str, Any] = {
     ),
     "share": lambda o, t: (errors(o, t) * (t[:, 0] < 9) / (t[:, 0] < 9).float().mean()).mean(),
     "count": lambda o, t: (errors(o, t) * (1 + ((t[:, 0] > 9).cumsum(0) > 1))).mean(),
+    "chosen": lambda o, t: errors(o, t)[t[:, 0] < 9].mean(),
+    "picked": lambda o, t: errors(o, t)[(t[:, 0] < 9).nonzero()[:, 0]].mean(),
+    "number": lambda o, t: errors(o, t).sum() / int((t[:, 0] < 9).sum()),
+    "branch": lambda o, t: errors(o, t).mean() * (2.0 if bool((t > 9).any()) else 1.0),
     "std": Between(lambda o: o.std(0).sum()),
     "largest": Between(lambda o: o.max()),
     "gram": Between(lambda o: (o.T @ o / len(o)).square().sum()),
@@ -617,7 +621,8 @@ def test_a_loss_that_bends_later_is_that_of_the_whole_batch(vgpus: VirtualGPUs, 
     if name in SUMS:
         model.train_step(INPUTS, WANTED)
         return
-    with pytest.raises(harmony.ConfigError, match=r"mode='dp'.*loss \(.*mixes samples"):
+    why = r"loss \(.*mixes samples|loss goes by what its Python reads.*test_parts.py"
+    with pytest.raises(harmony.ConfigError, match=rf"mode='dp'.*({why})"):
         model.train_step(INPUTS, WANTED)
 
 

@@ -353,6 +353,8 @@ def _mixes(step: Step, made: int, trace: Trace, batched: set[int]) -> bool:
 
 def _one_of_a_kind(trace: Trace, shell: ModuleShell) -> str:
     """Why a batch in parts is not the batch, as far as the steps tell; empty if they do not."""
+    if trace.loss_decides:
+        return f"the loss goes by what its Python reads of all samples ({trace.loss_decides})"
     for step in trace.steps:
         if step.kind is StepKind.GUARD and not _same_for_parts(step, trace):
             return f"the forward decides by what it computes of all samples ({step.where})"

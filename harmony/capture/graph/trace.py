@@ -128,6 +128,7 @@ class Step:
         expected: what a guard's read gave.
         where: file and line of the call in the user's code.
         in_loss: whether the loss function makes the call.
+        validates: whether nothing but an error can follow from what a guard reads.
         held: in the loss function, the numbers of the tensors that its variables hold meanwhile.
     """
 
@@ -152,6 +153,7 @@ class Step:
     expected: Any = None
     where: str = "?"
     in_loss: bool = False
+    validates: bool = False
     held: frozenset[int] = frozenset()
 
     @property
@@ -231,6 +233,7 @@ class Trace:
         real: whether it was recorded from a real run rather than with fake parameters.
         attributes: Python attributes that functional code changed: module, attribute, new value.
         loss_call: the call of the loss function, where that can stand for its recorded steps.
+        loss_decides: where its Python reads what the inputs decide; empty if nowhere.
         set_up: what the forward sets up for later ones.
     """
 
@@ -244,6 +247,7 @@ class Trace:
     real: bool = False
     attributes: tuple[tuple[str, str, Any], ...] = ()
     loss_call: LossCall | None = None
+    loss_decides: str = ""
     set_up: SetUp = field(default_factory=SetUp)
     last_use: list[int] = field(default_factory=list)
     producer: list[int] = field(default_factory=list)
@@ -297,11 +301,15 @@ def without_dead_steps(trace: Trace) -> Trace:
         if not decided and (not _is_pure(step) or needed.intersection(step.made)):
             kept.append(step)
             needed.update(step.inputs)
+    given = set(trace.inputs)
     trace = _renumbered(replace(trace, steps=kept[::-1], host_program=host_program))
     trace.loss_call = _standing_alone(trace)
     if trace.loss_call is not None:  # its decisions are its own, in every step
-        guards = [i for i in on_host if _is_guard(recorded[i]) and not recorded[i].in_loss]
-        trace.host_program = _slice(recorded, guards)
+        guards = [i for i in on_host if _is_guard(recorded[i])]
+        trace.host_program = _slice(recorded, [i for i in guards if not recorded[i].in_loss])
+        for index in (i for i in guards if recorded[i].in_loss and not recorded[i].validates):
+            if any(given.intersection(step.inputs) for step in _slice(recorded, [index])):
+                trace.loss_decides = recorded[index].where
     trace.analyse()
     return trace
 

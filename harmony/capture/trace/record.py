@@ -8,6 +8,8 @@ and the result are noticed.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,9 +42,12 @@ from harmony.capture.trace.refuse import (
     DynamicOnlyError,
     check_argument,
     check_function,
+    check_generator,
     check_transform,
 )
 from harmony.errors import CaptureError
+
+_VALIDATING = f"{os.sep}torch{os.sep}distributions{os.sep}"
 
 _READS = frozenset({"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"})
 _READS |= {"__bool__", "__int__", "__float__", "__index__", "__complex__"}
@@ -203,6 +208,8 @@ class Recorder(CallHandler):
         check_function(name, func, bool(tensors))
         if tensors and (name in _READS or (func in _SIZES and self._any_by_values(tensors))):
             return self._read(func, name, args, kwargs)
+        for leaf in leaves:
+            check_generator(leaf, name)
         context = _context()
         versions = [version_of(tensor) for tensor in tensors]
         out, noticed = self._opaque(lambda: heard(func, *args, **kwargs))
@@ -230,6 +237,7 @@ class Recorder(CallHandler):
         step = Step(StepKind.GUARD, name, func, references, structure, _context())
         step.expected, step.where = out, user_frame()
         step.in_loss = self.loss_call is not None
+        step.validates = _is_validation()
         step.state = tuple(leaf.name for leaf in references if isinstance(leaf, StateRef))
         self.steps.append(step)
         return out
@@ -337,3 +345,8 @@ def _context() -> Context:
 
 def _learns(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _is_validation() -> bool:
+    """Whether a distribution looks at its arguments: it raises, or goes on as ever."""
+    return any(_VALIDATING in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))

@@ -204,11 +204,7 @@ def check_argument(leaf: Any, user: str) -> None:
             f"{user} gets a {names[0]} at {user_frame()}: a KV cache would be updated twice by "
             "the recompute. Call the model with use_cache=False"
         )
-    if isinstance(leaf, torch.Generator):
-        raise UnrecordableError(
-            f"{user} at {user_frame()} draws from a generator of the forward's own, which the "
-            "recording would not make anew: draw inside a module that is recorded as a layer"
-        )
+    check_generator(leaf, user)
     if isinstance(getattr(leaf, "__self__", None), nn.Module):
         hidden, remedy = True, "pass the module itself"
     else:
@@ -217,6 +213,19 @@ def check_argument(leaf: Any, user: str) -> None:
         raise UnrecordableError(
             f"{user} gets a {names[0]} at {user_frame()} that hides tensors from the recording: "
             f"{remedy}"
+        )
+
+
+def check_generator(leaf: Any, user: str) -> None:
+    """Refuse to draw from a generator of the forward's own, before it has drawn.
+
+    Raises:
+        UnrecordableError: naming who draws, and where.
+    """
+    if isinstance(leaf, torch.Generator):
+        raise UnrecordableError(
+            f"{user} at {user_frame()} draws from a generator of the forward's own, which the "
+            "recording would not make anew: draw inside a module that is recorded as a layer"
         )
 
 

@@ -8,6 +8,8 @@ steps opens it. So what kernels make on the way counts, and what it is computed 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 
@@ -213,7 +215,7 @@ class _Bends:
         self.found: dict[int, Node] = {}
         self._flow = flow
         self._sums: set[int] = set()
-        self._selected: set[int] = set()
+        self._selected: dict[int, Origin] = {}
         self._pairs: set[int] = set()
 
     def take(self, index: int, node: Node) -> None:
@@ -227,14 +229,24 @@ class _Bends:
         elif any(read in self._pairs for read in node.reads) and kind not in ROWS:
             self._take_pairs(index, node, kind)
         elif kind is Kind.STATISTIC and node.is_from_model:
-            takes_selected = any(read in self._selected for read in node.reads)
-            if (takes_selected and node.name != "sum") or not self._is_sum(index, node):
+            if self._is_mean_of_chosen(node) or not self._is_sum(index, node):
                 self.found[index] = node
             self._sums.add(index)
         elif kind is Kind.PAIRS and node.is_from_model:
             self._pairs.add(index)
-        elif node.selects or any(read in self._selected for read in node.reads):
-            self._selected.add(index)
+        else:
+            chosen = [self._selected[read] for read in node.reads if read in self._selected]
+            chosen += [node.selects] if node.selects else []
+            if chosen:
+                self._selected[index] = reduce(or_, chosen)
+
+    def _is_mean_of_chosen(self, node: Node) -> bool:
+        """Whether a kernel divides by how many entries were chosen; of targets that is known."""
+        chosen = [self._selected[read] for read in node.reads if read in self._selected]
+        if not chosen or node.name == "sum":
+            return False
+        by_model = any(Origin.TRAINED in origin for origin in chosen)
+        return by_model or not node.name.startswith("nll_loss")
 
     def _take_more(self, index: int, node: Node) -> None:
         """Take what works on sums."""

@@ -86,7 +86,7 @@ class Node:
         place: file and line of the user's code.
         reads: the nodes that made its tensors, by position of the argument.
         origin: of all that it is computed from.
-        selects: whether it takes entries by a mask that the model has computed.
+        selects: what the mask is computed from by which it takes entries; None without one.
         is_view: whether it shares the memory of what it reads.
         picked: sizes of the dimensions of which it takes entries by an index that is made of
             buffers alone.
@@ -99,7 +99,7 @@ class Node:
     reads: tuple[int, ...]
     origin: Origin
     sketch: Sketch | None
-    selects: bool = False
+    selects: Origin | None = None
     is_view: bool = False
     picked: tuple[int, ...] = ()
     accumulated: tuple[int, ...] = ()
@@ -180,7 +180,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known,
             reduce(or_, (self.nodes[read].origin for read in known), Origin.CONSTANT),
             None,
-            selects=any(Origin.TRAINED in self._origin_of(mask) for mask in masks),
+            selects=reduce(or_, map(self._origin_of, masks)) if masks else None,
             is_view=aliases and not writes,
             picked=tuple(
                 size
